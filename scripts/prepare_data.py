@@ -1,0 +1,82 @@
+"""Prepare data: documents and labelled pairs in, counted and tokenised datasets out.
+
+Reads what --data.* names (the documentation of the running Python by default); writes data/prepared/<run>/.
+
+    python scripts/prepare_data.py --data.corpus my_docs/ --data.task my_pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import Config
+from utils import cli
+
+SECTIONS = ("data", "base", "run")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Read, clean, split, tokenise, publish."""
+    from utils import files, logger, prepared, runs, stages
+
+    base = stages.start(config)
+    identity = prepared.identity(config.data, base, config.run.seed)
+    directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, config.preset, identity)
+    run = runs.open_run(directory, identity)
+    if reused := run is not None:
+        logger.event("the data is already prepared", path=directory)
+    else:
+        with files.locked(config.run.data_dir / "prepared" / f".{directory.name}", "the run"):
+            counts: dict[str, Any] = {}
+
+            def manifest() -> dict[str, Any]:
+                return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, counts=counts)
+
+            with files.publish(directory, manifest) as temporary:
+                counts.update(prepared.prepare(config.data, base, config.run.seed, temporary))
+        run = runs.Run(directory, files.verify(directory, hash_files=False))
+        logger.event("data prepared", path=directory)
+    runs.mark_latest(config.run.data_dir, "prepared", directory)
+    print(summary(run.manifest["counts"]))
+    return {
+        "stage": "prepared",
+        "run": str(directory),
+        "digest": run.digest,
+        "reused": reused,
+        **run.manifest["counts"],
+    }
+
+
+def summary(counts: dict[str, Any]) -> str:
+    """The counts as a table for people."""
+    lines = []
+    for name, part in counts.get("documents", {}).items():
+        if isinstance(part, dict) and "tokens" in part:
+            lines.append(
+                f"{name:<18} {part['documents']:>9,} documents {part['tokens']:>12,} tokens {part['bytes']:>13,} bytes"
+            )
+    for name, part in counts.get("examples", {}).items():
+        if isinstance(part, dict) and "examples" in part:
+            lines.append(f"task {name:<13} {part['examples']:>9,} examples of {part['documents']:,} documents")
+    dropped = {
+        **counts.get("documents", {}).get("read", {}).get("dropped", {}),
+        **counts.get("examples", {}).get("dropped", {}),
+    }
+    return "\n".join([*lines, *(f"dropped {number:,}: {why}" for why, number in dropped.items() if number)])
+
+
+def plan(config: Config) -> list[str]:
+    """What --dry-run prints."""
+    return [
+        f"read documents from {', '.join(config.data.corpus)} and labelled pairs from {config.data.task}",
+        f"split by document with seed {config.run.seed}, drop exact duplicates and leaks, tokenise for {config.base.source}",
+        f"write {config.run.data_dir / 'prepared'}/{config.run.name or config.preset + '-<fingerprint>'}/",
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(main, plan, sections=SECTIONS, description=__doc__)

@@ -1,0 +1,59 @@
+"""Train the domain adapter: LoRA by next-token prediction on the unlabelled documents (DAPT).
+
+Reads the newest prepared data; writes models/domain/<run>/ with adapter/, metrics.jsonl and manifest.json. Killed at
+any moment, the same command goes on from the last checkpoint.
+
+    accelerate launch scripts/train_domain_adapter.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import Config
+from utils import cli
+
+SECTIONS = ("domain", "base", "inputs", "run")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Base model, fresh adapter, packed documents, training loop, artefact."""
+    from utils import base_model, stages
+    from utils.prepared import Prepared
+    from utils.training_data import PackedDocuments
+
+    base = stages.start(config)
+    data = stages.prepared_run(config, base)
+    identity = stages.training_identity(config, "domain", base, data)
+
+    def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
+        source, settings, seed = Prepared(data.directory), config.domain.train, config.run.seed
+        pad = stages.pad_id(base_model.load_tokenizer(base.directory))
+        documents = PackedDocuments(source.documents("corpus"), settings, seed, pad)
+        dev = []
+        if (data.directory / "dev_documents").is_dir():
+            dev = stages.dev_batches(PackedDocuments(source.documents("dev_documents"), settings, 0, pad), settings)
+        model = base_model.load_model(base, config.base)
+        model = stages.new_adapter(model, "domain", config.domain.lora, base, seed)
+        return model, documents, dev, data.manifest["counts"].get("documents", {})
+
+    return stages.train_adapter(config, "domain", base, identity, [data], build)
+
+
+def plan(config: Config) -> list[str]:
+    """What --dry-run prints."""
+    train, lora = config.domain.train, config.domain.lora
+    return [
+        f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
+        f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} for {train.epochs} epochs of packed "
+        f"{train.sequence_tokens}-token rows, {train.batch_tokens:,} tokens a step over all processes",
+        f"write {config.run.models_dir / 'domain'}/{config.run.name or config.preset + '-<fingerprint>'}/adapter",
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(main, plan, sections=SECTIONS, description=__doc__)

@@ -1,0 +1,73 @@
+"""Train the task adapter: LoRA on the labelled pairs, loss on the answer and its end-of-turn token only.
+
+By default it is trained on the frozen domain adapter (--task.on domain); --task.on base trains the independent
+adapter that is the fair baseline in the evaluation. Reads the newest prepared data and domain run; writes
+models/task/<run>/. Killed at any moment, the same command goes on from the last checkpoint.
+
+    accelerate launch scripts/train_task_adapter.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import Config
+from utils import cli
+
+SECTIONS = ("task", "base", "inputs", "run")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Base model, frozen domain adapter, fresh task adapter, bucketed pairs, training loop, artefact."""
+    from utils import adapters, base_model, stages
+    from utils.prepared import Prepared
+    from utils.training_data import BucketedPairs, check_usable, tokenise_pairs
+
+    base = stages.start(config)
+    data = stages.prepared_run(config, base)
+    domain = stages.domain_run(config, base) if config.task.on == "domain" else None
+    shared = stages.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)
+    identity = {**shared, "on": config.task.on, "domain_adapter": domain.digest if domain else None}
+
+    def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
+        source, settings, seed = Prepared(data.directory), config.task.train, config.run.seed
+        tokenizer = base_model.load_tokenizer(base.directory)
+        pad = stages.pad_id(tokenizer)
+        prompt, longest = config.task.system_prompt, settings.sequence_tokens
+        pairs, report = tokenise_pairs(source.examples("train"), tokenizer, prompt, longest)
+        check_usable(report, config.task.max_unusable_share, longest)
+        dev_pairs, _ = tokenise_pairs(source.examples("dev"), tokenizer, prompt, longest)
+        dev = stages.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings)
+        model, frozen = base_model.load_model(base, config.base), []
+        if domain:
+            model, frozen = adapters.add(model, "domain", adapters.load(domain.directory / "adapter")), ["domain"]
+        model = stages.new_adapter(model, "task", config.task.lora, base, seed, frozen)
+        facts = {
+            "usable": report.usable,
+            "answer_does_not_fit": report.answer_does_not_fit,
+            "contexts_shortened": report.contexts_shortened,
+        }
+        return model, BucketedPairs(pairs, settings, seed, pad), dev, facts
+
+    parents = [data, domain] if domain else [data]
+    return stages.train_adapter(config, "task", base, identity, parents, build, system_prompt=config.task.system_prompt)
+
+
+def plan(config: Config) -> list[str]:
+    """What --dry-run prints."""
+    train, lora = config.task.train, config.task.lora
+    below = "the newest domain adapter, frozen" if config.task.on == "domain" else "the base model alone"
+    return [
+        f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
+        f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} on top of {below}, for {train.epochs} epochs, "
+        f"answers only, at most {train.sequence_tokens} tokens a pair",
+        f"write {config.run.models_dir / 'task'}/{config.run.name or config.preset + '-<fingerprint>'}/adapter",
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(main, plan, sections=SECTIONS, description=__doc__)

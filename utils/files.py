@@ -1,0 +1,220 @@
+"""Files on disk: atomic writes, digests, and the publish protocol of every artefact.
+
+An artefact is a directory. It is written under a sibling `.tmp-*` name, its files are fsynced, `manifest.json` with
+the sha256 and size of each file is written last, and the directory is renamed into place. So a manifest exists if and
+only if the artefact is complete, and a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.exceptions import ArtefactError, Problem
+
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text, so it can be hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
+def fingerprint(value: Any) -> str:
+    """Hex sha256 of a JSON-like value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader, or a crash, sees the old content or the new, never a mixture."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _fsync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _disk_error(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, indented, with a final newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises ArtefactError naming the file when it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtefactError(Problem(f"{path} does not exist")) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtefactError(
+            Problem(f"{path} is not valid JSON ({error})", fix="restore it or make the run anew")
+        ) from error
+
+
+@contextmanager
+def publish(target: Path, manifest: Callable[[], dict[str, Any]]) -> Iterator[Path]:
+    """Yield a temporary sibling of `target` to fill; on success write its manifest last and rename it into place.
+
+    `manifest()` is called after the body, so it may hold what the body measured. Replaces nothing: `target` must not
+    exist, or be empty. On any error the temporary directory is removed and `target` is as it was.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ArtefactError(
+            Problem(
+                "the output already exists and is not empty", str(target), "choose another path, or remove it first"
+            )
+        )
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        make_directory(target.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        seal(temporary, manifest())
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+        _fsync_directory(target.parent)
+    except OSError as error:
+        raise _disk_error(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Fsync every file, give all the permissions that umask allows, and write the manifest last. Returns it."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in artefact_files(directory):
+        # safetensors writes mode 0600 (safetensors#782), which hides a published model from another user's server
+        path.chmod(0o666 & ~current_umask() | stat.S_IRUSR | stat.S_IWUSR)
+        _fsync_file(path)
+        files[path.relative_to(directory).as_posix()] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    complete = {**manifest, "digest": fingerprint({name: f["sha256"] for name, f in files.items()}), "files": files}
+    _fsync_directory(directory)
+    write_json(directory / MANIFEST, complete)
+    return complete
+
+
+def artefact_files(directory: Path) -> list[Path]:
+    """Files that a manifest covers: everything but the manifest and what is hidden."""
+    found = (p for p in sorted(directory.rglob("*")) if p.is_file() and p != directory / MANIFEST)
+    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
+
+
+def verify(directory: Path, *, hash_files: bool = True) -> dict[str, Any]:
+    """The manifest of a complete artefact, checked against its files.
+
+    With `hash_files=False` only presence and size are checked. Raises ArtefactError naming each file that differs.
+    """
+    manifest = read_json(directory / MANIFEST)
+    problems: list[Problem] = []
+    root = directory.resolve()
+    for name, expected in manifest.get("files", {}).items():
+        path = directory / name
+        if not path.resolve().is_relative_to(root):
+            problems.append(Problem(f"{path} leads out of {directory}", name))
+        elif not path.is_file():
+            problems.append(Problem(f"{path} is missing"))
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(Problem(f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"))
+        elif hash_files and sha256_file(path) != expected["sha256"]:
+            problems.append(Problem(f"{path} was changed after it was written (its sha256 differs from the manifest)"))
+    if problems:
+        last = problems.pop()
+        problems.append(
+            Problem(last.what, last.value, f"restore {directory} from a copy, or remove it and make it anew")
+        )
+        raise ArtefactError(problems)
+    return manifest
+
+
+@contextmanager
+def locked(directory: Path, what: str) -> Iterator[None]:
+    """Hold `directory` for this process; a second holder is refused. The kernel drops the lock when we die."""
+    make_directory(directory)
+    path = directory / ".lock"
+    try:
+        handle = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _disk_error(path, error) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise ArtefactError(
+                Problem(
+                    f"{what} {directory} is in use by {holder}", fix="wait for it, or give this run another --run.name"
+                )
+            ) from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()}")
+        handle.flush()
+        yield
+
+
+def make_directory(path: Path) -> None:
+    """mkdir -p whose failure names the path and the reason."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _disk_error(path, error) from error
+
+
+def current_umask() -> int:
+    """The process's umask (reading it means setting it for a moment)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _disk_error(path: Path, error: OSError) -> ArtefactError:
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        fix = f"free space on the disk that holds {path.parent}, then run the same command again"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "choose a writable place with --run.data_dir / --run.models_dir, or change its permissions"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+        fix = "a file stands where a directory is needed: remove it or choose another path"
+    else:
+        fix = "see the reason above"
+    return ArtefactError(Problem(f"cannot write {path}: {reason}", fix=fix))
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Negative log-likelihood of next tokens, with logits computed only where there is a label."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from utils.training_data import IGNORED
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+# above this many logits torch's chunked form is worth its second pass over the hidden states
+CHUNKED_ABOVE = 1 << 28
+# models with one of these change the logits after the output head; they take the ordinary forward pass
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class NextTokenLoss(torch.nn.Module):
+    """Sum of the NLL over the labelled positions, as a module so that distributed wrappers see the forward pass."""
+
+    def __init__(self, model: PeftModel | PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, labels_BT: torch.Tensor
+    ) -> torch.Tensor:
+        wanted = labels_BT != IGNORED
+        labels_N = labels_BT[wanted]
+        if not _plain_logits(self.model):
+            logits_NV = _causal(self.model)(input_ids_BT, position_ids=position_ids_BT, use_cache=False).logits[wanted]
+            return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+        hidden_NH = _hidden(self.model, input_ids_BT, position_ids_BT)[wanted]
+        if not len(labels_N):
+            return hidden_NH.float().sum() * 0.0
+        head = _causal(self.model).get_output_embeddings().weight
+        options = torch.nn.LinearCrossEntropyOptions() if len(labels_N) * len(head) > CHUNKED_ABOVE else None
+        loss = F.linear_cross_entropy(hidden_NH.to(head.dtype), head, labels_N, reduction="sum", options=options)
+        return loss.float()
+
+
+@torch.no_grad()
+def token_nll(
+    model: PeftModel | PreTrainedModel,
+    input_ids_BT: torch.Tensor,
+    position_ids_BT: torch.Tensor,
+    labels_BT: torch.Tensor,
+    chunk: int = 256,
+) -> torch.Tensor:
+    """NLL in float32 of each labelled position, in row order (N,); logits exist for `chunk` positions at a time."""
+    wanted = labels_BT != IGNORED
+    labels_N = labels_BT[wanted]
+    if not len(labels_N):
+        return torch.zeros(0)
+    if not _plain_logits(model):
+        logits_NV = _causal(model)(input_ids_BT, position_ids=position_ids_BT, use_cache=False).logits[wanted]
+        return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    hidden_NH = _hidden(model, input_ids_BT, position_ids_BT)[wanted]
+    head = _causal(model).get_output_embeddings().weight
+    parts = [
+        F.cross_entropy(F.linear(h.to(head.dtype), head).float(), y, reduction="none")
+        for h, y in zip(hidden_NH.split(chunk), labels_N.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _causal(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _hidden(model: Any, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor) -> torch.Tensor:
+    decoder = _causal(model).get_decoder()
+    return decoder(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+
+
+def _plain_logits(model: Any) -> bool:
+    """Whether the model's logits are just hidden states times the output head."""
+    settings = _causal(model).config.get_text_config()
+    return all(getattr(settings, name, None) in (None, 1.0) for name in LOGIT_CHANGES)
+
+
+def autocast(model: torch.nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 autocast when the frozen weights are bfloat16: the float32 factors are cast, not the activations."""
+    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -1,0 +1,357 @@
+"""The training loop: one for both adapters, on accelerate, small because the details decide.
+
+What it promises: the same adapter bit for bit when killed anywhere and started again (CPU, one process); the loss is
+the mean over the trained tokens of the whole step, whatever the number of processes and micro-batches; only the named
+adapter changes; a non-finite number stops the run within one step; the adapter that is kept is the best on dev.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from config import TrainSection
+from utils import adapters, checkpoints
+from utils.exceptions import DataError, Interrupted, NonFiniteError, Problem
+from utils.logger import event
+from utils.losses import NextTokenLoss, autocast
+from utils.progress import Progress
+from utils.training_data import IGNORED, Batch, MicroBatch, Step, TrainingData
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run measured."""
+
+    steps: int
+    trained_tokens: int
+    seconds: float
+    tokens_per_second: float
+    best_step: int
+    best_dev_loss: float
+    dev_losses: list[tuple[int, float]]
+    peak_memory_bytes: int
+    world_size: int
+
+
+def train(
+    model: PeftModel,
+    adapter: str,
+    data: TrainingData,
+    dev: list[Batch],
+    settings: TrainSection,
+    *,
+    seed: int,
+    directory: Path,
+    accelerator: Accelerator,
+    what: str,
+) -> Outcome:
+    """Train the active, trainable `adapter` of `model`; afterwards the model holds its best state on dev.
+
+    Checkpoints go to `directory/checkpoints`, one line per step to `directory/metrics.jsonl`. Raises NonFiniteError
+    (naming the batch), Interrupted after a signal (a checkpoint is written), DataError when there is nothing to train.
+    """
+    parameters = adapters.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+    )
+    state, best = checkpoints.Progressed(), {}
+    checkpoint_root = directory / "checkpoints"
+    newest = checkpoints.newest_valid(checkpoint_root) if accelerator.is_main_process else None
+    newest = _from_main(accelerator, newest)
+    if newest is not None:
+        state, current, best = checkpoints.load(newest, optimizer)
+        _copy_into(parameters, current)
+        event(f"{what}: resumed", step=state.step, checkpoint=newest)
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    loss_module, optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
+    total = sum(len(data.steps(epoch)) for epoch in range(settings.epochs))
+    total = min(total, settings.max_steps or total)
+    if not total:
+        raise DataError(Problem(f"{what}: there is nothing to train on", fix="look at the prepared data's manifest"))
+    metrics = _Metrics(directory / METRICS, state.step, accelerator)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            kept = best or _copy_of(parameters)
+            checkpoints.save(
+                checkpoint_root, state, _copy_of(parameters), kept, optimizer.optimizer, settings.keep_checkpoints
+            )
+        accelerator.wait_for_everyone()
+
+    with _signals() as signalled, Progress(what, total=total, unit="step", done=state.step) as bar:
+        for epoch, number, step, last_of_interval in _remaining(data, settings, state, total):
+            began = time.perf_counter()
+            rate = learning_rate(state.step, total, settings)
+            loss, norm, stop = _one_step(
+                loss_module,
+                optimizer,
+                parameters,
+                data,
+                epoch,
+                step,
+                state.step,
+                rate,
+                settings,
+                seed,
+                accelerator,
+                signalled,
+            )
+            state.step += 1
+            state.epoch, state.step_in_epoch = epoch, number + 1
+            labels = data.num_labels(epoch, step)
+            state.trained_tokens += labels
+            seconds = time.perf_counter() - began
+            state.seconds += seconds
+            metrics.write(
+                step=state.step,
+                epoch=epoch,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens_per_second=labels / seconds,
+            )
+            bar.advance(1, loss=loss, tokens_per_second=round(labels / seconds))
+            if last_of_interval and dev:
+                began = time.perf_counter()
+                dev_loss = mean_loss(loss_module, dev, accelerator)
+                state.dev_losses.append((state.step, dev_loss))
+                metrics.write(step=state.step, epoch=epoch, dev_loss=dev_loss)
+                event(f"{what}: dev", step=state.step, loss=dev_loss, perplexity=math.exp(min(dev_loss, 50)))
+                if dev_loss < state.best_dev_loss:
+                    state.best_dev_loss, state.best_step, best = dev_loss, state.step, _copy_of(parameters)
+                state.seconds += time.perf_counter() - began
+            if stop:
+                save()
+                raise Interrupted(
+                    Problem(f"{what}: stopped at step {state.step} of {total}", fix="run the same command again")
+                )
+            if state.step % settings.save_every_steps == 0 and state.step < total:
+                save()
+    if best:
+        _copy_into(parameters, best)
+    else:
+        state.best_step = state.step
+    model.eval()
+    return Outcome(
+        steps=state.step,
+        trained_tokens=state.trained_tokens,
+        seconds=round(state.seconds, 2),
+        tokens_per_second=round(state.trained_tokens / max(state.seconds, 1e-9), 1),
+        best_step=state.best_step,
+        best_dev_loss=state.best_dev_loss,
+        dev_losses=state.dev_losses,
+        peak_memory_bytes=peak_memory_bytes(),
+        world_size=accelerator.num_processes,
+    )
+
+
+def learning_rate(step: int, total: int, settings: TrainSection) -> float:
+    """Linear warm-up, then a cosine to final_learning_rate_share of the peak; a pure function of the step."""
+    warmup = max(1, round(settings.warmup_share * total))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    floor = settings.final_learning_rate_share
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+@torch.no_grad()
+def mean_loss(loss_module: torch.nn.Module, batches: list[Batch], accelerator: Accelerator) -> float:
+    """Mean NLL per trained token over batches, dealt to the processes; every process gets the same number."""
+    was_training = loss_module.training
+    loss_module.eval()
+    inner = accelerator.unwrap_model(loss_module)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+        sums[0] += float(_loss(inner, batch, accelerator.device))
+        sums[1] += batch.num_labels
+    sums = accelerator.reduce(sums.to(accelerator.device), "sum")
+    loss_module.train(was_training)
+    return float(sums[0] / sums[1])
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: the GPU's allocations where there is one, else this process's resident set."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _remaining(
+    data: TrainingData, settings: TrainSection, state: checkpoints.Progressed, total: int
+) -> Iterator[tuple[int, int, Step, bool]]:
+    """(epoch, step in epoch, step, whether dev is measured after it) from where the run stands to its end."""
+    done = state.step
+    for epoch in range(state.epoch, settings.epochs):
+        steps = data.steps(epoch)
+        interval = math.ceil(len(steps) / settings.evals_per_epoch)
+        first = state.step_in_epoch if epoch == state.epoch else 0
+        for number in range(first, len(steps)):
+            if done >= total:
+                return
+            done += 1
+            ends_interval = (number + 1) % interval == 0 or number + 1 == len(steps) or done == total
+            yield epoch, number, steps[number], ends_interval
+
+
+def _one_step(
+    loss_module: torch.nn.Module,
+    optimizer: Any,
+    parameters: dict[str, torch.nn.Parameter],
+    data: TrainingData,
+    epoch: int,
+    step: Step,
+    number: int,
+    rate: float,
+    settings: TrainSection,
+    seed: int,
+    accelerator: Accelerator,
+    signalled: Callable[[], bool],
+) -> tuple[float, float, bool]:
+    """One optimiser step over all processes: (mean loss per token, gradient norm, whether any process was signalled)."""
+    torch.manual_seed((seed * 1_000_003 + number) * 4096 + accelerator.process_index)
+    labels = data.num_labels(epoch, step)
+    mine = _share_of(step, accelerator.process_index, accelerator.num_processes)
+    total = torch.zeros(2, dtype=torch.float64)
+    for at, (rows, counted) in enumerate(mine):
+        batch = data.batch(epoch, rows)
+        if not counted:  # keeps the number of backward passes equal on every process
+            batch = Batch(batch.input_ids_BT, batch.position_ids_BT, torch.full_like(batch.labels_BT, IGNORED), ())
+        with _synchronise(accelerator, loss_module, last=at + 1 == len(mine)):
+            loss = _loss(loss_module, batch, accelerator.device)
+            if not torch.isfinite(loss):
+                raise NonFiniteError(_non_finite("loss", number, batch))
+            # distributed wrappers average gradients over processes; the step's loss is a sum over all of them
+            accelerator.backward(loss * (accelerator.num_processes / max(1, labels)))
+        total[0] += float(loss.detach())
+    total[1] = float(signalled())
+    total = accelerator.reduce(total.to(accelerator.device), "sum")
+    norm = float(accelerator.clip_grad_norm_(parameters.values(), settings.max_grad_norm))
+    if not math.isfinite(norm):
+        raise NonFiniteError(_non_finite("gradient norm", number, batch))
+    if number == 0:
+        _check_gradients(parameters)
+    for parameter_group in optimizer.param_groups:
+        parameter_group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(total[0]) / max(1, labels), norm, bool(total[1])
+
+
+def _share_of(step: Step, process: int, processes: int) -> list[tuple[MicroBatch, bool]]:
+    """This process's micro-batches, and whether each counts; short processes repeat one that does not count."""
+    mine = [(rows, True) for rows in step[process::processes]]
+    missing = math.ceil(len(step) / processes) - len(mine)
+    return mine + [(step[0], False)] * missing
+
+
+def _synchronise(accelerator: Accelerator, module: torch.nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(module)
+
+
+def _loss(module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    with autocast(module, device):
+        return module(batch.input_ids_BT.to(device), batch.position_ids_BT.to(device), batch.labels_BT.to(device))
+
+
+def _check_gradients(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """After the first backward: a tensor without a gradient would silently stay as it is (FP8 experts do that)."""
+    without = [name for name, p in parameters.items() if p.grad is None]
+    idle = [name for name, p in parameters.items() if "lora_B" in name and p.grad is not None and not p.grad.any()]
+    if without or idle:
+        raise NonFiniteError(
+            [Problem("trainable, but the first backward gave no gradient", name) for name in without[:5]]
+            + [Problem("the first gradient of this B is all zero", name) for name in idle[:5]]
+        )
+
+
+def _non_finite(what: str, step: int, batch: Batch) -> Problem:
+    return Problem(
+        f"the {what} of step {step + 1} is NaN or infinite; the last checkpoint is kept",
+        ", ".join(batch.names[:8]),
+        "look at these documents or examples, or lower the learning rate",
+    )
+
+
+def _copy_of(parameters: dict[str, torch.nn.Parameter]) -> checkpoints.Tensors:
+    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
+
+
+def _copy_into(parameters: dict[str, torch.nn.Parameter], tensors: checkpoints.Tensors) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _from_main(accelerator: Accelerator, value: Any) -> Any:
+    """Every process continues with the main process's choice."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT ask for a checkpoint and a clean stop after the current step; a second SIGINT stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        event(
+            "stopping after this step; press again to stop at once"
+            if number == signal.SIGINT
+            else "stopping after this step"
+        )
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Metrics:
+    """metrics.jsonl, cut back to the step a run is resumed from, and accelerate's trackers."""
+
+    def __init__(self, path: Path, step: int, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.path = path if accelerator.is_main_process else None
+        if self.path is not None:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            path.write_text("".join(whole), encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(values) + "\n")
+        self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
