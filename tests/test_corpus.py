@@ -20,9 +20,9 @@ if str(ROOT) not in sys.path:
 
 from utils.corpus.documents import CHARACTERS_PER_BATCH, read_documents  # noqa: E402
 from utils.corpus.extraction import clean_text, extract_html  # noqa: E402
-from utils.corpus.python_docs import python_documents, python_qa, standard_modules  # noqa: E402
+from utils.corpus.python_docs import _entries, python_documents, python_qa, standard_modules  # noqa: E402
 from utils.corpus.splits import hash_share, leaks, split_by_document  # noqa: E402
-from utils.corpus.tables import ProblemList, UniqueIds, iter_rows  # noqa: E402
+from utils.corpus.tables import ProblemList, UniqueIds, digest16, iter_rows  # noqa: E402
 from utils.exceptions import DataError  # noqa: E402
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -220,7 +220,9 @@ class TestDrops(CorpusTest):
 
     def test_unique_ids_do_not_search_from_the_start_each_time(self):
         ids = UniqueIds()
-        self.assertEqual([ids.claim("a") for _ in range(20_000)][-1], "a~20000")
+        with mock.patch("utils.corpus.tables.digest16", wraps=digest16) as digests:
+            self.assertEqual([ids.claim("a") for _ in range(1_000)][-1], "a~1000")
+        self.assertLess(digests.call_count, 10_000)
 
     def test_folder_is_recursive_sorted_without_hidden_and_foreign_files(self):
         for name in ("b/two.txt", "b/.hidden.txt", ".git/x.txt", "a.txt", "b/photo.png", "Makefile"):
@@ -456,6 +458,19 @@ class TestPythonDocs(unittest.TestCase):
             for seed in ("1", "2")
         }
         self.assertEqual(len(digests), 1)
+
+    def test_what_other_libraries_do_to_the_standard_library_does_not_show(self):
+        import shlex
+
+        before = list(python_documents(("shlex",)))
+        _entries.cache_clear()
+        with mock.patch.object(shlex, "quote", lambda s: s), mock.patch.object(shlex.shlex, "extra", create=True):
+            self.assertEqual(list(python_documents(("shlex",))), before)
+        self.assertIn("shlex.quote", [entry["id"] for entry in before])
+
+    def test_a_failing_child_process_is_an_error(self):
+        with mock.patch.object(sys, "executable", "/bin/false"), self.assertRaisesRegex(DataError, "exit code 1"):
+            list(python_documents(("shlex", "no cache has this")))
 
     def test_documents_are_named_signed_distinct_and_without_addresses(self):
         documents = {entry["id"]: entry for entry in python_documents(self.modules)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,17 +51,21 @@ def token_nll(
     input_ids_BT: torch.Tensor,
     position_ids_BT: torch.Tensor,
     labels_BT: torch.Tensor,
+    mask_B1TT: torch.Tensor | None = None,
     chunk: int = 256,
 ) -> torch.Tensor:
-    """NLL in float32 of each labelled position, in row order (N,); logits exist for `chunk` positions at a time."""
+    """NLL in float32 of each labelled position, in row order (N,); logits exist for `chunk` positions at a time.
+
+    `mask_B1TT` is added to the attention scores; without it attention is causal within runs of positions.
+    """
     wanted = labels_BT != IGNORED
     labels_N = labels_BT[wanted]
     if not len(labels_N):
         return torch.zeros(0)
     if not _plain_logits(model):
-        logits_NV = _causal(model)(input_ids_BT, position_ids=position_ids_BT, use_cache=False).logits[wanted]
-        return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
-    hidden_NH = _hidden(model, input_ids_BT, position_ids_BT)[wanted]
+        outputs = _causal(model)(input_ids_BT, attention_mask=mask_B1TT, position_ids=position_ids_BT, use_cache=False)
+        return F.cross_entropy(outputs.logits[wanted].float(), labels_N, reduction="none")
+    hidden_NH = _hidden(model, input_ids_BT, position_ids_BT, mask_B1TT)[wanted]
     head = _causal(model).get_output_embeddings().weight
     parts = [
         F.cross_entropy(F.linear(h.to(head.dtype), head).float(), y, reduction="none")
@@ -73,9 +78,12 @@ def _causal(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _hidden(model: Any, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor) -> torch.Tensor:
+def _hidden(
+    model: Any, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, mask_B1TT: torch.Tensor | None = None
+) -> torch.Tensor:
     decoder = _causal(model).get_decoder()
-    return decoder(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+    outputs = decoder(input_ids=input_ids_BT, attention_mask=mask_B1TT, position_ids=position_ids_BT, use_cache=False)
+    return outputs.last_hidden_state
 
 
 def _plain_logits(model: Any) -> bool:
@@ -84,7 +92,15 @@ def _plain_logits(model: Any) -> bool:
     return all(getattr(settings, name, None) in (None, 1.0) for name in LOGIT_CHANGES)
 
 
-def autocast(model: torch.nn.Module, device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 autocast when the frozen weights are bfloat16: the float32 factors are cast, not the activations."""
+@contextmanager
+def autocast(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """bfloat16 autocast when the frozen weights are bfloat16: the small float32 factors are cast, not the activations."""
+    from peft.helpers import disable_input_dtype_casting
+
     dtype = next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if dtype != torch.bfloat16:
+        yield
+        return
+    # PEFT would first cast every activation to the factors' float32, 210 times forward and back in the default model
+    with torch.autocast(device.type, torch.bfloat16), disable_input_dtype_casting(model):
+        yield

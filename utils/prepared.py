@@ -65,7 +65,7 @@ class Prepared:
 def identity(data: DataSection, base: BaseModel, seed: int) -> dict[str, Any]:
     """Everything that decides the prepared data: settings, contents of the sources, tokenizer, seed."""
     sources = {
-        name: _contents(value)
+        name: _contents(value, seed)
         for name in ("corpus", "corpus_heldout", "task", "task_dev", "task_test")
         if (value := getattr(data, name))
     }
@@ -239,13 +239,14 @@ def _fresh(path: Path) -> Path:
     return path
 
 
-def _contents(value: str | Sequence[str]) -> Any:
-    """What identifies the contents of sources: digests of local files, Python's version for its documentation."""
+def _contents(value: str | Sequence[str], seed: int) -> Any:
+    """What identifies the contents of sources: digests of local files and of Python's documentation."""
     found = []
     for source in [value] if isinstance(value, str) else value:
         path = Path(source)
         if source == BUILT_IN:
-            found.append({"python": sys.version.split()[0]})
+            # not the version alone: what a Python documents depends on its platform and on how it was built
+            found.append({"python": sys.version.split()[0], "sha256": files.fingerprint(python_demo(seed).documents)})
         elif path.is_file():
             found.append({"sha256": files.sha256_file(path)})
         elif path.is_dir():

@@ -13,14 +13,17 @@ import torch
 from config import Config, LoraSection, TrainSection
 from utils import adapters, base_model, checkpoints, files, logger, prepared, runs, training
 from utils.base_model import BaseModel
-from utils.composition import zero_modules
-from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem
+from utils.composition import ModuleFactors, relative_error, weighted_sum, zero_modules
+from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem, VerificationError
 from utils.runs import Run
 from utils.training_data import Batch, TrainingData
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
+
+# float32 rounding of a sum of two rank-r products, with room
+EXACT = 1e-5
 
 
 def start(config: Config) -> BaseModel:
@@ -290,3 +293,24 @@ def _result(config: Config, stage: str, run: Run, *, reused: bool) -> dict[str, 
         "reused": reused,
         **{k: measured[k] for k in ("steps", "seconds", "tokens_per_second", "best_dev_loss", "peak_memory_bytes")},
     }
+
+
+def composed_factors(
+    domain: Run | None, task: Run | None, weights: tuple[float, float]
+) -> tuple[dict[str, ModuleFactors], list[Run]]:
+    """The exact weighted sum of the adapters that are there, checked, and the runs that went into it.
+
+    Raises ArtefactError when nothing is left, VerificationError when the sum is not the sum.
+    """
+    chosen = [(run, weight) for run, weight in zip((domain, task), weights, strict=True) if run is not None and weight]
+    if not chosen:
+        raise ArtefactError(Problem("no adapter with a weight other than 0", weights, "give --weights 1,1"))
+    parts = [adapters.load(run.directory / "adapter") for run, _ in chosen]
+    used = [weight for _, weight in chosen]
+    try:
+        composed = weighted_sum(parts, used)
+    except ValueError as error:
+        raise ArtefactError(Problem(f"these adapters do not compose: {error}")) from error
+    if (off := relative_error(composed, parts, used)) > EXACT:
+        raise VerificationError(Problem("the composed adapter is not the weighted sum of its parts", off))
+    return composed, [run for run, _ in chosen]

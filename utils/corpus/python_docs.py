@@ -1,25 +1,32 @@
 """The demo domain that needs no download: the documentation of the running Python.
 
-Reads the docstrings of the standard library's modules, functions, classes and methods by importing them; writes
-nothing. The order and the texts are the same in every process of one Python version: nothing depends on `hash()`, on
-the order of a set or on a memory address.
+Reads the docstrings of the standard library's modules, functions, classes and methods by importing them in a clean
+child process (about 2 s); writes nothing. The texts and their order are the same every time for one Python version:
+nothing depends on `hash()`, a set's order, a memory address, or on what this process has imported: transformers adds
+methods to `logging.Logger`, torch replaces `inspect.getfile`, and a corpus must not change with that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import inspect
 import io
+import json
 import pkgutil
 import re
+import subprocess
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from utils.exceptions import DataError, Problem
 
 # they open windows or browsers, print when imported, or are tests and demos; setuptools may replace distutils
 SKIPPED_MODULES = frozenset(
@@ -49,8 +56,9 @@ def python_documents(modules: Sequence[str]) -> Iterator[dict[str, str]]:
 
     Each name stands for the module and its public submodules; `module` is the top-level name. A module that cannot be
     imported is left out, and a docstring that was already seen is left out.
+    Raises DataError if the child process fails.
     """
-    for entry in _entries(modules):
+    for entry in _entries(tuple(modules)):
         text = f"{entry['id']}{entry['signature']}\n\n{entry['doc']}\n"
         yield {"id": entry["id"], "module": entry["module"], "text": text}
 
@@ -60,8 +68,9 @@ def python_qa(modules: Sequence[str]) -> list[dict[str, Any]]:
 
     `document` is the top-level module. The choices are the answer and 3 answers of the same module, or None where the
     module has fewer than 4. A sentence that describes two objects is left out: no model could know which was meant.
+    Raises DataError if the child process fails.
     """
-    answers = [(entry, _summary(entry["doc"])) for entry in _entries(modules)]
+    answers = [(entry, _summary(entry["doc"])) for entry in _entries(tuple(modules))]
     times = Counter(answer.casefold() for _, answer in answers if answer)
     kept = [(entry, answer) for entry, answer in answers if answer and times[answer.casefold()] == 1]
     per_module: dict[str, list[str]] = {}
@@ -70,11 +79,34 @@ def python_qa(modules: Sequence[str]) -> list[dict[str, Any]]:
     return [_example(entry, answer, per_module[entry["module"]]) for entry, answer in kept]
 
 
-def _entries(modules: Sequence[str]) -> Iterator[dict[str, str]]:
+@functools.cache
+def _entries(modules: tuple[str, ...]) -> list[dict[str, str]]:
+    root = Path(__file__).resolve().parents[2]
+    code = f"import sys; sys.path.append({str(root)!r}); from utils.corpus import python_docs as p; p.print_entries()"
+    # -I and -S: no environment variables, no site-packages, none of their .pth files
+    command = [sys.executable, "-I", "-S", "-c", code, *modules]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        fix = "run this command to see why, or name fewer modules"
+        what = f"the documentation of this Python cannot be read: exit code {done.returncode}"
+        raise DataError(Problem(what, done.stderr[-500:], fix))
+    return json.loads(done.stdout.rpartition("\n")[2])
+
+
+def print_entries() -> None:
+    """What the child process does: print the entries of the modules in `sys.argv` as one line of JSON."""
+    line = json.dumps(list(_collect(sys.argv[1:])))
+    # on a line of its own: a C module may have printed something before
+    sys.stdout.write(f"\n{line}")
+
+
+def _collect(names: Sequence[str]) -> Iterator[dict[str, str]]:
     seen_docs: set[str] = set()
     seen_ids: set[str] = set()  # unittest.main is a class and a submodule
-    for name in modules:
-        for module in _import_with_submodules(name):
+    # all imports before the first look: importing a submodule changes what its parent holds
+    imported = [(name, list(_import_with_submodules(name))) for name in names]
+    for name, modules in imported:
+        for module in modules:
             for identity, value in _public_objects(module):
                 whole = _own_doc(value)
                 signature, doc = _signature_and_rest(identity, value, whole)
@@ -143,7 +175,7 @@ def _own_doc(value: object) -> str:
 def _signature_and_rest(identity: str, value: object, doc: str) -> tuple[str, str]:
     repeated, doc = _split_repeated_signature(identity.rpartition(".")[2], doc)
     signature = "" if isinstance(value, (ModuleType, property)) else _signature(value) or repeated
-    return _ADDRESS.sub("", signature if len(signature) <= SIGNATURE_CHARACTERS else ""), _ADDRESS.sub("", doc)
+    return _ADDRESS.sub("", signature if len(signature) <= SIGNATURE_CHARACTERS else ""), doc
 
 
 def _split_repeated_signature(name: str, doc: str) -> tuple[str, str]:

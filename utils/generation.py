@@ -1,0 +1,94 @@
+"""Answers: one, streamed; many, batched. What a model prints is made harmless for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from config import InferenceSection
+from utils import chat
+from utils.losses import autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def printable(text: str) -> str:
+    """Text without control characters but newline and tab: escape sequences from a model never reach a terminal."""
+    return "".join(
+        c if c in "\n\t" or (c.isprintable() and c not in "\u202a\u202b\u202d\u202e") else "\ufffd" for c in text
+    )
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stream: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The model's text for each prompt (token ids), its reasoning included; left-padded as one batch.
+
+    `stream`, for a single prompt, receives the text as it is made.
+    """
+    from transformers import TextStreamer
+
+    device = next(model.parameters()).device
+    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if stream is not None:
+                stream(printable(text))
+
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream and len(prompts) == 1 else None
+    with torch.no_grad(), autocast(model, device):
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=int(tokenizer.eos_token_id),
+            streamer=streamer,
+            **sampling,
+        )
+    return [printable(tokenizer.decode(row[length:], skip_special_tokens=True)) for row in made]
+
+
+def answer_all(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict[str, Any]],
+    system_prompt: str,
+    settings: InferenceSection,
+    on_done: Callable[[int], None] = lambda count: None,
+    batch_size: int = 8,
+) -> list[str]:
+    """Answers to many examples in their order, prompts of similar length together."""
+    prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, str] = {}
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size]
+        texts = answer(
+            model,
+            tokenizer,
+            [prompts[i] for i in rows],
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+        answers.update(zip(rows, texts, strict=True))
+        on_done(len(rows))
+    return [answers[i] for i in range(len(prompts))]
