@@ -53,7 +53,7 @@ class DataSection(Section):
     """What the adapters are trained and judged on."""
 
     corpus: tuple[str, ...] = ("python_docs",)
-    """Unlabelled documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, python_docs, or none."""
+    """Documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, python_docs, or none."""
     corpus_heldout: tuple[str, ...] = ()
     """Documents for perplexity, outside the corpus; when empty a share of the corpus is held out by document."""
     corpus_revision: str = ""
@@ -63,7 +63,7 @@ class DataSection(Section):
     max_documents: NonNegative = 0
     """Use only this many documents of the corpus, chosen by hash of their id; 0 uses all."""
     task: str = "python_docs"
-    """Labelled pairs: jsonl, csv, parquet, a hub id, python_docs, or none; split by document unless dev/test are given."""
+    """Labelled pairs: jsonl, csv, parquet, a hub id, python_docs, or none; split unless dev/test are given."""
     task_dev: str = ""
     """Labelled pairs for choosing (checkpoints, weights)."""
     task_test: str = ""
@@ -110,7 +110,7 @@ class TrainSection(Section):
     """Length of a packed row (domain) and longest prompt plus answer (task), in tokens."""
     batch_tokens: Positive = 2048
     """Tokens per optimiser step over all processes, padding included."""
-    micro_batch_tokens: Positive = 1024
+    micro_batch_tokens: Positive = 2048
     """Tokens per forward pass on one process; gradients accumulate up to batch_tokens."""
     warmup_share: Share = 0.05
     """Share of the steps with linearly growing learning rate."""
@@ -145,7 +145,8 @@ class TaskSection(Section):
     on: Literal["domain", "base"] = "domain"
     """What the task adapter is trained on: the frozen domain adapter (stacked), or the base (independent)."""
     lora: LoraSection = LoraSection()
-    train: TrainSection = TrainSection(epochs=2)
+    # small steps: a few hundred short pairs would make only a dozen steps of the domain's size
+    train: TrainSection = TrainSection(epochs=2, batch_tokens=768, micro_batch_tokens=768)
     system_prompt: str = "You answer questions briefly and correctly."
     """System message of every prompt, the same in training, evaluation and inference; recorded with the adapter."""
     max_unusable_share: Share = 0.05
@@ -305,7 +306,7 @@ def _data_problems(data: DataSection) -> list[str]:
         problems.append("data.corpus is empty: name at least one file, folder or dataset")
     if data.dev_share + data.test_share >= 1:
         problems.append(
-            f"data.dev_share + data.test_share = {data.dev_share + data.test_share:g}: leave some to train on"
+            f"data.dev_share + data.test_share = {data.dev_share + data.test_share:g}: leave some for training"
         )
     for field in ("corpus_revision", "task_revision"):
         value = getattr(data, field)
@@ -315,7 +316,7 @@ def _data_problems(data: DataSection) -> list[str]:
         problems.append("data.corpus python_docs stands alone and brings its own held-out documents")
     if (data.task == "python_docs") != ("python_docs" in data.corpus) and "none" not in (data.task, *data.corpus):
         problems.append(
-            f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: the built-in python_docs go together; "
+            f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: python_docs go together; "
             "give your own --data.task FILE (or none) with your own --data.corpus PATH (or none)"
         )
     if data.task == "none" and data.corpus == ("none",):

@@ -1,8 +1,8 @@
 """The proof: base, domain, task and composed on held-out data, side by side, with paired intervals.
 
-The task cell is always an adapter trained on the base with the same data and settings (--task.on base), whatever the
-composed model's task adapter was trained on. Reads the newest task run, the runs it belongs to and its test data;
-writes models/evaluation/<run>/ with results.json and the scores of every item. Interrupted, it goes on at the next cell.
+The task cell is always an adapter trained on the base with the same data and settings (--task.on base), whatever
+the composed model's task adapter was trained on. Reads the newest task run, the runs it belongs to and its test data;
+writes models/evaluation/<run>/ with results.json and every item's scores. Interrupted, it goes on at the next cell.
 
     python scripts/evaluate.py
 """
@@ -51,10 +51,11 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    name = config.run.name or config.preset + "-<fingerprint>"
     return [
         f"load {config.base.source} once and attach the newest domain, task and base-trained task adapters",
         "score base, domain, task and composed on the test pairs and the held-out documents",
-        f"write {config.run.models_dir / 'evaluation'}/{config.run.name or config.preset + '-<fingerprint>'}/results.json",
+        f"write {config.run.models_dir / 'evaluation' / name}/results.json",
     ]
 
 

@@ -44,7 +44,7 @@ def main(config: Config) -> dict[str, Any]:
     tokenizer = base_model.load_tokenizer(base.directory)
     model = base_model.load_model(base, config.base)
     if factors:
-        model = adapters.add(model, "composed", factors, base)
+        model = adapters.add(model, "composed", factors)
         model.eval()
     if examples:
         return _answer_file(config, model, tokenizer, examples, system_prompt, parents)
@@ -55,7 +55,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _chosen(config: Config, base: Any) -> tuple[Any, list[Any], str]:
-    """The composed factors (None for the bare base), the runs they come from, and the system prompt they were trained with."""
+    """The composed factors (None for the bare base), the runs they come from, and their system prompt."""
     from utils import stages
     from utils.logger import event, warning
 

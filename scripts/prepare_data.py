@@ -71,10 +71,11 @@ def summary(counts: dict[str, Any]) -> str:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    name = config.run.name or config.preset + "-<fingerprint>"
     return [
         f"read documents from {', '.join(config.data.corpus)} and labelled pairs from {config.data.task}",
-        f"split by document with seed {config.run.seed}, drop exact duplicates and leaks, tokenise for {config.base.source}",
-        f"write {config.run.data_dir / 'prepared'}/{config.run.name or config.preset + '-<fingerprint>'}/",
+        f"split by document with seed {config.run.seed}, drop duplicates and leaks, tokenise for {config.base.source}",
+        f"write {config.run.data_dir / 'prepared' / name}/",
     ]
 
 

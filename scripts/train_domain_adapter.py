@@ -38,7 +38,7 @@ def main(config: Config) -> dict[str, Any]:
         if (data.directory / "dev_documents").is_dir():
             dev = stages.dev_batches(PackedDocuments(source.documents("dev_documents"), settings, 0, pad), settings)
         model = base_model.load_model(base, config.base)
-        model = stages.new_adapter(model, "domain", config.domain.lora, base, seed)
+        model = stages.new_adapter(model, "domain", config.domain.lora, seed)
         return model, documents, dev, data.manifest["counts"].get("documents", {})
 
     return stages.train_adapter(config, "domain", base, identity, [data], build)

@@ -45,7 +45,7 @@ def main(config: Config) -> dict[str, Any]:
         model, frozen = base_model.load_model(base, config.base), []
         if domain:
             model, frozen = adapters.add(model, "domain", adapters.load(domain.directory / "adapter")), ["domain"]
-        model = stages.new_adapter(model, "task", config.task.lora, base, seed, frozen)
+        model = stages.new_adapter(model, "task", config.task.lora, seed, frozen)
         facts = {
             "usable": report.usable,
             "answer_does_not_fit": report.answer_does_not_fit,
@@ -63,7 +63,7 @@ def plan(config: Config) -> list[str]:
     below = "the newest domain adapter, frozen" if config.task.on == "domain" else "the base model alone"
     return [
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
-        f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} on top of {below}, for {train.epochs} epochs, "
+        f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} on {below}, for {train.epochs} epochs, "
         f"answers only, at most {train.sequence_tokens} tokens a pair",
         f"write {config.run.models_dir / 'task'}/{config.run.name or config.preset + '-<fingerprint>'}/adapter",
     ]

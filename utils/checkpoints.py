@@ -69,7 +69,7 @@ def newest_valid(root: Path) -> Path | None:
 
 
 def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[Progressed, Tensors, Tensors]:
-    """State, current adapter and best adapter; the optimiser is restored in place."""
+    """State, current adapter and best adapter (empty before a dev loss); the optimiser is restored in place."""
     from safetensors.torch import load_file
 
     saved = files.read_json(directory / "state.json")
@@ -77,7 +77,8 @@ def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[Progressed,
     saved["dev_losses"] = [(int(step), float(loss)) for step, loss in saved["dev_losses"]]
     _restore_optimizer(optimizer, load_file(directory / "optimizer.safetensors"))
     adapter, best = [load_file(directory / f"{name}.safetensors") for name in ("adapter", "best")]
-    return Progressed(**saved), adapter, best
+    # before the first dev measurement there is no best: the file then repeats the adapter, which must not be published
+    return Progressed(**saved), adapter, best if saved["best_step"] else {}
 
 
 def discard(root: Path) -> None:

@@ -1,6 +1,6 @@
 """Prepared data: what `scripts/prepare_data.py` writes and every later stage reads.
 
-data/prepared/<run>/   corpus/  dev_documents/  heldout_documents/     Arrow: id, text, input_ids, num_tokens, utf8_bytes
+data/prepared/<run>/   corpus/  dev_documents/  heldout_documents/     Arrow: id, text, input_ids, num_tokens
                        task_train.jsonl  task_dev.jsonl  task_test.jsonl     the common format, one example a line
                        manifest.json                                         counts, what was dropped and why
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "dev", "test")
+Splits = dict[str, list[dict[str, Any]]]
 BUILT_IN = "python_docs"
 NONE = "none"
 
@@ -164,8 +165,8 @@ def _prepare_examples(
     return counts
 
 
-def _read_splits(data: DataSection, seed: int, cache: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """Train, dev and test from the person's files; what is missing is split off by document; leaks leave the training pairs."""
+def _read_splits(data: DataSection, seed: int, cache: Path) -> tuple[Splits, dict[str, Any]]:
+    """Train, dev and test from the person's files; what is missing is split off by document."""
 
     def read(source: str, split: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         examples, report = read_task_examples(

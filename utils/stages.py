@@ -115,7 +115,7 @@ def lineage(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
         if asked.digest != trained_on.digest:
             raise ArtefactError(
                 Problem(
-                    f"{task.directory} was trained on the domain adapter {trained_on.directory}, not on the one asked for",
+                    f"{task.directory} was trained on {trained_on.directory}, not on the domain adapter asked for",
                     str(asked.directory),
                     "leave out --domain_adapter, or train the task adapter on it",
                 )
@@ -166,6 +166,7 @@ def train_adapter(
     if not state.is_main_process:
         _train(config, stage, directory, build)
         state.wait_for_everyone()
+        state.destroy_process_group()
         return {}
     with files.locked(directory, "the run"), logger.to_file(directory / "run.log"):
         runs.start(directory, identity)
@@ -191,6 +192,7 @@ def train_adapter(
     )
     run = Run(directory, files.seal(directory, manifest))
     state.wait_for_everyone()
+    state.destroy_process_group()
     return _result(config, stage, run, reused=False)
 
 
@@ -210,16 +212,16 @@ def _train(
         accelerator=accelerator,
         what=f"{stage} adapter",
     )
-    accelerator.end_training()
+    # not end_training(): it also takes the process group down, and the processes still have to meet
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return model, outcome, data_facts
 
 
-def new_adapter(
-    model: Any, stage: str, lora: LoraSection, base: BaseModel, seed: int, frozen: list[str] | None = None
-) -> PeftModel:
+def new_adapter(model: Any, stage: str, lora: LoraSection, seed: int, frozen: list[str] | None = None) -> PeftModel:
     """The model with a fresh adapter `stage` active on top of frozen ones, and nothing else trainable."""
     torch.manual_seed(seed)
-    model = adapters.attach(model, stage, lora, base)
+    model = adapters.attach(model, stage, lora)
     adapters.activate(model, [*(frozen or []), stage], trainable=stage)
     return model
 
@@ -273,7 +275,8 @@ def _for_base(base: BaseModel) -> Callable[[Run], str]:
         found = run.manifest["base"]
         if found["digest"] == base.digest:
             return ""
-        return f"made for another base model ({found['source']}, digest {found['digest'][:12]}; this one is {base.digest[:12]})"
+        other, ours = found["digest"][:12], base.digest[:12]
+        return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
 
     return fits
 

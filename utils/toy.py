@@ -53,7 +53,7 @@ def tiny_tokenizer(vocabulary: int = 768) -> PreTrainedTokenizerFast:
 
 
 def tiny_minimax_m2(seed: int = 0, *, layers: int = 2) -> tuple[MiniMaxM2ForCausalLM, PreTrainedTokenizerFast]:
-    """MiniMax-M2's architecture: qk-norm over whole vectors, partial RoPE, sigmoid top-2 routing over 4 fused experts."""
+    """MiniMax-M2's architecture: whole-vector qk-norm, partial RoPE, sigmoid top-2 routing over 4 fused experts."""
     from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
     tokenizer = tiny_tokenizer()

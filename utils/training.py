@@ -230,7 +230,7 @@ def _one_step(
     accelerator: Accelerator,
     signalled: Callable[[], bool],
 ) -> tuple[float, float, bool]:
-    """One optimiser step over all processes: (mean loss per token, gradient norm, whether any process was signalled)."""
+    """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
     torch.manual_seed((seed * 1_000_003 + number) * 4096 + accelerator.process_index)
     labels = data.num_labels(epoch, step)
     mine = _share_of(step, accelerator.process_index, accelerator.num_processes)
@@ -318,7 +318,7 @@ def _from_main(accelerator: Accelerator, value: Any) -> Any:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean stop after the current step; a second SIGINT stops at once."""
+    """SIGTERM and SIGINT ask for a checkpoint and a stop after the current step; a second SIGINT stops at once."""
     received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:

@@ -51,7 +51,7 @@ class TrainingData(Protocol):
     """What the training loop needs to know about data."""
 
     def steps(self, epoch: int) -> list[Step]:
-        """The optimiser steps of an epoch, each a list of micro-batches of row numbers; a pure function of the epoch."""
+        """The optimiser steps of an epoch, each a list of micro-batches of row numbers; the same at every call."""
 
     def batch(self, epoch: int, rows: MicroBatch) -> Batch:
         """The tensors of a micro-batch."""

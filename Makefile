@@ -1,0 +1,34 @@
+# Two commands set everything up from nothing:  make demo   and   make test
+# PYTHON is the interpreter that creates the virtual environment; everything after that runs inside it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
+READY  := $(VENV)/.ready
+
+.PHONY: demo test format clean-demo
+.DELETE_ON_ERROR:
+
+$(READY): requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Every step finds what an earlier, interrupted run of it finished, so `make demo` again goes on from there.
+demo: $(READY)
+	$(BIN)/python scripts/prepare_data.py
+	$(LAUNCH) scripts/train_domain_adapter.py
+	$(LAUNCH) scripts/train_task_adapter.py
+	@echo; echo "The control: the same task adapter trained on the base, without the domain. It is the fair baseline."
+	$(LAUNCH) scripts/train_task_adapter.py --task.on base
+	$(BIN)/python scripts/evaluate.py
+	$(BIN)/python scripts/inference.py --prompt "What does \`shlex.quote\` do?"
+
+test: $(READY)
+	$(BIN)/python -m black --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m unittest discover tests
+
+format: $(READY)
+	$(BIN)/python -m black .
+	$(BIN)/python -m ruff check --fix .

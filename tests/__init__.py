@@ -1,0 +1,1 @@
+"""Tests, one flat folder: `python -m unittest discover tests`."""

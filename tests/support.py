@@ -1,0 +1,258 @@
+"""What the tests share: scripts run as processes, workspaces of their own, toy models, random adapters.
+
+A script is run in one of two ways. `run_script` is `python scripts/NAME.py`, as a person types it. `forked` runs the
+same file as `__main__` in a process forked from a server that has imported torch and transformers already, which saves
+five seconds a call; it has its own pid, so it can be killed, and its exit code is real.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+# read when the libraries are imported, so they are set before; bit-for-bit claims are made for the CPU
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",
+    ACCELERATE_USE_CPU="true",
+    CUDA_VISIBLE_DEVICES="",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import torch  # noqa: E402
+
+from config import BaseModelSection  # noqa: E402
+from utils import base_model, toy  # noqa: E402
+from utils.base_model import BaseModel  # noqa: E402
+from utils.composition import ModuleFactors  # noqa: E402
+
+torch.set_num_threads(1)
+logging.getLogger("adapters").addHandler(logging.NullHandler())
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+PRESET = "tiny_minimax_m2"
+ARCHITECTURES = {"llama": toy.tiny_llama, "minimax_m2": toy.tiny_minimax_m2}
+PATIENCE = 120.0
+PRELOADED = [
+    "accelerate",
+    "datasets",
+    "peft.helpers",
+    "peft.tuners.lora",
+    "pydantic_settings",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.minimax_m2.modeling_minimax_m2",
+]
+Completed = subprocess.CompletedProcess
+
+
+class Script:
+    """A script that runs in a forked process."""
+
+    def __init__(self, name: str, *arguments: str, env: dict[str, str] | None = None):
+        self.command = [name, *map(str, arguments)]
+        self.out = Path(temporary_directory())
+        self.process = _server().Process(
+            target=_as_main, args=(self.command, clean_environment(env), str(self.out)), daemon=True
+        )
+        self.process.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.is_alive()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid or 0, number)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Poll until the condition holds, or the script has ended."""
+        end = time.monotonic() + PATIENCE
+        while self.is_running and not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"{self.command}: waited for too long")
+            time.sleep(0.005)
+
+    def wait(self) -> Completed[str]:
+        self.process.join(PATIENCE)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"{self.command} did not end")
+        texts = [(self.out / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self.command, self.process.exitcode or 0, *texts)
+
+
+def forked(name: str, *arguments: str, env: dict[str, str] | None = None) -> Completed[str]:
+    """Run `scripts/NAME.py` to its end in a forked process."""
+    return Script(name, *arguments, env=env).wait()
+
+
+def run_script(
+    name: str, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> Completed[str]:
+    """Run `python scripts/NAME.py` from the repository root in a fresh interpreter."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=cwd or ROOT,
+        env=clean_environment(env),
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=PATIENCE,
+    )
+
+
+def clean_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without settings of the pipeline or of a launcher."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("DTA_") and k not in launcher}
+    return kept | (extra or {})
+
+
+def last_json(completed: Completed[str]) -> dict[str, Any]:
+    """The last line of standard output, which is JSON when a script succeeds."""
+    if completed.returncode:
+        raise AssertionError(f"{completed.args} ended with {completed.returncode}:\n{completed.stderr[-3000:]}")
+    return json.loads(completed.stdout.strip().splitlines()[-1])
+
+
+class Workspace:
+    """A place with data/, models/, the toy base model and a small corpus, for scripts run on the toy preset."""
+
+    def __init__(self, documents: int = 24):
+        self.root = temporary_directory()
+        self.data, self.models = self.root / "data", self.root / "models"
+        shutil.copytree(_toy_models(), self.models)
+        self.corpus = self.root / "corpus.jsonl"
+        self.task = self.root / "pairs.jsonl"
+        write_jsonl(self.corpus, [{"id": f"d{i}", "text": document_text(i)} for i in range(documents)])
+        write_jsonl(self.task, [pair_row(i) for i in range(2 * documents)])
+
+    @property
+    def flags(self) -> list[str]:
+        """Preset and places: nothing is ever written outside the workspace."""
+        return ["--preset", PRESET, "--run.data_dir", str(self.data), "--run.models_dir", str(self.models)]
+
+    @property
+    def sources(self) -> list[str]:
+        return ["--data.corpus", str(self.corpus), "--data.task", str(self.task)]
+
+    def run(self, name: str, *arguments: str) -> Completed[str]:
+        return forked(name, *self.flags, *arguments)
+
+    def start(self, name: str, *arguments: str) -> Script:
+        return Script(name, *self.flags, *arguments)
+
+    def prepare(self) -> dict[str, Any]:
+        return last_json(self.run("prepare_data", *self.sources))
+
+
+def document_text(number: int) -> str:
+    """A document of its own length and words."""
+    return " ".join(f"Function f{number}_{word} returns {number * word} and raises {word}." for word in range(12))
+
+
+def pair_row(number: int) -> dict[str, Any]:
+    """A labelled pair with choices; two pairs are about one document."""
+    choices = [f"it returns {number}", f"it raises {number}", f"it prints {number}"]
+    return {
+        "id": f"q{number}",
+        "document": f"module{number // 2}",
+        "question": f"What does f{number} do?",
+        "answer": choices[number % 3],
+        "choices": choices,
+    }
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def saved_model(architecture: str, directory: Path | None = None, *, seed: int = 0) -> BaseModel:
+    """A toy saved as a local base model (`--base.source DIRECTORY`), and its identity."""
+    directory = directory or temporary_directory() / architecture
+    model, tokenizer = ARCHITECTURES[architecture](seed)
+    with base_model.quiet_transformers():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    return base_model.fetch(BaseModelSection(source=str(directory), dtype="float32"), directory.parent)
+
+
+def random_factors(
+    model: torch.nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int, size: float = 0.3
+) -> dict[str, ModuleFactors]:
+    """Factors for every linear module with one of these leaf names; B is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in targets:
+            a_rI = torch.randn(rank, module.in_features, generator=generator) * size
+            b_Or = torch.randn(module.out_features, rank, generator=generator) * size
+            found[name] = ModuleFactors(a_rI, b_Or, alpha / rank)
+    return found
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference as a share of the largest expected value."""
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
+
+
+def temporary_directory() -> Path:
+    """A new directory that goes away with this process."""
+    return Path(tempfile.mkdtemp(dir=_scratch()))
+
+
+@functools.cache
+def _scratch() -> str:
+    directory = tempfile.mkdtemp(prefix="adapter-tests-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+@functools.cache
+def _toy_models() -> Path:
+    models = temporary_directory() / "models"
+    section = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
+    base_model.fetch(section, models)
+    return models
+
+
+@functools.cache
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _as_main(command: list[str], environment: dict[str, str], out: str) -> None:
+    """In the forked process: what `python scripts/NAME.py ARGUMENTS` does, its output in files."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        handle = os.open(os.path.join(out, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    script = ROOT / "scripts" / f"{command[0]}.py"
+    sys.argv = [str(script), *command[1:]]
+    runpy.run_path(str(script), run_name="__main__")
