@@ -29,7 +29,9 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 class Section(BaseModel):
     """Frozen, strict about names, documented by the sentence under each field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class BaseModelSection(Section):
@@ -214,18 +216,18 @@ class BenchmarkSection(Section):
 
     suite: tuple[Literal["inference", "training", "data"], ...] = ("inference",)
     """inference: base, two active, composed, merged; training: our loop against TRL; data: 0.1 to 1 GB of text."""
-    prompt_tokens: tuple[int, ...] = (32, 256)
+    prompt_tokens: tuple[Positive, ...] = (32, 256)
     """Prompt lengths."""
-    batch_sizes: tuple[int, ...] = (1, 4)
+    batch_sizes: tuple[Positive, ...] = (1, 4)
     """Batch sizes."""
-    new_tokens: Positive = 24
-    """Tokens generated per measurement."""
+    new_tokens: Annotated[int, Field(ge=2)] = 24
+    """Tokens generated per measurement, the first one by the prompt's forward pass."""
     repeats: Positive = 5
     """Counted repeats per cell, interleaved over the models, after one warm-up."""
     training_tokens: Positive = 16_384
-    """Tokens of the stream that both training loops consume."""
-    corpus_megabytes: tuple[int, ...] = (100, 300, 1000)
-    """Corpus sizes of the data suite."""
+    """Tokens that each training loop consumes; its first step of domain.train.batch_tokens is a warm-up."""
+    corpus_megabytes: tuple[Positive, ...] = (100, 300, 1000)
+    """Corpus sizes of the data suite; the largest needs up to 13 times its size on the disk of TMPDIR."""
 
 
 class RunSection(Section):
@@ -233,7 +235,7 @@ class RunSection(Section):
 
     name: str = ""
     """Name of the run's directory; empty derives it from preset and settings, so the same command resumes."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initialisation, data order and dropout."""
     data_dir: Path = Path("data")
     """Root of prepared data."""

@@ -25,7 +25,7 @@ SECTIONS = ("inference", "compose", "inputs", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Compose, then merge or answer."""
-    from utils import adapters, base_model, merging, stages
+    from utils import base_model, frozen_lora, merging, stages
     from utils.exceptions import ConfigError, Problem
 
     wanted = config.inference
@@ -44,8 +44,7 @@ def main(config: Config) -> dict[str, Any]:
     tokenizer = base_model.load_tokenizer(base.directory)
     model = base_model.load_model(base, config.base)
     if factors:
-        model = adapters.add(model, "composed", factors)
-        model.eval()
+        model = frozen_lora.put_on(model, factors)
     if examples:
         return _answer_file(config, model, tokenizer, examples, system_prompt, parents)
     answer = _streaming(config, model, tokenizer, system_prompt)

@@ -1,4 +1,4 @@
-"""Adapters on toy Llama and MiniMax-M2: composed, stacked and merged are one model; what cannot be trusted is refused."""
+"""Adapters on toy Llama and MiniMax-M2: composed, stacked and merged are one model; damaged ones are refused."""
 
 from __future__ import annotations
 

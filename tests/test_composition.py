@@ -1,4 +1,4 @@
-"""The weighted sum of adapters is the weighted sum of their dense updates: every claim is checked against that formula."""
+"""The weighted sum of adapters is the weighted sum of their dense updates: claims are checked against that formula."""
 
 from __future__ import annotations
 
@@ -104,9 +104,7 @@ class WeightedSum(unittest.TestCase):
                 self.assertLess(relative(delta(found[module]), delta(expected[module])), 1e-5)
 
     def test_bfloat16_factors_are_summed_in_float32(self) -> None:
-        half = {
-            m: ModuleFactors(f.a_rI.bfloat16(), f.b_Or.bfloat16(), f.scale) for m, f in adapter(2, 8, 0).items()
-        }
+        half = {m: ModuleFactors(f.a_rI.bfloat16(), f.b_Or.bfloat16(), f.scale) for m, f in adapter(2, 8, 0).items()}
         for module, f in weighted_sum([half], [1 / 3]).items():
             self.assertEqual((f.a_rI.dtype, f.b_Or.dtype), (torch.float32, torch.float32))
             self.assertLess(relative(delta(f).double(), dense([half], [1 / 3], module)), 1e-6)
@@ -115,7 +113,9 @@ class WeightedSum(unittest.TestCase):
         part = adapter(2, 8, 0)
         before = {m: (f.a_rI.clone(), f.b_Or.clone()) for m, f in part.items()}
         weighted_sum([part, part], [3.0, -2.0])["q_proj"].a_rI.zero_()
-        self.assertTrue(all(torch.equal(part[m].a_rI, a) and torch.equal(part[m].b_Or, b) for m, (a, b) in before.items()))
+        self.assertTrue(
+            all(torch.equal(part[m].a_rI, a) and torch.equal(part[m].b_Or, b) for m, (a, b) in before.items())
+        )
 
     def test_numbers_of_adapters_and_weights_must_agree(self) -> None:
         with self.assertRaisesRegex(ValueError, "1 adapters but 2 weights"):

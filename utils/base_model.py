@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +81,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer with an end-of-turn token; padding is by position here, so its pad token does not matter."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    with _readable(directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     problems = []
     if tokenizer.eos_token_id is None:
         problems.append(Problem(f"the tokenizer in {directory} has no eos token", fix="set eos_token in its config"))
@@ -94,7 +97,8 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
     """The frozen base model on this process's device, in eval mode. `dtype` overrides the section's."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
+    with _readable(base.directory):
+        model_config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
     extra: dict[str, Any] = {}
     quantisation = getattr(model_config, "quantization_config", None)
     if quantisation and _field(quantisation, "quant_method") == "fp8":
@@ -106,7 +110,7 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
         from transformers import MiniMaxM2ForCausalLM
 
         MiniMaxM2ForCausalLM._keep_in_fp32_modules_strict = FLOAT32_ROUTER
-    with quiet_transformers():
+    with quiet_transformers(), _readable(base.directory):
         model = AutoModelForCausalLM.from_pretrained(
             base.directory,
             dtype=dtype or compute_dtype(section.dtype),
@@ -138,6 +142,23 @@ def compute_dtype(name: str) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """A damaged or foreign model directory is an artefact error, whichever library notices."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtefactError(
+            Problem(
+                f"the model in {directory} cannot be loaded: {reason}",
+                fix="mend what the reason names, or restore the files",
+            )
+        ) from error
 
 
 class quiet_transformers:

@@ -36,15 +36,20 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], s
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, reasoning: str | None = None) -> list[int]:
     """Token ids that the model should produce after the prompt, the end-of-turn token last."""
-    text = f"{reasoning or ''}\n{THINK_END}\n\n{answer}" if opens_thinking(tokenizer) else answer
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+    # the closing and the answer are tokenised apart: together their white space could merge over the border
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return [*_closing_ids(tokenizer, reasoning), *ids, int(tokenizer.eos_token_id)]
 
 
 def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> int:
     """How many of `answer_ids` precede the answer itself (the closing of the think block)."""
+    return len(_closing_ids(tokenizer, reasoning))
+
+
+def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> list[int]:
     if not opens_thinking(tokenizer):
-        return 0
-    return len(tokenizer(f"{reasoning or ''}\n{THINK_END}\n\n", add_special_tokens=False)["input_ids"])
+        return []
+    return list(tokenizer(f"{reasoning or ''}\n{THINK_END}\n\n", add_special_tokens=False)["input_ids"])
 
 
 def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:

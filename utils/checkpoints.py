@@ -77,7 +77,7 @@ def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[Progressed,
     saved["dev_losses"] = [(int(step), float(loss)) for step, loss in saved["dev_losses"]]
     _restore_optimizer(optimizer, load_file(directory / "optimizer.safetensors"))
     adapter, best = [load_file(directory / f"{name}.safetensors") for name in ("adapter", "best")]
-    # before the first dev measurement there is no best: the file then repeats the adapter, which must not be published
+    # without a dev measurement yet there is no best, and nothing may be published as if there were
     return Progressed(**saved), adapter, best if saved["best_step"] else {}
 
 

@@ -182,9 +182,17 @@ def _spelled_out(path: str, values: list[str]) -> str:
 def _parsed(arguments: list[str]) -> dict[str, Any]:
     """Nested values of `--path=value` arguments, not yet validated."""
     try:
-        source = CliSettingsSource(_command_line(), cli_parse_args=arguments, cli_exit_on_error=False)
+        # no text stands for None here, or the prompt `null` would be no prompt
+        source = CliSettingsSource(
+            _command_line(), cli_parse_args=arguments, cli_exit_on_error=False, cli_parse_none_str="\0"
+        )
         return {key: value for key, value in source().items() if value is not None}
     except SettingsError as error:
+        if len(arguments) == 1:
+            flag, _, value = arguments[0].partition("=")
+            raise ConfigError(Problem(f"{flag}: the value cannot be read", value, "see --help")) from error
+        for argument in arguments:  # the library names the section only: one at a time, the culprit names itself
+            _parsed([argument])
         raise ConfigError(Problem(str(error).splitlines()[-1], fix="see --help")) from error
 
 

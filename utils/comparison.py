@@ -128,6 +128,8 @@ def contrast(ours: Sequence[ItemScore], others: Sequence[ItemScore], resamples: 
 
 def finding(contrasts: dict[str, dict[str, Any]]) -> str:
     """One honest sentence about composed against the others, on answer NLL."""
+    if not contrasts:
+        return "nothing is composed without a domain adapter: `accelerate launch scripts/train_domain_adapter.py`"
     if "composed - task" not in contrasts:
         return "no fair baseline: train it with `accelerate launch scripts/train_task_adapter.py --task.on base`"
     better = [name.removeprefix("composed - ") for name, c in contrasts.items() if c["high"] < 0]

@@ -244,7 +244,7 @@ def _contents(value: str | Sequence[str], seed: int) -> Any:
     """What identifies the contents of sources: digests of local files and of Python's documentation."""
     found = []
     for source in [value] if isinstance(value, str) else value:
-        path = Path(source)
+        path = Path(source).expanduser()
         if source == BUILT_IN:
             # not the version alone: what a Python documents depends on its platform and on how it was built
             found.append({"python": sys.version.split()[0], "sha256": files.fingerprint(python_demo(seed).documents)})

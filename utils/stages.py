@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import Config, LoraSection, TrainSection
-from utils import adapters, base_model, checkpoints, files, logger, prepared, runs, training
+from utils import adapters, base_model, cards, checkpoints, files, logger, prepared, runs, training
 from utils.base_model import BaseModel
 from utils.composition import ModuleFactors, relative_error, weighted_sum, zero_modules
 from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem, VerificationError
@@ -107,6 +107,8 @@ def lineage(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
     task = task_run(config, base)
     trained_on = parent_of(task, "domain", config.run.models_dir)
     if trained_on is None:
+        if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
+            return domain_run(config, base), task
         with suppress(ArtefactError):
             return domain_run(config, base), task
         return None, task
@@ -176,6 +178,7 @@ def train_adapter(
         if len(zero_modules(factors)) == len(factors):
             raise NonFiniteError(Problem(f"every B of the {stage} adapter is still zero after training"))
         adapters.save(directory / "adapter", factors, base, lora=getattr(config, stage).lora)
+        files.write_text(directory / "adapter" / "README.md", cards.adapter_card(stage, base, parents))
         files.write_json(directory / "config.json", config.model_dump(mode="json"))
         checkpoints.discard(directory / "checkpoints")
         logger.event(f"{stage} adapter saved", path=directory / "adapter", best_step=outcome.best_step)

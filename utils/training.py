@@ -14,8 +14,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class Outcome:
     seconds: float
     tokens_per_second: float
     best_step: int
-    best_dev_loss: float
+    best_dev_loss: float | None
     dev_losses: list[tuple[int, float]]
     peak_memory_bytes: int
     world_size: int
@@ -68,102 +68,17 @@ def train(
     Checkpoints go to `directory/checkpoints`, one line per step to `directory/metrics.jsonl`. Raises NonFiniteError
     (naming the batch), Interrupted after a signal (a checkpoint is written), DataError when there is nothing to train.
     """
-    parameters = adapters.trainable_parameters(model)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-    )
-    state, best = checkpoints.Progressed(), {}
-    checkpoint_root = directory / "checkpoints"
-    newest = checkpoints.newest_valid(checkpoint_root) if accelerator.is_main_process else None
-    newest = _from_main(accelerator, newest)
-    if newest is not None:
-        state, current, best = checkpoints.load(newest, optimizer)
-        _copy_into(parameters, current)
-        event(f"{what}: resumed", step=state.step, checkpoint=newest)
-    if settings.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    loss_module, optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
     total = sum(len(data.steps(epoch)) for epoch in range(settings.epochs))
     total = min(total, settings.max_steps or total)
     if not total:
         raise DataError(Problem(f"{what}: there is nothing to train on", fix="look at the prepared data's manifest"))
-    metrics = _Metrics(directory / METRICS, state.step, accelerator)
-
-    def save() -> None:
-        if accelerator.is_main_process:
-            kept = best or _copy_of(parameters)
-            checkpoints.save(
-                checkpoint_root, state, _copy_of(parameters), kept, optimizer.optimizer, settings.keep_checkpoints
-            )
-        accelerator.wait_for_everyone()
-
-    with _signals() as signalled, Progress(what, total=total, unit="step", done=state.step) as bar:
-        for epoch, number, step, last_of_interval in _remaining(data, settings, state, total):
-            began = time.perf_counter()
-            rate = learning_rate(state.step, total, settings)
-            loss, norm, stop = _one_step(
-                loss_module,
-                optimizer,
-                parameters,
-                data,
-                epoch,
-                step,
-                state.step,
-                rate,
-                settings,
-                seed,
-                accelerator,
-                signalled,
-            )
-            state.step += 1
-            state.epoch, state.step_in_epoch = epoch, number + 1
-            labels = data.num_labels(epoch, step)
-            state.trained_tokens += labels
-            seconds = time.perf_counter() - began
-            state.seconds += seconds
-            metrics.write(
-                step=state.step,
-                epoch=epoch,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm,
-                tokens_per_second=labels / seconds,
-            )
-            bar.advance(1, loss=loss, tokens_per_second=round(labels / seconds))
-            if last_of_interval and dev:
-                began = time.perf_counter()
-                dev_loss = mean_loss(loss_module, dev, accelerator)
-                state.dev_losses.append((state.step, dev_loss))
-                metrics.write(step=state.step, epoch=epoch, dev_loss=dev_loss)
-                event(f"{what}: dev", step=state.step, loss=dev_loss, perplexity=math.exp(min(dev_loss, 50)))
-                if dev_loss < state.best_dev_loss:
-                    state.best_dev_loss, state.best_step, best = dev_loss, state.step, _copy_of(parameters)
-                state.seconds += time.perf_counter() - began
-            if stop:
-                save()
-                raise Interrupted(
-                    Problem(f"{what}: stopped at step {state.step} of {total}", fix="run the same command again")
-                )
-            if state.step % settings.save_every_steps == 0 and state.step < total:
-                save()
-    if best:
-        _copy_into(parameters, best)
-    else:
-        state.best_step = state.step
-    model.eval()
-    return Outcome(
-        steps=state.step,
-        trained_tokens=state.trained_tokens,
-        seconds=round(state.seconds, 2),
-        tokens_per_second=round(state.trained_tokens / max(state.seconds, 1e-9), 1),
-        best_step=state.best_step,
-        best_dev_loss=state.best_dev_loss,
-        dev_losses=state.dev_losses,
-        peak_memory_bytes=peak_memory_bytes(),
-        world_size=accelerator.num_processes,
-    )
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loop = _Loop(model, data, dev, settings, total, seed, directory, accelerator, what)
+    loop.resume()
+    loop.run()
+    return loop.finish()
 
 
 def learning_rate(step: int, total: int, settings: TrainSection) -> float:
@@ -199,65 +114,158 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def _remaining(
-    data: TrainingData, settings: TrainSection, state: checkpoints.Progressed, total: int
-) -> Iterator[tuple[int, int, Step, bool]]:
-    """(epoch, step in epoch, step, whether dev is measured after it) from where the run stands to its end."""
-    done = state.step
-    for epoch in range(state.epoch, settings.epochs):
-        steps = data.steps(epoch)
-        interval = math.ceil(len(steps) / settings.evals_per_epoch)
-        first = state.step_in_epoch if epoch == state.epoch else 0
-        for number in range(first, len(steps)):
-            if done >= total:
-                return
-            done += 1
-            ends_interval = (number + 1) % interval == 0 or number + 1 == len(steps) or done == total
-            yield epoch, number, steps[number], ends_interval
+class _Loop:
+    """The state of one training run and what happens to it, step by step."""
 
+    def __init__(
+        self,
+        model: PeftModel,
+        data: TrainingData,
+        dev: list[Batch],
+        settings: TrainSection,
+        total: int,
+        seed: int,
+        directory: Path,
+        accelerator: Accelerator,
+        what: str,
+    ):
+        self.model, self.data, self.dev, self.settings = model.train(), data, dev, settings
+        self.total, self.seed, self.accelerator, self.what = total, seed, accelerator, what
+        self.parameters = adapters.trainable_parameters(model)
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+        )
+        self.loss_module, self.optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
+        self.state = checkpoints.Progressed()
+        self.best: checkpoints.Tensors = {}
+        self.checkpoints = directory / "checkpoints"
+        self.metrics_path = directory / METRICS
 
-def _one_step(
-    loss_module: torch.nn.Module,
-    optimizer: Any,
-    parameters: dict[str, torch.nn.Parameter],
-    data: TrainingData,
-    epoch: int,
-    step: Step,
-    number: int,
-    rate: float,
-    settings: TrainSection,
-    seed: int,
-    accelerator: Accelerator,
-    signalled: Callable[[], bool],
-) -> tuple[float, float, bool]:
-    """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
-    torch.manual_seed((seed * 1_000_003 + number) * 4096 + accelerator.process_index)
-    labels = data.num_labels(epoch, step)
-    mine = _share_of(step, accelerator.process_index, accelerator.num_processes)
-    total = torch.zeros(2, dtype=torch.float64)
-    for at, (rows, counted) in enumerate(mine):
-        batch = data.batch(epoch, rows)
-        if not counted:  # keeps the number of backward passes equal on every process
-            batch = Batch(batch.input_ids_BT, batch.position_ids_BT, torch.full_like(batch.labels_BT, IGNORED), ())
-        with _synchronise(accelerator, loss_module, last=at + 1 == len(mine)):
-            loss = _loss(loss_module, batch, accelerator.device)
-            if not torch.isfinite(loss):
-                raise NonFiniteError(_non_finite("loss", number, batch))
-            # distributed wrappers average gradients over processes; the step's loss is a sum over all of them
-            accelerator.backward(loss * (accelerator.num_processes / max(1, labels)))
-        total[0] += float(loss.detach())
-    total[1] = float(signalled())
-    total = accelerator.reduce(total.to(accelerator.device), "sum")
-    norm = float(accelerator.clip_grad_norm_(parameters.values(), settings.max_grad_norm))
-    if not math.isfinite(norm):
-        raise NonFiniteError(_non_finite("gradient norm", number, batch))
-    if number == 0:
-        _check_gradients(parameters)
-    for parameter_group in optimizer.param_groups:
-        parameter_group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(total[0]) / max(1, labels), norm, bool(total[1])
+    def resume(self) -> None:
+        """Go back to the newest valid checkpoint, the same one on every process."""
+        newest = checkpoints.newest_valid(self.checkpoints) if self.accelerator.is_main_process else None
+        newest = _from_main(self.accelerator, newest)
+        if newest is not None:
+            self.state, current, self.best = checkpoints.load(newest, self.optimizer.optimizer)
+            _copy_into(self.parameters, current)
+            event(f"{self.what}: resumed", step=self.state.step, checkpoint=newest)
+        self.metrics = _Metrics(self.metrics_path, self.state.step, self.accelerator)
+
+    def run(self) -> None:
+        """Every step that is left."""
+        state = self.state
+        with (
+            _signals() as signalled,
+            Progress(self.what, total=self.total, unit="step", done=state.step) as bar,
+        ):
+            for epoch, number, step, measures_dev in self._remaining():
+                began = time.perf_counter()
+                loss, norm, stop = self._step(epoch, step, signalled)
+                state.step, state.epoch, state.step_in_epoch = state.step + 1, epoch, number + 1
+                labels, seconds = self.data.num_labels(epoch, step), time.perf_counter() - began
+                state.trained_tokens += labels
+                rate = round(labels / seconds, 1)
+                self.metrics.write(
+                    step=state.step,
+                    epoch=epoch,
+                    loss=loss,
+                    learning_rate=self.optimizer.param_groups[0]["lr"],
+                    grad_norm=norm,
+                    tokens_per_second=rate,
+                )
+                bar.advance(1, loss=loss, tokens_per_second=rate)
+                if measures_dev and self.dev:
+                    self._measure_dev(epoch)
+                state.seconds += time.perf_counter() - began
+                if stop:
+                    self._save()
+                    where = f"{self.what}: stopped at step {state.step} of {self.total}"
+                    raise Interrupted(Problem(where, fix="run the same command again"))
+                if state.step % self.settings.save_every_steps == 0 and state.step < self.total:
+                    self._save()
+
+    def finish(self) -> Outcome:
+        """Put the best state on dev back on the model."""
+        state = self.state
+        if self.best:
+            _copy_into(self.parameters, self.best)
+        else:
+            state.best_step = state.step
+        self.model.eval()
+        return Outcome(
+            steps=state.step,
+            trained_tokens=state.trained_tokens,
+            seconds=round(state.seconds, 2),
+            tokens_per_second=round(state.trained_tokens / max(state.seconds, 1e-9), 1),
+            best_step=state.best_step,
+            best_dev_loss=state.best_dev_loss if self.best else None,
+            dev_losses=state.dev_losses,
+            peak_memory_bytes=peak_memory_bytes(),
+            world_size=self.accelerator.num_processes,
+        )
+
+    def _remaining(self) -> Iterator[tuple[int, int, Step, bool]]:
+        """(epoch, step in epoch, step, whether dev is measured after it) from where the run stands to its end."""
+        done, first_epoch, first_step = self.state.step, self.state.epoch, self.state.step_in_epoch
+        for epoch in range(first_epoch, self.settings.epochs):
+            steps = self.data.steps(epoch)
+            interval = math.ceil(len(steps) / self.settings.evals_per_epoch)
+            for number in range(first_step if epoch == first_epoch else 0, len(steps)):
+                if done >= self.total:
+                    return
+                done += 1
+                ends = (number + 1) % interval == 0 or number + 1 == len(steps) or done == self.total
+                yield epoch, number, steps[number], ends
+
+    def _step(self, epoch: int, step: Step, signalled: Callable[[], bool]) -> tuple[float, float, bool]:
+        """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
+        accelerator, number = self.accelerator, self.state.step
+        torch.manual_seed((self.seed * 1_000_003 + number) * 4096 + accelerator.process_index)
+        labels = max(1, self.data.num_labels(epoch, step))
+        sums = torch.zeros(2, dtype=torch.float64)
+        mine = _share_of(step, accelerator.process_index, accelerator.num_processes)
+        for at, (rows, counts) in enumerate(mine):
+            batch = self.data.batch(epoch, rows)
+            if not counts:  # keeps the number of backward passes equal on every process
+                batch = replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORED))
+            with nullcontext() if at + 1 == len(mine) else accelerator.no_sync(self.loss_module):
+                loss = _loss(self.loss_module, batch, accelerator.device)
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(_non_finite("loss", number, batch))
+                # distributed wrappers average gradients over processes; the step's loss is a sum over all of them
+                accelerator.backward(loss * (accelerator.num_processes / labels))
+            sums[0] += float(loss.detach())
+        sums[1] = float(signalled())
+        sums = accelerator.reduce(sums.to(accelerator.device), "sum")
+        norm = float(accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm))
+        if not math.isfinite(norm):
+            raise NonFiniteError(_non_finite("gradient norm", number, batch))
+        if number == 0:
+            _check_gradients(self.parameters)
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = learning_rate(number, self.total, self.settings)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(sums[0]) / labels, norm, bool(sums[1])
+
+    def _measure_dev(self, epoch: int) -> None:
+        state = self.state
+        loss = mean_loss(self.loss_module, self.dev, self.accelerator)
+        state.dev_losses.append((state.step, loss))
+        self.metrics.write(step=state.step, epoch=epoch, dev_loss=loss)
+        event(f"{self.what}: dev", step=state.step, loss=loss, perplexity=math.exp(min(loss, 50)))
+        if loss < state.best_dev_loss:
+            state.best_dev_loss, state.best_step, self.best = loss, state.step, _copy_of(self.parameters)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            current = _copy_of(self.parameters)
+            optimizer, keep = self.optimizer.optimizer, self.settings.keep_checkpoints
+            checkpoints.save(self.checkpoints, self.state, current, self.best, optimizer, keep)
+        self.accelerator.wait_for_everyone()
 
 
 def _share_of(step: Step, process: int, processes: int) -> list[tuple[MicroBatch, bool]]:
@@ -265,12 +273,6 @@ def _share_of(step: Step, process: int, processes: int) -> list[tuple[MicroBatch
     mine = [(rows, True) for rows in step[process::processes]]
     missing = math.ceil(len(step) / processes) - len(mine)
     return mine + [(step[0], False)] * missing
-
-
-def _synchronise(accelerator: Accelerator, module: torch.nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-    from contextlib import nullcontext
-
-    return nullcontext() if last else accelerator.no_sync(module)
 
 
 def _loss(module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,125 @@
+"""Speed and memory: base, two active, composed and merged on the same prompts; our training loop; preparing data.
+
+Reads the newest task run and its domain run (random adapters of that shape when there are none); writes
+models/benchmark/<run>/ with results.json, summary.txt and a plot per suite. Interrupted, it goes on at the next suite.
+Measure on a machine that does nothing else: the ratios survive a loaded one, the times do not.
+
+    python scripts/benchmark.py --benchmark.suite inference,training,data
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import Config
+from utils import cli
+
+SECTIONS = ("benchmark", "compose", "domain", "inputs", "base", "run")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Find the adapters, run the suites that were asked for, write down, show."""
+    from utils import files, logger, runs, stages
+    from utils.benchmarks import inputs, report
+
+    base = stages.start(config)
+    pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None
+    identity = _identity(config, base, pair)
+    directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, config.preset, identity)
+    run = runs.open_run(directory, identity)
+    if run is None:
+        with files.locked(directory, "the benchmark"), logger.to_file(directory / "run.log"):
+            runs.start(directory, identity)
+            results = _measure(config, base, pair, directory)
+            files.write_json(directory / "results.json", results)
+            files.write_text(directory / "summary.txt", report.table(results) + "\n")
+            report.plot(results, directory)
+        parents = list(pair) if pair else []
+        manifest = runs.manifest(
+            "benchmark", identity, base=base.record(), parents=parents, measured=results["machine"]
+        )
+        files.seal(directory, manifest)
+    else:
+        logger.event("this benchmark is already complete; give it another --run.name to repeat it", path=directory)
+    results = files.read_json(directory / "results.json")
+    runs.mark_latest(config.run.models_dir, "benchmark", directory)
+    print(report.table(results))
+    return {"report": str(directory), "reused": run is not None, **report.headline(results)}
+
+
+def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
+    """What is measured and on what: another machine or torch gives another run."""
+    import torch
+
+    from utils import base_model
+
+    return {
+        "stage": "benchmark",
+        "base": base.digest,
+        "adapters": [run.digest for run in pair] if pair else None,
+        "weights": list(config.compose.weights),
+        "benchmark": config.benchmark.model_dump(mode="json"),
+        "domain": config.domain.model_dump(mode="json"),
+        "task_lora": config.task.lora.model_dump(mode="json"),
+        "dtype": str(base_model.compute_dtype(config.base.dtype)),
+        "attention": config.base.attention,
+        "device": base_model.device().type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seed": config.run.seed,
+    }
+
+
+def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str, Any]:
+    """Each suite's results, kept in a file of its own as soon as they are there."""
+    import os
+
+    import torch
+
+    from utils import base_model, files
+    from utils.benchmarks import data, inference, inputs, training
+
+    def load() -> list[float] | None:
+        return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+    on_gpu = base_model.device().type == "cuda"
+    machine: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
+    }
+    machine |= {"threads": torch.get_num_threads(), "load_before": load()}
+    wanted = config.benchmark
+    longest = max(wanted.prompt_tokens) * max(wanted.batch_sizes)
+    results: dict[str, Any] = {}
+    for suite in wanted.suite:
+        path = directory / f"suite_{suite}.json"
+        if not path.exists():
+            if suite == "inference":
+                found = inference.measure(config, base, pair, inputs.token_stream(config, base, longest))
+            elif suite == "training":
+                found = training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
+            else:
+                found = data.measure(config)
+            files.write_json(path, found)
+        results[suite] = files.read_json(path)
+    return {"machine": machine | {"load_after": load()}, **results}
+
+
+def plan(config: Config) -> list[str]:
+    """What --dry-run prints."""
+    wanted = config.benchmark
+    what = {
+        "inference": f"answer prompts of {wanted.prompt_tokens} tokens in batches of {wanted.batch_sizes} with base, "
+        f"two active, composed and merged, {wanted.repeats} times each in turn",
+        "training": f"train on {wanted.training_tokens:,} tokens with our loop, a plain one, and TRL if it is there",
+        "data": f"prepare synthetic corpora of {', '.join(map(str, wanted.corpus_megabytes))} MB and remove them",
+    }
+    target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
+    return [*(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
+
+
+if __name__ == "__main__":
+    cli.run(main, plan, sections=SECTIONS, description=__doc__)

@@ -1,0 +1,160 @@
+"""The benchmark: the lean composed model is exact, shares the base's weights, and the script measures a toy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection  # noqa: E402
+from utils import frozen_lora, toy  # noqa: E402
+from utils.benchmarks import data, inference, inputs, training  # noqa: E402
+from utils.composition import weighted_sum  # noqa: E402
+from utils.exceptions import ArtefactError  # noqa: E402
+
+EXACT = 1e-5
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def pair_for(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[dict, dict]:
+    """Two adapters of different rank and scale, strong enough to be seen."""
+    first = inputs.random_factors(model, LoraSection(rank=4, alpha=16, target_modules=targets), seed=1)
+    second = inputs.random_factors(model, LoraSection(rank=6, alpha=18, target_modules=targets[:2]), seed=2)
+    return inputs.weighted(first, 5.0), inputs.weighted(second, -3.0)
+
+
+class FrozenLora(unittest.TestCase):
+    def test_composed_and_merged_equal_two_active_adapters_in_float32(self) -> None:
+        for make, targets in ((toy.tiny_llama, ALL_LINEAR_LLAMA), (toy.tiny_minimax_m2, ATTENTION)):
+            model = make()[0].eval().requires_grad_(False)
+            pair = pair_for(model, targets)
+            models = inference.variants(model, pair, weighted_sum(pair, (1.0, 1.0)))
+            # one row, few rows, many rows: each takes its own way through the factors
+            for shape in ((1, 1), (2, 3), (3, 20)):
+                ids = torch.randint(0, 700, shape, generator=torch.Generator().manual_seed(3))
+                with torch.no_grad():
+                    logits = {name: one(input_ids=ids).logits for name, one in models.items()}
+                with self.subTest(make.__name__, shape=shape):
+                    self.assertLess(relative(logits["composed"], logits["two active"]), EXACT)
+                    self.assertLess(relative(logits["merged"], logits["two active"]), EXACT)
+                    self.assertGreater(relative(logits["base"], logits["two active"]), 1e-2)
+
+    def test_every_way_through_the_factors_rounds_like_bfloat16(self) -> None:
+        torch.manual_seed(0)
+        for bias in (False, True):
+            linear = torch.nn.Linear(48, 40, bias=bias).requires_grad_(False)
+            factors = inputs.random_factors(
+                torch.nn.ModuleDict({"q": linear}), LoraSection(rank=4, target_modules=("q",)), seed=1
+            )["q"]
+            strong = inputs.weighted({"q": factors}, 10.0)["q"]
+            exact = frozen_lora.FrozenLoraLinear(linear, strong)
+            low = frozen_lora.FrozenLoraLinear(
+                torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16).requires_grad_(False), strong
+            )
+            low.base.load_state_dict(linear.state_dict())
+            for shape in ((48,), (1, 1, 48), (2, 3, 48), (4, 30, 48)):
+                x = torch.randn(shape)
+                with self.subTest(bias=bias, shape=shape):
+                    found = low(x.bfloat16())
+                    self.assertEqual(found.dtype, torch.bfloat16)
+                    self.assertEqual(found.shape, exact(x).shape)
+                    self.assertLess(relative(found, exact(x)), 0.02)
+                    self.assertLess(
+                        relative(exact(x), linear(x) + strong.scale * x @ strong.a_rI.T @ strong.b_Or.T), EXACT
+                    )
+
+    def test_variants_share_the_weights_and_leave_the_base_as_it_was(self) -> None:
+        model = toy.tiny_llama()[0].eval().requires_grad_(False)
+        ids = torch.arange(20)[None]
+        with torch.no_grad():
+            before = model(input_ids=ids).logits
+        pair = pair_for(model, ALL_LINEAR_LLAMA)
+        models = inference.variants(model, pair, weighted_sum(pair, (1.0, 1.0)))
+        own = {id(p) for p in model.parameters()}
+        self.assertEqual({id(p) for p in models["composed"].parameters()}, own)
+        with torch.no_grad():
+            self.assertTrue(torch.equal(model(input_ids=ids).logits, before))
+            merged = models["merged"](input_ids=ids).logits
+            inference.merge_in_place(model, weighted_sum(pair, (1.0, 1.0)))
+            self.assertTrue(torch.equal(model(input_ids=ids).logits, merged))
+
+    def test_factors_of_another_model_are_refused(self) -> None:
+        model = toy.tiny_llama()[0]
+        factors = pair_for(model, ALL_LINEAR_LLAMA)[0]
+        with self.assertRaises(ArtefactError):
+            frozen_lora.put_on(toy.tiny_minimax_m2()[0], factors)
+
+
+class Training(unittest.TestCase):
+    def test_flops_follow_the_formula(self) -> None:
+        from utils import adapters
+
+        model = toy.tiny_llama()[0]
+        linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+        lora = LoraSection(rank=2, target_modules=("q_proj",))
+        added = sum(2 * (m.in_features + m.out_features) for n, m in model.named_modules() if n.endswith("q_proj"))
+        adapted = adapters.attach(model, "probe", lora)
+        self.assertEqual(training.flops_per_token(model, adapted), 4 * linear + 6 * added)
+
+    def test_a_document_that_continues_in_the_next_row_starts_at_position_0(self) -> None:
+        positions = torch.cat([torch.arange(20), torch.arange(28)])
+        stream = inputs.TokenStream(torch.arange(48), positions, "")
+        train = TrainSection(sequence_tokens=16, batch_tokens=32, micro_batch_tokens=16)
+        rows = training.make_rows(stream, train)
+        self.assertEqual(rows.positions_NT[1].tolist(), [*range(4), *range(12)])
+        self.assertEqual(rows.positions_NT[2].tolist(), list(range(16)))
+        self.assertEqual(rows.ids_NT.flatten().tolist(), list(range(48)))
+        self.assertEqual((rows.steps, rows.micro_batches(0)), (1, [slice(0, 1), slice(1, 2)]))
+
+
+class Data(unittest.TestCase):
+    def test_linear_time_and_flat_memory_are_recognised(self) -> None:
+        flat = [data.Preparation(n * 10**6, 1, 2.0 * n, 2000.0, 10**9, 3 * 10**8) for n in (100, 300, 1000)]
+        self.assertEqual(data.growth(flat), {"time_exponent": 1.0, "anonymous_bytes_per_byte": 0.0})
+
+    def test_synthetic_documents_are_distinct_and_of_the_size_asked_for(self) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "corpus.jsonl"
+            count = data.write_corpus(path, 200_000, seed=0)
+            texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        self.assertEqual(len(texts), count)
+        self.assertEqual(len(set(texts)), count)
+        self.assertAlmostEqual(sum(map(len, texts)) / 200_000, 1, delta=0.05)
+
+
+class Script(unittest.TestCase):
+    def test_a_toy_run_writes_results_plot_and_manifest_and_is_reused(self) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "scripts/benchmark.py", "--preset", "tiny_minimax_m2"]
+            command += ["--run.models_dir", f"{scratch}/models", "--run.data_dir", f"{scratch}/data"]
+            lines = []
+            for _ in range(2):
+                environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                lines.append(json.loads(done.stdout.splitlines()[-1]))
+            directory = Path(lines[0]["report"])
+            results = json.loads((directory / "results.json").read_text())
+            for name in ("summary.txt", "inference.png", "manifest.json"):
+                self.assertTrue((directory / name).is_file(), name)
+        self.assertEqual([line["reused"] for line in lines], [False, True])
+        models = results["inference"]["cells"][0]["models"]
+        self.assertEqual(tuple(models), inference.MODELS)
+        self.assertEqual(models["base"]["decode_to_base"], 1.0)
+
+
+if __name__ == "__main__":
+    unittest.main()

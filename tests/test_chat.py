@@ -1,0 +1,90 @@
+"""Prompt and answer as text, against what the templates give written out by hand."""
+
+from __future__ import annotations
+
+import sys
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tests.support import toy  # noqa: E402
+from utils import chat  # noqa: E402
+
+PLAIN = """\
+{%- if messages[0].role != 'system' -%}{{- '<system>inserted by the template\\n' -}}{%- endif -%}
+{%- for m in messages -%}{{- '<' + m.role + '>' + m.content + '\\n' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"""
+EXAMPLE = {"question": "Why?", "context": None, "system": None, "history": []}
+
+
+class Chat(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.thinking, cls.plain = toy.tiny_tokenizer(), toy.tiny_tokenizer()
+        cls.plain.chat_template = PLAIN
+
+    def test_prompt_of_a_thinking_template_leaves_the_block_open_and_the_answer_closes_it(self) -> None:
+        prompt = chat.prompt_ids(self.thinking, EXAMPLE, "Be brief.")
+        answer = chat.answer_ids(self.thinking, "Because.")
+        start = "]~!b[]~b]system\nBe brief.[e~[\n]~b]user\nWhy?[e~[\n]~b]ai\n<think>\n"
+        self.assertEqual(self.thinking.decode(prompt), start)
+        self.assertEqual(self.thinking.decode(answer), "\n</think>\n\nBecause.[e~[")
+        reasoned = chat.answer_ids(self.thinking, "Because.", "It is so.")
+        self.assertEqual(self.thinking.decode(reasoned), "It is so.\n</think>\n\nBecause.[e~[")
+
+    def test_plain_template_has_the_answer_and_its_end_alone(self) -> None:
+        prompt = chat.prompt_ids(self.plain, EXAMPLE, "Be brief.")
+        self.assertEqual(self.plain.decode(prompt), "<system>Be brief.\n<user>Why?\n<assistant>")
+        answer = chat.answer_ids(self.plain, "Because.", "reasoning has no place here")
+        self.assertEqual(self.plain.decode(answer), "Because.[e~[")
+        self.assertEqual(chat.answer_offset(self.plain), 0)
+        self.assertEqual((chat.opens_thinking(self.plain), chat.opens_thinking(self.thinking)), (False, True))
+
+    def test_answer_ends_with_the_end_of_turn_token_which_is_eos(self) -> None:
+        for tokenizer in (self.thinking, self.plain):
+            for text in ("Because.", "", "ends with a line\n"):
+                ids = chat.answer_ids(tokenizer, text)
+                self.assertEqual((ids[-1], ids.count(tokenizer.eos_token_id)), (tokenizer.eos_token_id, 1))
+
+    def test_offset_is_exactly_the_closing_of_the_think_block_whatever_the_answer(self) -> None:
+        for answer in ("b", "Because.", "\nline", " space", "1", "<x>", "\n\n"):
+            for reasoning in (None, "so\n"):
+                ids = chat.answer_ids(self.thinking, answer, reasoning)
+                offset = chat.answer_offset(self.thinking, reasoning)
+                self.assertEqual(self.thinking.decode(ids[offset:-1]), answer)
+
+    def test_system_message_is_always_explicit_and_the_examples_own_wins(self) -> None:
+        self.assertNotIn("inserted by the template", self.plain.decode(chat.prompt_ids(self.plain, EXAMPLE, "")))
+        own = chat.messages({**EXAMPLE, "system": "Own."}, "Be brief.")
+        self.assertEqual(own[0], {"role": "system", "content": "Own."})
+
+    def test_history_and_context_come_before_the_question(self) -> None:
+        history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        found = chat.messages({"question": "Why?", "context": "A text.", "history": history}, "s")
+        self.assertEqual([m["role"] for m in found], ["system", "user", "assistant", "user"])
+        self.assertEqual(found[-1]["content"], "A text.\n\nQuestion: Why?")
+
+    def test_spoken_is_what_follows_the_last_reasoning(self) -> None:
+        expected = {
+            "thoughts\n</think>\n\nAnswer. \n": "Answer.",
+            "a</think>b</think>c": "c",
+            " Answer.": "Answer.",
+            "still thinking</think>": "",
+            "": "",
+        }
+        for text, spoken in expected.items():
+            self.assertEqual(chat.spoken(text), spoken)
+
+    def test_document_is_its_text_between_bos_and_eos(self) -> None:
+        ids = chat.document_ids(self.thinking, "A text.")
+        self.assertEqual(self.thinking.decode(ids), "]~!b[A text.[e~[")
+        self.thinking.bos_token = None
+        self.addCleanup(setattr, self.thinking, "bos_token", toy.SPECIAL["bos_token"])
+        self.assertEqual(self.thinking.decode(chat.document_ids(self.thinking, "A text.")), "A text.[e~[")
+
+
+if __name__ == "__main__":
+    unittest.main()

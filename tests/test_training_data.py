@@ -1,0 +1,222 @@
+"""Packed rows and padded pairs train exactly the tokens they should, as if each document or pair stood alone."""
+
+from __future__ import annotations
+
+import random
+import sys
+import unittest
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from config import TrainSection  # noqa: E402
+from tests.support import ARCHITECTURES, toy  # noqa: E402
+from utils.exceptions import DataError  # noqa: E402
+from utils.losses import NextTokenLoss  # noqa: E402
+from utils.training_data import (  # noqa: E402
+    IGNORED,
+    BucketedPairs,
+    PackedDocuments,
+    Pair,
+    PairReport,
+    check_usable,
+    group,
+    pack,
+    tokenise_pairs,
+)
+
+ROW = 32
+TRAIN = TrainSection(sequence_tokens=ROW, micro_batch_tokens=2 * ROW, batch_tokens=4 * ROW)
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=150)
+
+
+def documents(lengths: list[int], seed: int = 0) -> Dataset:
+    generator = random.Random(seed)
+    ids = [[generator.randrange(8, 700) for _ in range(length)] for length in lengths]
+    return Dataset.from_dict(
+        {"id": [f"d{i}" for i in range(len(ids))], "input_ids": ids, "num_tokens": lengths, "text": [""] * len(ids)}
+    )
+
+
+def alone(model: torch.nn.Module, ids: list[int], first_label: int = 1) -> torch.Tensor:
+    """Summed NLL of tokens first_label.. of one sequence, by the model's own logits."""
+    tensor = torch.tensor(ids)
+    logits = model(tensor[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[first_label - 1 : -1], tensor[first_label:], reduction="sum")
+
+
+class Packing(unittest.TestCase):
+    @settings(max_examples=50, deadline=None)
+    @given(lengths=LENGTHS, row=st.integers(16, 64), seed=st.integers(0, 1000))
+    def test_packing_keeps_every_token_once_and_never_exceeds_a_row(
+        self, lengths: list[int], row: int, seed: int
+    ) -> None:
+        rows = pack(lengths, row, random.Random(seed))
+        seen = Counter((p.document, token) for pieces in rows for p in pieces for token in range(p.start, p.end))
+        expected = Counter((d, token) for d, length in enumerate(lengths) for token in range(length))
+        self.assertEqual(seen, expected)
+        self.assertLessEqual(max(sum(p.end - p.start for p in pieces) for pieces in rows), row)
+
+    def test_each_token_but_a_documents_first_is_predicted_exactly_once(self) -> None:
+        lengths = [1, 2, 31, 32, 33, 64, 65, 100, 5, 7]
+        offset = [sum(lengths[:i]) for i in range(len(lengths))]
+        # token ids that are unique over the corpus say which token was predicted
+        ids = [list(range(100 + at, 100 + at + length)) for at, length in zip(offset, lengths, strict=True)]
+        corpus = documents(lengths).remove_columns("input_ids").add_column("input_ids", ids)
+        packed = PackedDocuments(corpus, TRAIN, 0, pad_id=0)
+        labels = Counter[int]()
+        for step in packed.steps(0):
+            counted = 0
+            for rows in step:
+                batch = packed.batch(0, rows)
+                found = batch.labels_BT[batch.labels_BT != IGNORED]
+                inputs = batch.input_ids_BT[batch.labels_BT != IGNORED]
+                self.assertTrue(torch.equal(found, inputs + 1), "a label is not the token after its input")
+                labels.update(found.tolist())
+                counted += batch.num_labels
+            self.assertEqual(packed.num_labels(0, step), counted)
+        self.assertEqual(labels, Counter(token for tokens in ids for token in tokens[1:]))
+
+    def test_packed_loss_equals_the_sum_of_the_losses_of_each_document_alone(self) -> None:
+        lengths = [5, 32, 17, 2, 11, 20, 30, 9]
+        corpus = documents(lengths)
+        for architecture, build in ARCHITECTURES.items():
+            model = build()[0].eval()
+            packed = PackedDocuments(corpus, TRAIN, 0, pad_id=int(model.config.eos_token_id))
+            batch = packed.batch(0, tuple(range(len(packed.rows(0)))))
+            self.assertLess(len(packed.rows(0)), len(lengths), "nothing was packed together")
+            with self.subTest(architecture), torch.no_grad():
+                found = NextTokenLoss(model)(batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)
+                expected = sum(alone(model, row["input_ids"]) for row in corpus)
+                self.assertAlmostEqual(float(found / expected), 1.0, delta=1e-5)
+
+    def test_what_is_padded_with_does_not_matter(self) -> None:
+        corpus, model = documents([5, 17, 30, 9]), toy.tiny_minimax_m2()[0].eval()
+        found = []
+        for pad_id in (0, 5, int(model.config.eos_token_id)):
+            batch = PackedDocuments(corpus, TRAIN, 0, pad_id).batch(0, (0, 1))
+            with torch.no_grad():
+                found.append(float(NextTokenLoss(model)(batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)))
+        self.assertAlmostEqual(found[0] / found[1], 1.0, places=6)
+        self.assertAlmostEqual(found[0] / found[2], 1.0, places=6)
+
+    def test_steps_depend_on_epoch_and_seed_and_on_nothing_else(self) -> None:
+        corpus = documents(list(range(2, 60)))
+        one, other = PackedDocuments(corpus, TRAIN, 3, 0), PackedDocuments(corpus, TRAIN, 3, 0)
+        first = (one.steps(0), one.rows(0))
+        other.steps(1)
+        other.batch(1, (0,))
+        self.assertEqual((other.steps(0), other.rows(0)), first)
+        self.assertNotEqual(one.rows(1), first[1])
+        self.assertNotEqual(PackedDocuments(corpus, TRAIN, 4, 0).rows(0), first[1])
+
+
+class Pairs(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.tokenizer = toy.tiny_tokenizer()
+
+    def test_only_the_answer_and_its_end_of_turn_token_are_trained(self) -> None:
+        pairs = [Pair("a", (11, 12, 13, 14, 2), 2), Pair("b", (21, 22, 2), 1)]
+        batch = BucketedPairs(pairs, TRAIN, 0, pad_id=2).batch(0, (0, 1))
+        self.assertEqual(batch.input_ids_BT.tolist(), [[11, 12, 13, 14, 2], [21, 22, 2, 2, 2]])
+        self.assertEqual(batch.labels_BT.tolist(), [[-100, -100, 14, 2, -100], [-100, 2, -100, -100, -100]])
+        self.assertEqual(batch.position_ids_BT.tolist(), [[0, 1, 2, 3, 4]] * 2)
+
+    def test_tokenised_pair_trains_what_the_template_puts_after_the_prompt(self) -> None:
+        example = {"id": "x", "question": "Why?", "answers": ["Because.", "unused"]}
+        pairs, report = tokenise_pairs([example], self.tokenizer, "Be brief.", 200)
+        self.assertEqual(report, PairReport(1, 0, 0))
+        ids, count = list(pairs[0].ids), pairs[0].num_answer_tokens
+        decode = self.tokenizer.decode
+        expected = "]~!b[]~b]system\nBe brief.[e~[\n]~b]user\nWhy?[e~[\n]~b]ai\n<think>\n"
+        self.assertEqual(decode(ids[:-count]), expected)
+        self.assertEqual(decode(ids[-count:]), "\n</think>\n\nBecause.[e~[")
+        batch = BucketedPairs(pairs, TRAIN, 0, 0).batch(0, (0,))
+        self.assertEqual(batch.labels_BT[batch.labels_BT != IGNORED].tolist(), ids[-count:])
+
+    def test_padded_loss_equals_the_sum_of_the_losses_of_each_pair_alone(self) -> None:
+        generator = random.Random(1)
+        for architecture, build in ARCHITECTURES.items():
+            model = build()[0].eval()
+            lengths = [(9, 3), (30, 1), (17, 16)]
+            pairs = [Pair(str(n), tuple(generator.choices(range(8, 700), k=n)), a) for n, a in lengths]
+            batch = BucketedPairs(pairs, TRAIN, 0, int(model.config.eos_token_id)).batch(0, (0, 1, 2))
+            with self.subTest(architecture), torch.no_grad():
+                found = NextTokenLoss(model)(batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)
+                expected = sum(alone(model, list(p.ids), len(p.ids) - p.num_answer_tokens) for p in pairs)
+                self.assertAlmostEqual(float(found / expected), 1.0, delta=1e-5)
+
+    def test_a_long_context_is_shortened_and_the_answer_never(self) -> None:
+        context = " ".join(f"word{i}" for i in range(150))
+        example = {"id": "x", "question": "Which word?", "answers": ["word 7 of 300"], "context": context}
+        for room in (90, 120, 400):
+            pairs, report = tokenise_pairs([example], self.tokenizer, "s", room)
+            self.assertEqual((report.usable, report.contexts_shortened), (1, 1))
+            self.assertLessEqual(len(pairs[0].ids), room)
+            self.assertGreater(len(pairs[0].ids), room - 10, "more was cut than had to be")
+            text = self.tokenizer.decode(pairs[0].ids)
+            self.assertIn("Question: Which word?[e~[", text)
+            self.assertTrue(text.endswith("word 7 of 300[e~["))
+            self.assertIn("word0 word1", text)
+
+    def test_an_answer_that_does_not_fit_is_left_out_and_counted(self) -> None:
+        rows: list[dict[str, Any]] = [
+            {"id": "long", "question": "q", "answers": ["word " * 200]},
+            {"id": "short", "question": "q", "answers": ["w"]},
+        ]
+        pairs, report = tokenise_pairs(rows, self.tokenizer, "s", 100)
+        self.assertEqual([p.name for p in pairs], ["short"])
+        self.assertEqual((report.usable, report.answer_does_not_fit, report.unusable_share), (1, 1, 0.5))
+        check_usable(report, 0.5, 100)
+        with self.assertRaisesRegex(DataError, "1 of 2 training pairs do not fit 100 tokens"):
+            check_usable(report, 0.49, 100)
+        with self.assertRaises(DataError):
+            check_usable(PairReport(0, 2, 0), 1.0, 100)
+
+    def test_every_pair_is_trained_once_an_epoch_in_an_order_of_its_own(self) -> None:
+        pairs = [Pair(str(i), tuple(range(i % 9 + 3)), 2) for i in range(40)]
+        data = BucketedPairs(pairs, TRAIN, 0, 0)
+        for epoch in range(3):
+            rows = sorted(row for step in data.steps(epoch) for micro in step for row in micro)
+            self.assertEqual(rows, list(range(40)))
+        self.assertEqual(data.steps(1), BucketedPairs(pairs, TRAIN, 0, 0).steps(1))
+        self.assertNotEqual(data.steps(0), data.steps(1))
+        self.assertNotEqual(data.steps(0), BucketedPairs(pairs, TRAIN, 1, 0).steps(0))
+        self.assertEqual(sum(data.num_labels(0, step) for step in data.steps(0)), 2 * 40)
+
+
+class Grouping(unittest.TestCase):
+    @settings(max_examples=200, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(1, 32), min_size=1, max_size=80),
+        micro=st.integers(32, 200),
+        batch=st.integers(32, 400),
+    )
+    def test_groups_keep_the_order_and_both_budgets(self, lengths: list[int], micro: int, batch: int) -> None:
+        train = TrainSection(sequence_tokens=32, micro_batch_tokens=micro, batch_tokens=batch)
+        steps = group(list(range(len(lengths))), lengths, train)
+        self.assertEqual([row for step in steps for rows in step for row in rows], list(range(len(lengths))))
+        for step in steps:
+            padded = [max(lengths[row] for row in rows) * len(rows) for rows in step]
+            self.assertTrue(all(size <= micro for size in padded))
+            self.assertLessEqual(sum(padded), batch)
+            self.assertTrue(padded)
+
+    def test_a_row_longer_than_the_budget_stands_alone(self) -> None:
+        train = TrainSection(sequence_tokens=32, micro_batch_tokens=32, batch_tokens=16)
+        self.assertEqual(group([0, 1], [32, 32], train), [[(0,)], [(1,)]])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,166 @@
+"""Results of the suites as a table for people and as plots: pure text and matplotlib, nothing is measured here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLOURS = {
+    "base": "#7f7f7f",
+    "two active": "#d62728",
+    "composed": "#1f77b4",
+    "merged": "#2ca02c",
+    "ours": "#1f77b4",
+    "trl": "#d62728",
+    "plain": "#7f7f7f",
+}
+SIZE_INCHES, DOTS_PER_INCH = (8, 4.5), 120
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every suite that was run, for a terminal."""
+    parts = {"inference": _inference_table, "training": _training_table, "data": _data_table}
+    lines = [_machine_line(results["machine"])]
+    for suite, make in parts.items():
+        if suite in results:
+            lines += ["", *make(results[suite])]
+    return "\n".join(lines)
+
+
+def headline(results: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers for the last line of stdout."""
+    found: dict[str, Any] = {}
+    if "inference" in results:
+        cells = results["inference"]["cells"]
+        for model in ("two active", "composed", "merged"):
+            ratios = [cell["models"][model]["decode_to_base"] for cell in cells]
+            found[f"{model.replace(' ', '_')}_decode_to_base"] = {"smallest": min(ratios), "largest": max(ratios)}
+    if "training" in results:
+        contenders = results["training"]["contenders"]
+        found["training_tokens_per_second"] = {name: c["tokens_per_second"] for name, c in contenders.items()}
+    if "data" in results:
+        keys = ("time_exponent", "anonymous_bytes_per_byte")
+        found["data"] = {key: results["data"][key] for key in keys if key in results["data"]}
+    return found
+
+
+def plot(results: dict[str, Any], directory: Path) -> list[Path]:
+    """One PNG per suite that was run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    makers = {"inference": _plot_inference, "training": _plot_training, "data": _plot_data}
+    written = []
+    for suite, draw in makers.items():
+        if suite not in results:
+            continue
+        # not pyplot: no display, no global state
+        figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure, results[suite])
+        written.append(directory / f"{suite}.png")
+        figure.savefig(written[-1])
+    return written
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    before, after = machine["load_before"], machine["load_after"]
+    return f"{machine['device']}, {machine['threads']} threads, load average {before} before, {after} after"
+
+
+def _inference_table(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"inference in {found['dtype']}, rank {found['rank']}; x is the median of ratios to base within a repeat",
+        f"{'prompt':>7}{'batch':>6}  {'model':<11}{'first token ms (p95)':>22}{'x':>6}"
+        f"{'ms per token (p95)':>22}{'x':>6}{'tokens/s':>10}{'peak MB':>9}",
+    ]
+    for cell in found["cells"]:
+        for model, n in cell["models"].items():
+            prefill, decode = n["prefill_ms"], n["decode_ms_per_token"]
+            lines.append(
+                f"{cell['prompt_tokens']:>7}{cell['batch_size']:>6}  {model:<11}"
+                f"{prefill['p50']:>13.1f} {_in_brackets(prefill['p95'])}{n['prefill_to_base']:>6.2f}"
+                f"{decode['p50']:>13.2f} {_in_brackets(decode['p95'])}{n['decode_to_base']:>6.2f}"
+                f"{n['tokens_per_second']:>10.1f}{n['peak_memory_bytes'] / 1e6:>9.0f}"
+            )
+    if not found["merged_measured_in_same_repeats"]:
+        lines.append("merged was measured after the others (one copy of the weights), so its ratios are not paired")
+    return lines
+
+
+def _in_brackets(number: float) -> str:
+    return f"{f'({number:.1f})':>8}"
+
+
+def _training_table(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"training in {found['dtype']}, {found['tokens_per_step']} tokens a step, rows of {found['row_tokens']}, "
+        f"{found['counted_steps']} counted steps; {found['trl']}",
+        f"  peak of a matrix product {found['matmul_peak_flops'] / 1e9:.0f} GFLOP/s, "
+        f"{found['flops_per_token'] / 1e6:.0f} MFLOP per token",
+        f"  {'loop':<8}{'tokens/s':>10}{'s per step':>12}{'time to ours':>14}{'of peak':>9}",
+    ]
+    for name, n in found["contenders"].items():
+        lines.append(
+            f"  {name:<8}{n['tokens_per_second']:>10.1f}{n['seconds_per_step']:>12.3f}"
+            f"{n['time_to_ours']:>14.2f}{n['share_of_peak']:>9.1%}"
+        )
+    return lines
+
+
+def _data_table(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "preparing data",
+        f"{'MB':>7}{'documents':>11}{'seconds':>10}{'s per GB':>10}{'peak MB':>9}{'anonymous MB':>14}",
+    ]
+    for n in found["preparations"]:
+        lines.append(
+            f"{n['corpus_bytes'] / 1e6:>7.0f}{n['documents']:>11,}{n['seconds']:>10.1f}{n['seconds_per_gb']:>10.0f}"
+            f"{n['peak_memory_bytes'] / 1e6:>9.0f}{n['peak_anonymous_bytes'] / 1e6:>14.0f}"
+        )
+    if "time_exponent" in found:
+        lines.append(
+            f"  time grows with size to the power {found['time_exponent']}; each further byte of text takes "
+            f"{found['anonymous_bytes_per_byte']} bytes of memory that is not a file's"
+        )
+    return lines
+
+
+def _plot_inference(figure: Any, found: dict[str, Any]) -> None:
+    axes = figure.subplots(1, 2, sharey=True)
+    models = [name for name in found["cells"][0]["models"] if name != "base"]
+    labels = [f"{cell['prompt_tokens']} tokens\nbatch {cell['batch_size']}" for cell in found["cells"]]
+    width = 0.8 / len(models)
+    panels = (("prefill_to_base", "time to first token"), ("decode_to_base", "time per further token"))
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for at, model in enumerate(models):
+            heights = [cell["models"][model][key] for cell in found["cells"]]
+            places = [i + (at - (len(models) - 1) / 2) * width for i in range(len(labels))]
+            axis.bar(places, heights, width, label=model, color=COLOURS[model])
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(labels)), labels, fontsize=8)
+        axis.set_title(title)
+    axes[0].set_ylabel("times the base model")
+    axes[0].legend()
+
+
+def _plot_training(figure: Any, found: dict[str, Any]) -> None:
+    axis = figure.subplots()
+    for name, numbers in found["contenders"].items():
+        bar = axis.bar(name, numbers["tokens_per_second"], color=COLOURS[name])
+        axis.bar_label(bar, [f"{numbers['share_of_peak']:.0%} of the machine's peak"])
+    axis.set_ylabel("trained tokens per second")
+
+
+def _plot_data(figure: Any, found: dict[str, Any]) -> None:
+    time_axis, memory_axis = figure.subplots(1, 2)
+    sizes = [n["corpus_bytes"] / 1e6 for n in found["preparations"]]
+    time_axis.plot(sizes, [n["seconds"] for n in found["preparations"]], marker="o")
+    time_axis.set_ylabel("seconds")
+    for key, label in (("peak_memory_bytes", "with mapped files"), ("peak_anonymous_bytes", "without")):
+        memory_axis.plot(sizes, [n[key] / 1e6 for n in found["preparations"]], marker="o", label=label)
+    memory_axis.set_ylabel("peak resident MB")
+    memory_axis.legend()
+    for axis in (time_axis, memory_axis):
+        axis.set_xlabel("MB of jsonl")
+        axis.set_ylim(bottom=0)
