@@ -123,7 +123,9 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global L2 norm."""
     evals_per_epoch: Positive = 1
-    """How often per epoch the dev loss is measured; the best adapter on dev is the one that is kept."""
+    """How often per epoch the dev loss is measured."""
+    keep: Literal["best", "last"] = "best"
+    """Which adapter is published: the best on dev, or the last (for knowledge that is in the corpus itself)."""
     max_dev_tokens: NonNegative = 65_536
     """Tokens of dev data per measurement, the first ones in a fixed order; 0 uses all."""
     save_every_steps: Positive = 20
@@ -138,7 +140,8 @@ class DomainSection(Section):
     """The domain adapter: next-token prediction on the documents (DAPT, Gururangan et al. 2020, arXiv:2004.10964)."""
 
     lora: LoraSection = LoraSection()
-    train: TrainSection = TrainSection()
+    # last: documents outside the corpus are a poor judge of what was learnt from it; see decision_document.md
+    train: TrainSection = TrainSection(learning_rate=1e-3, batch_tokens=1024, micro_batch_tokens=1024, keep="last")
 
 
 class TaskSection(Section):

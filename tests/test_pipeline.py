@@ -131,6 +131,9 @@ class Pipeline(unittest.TestCase):
         # q, k, v and o in each of two layers
         self.assertEqual((found["merged"], found["tensors_changed"]), (str(target), 8))
         self.assertLessEqual(found["max_logit_difference"], 1e-4 * max(1.0, found["largest_logit"]))
+        parents = [self.reported["domain"], self.reported["task"]]
+        self.assertEqual(found["adapters"], [parent["run"] for parent in parents])
+        self.assertEqual([p["digest"] for p in files.verify(target)["parents"]], [p["digest"] for p in parents])
         self.assertFalse((target / "adapter_config.json").exists())
         self.assertEqual(files.verify(target)["identity"]["weights"], [1.0, 0.5])
         done = subprocess.run(

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from config import TrainSection  # noqa: E402
 from tests.support import Completed, Script, Workspace, last_json, temporary_directory  # noqa: E402
-from utils import base_model, files  # noqa: E402
+from utils import adapters, base_model, files  # noqa: E402
+from utils.evaluation import score_documents  # noqa: E402
 from utils.prepared import Prepared  # noqa: E402
 from utils.training import learning_rate  # noqa: E402
 from utils.training_data import PackedDocuments  # noqa: E402
@@ -164,8 +165,7 @@ class Numbers(Runs):
         data = Prepared(Path(manifest["parents"][0]["path"]))
         settings = TrainSection(**SETTINGS, sequence_tokens=128)
         packed = PackedDocuments(data.documents("corpus"), settings, 0, 0)
-        with base_model.quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(self.place.models / "base" / "tiny-minimax-m2").eval()
+        model = self.base()
         total = count = 0
         for rows in packed.steps(0)[0]:
             for piece in (p for row in rows for p in packed.rows(0)[row]):
@@ -210,11 +210,27 @@ class Numbers(Runs):
         quarter = len(found) // 4
         self.assertLess(sum(found[-quarter:]), sum(found[:quarter]))
 
-    def test_the_published_adapter_is_the_best_on_dev(self) -> None:
-        measured = files.read_json(self.reference / MANIFEST)["measured"]
+    def test_the_published_adapter_is_the_best_on_dev_and_not_the_last(self) -> None:
+        # steps this large make the model worse before the end
+        result = last_json(
+            self.run_named("wild", "--domain.train.learning_rate=0.3", "--domain.train.evals_per_epoch=4")
+        )
+        manifest = files.read_json(Path(result["run"]) / MANIFEST)
+        measured = manifest["measured"]
         self.assertEqual(measured["best_dev_loss"], min(loss for _, loss in measured["dev_losses"]))
-        # two measurements in each of two epochs
-        self.assertEqual(len(measured["dev_losses"]), 4)
+        self.assertEqual(len(measured["dev_losses"]), 2 * 4)
+        self.assertLess(measured["kept_step"], measured["steps"])
+        data = Prepared(Path(manifest["parents"][0]["path"])).documents("dev_documents")
+        packed = PackedDocuments(data, TrainSection(**SETTINGS, sequence_tokens=128), 0, 0)
+        model = adapters.add(self.base(), "domain", adapters.load(Path(result["adapter"]))).eval()
+        scores = score_documents(model, packed, batch_tokens=128, device=torch.device("cpu"), what="dev")
+        found = sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+        self.assertAlmostEqual(found / measured["best_dev_loss"], 1.0, places=5)
+
+    def base(self) -> torch.nn.Module:
+        with base_model.quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(self.place.models / "base" / "tiny-minimax-m2")
+        return model.requires_grad_(False).eval()
 
 
 @functools.cache

@@ -8,10 +8,10 @@ What is left is chosen by measurement. A bfloat16 product has a fixed cost of 25
 however small, and a rank-32 product in float32 takes 2-15: so the few rows of a decode step go through the factors in
 float32, which is also the more exact. The many rows of a prompt go through them in bfloat16, like the base. A single
 row is multiplied by the base's weight as matrix times vector, with the same rounding as a linear layer but without its
-re-ordering of the weight. On two busy CPU cores a decode step of SmolLM2-135M at batch 1 with a composed adapter of rank
-32 took, relative to the bare model: PEFT under autocast 1.7, PEFT with bfloat16 factors 1.6, two bfloat16 products 1.35,
-float32 factors 1.2, and with the matrix-vector product 1.0 (the bare model would take 0.85 with it). Reading the
-factors cannot be avoided: they are 7% of the weights here.
+re-ordering of the weight. On two busy CPU cores a decode step of SmolLM2-135M at batch 1 with a composed adapter of
+rank 32 took, relative to the bare model: PEFT under autocast 1.7, PEFT with bfloat16 factors 1.6, two bfloat16
+products 1.35, float32 factors 1.2, and with the matrix-vector product 1.0 (the bare model would take 0.85 with it).
+Reading the factors cannot be avoided: they are 7% of the weights here.
 """
 
 from __future__ import annotations

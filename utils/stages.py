@@ -181,7 +181,7 @@ def train_adapter(
         files.write_text(directory / "adapter" / "README.md", cards.adapter_card(stage, base, parents))
         files.write_json(directory / "config.json", config.model_dump(mode="json"))
         checkpoints.discard(directory / "checkpoints")
-        logger.event(f"{stage} adapter saved", path=directory / "adapter", best_step=outcome.best_step)
+        logger.event(f"{stage} adapter saved", path=directory / "adapter", kept_step=outcome.kept_step)
     measured = asdict(outcome)
     manifest = runs.manifest(
         stage,

@@ -2,7 +2,8 @@
 
 What it promises: the same adapter bit for bit when killed anywhere and started again (CPU, one process); the loss is
 the mean over the trained tokens of the whole step, whatever the number of processes and micro-batches; only the named
-adapter changes; a non-finite number stops the run within one step; the adapter that is kept is the best on dev.
+adapter changes; a non-finite number stops the run within one step; the adapter that is kept is the best on dev, or the
+last where that is asked for.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Outcome:
     trained_tokens: int
     seconds: float
     tokens_per_second: float
-    best_step: int
+    kept_step: int
     best_dev_loss: float | None
     dev_losses: list[tuple[int, float]]
     peak_memory_bytes: int
@@ -63,7 +64,7 @@ def train(
     accelerator: Accelerator,
     what: str,
 ) -> Outcome:
-    """Train the active, trainable `adapter` of `model`; afterwards the model holds its best state on dev.
+    """Train the active, trainable `adapter` of `model`; afterwards the model holds the state that is kept.
 
     Checkpoints go to `directory/checkpoints`, one line per step to `directory/metrics.jsonl`. Raises NonFiniteError
     (naming the batch), Interrupted after a signal (a checkpoint is written), DataError when there is nothing to train.
@@ -188,19 +189,19 @@ class _Loop:
                     self._save()
 
     def finish(self) -> Outcome:
-        """Put the best state on dev back on the model."""
+        """Put the state that is kept on the model: the best on dev, unless the last is wanted or there is no dev."""
         state = self.state
-        if self.best:
+        kept_step = state.step
+        if self.best and self.settings.keep == "best":
             _copy_into(self.parameters, self.best)
-        else:
-            state.best_step = state.step
+            kept_step = state.best_step
         self.model.eval()
         return Outcome(
             steps=state.step,
             trained_tokens=state.trained_tokens,
             seconds=round(state.seconds, 2),
             tokens_per_second=round(state.trained_tokens / max(state.seconds, 1e-9), 1),
-            best_step=state.best_step,
+            kept_step=kept_step,
             best_dev_loss=state.best_dev_loss if self.best else None,
             dev_losses=state.dev_losses,
             peak_memory_bytes=peak_memory_bytes(),
@@ -258,7 +259,8 @@ class _Loop:
         self.metrics.write(step=state.step, epoch=epoch, dev_loss=loss)
         event(f"{self.what}: dev", step=state.step, loss=loss, perplexity=math.exp(min(loss, 50)))
         if loss < state.best_dev_loss:
-            state.best_dev_loss, state.best_step, self.best = loss, state.step, _copy_of(self.parameters)
+            state.best_dev_loss, state.best_step = loss, state.step
+            self.best = _copy_of(self.parameters)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:

@@ -83,6 +83,10 @@ def _inference_table(found: dict[str, Any]) -> list[str]:
                 f"{decode['p50']:>13.2f} {_in_brackets(decode['p95'])}{n['decode_to_base']:>6.2f}"
                 f"{n['tokens_per_second']:>10.1f}{n['peak_memory_bytes'] / 1e6:>9.0f}"
             )
+    if any(cell["batch_size"] == 1 for cell in found["cells"]) and found["dtype"] == "torch.bfloat16":
+        lines.append(
+            "on a CPU at batch 1 composed uses matrix-vector products; base and merged do not, and would gain by them"
+        )
     if not found["merged_measured_in_same_repeats"]:
         lines.append("merged was measured after the others (one copy of the weights), so its ratios are not paired")
     return lines
