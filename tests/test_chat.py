@@ -79,11 +79,11 @@ class Chat(unittest.TestCase):
             self.assertEqual(chat.spoken(text), spoken)
 
     def test_document_is_its_text_between_bos_and_eos(self) -> None:
-        ids = chat.document_ids(self.thinking, "A text.")
+        ids = chat.document_ids(self.thinking, ["A text."])[0]
         self.assertEqual(self.thinking.decode(ids), "]~!b[A text.[e~[")
         self.thinking.bos_token = None
         self.addCleanup(setattr, self.thinking, "bos_token", toy.SPECIAL["bos_token"])
-        self.assertEqual(self.thinking.decode(chat.document_ids(self.thinking, "A text.")), "A text.[e~[")
+        self.assertEqual(self.thinking.decode(chat.document_ids(self.thinking, ["A text."])[0]), "A text.[e~[")
 
 
 if __name__ == "__main__":

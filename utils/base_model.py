@@ -121,6 +121,7 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
             **extra,
         )
     model.requires_grad_(False)
+    _route_outside_autocast(model)
     return model.to(device()).eval()
 
 
@@ -142,6 +143,13 @@ def compute_dtype(name: str) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def _route_outside_autocast(model: PreTrainedModel) -> None:
+    """Routers compute in the dtype of their weights: autocast would take a float32 router back to bfloat16."""
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.forward = torch.autocast(device().type, enabled=False)(module.forward)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ data has reasoning, because their generation prompt is not a prefix of the rende
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,8 +64,11 @@ def spoken(text: str) -> str:
     return text.rpartition(THINK_END)[2].strip() if THINK_END in text else text.strip()
 
 
-def document_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of an unlabelled document: no chat tokens, bos before and eos after."""
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of unlabelled documents: no chat tokens, bos before and eos after each."""
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    return [*begin, *ids, int(tokenizer.eos_token_id)]
+    end = [int(tokenizer.eos_token_id)]
+    # one call for all: the tokenizer then works on every core; its advice about length is ours to follow
+    return [
+        [*begin, *ids, *end] for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ]

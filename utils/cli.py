@@ -90,7 +90,7 @@ def _prepare_process() -> None:
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> settings.Config:

@@ -215,7 +215,7 @@ def _split_off(
 
 
 def _tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, list[Any]]:
-    ids = [chat.document_ids(tokenizer, text) for text in texts]
+    ids = chat.document_ids(tokenizer, texts)
     return {
         "input_ids": ids,
         "num_tokens": [len(tokens) for tokens in ids],
