@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from config import TrainSection  # noqa: E402
-from tests.support import Completed, Script, Workspace, last_json, temporary_directory  # noqa: E402
+from tests.support import Completed, Script, Workspace, last_json, temporary_directory, write_jsonl  # noqa: E402
 from utils import adapters, base_model, files  # noqa: E402
 from utils.evaluation import score_documents  # noqa: E402
 from utils.prepared import Prepared  # noqa: E402
@@ -36,6 +36,7 @@ SETTINGS = {
     "micro_batch_tokens": 128,
     "save_every_steps": 2,
     "evals_per_epoch": 2,
+    "keep": "best",
 }
 TRAIN = [f"--domain.train.{name}={value}" for name, value in SETTINGS.items()] + ["--domain.lora.dropout=0.1"]
 RANDOM = random.Random(20)
@@ -148,7 +149,7 @@ class WithoutDev(unittest.TestCase):
         place.run("prepare_data", *place.sources, "--data.heldout_share", "0")
         directory = place.models / "domain" / "resumed"
         sizes = [f"--domain.train.{name}=128" for name in ("batch_tokens", "micro_batch_tokens")]
-        command = ["--domain.train.save_every_steps=2", *sizes]
+        command = ["--domain.train.save_every_steps=2", "--domain.train.keep=best", *sizes]
         script = place.start("train_domain_adapter", "--run.name", "resumed", *command)
         script.wait_until(lambda: len(metrics(directory)) >= 5)
         script.signal(signal.SIGTERM)
@@ -210,23 +211,28 @@ class Numbers(Runs):
         quarter = len(found) // 4
         self.assertLess(sum(found[-quarter:]), sum(found[:quarter]))
 
-    def test_the_published_adapter_is_the_best_on_dev_and_not_the_last(self) -> None:
-        # a rate that grows to the end helps at first and ruins the adapter later
-        wild = {"learning_rate": 2, "warmup_share": 1, "evals_per_epoch": 4}
-        flags = [f"--domain.train.{name}={value}" for name, value in wild.items()]
-        result = last_json(self.run_named("wild", *flags))
-        manifest = files.read_json(Path(result["run"]) / MANIFEST)
-        measured = manifest["measured"]
-        self.assertEqual(measured["best_dev_loss"], min(loss for _, loss in measured["dev_losses"]))
-        self.assertEqual(len(measured["dev_losses"]), 2 * 4)
-        print(measured["dev_losses"])
-        self.assertLess(measured["kept_step"], measured["steps"])
-        data = Prepared(Path(manifest["parents"][0]["path"])).documents("dev_documents")
-        packed = PackedDocuments(data, TrainSection(**SETTINGS, sequence_tokens=128), 0, 0)
-        model = adapters.add(self.base(), "domain", adapters.load(Path(result["adapter"]))).eval()
-        scores = score_documents(model, packed, batch_tokens=128, device=torch.device("cpu"), what="dev")
-        found = sum(score.nll for score in scores) / sum(score.tokens for score in scores)
-        self.assertAlmostEqual(found / measured["best_dev_loss"], 1.0, places=5)
+    def test_the_published_adapter_is_the_best_on_dev_or_the_last_as_asked(self) -> None:
+        # dev documents unlike the corpus: learning the one unlearns the other before the end
+        place = Workspace()
+        foreign = [{"text": f"{at}" + " 7 + 5 = 12; ÄÖÜ?" * 20} for at in range(4)]
+        heldout = write_jsonl(place.root / "heldout.jsonl", foreign)
+        last_json(place.run("prepare_data", *place.sources, "--data.corpus_heldout", str(heldout)))
+        for keep in ("best", "last"):
+            flags = [f"--domain.train.keep={keep}", "--domain.train.learning_rate=0.05"]
+            result = last_json(place.run("train_domain_adapter", *TRAIN, *flags))
+            manifest = files.read_json(Path(result["run"]) / MANIFEST)
+            measured = manifest["measured"]
+            dev_losses = dict(measured["dev_losses"])
+            self.assertEqual(len(dev_losses), 2 * 2, "two measurements in each of two epochs")
+            best = min(dev_losses, key=lambda step: dev_losses[step])
+            self.assertLess(best, measured["steps"], "the last is the best: this run tells nothing")
+            self.assertEqual(measured["kept_step"], best if keep == "best" else measured["steps"])
+            data = Prepared(Path(manifest["parents"][0]["path"])).documents("dev_documents")
+            packed = PackedDocuments(data, TrainSection(**SETTINGS, sequence_tokens=128), 0, 0)
+            model = adapters.add(self.base(), "domain", adapters.load(Path(result["adapter"]))).eval()
+            scores = score_documents(model, packed, batch_tokens=128, device=torch.device("cpu"), what="dev")
+            found = sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+            self.assertAlmostEqual(found / dev_losses[measured["kept_step"]], 1.0, places=5)
 
     def base(self) -> torch.nn.Module:
         with base_model.quiet_transformers():

@@ -27,11 +27,12 @@ EXACT = 1e-5
 
 
 def start(config: Config) -> BaseModel:
-    """Threads and the base model; the main process fetches or builds it while the others wait."""
+    """Threads, seed and the base model; the main process fetches or builds it while the others wait."""
     from accelerate import PartialState
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
     state = PartialState(cpu=base_model.device().type == "cpu")
     with state.main_process_first():
         return base_model.fetch(config.base, config.run.models_dir)
