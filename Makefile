@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
+CORES  := $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml --num_cpu_threads_per_process $(CORES)
 READY  := $(VENV)/.ready
 
-.PHONY: demo test format clean-demo
+.PHONY: demo test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt

@@ -150,8 +150,9 @@ class TaskSection(Section):
     on: Literal["domain", "base"] = "domain"
     """What the task adapter is trained on: the frozen domain adapter (stacked), or the base (independent)."""
     lora: LoraSection = LoraSection()
-    # small steps: a few hundred short pairs would make only a dozen steps of the domain's size
-    train: TrainSection = TrainSection(epochs=2, batch_tokens=768, micro_batch_tokens=768)
+    # small steps: a few hundred short pairs would make only a dozen steps of the domain's size; one pass, because on
+    # dev a second one made the stacked adapter worse and the independent one hardly better (decision_document.md)
+    train: TrainSection = TrainSection(epochs=1, batch_tokens=768, micro_batch_tokens=768)
     system_prompt: str = "You answer questions briefly and correctly."
     """System message of every prompt, the same in training, evaluation and inference; recorded with the adapter."""
     max_unusable_share: Share = 0.05

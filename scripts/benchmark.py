@@ -32,17 +32,16 @@ def main(config: Config) -> dict[str, Any]:
     directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, config.preset, identity)
     run = runs.open_run(directory, identity)
     if run is None:
-        with files.locked(directory, "the benchmark"), logger.to_file(directory / "run.log"):
-            runs.start(directory, identity)
-            results = _measure(config, base, pair, directory)
-            files.write_json(directory / "results.json", results)
-            files.write_text(directory / "summary.txt", report.table(results) + "\n")
-            report.plot(results, directory)
-        parents = list(pair) if pair else []
-        manifest = runs.manifest(
-            "benchmark", identity, base=base.record(), parents=parents, measured=results["machine"]
-        )
-        files.seal(directory, manifest)
+        with files.locked(directory, "the benchmark"):
+            with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
+                runs.start(directory, identity)
+                results = _measure(config, base, pair, directory)
+                files.write_json(directory / "results.json", results)
+                files.write_text(directory / "summary.txt", report.table(results) + "\n")
+                report.plot(results, directory)
+            parents, machine = list(pair) if pair else [], results["machine"]
+            facts = runs.manifest("benchmark", identity, base=base.record(), parents=parents, measured=machine)
+            files.seal(directory, facts)
     else:
         logger.event("this benchmark is already complete; give it another --run.name to repeat it", path=directory)
     results = files.read_json(directory / "results.json")

@@ -31,15 +31,15 @@ def main(config: Config) -> dict[str, Any]:
     directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, config.preset, identity)
     run = runs.open_run(directory, identity)
     if run is None:
-        with files.locked(directory, "the evaluation"), logger.to_file(directory / "run.log"):
-            runs.start(directory, identity)
-            results = comparison.compare(config, base, parts, directory)
-            files.write_json(directory / "results.json", results)
-            files.write_text(directory / "summary.txt", comparison.table(results) + "\n")
-        manifest = runs.manifest(
-            "evaluation", identity, base=base.record(), parents=parts.runs(), measured=results["measured"]
-        )
-        files.seal(directory, manifest)
+        with files.locked(directory, "the evaluation"):
+            with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
+                runs.start(directory, identity)
+                results = comparison.compare(config, base, parts, directory)
+                files.write_json(directory / "results.json", results)
+                files.write_text(directory / "summary.txt", comparison.table(results) + "\n")
+            measured = results["measured"]
+            facts = runs.manifest("evaluation", identity, base=base.record(), parents=parts.runs(), measured=measured)
+            files.seal(directory, facts)
     else:
         logger.event("this comparison is already complete", path=directory)
     results = files.read_json(directory / "results.json")

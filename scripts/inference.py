@@ -25,7 +25,7 @@ SECTIONS = ("inference", "compose", "inputs", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Compose, then merge or answer."""
-    from utils import base_model, frozen_lora, merging, stages
+    from utils import base_model, files, frozen_lora, merging, stages
     from utils.exceptions import ConfigError, Problem
 
     wanted = config.inference
@@ -37,6 +37,8 @@ def main(config: Config) -> dict[str, Any]:
     if wanted.merge_path:
         merging.refuse_target(Path(wanted.merge_path))
     examples = _read_prompts(Path(wanted.prompts_file)) if wanted.prompts_file else []
+    if wanted.output_file:
+        files.make_directory(Path(wanted.output_file).parent)
     base = stages.start(config)
     factors, parents, system_prompt = _chosen(config, base)
     if wanted.merge_path:
@@ -128,7 +130,11 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
         if not isinstance(question, str) or not question.strip():
             problems.add(f"{row.place}: no prompt or question", list(row.values), 'write {"prompt": "..."}')
             continue
-        found.append({"question": question, "context": row.values.get("context"), "id": row.values.get("id")})
+        context = row.values.get("context")
+        if context is not None and not isinstance(context, str):
+            problems.add(f"{row.place}: the context is no text", context, "write a string, or leave it out")
+            continue
+        found.append({"question": question, "context": context, "id": row.values.get("id")})
     problems.raise_if_any()
     if not found:
         raise DataError(Problem(f"{path} holds no prompts"))

@@ -72,6 +72,9 @@ def run(
         if logger.rank() == 0:
             print(logger.redact(str(error)), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # what no stage foresaw about a file: still a message and not a traceback
+        print(logger.redact(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

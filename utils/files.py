@@ -22,6 +22,8 @@ from typing import Any
 from utils.exceptions import ArtefactError, Problem
 
 MANIFEST = "manifest.json"
+# what a run directory holds only while it is being made: no part of the artefact
+SCRATCH = "checkpoints"
 _BLOCK = 1 << 22
 
 
@@ -122,9 +124,18 @@ def seal(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def artefact_files(directory: Path) -> list[Path]:
-    """Files that a manifest covers: everything but the manifest and what is hidden."""
-    found = (p for p in sorted(directory.rglob("*")) if p.is_file() and p != directory / MANIFEST)
+    """Files that a manifest covers: everything but the manifest, the checkpoints and what is hidden."""
+    outside = (directory / MANIFEST, directory / SCRATCH)
+    found = (p for p in sorted(directory.rglob("*")) if p.is_file() and not {p, *p.parents}.intersection(outside))
     return [p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest as it stands, without looking at the files. Raises ArtefactError when it is none."""
+    manifest = read_json(directory / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ArtefactError(Problem(f"{directory / MANIFEST} is not a manifest", fix="remove the directory"))
+    return manifest
 
 
 def verify(directory: Path, *, hash_files: bool = True) -> dict[str, Any]:
@@ -132,10 +143,10 @@ def verify(directory: Path, *, hash_files: bool = True) -> dict[str, Any]:
 
     With `hash_files=False` only presence and size are checked. Raises ArtefactError naming each file that differs.
     """
-    manifest = read_json(directory / MANIFEST)
+    manifest = read_manifest(directory)
     problems: list[Problem] = []
     root = directory.resolve()
-    for name, expected in manifest.get("files", {}).items():
+    for name, expected in manifest["files"].items():
         path = directory / name
         if not path.resolve().is_relative_to(root):
             problems.append(Problem(f"{path} leads out of {directory}", name))

@@ -114,6 +114,8 @@ def _hidden(
 
 def _plain_logits(model: Any) -> bool:
     """Whether the model's logits are just hidden states times the output head."""
+    if getattr(_causal(model).get_output_embeddings(), "bias", None) is not None:
+        return False
     settings = _causal(model).config.get_text_config()
     return all(getattr(settings, name, None) in (None, 1.0) for name in LOGIT_CHANGES)
 

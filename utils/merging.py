@@ -101,7 +101,7 @@ def _write_shards(shards: list[Path], factors: Factors, directory: Path, dtype: 
                                 fix="merge into a bfloat16 copy",
                             )
                         )
-                    kept = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+                    kept = _kept_dtype(name, tensor, dtype)
                     if name in pending:
                         change = delta(pending.pop(name))
                         if change.shape != tensor.shape:
@@ -124,6 +124,12 @@ def _write_shards(shards: list[Path], factors: Factors, directory: Path, dtype: 
             directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": sizes}
         )
     return changed
+
+
+def _kept_dtype(name: str, tensor: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype on disk; routers stay as they are, because rounding them sends tokens to other experts."""
+    is_router = name.endswith((".gate.weight", "e_score_correction_bias"))
+    return tensor.dtype if wanted is None or is_router or not tensor.is_floating_point() else wanted
 
 
 def _write_companions(source: Path, directory: Path, dtype: torch.dtype | None, shards: list[Path]) -> None:

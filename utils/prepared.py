@@ -8,6 +8,7 @@ data/prepared/<run>/   corpus/  dev_documents/  heldout_documents/     Arrow: id
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -251,7 +252,9 @@ def _contents(value: str | Sequence[str], seed: int) -> Any:
         elif path.is_file():
             found.append({"sha256": files.sha256_file(path)})
         elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            # links are followed, as they are when the folder is read
+            walked = ((Path(root), names) for root, _, names in os.walk(path, followlinks=True))
+            inside = sorted(root / name for root, names in walked for name in names if not name.startswith("."))
             found.append(
                 {"sha256": files.fingerprint({str(p.relative_to(path)): files.sha256_file(p) for p in inside})}
             )

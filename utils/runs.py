@@ -121,7 +121,7 @@ def versions() -> dict[str, str]:
 def complete_runs(root: Path, stage: str) -> list[Run]:
     """Every complete run of a stage: first the one made or asked for last, then by age, newest first."""
     found = [
-        Run(path.parent, files.read_json(path))
+        Run(path.parent, files.read_manifest(path.parent))
         for path in (root / stage).glob(f"*/{files.MANIFEST}")
         if not path.parent.name.startswith(".")
     ]

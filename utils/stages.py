@@ -163,6 +163,7 @@ def train_adapter(
     with state.main_process_first():
         run = runs.open_run(directory, identity)
     if run is not None:
+        checkpoints.discard(directory / files.SCRATCH)  # a run killed right after it was sealed still has them
         logger.event(f"the {stage} adapter is already complete", path=directory)
         return _result(config, stage, run, reused=True)
     state.wait_for_everyone()
@@ -171,30 +172,31 @@ def train_adapter(
         state.wait_for_everyone()
         state.destroy_process_group()
         return {}
-    with files.locked(directory, "the run"), logger.to_file(directory / "run.log"):
-        runs.start(directory, identity)
-        logger.event(f"training the {stage} adapter", path=directory, overrides=", ".join(config.overrides) or "none")
-        model, outcome, data_facts = _train(config, stage, directory, build)
-        factors = adapters.factors_of(model, stage)
-        if len(zero_modules(factors)) == len(factors):
-            raise NonFiniteError(Problem(f"every B of the {stage} adapter is still zero after training"))
-        adapters.save(directory / "adapter", factors, base, lora=getattr(config, stage).lora)
-        files.write_text(directory / "adapter" / "README.md", cards.adapter_card(stage, base, parents))
-        files.write_json(directory / "config.json", config.model_dump(mode="json"))
-        checkpoints.discard(directory / "checkpoints")
-        logger.event(f"{stage} adapter saved", path=directory / "adapter", kept_step=outcome.kept_step)
-    measured = asdict(outcome)
-    manifest = runs.manifest(
-        stage,
-        identity,
-        base=base.record(),
-        parents=parents,
-        measured=measured,
-        data=data_facts,
-        seed=config.run.seed,
-        **facts,
-    )
-    run = Run(directory, files.seal(directory, manifest))
+    with files.locked(directory, "the run"):
+        with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
+            runs.start(directory, identity)
+            said = ", ".join(config.overrides) or "none"
+            logger.event(f"training the {stage} adapter", path=directory, overrides=said)
+            model, outcome, data_facts = _train(config, stage, directory, build)
+            factors = adapters.factors_of(model, stage)
+            if len(zero_modules(factors)) == len(factors):
+                raise NonFiniteError(Problem(f"every B of the {stage} adapter is still zero after training"))
+            adapters.save(directory / "adapter", factors, base, lora=getattr(config, stage).lora)
+            files.write_text(directory / "adapter" / "README.md", cards.adapter_card(stage, base, parents))
+            files.write_json(directory / "config.json", config.model_dump(mode="json"))
+            logger.event(f"{stage} adapter saved", path=directory / "adapter", kept_step=outcome.kept_step)
+        manifest = runs.manifest(
+            stage,
+            identity,
+            base=base.record(),
+            parents=parents,
+            measured=asdict(outcome),
+            data=data_facts,
+            seed=config.run.seed,
+            **facts,
+        )
+        run = Run(directory, files.seal(directory, manifest))
+        checkpoints.discard(directory / files.SCRATCH)
     state.wait_for_everyone()
     state.destroy_process_group()
     return _result(config, stage, run, reused=False)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import TrainSection
-from utils import adapters, checkpoints
+from utils import adapters, checkpoints, files
 from utils.exceptions import DataError, Interrupted, NonFiniteError, Problem
 from utils.logger import event
 from utils.losses import NextTokenLoss, autocast
@@ -142,7 +142,7 @@ class _Loop:
         self.loss_module, self.optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
         self.state = checkpoints.Progressed()
         self.best: checkpoints.Tensors = {}
-        self.checkpoints = directory / "checkpoints"
+        self.checkpoints = directory / files.SCRATCH
         self.metrics_path = directory / METRICS
 
     def resume(self) -> None:
