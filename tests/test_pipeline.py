@@ -247,7 +247,8 @@ class WrongInputs(unittest.TestCase):
             self.assert_refused(f"cannot write {Path(below).parent}", completed=completed)
         with self.subTest("output_file"):
             flags = ["--prompts_file", prompts, "--output_file", below]
-            self.assert_refused(below, completed=self.place.run("inference", *flags))
+            completed = self.place.run("inference", *flags)
+            self.assert_refused(f"cannot write {Path(below).parent}", completed=completed)
         with self.subTest("data_dir"):
             flags = [*self.place.sources, "--run.data_dir", below]
             self.assert_refused(below, completed=self.place.run("prepare_data", *flags))
