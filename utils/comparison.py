@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config, TrainSection
+from config import Config, InferenceSection, TrainSection
 from utils import adapters, base_model, chat, evaluation, files, generation, runs, stages, training
 from utils.base_model import BaseModel
 from utils.corpus.splits import hash_share
@@ -74,7 +74,7 @@ def compare(config: Config, base: BaseModel, parts: Participants, directory: Pat
         warning("test items that do not fit evaluate.batch_tokens are left out", count=len(left_out))
     if not items:
         raise DataError(Problem("no test item can be scored", len(left_out), "raise --evaluate.batch_tokens"))
-    documents = _document_sets(config, parts, source, stages.pad_id(tokenizer), base)
+    documents = _document_sets(config, parts, source, stages.pad_id(tokenizer))
     model, cells = _cells(config, base, parts)
     shown = _spread(examples, config.evaluate.generated_answers, config.run.seed)
     raw: dict[str, dict[str, Any]] = {}
@@ -190,9 +190,7 @@ def _baseline(config: Config, base: BaseModel, task: Run) -> Run | None:
     return None
 
 
-def _document_sets(
-    config: Config, parts: Participants, source: Prepared, pad_id: int, base: BaseModel
-) -> dict[str, PackedDocuments]:
+def _document_sets(config: Config, parts: Participants, source: Prepared, pad_id: int) -> dict[str, PackedDocuments]:
     settings = TrainSection(
         sequence_tokens=WINDOW_TOKENS, micro_batch_tokens=max(WINDOW_TOKENS, config.evaluate.batch_tokens)
     )
@@ -252,17 +250,12 @@ def _score_cell(
                 model, packed, batch_tokens=settings.batch_tokens, device=device, what=f"{cell}: {name} documents"
             )
         )
-    how = replace_tokens(config, settings.max_new_tokens)
+    how = InferenceSection(max_new_tokens=settings.max_new_tokens)  # greedy, with the evaluation's own length
     found["answers"] = (
         [chat.spoken(text) for text in generation.answer_all(model, tokenizer, shown, prompt, how)] if shown else []
     )
     event(f"{cell} scored", answer_nll=evaluation.summary(scored, [])["answer_nll"])
     return found
-
-
-def replace_tokens(config: Config, max_new_tokens: int) -> Any:
-    """Greedy generation settings with the evaluation's own length."""
-    return type(config.inference)(max_new_tokens=max_new_tokens)
 
 
 def _spread(examples: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:

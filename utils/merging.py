@@ -62,7 +62,7 @@ def merge(
     checks: dict[str, Any] = {}
     with files.publish(target, lambda: manifest(checks)) as temporary:
         checks["tensors_changed"] = _write_shards(shards, factors, temporary, dtype)
-        _write_companions(base.directory, temporary, dtype, shards)
+        _write_companions(base.directory, temporary, dtype)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         checks |= _verify(base, factors, temporary, config)
     return checks
@@ -132,7 +132,7 @@ def _kept_dtype(name: str, tensor: torch.Tensor, wanted: torch.dtype | None) -> 
     return tensor.dtype if wanted is None or is_router or not tensor.is_floating_point() else wanted
 
 
-def _write_companions(source: Path, directory: Path, dtype: torch.dtype | None, shards: list[Path]) -> None:
+def _write_companions(source: Path, directory: Path, dtype: torch.dtype | None) -> None:
     """config.json as the base has it, but for the dtype and a quantisation that no longer holds; tokenizer and all."""
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     settings.pop("quantization_config", None)

@@ -209,7 +209,6 @@ def _train(
     accelerator = _accelerator(config, stage, directory)
     outcome = training.train(
         model,
-        stage,
         data,
         dev,
         getattr(config, stage).train,

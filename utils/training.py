@@ -54,7 +54,6 @@ class Outcome:
 
 def train(
     model: PeftModel,
-    adapter: str,
     data: TrainingData,
     dev: list[Batch],
     settings: TrainSection,
@@ -64,7 +63,7 @@ def train(
     accelerator: Accelerator,
     what: str,
 ) -> Outcome:
-    """Train the active, trainable `adapter` of `model`; afterwards the model holds the state that is kept.
+    """Train the active, trainable adapter of `model`; afterwards the model holds the state that is kept.
 
     Checkpoints go to `directory/checkpoints`, one line per step to `directory/metrics.jsonl`. Raises NonFiniteError
     (naming the batch), Interrupted after a signal (a checkpoint is written), DataError when there is nothing to train.
