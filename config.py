@@ -165,20 +165,63 @@ class InputsSection(Section):
     prepared: str = ""
     """Directory of prepared data."""
     domain_adapter: str = ""
-    """Directory of a domain run."""
+    """Directory of a domain run, or of any adapter in PEFT's format."""
     task_adapter: str = ""
-    """Directory of a task run."""
+    """Directory of a task run, or of any adapter in PEFT's format."""
 
 
 class ComposeSection(Section):
-    """How the two adapters are put together: W + a_d D + a_t T."""
+    """How adapters are put together: W + a_d D + a_t T, and further ones if there are any."""
 
-    weights: tuple[float, float] = (1.0, 1.0)
-    """Weights (a_d, a_t) of the domain and the task delta."""
+    method: Literal["sum", "depth_gate", "per_layer", "sum_truncated", "ties", "dare", "factor_sum"] = "sum"
+    """sum, depth_gate and per_layer are exact; the others approximate, and their error is printed."""
+    weights: tuple[float, ...] = ()
+    """One per adapter (domain, task, then also); depth_gate: first and last layer of each; per_layer: one for every
+    layer of each. Empty: what a search chose for these adapters, else 1 each."""
+    also: tuple[str, ...] = ()
+    """Further adapter folders, after domain and task."""
+    rank: NonNegative = 0
+    """Rank of the result of sum_truncated, ties and dare; 0 is the sum of the ranks."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of each delta's entries that ties and dare keep."""
+    search: bool = False
+    """Choose the weights on the dev split and write them down with the composed adapter."""
+    search_methods: tuple[Literal["sum", "depth_gate", "per_layer"], ...] = ("sum", "depth_gate", "per_layer")
+    """Methods whose weights are searched; the simplest within one standard error of the best is taken."""
+    domain_retention: Share = 0.8
+    """Share of the domain adapter's gain on held-out documents that the chosen weights have to keep."""
+    max_dev_items: NonNegative = 200
+    """Dev pairs that a search and the interference figures read, chosen by hash of their id; 0 uses all."""
+    max_dev_documents: NonNegative = 60
+    """Dev documents that a search and the interference figures read, chosen by hash of their id; 0 uses all."""
+
+
+class MergeSection(Section):
+    """Writing base plus adapters as one standalone model."""
+
+    path: str = ""
+    """New or empty directory for the standalone model."""
+    dtype: Literal["base", "float32", "bfloat16", "fp8"] = "base"
+    """Dtype of the merged weights; base keeps the files' own (FP8 becomes bfloat16), fp8 quantises an FP8 one anew."""
+    gguf: Literal["", "f32", "f16", "bf16", "q8_0"] = ""
+    """Also convert the merged model to GGUF of this type with llama.cpp's own converter."""
+
+
+class HubSection(Section):
+    """Publishing to a hub; never on by default. The token comes from the environment or the hub's own login."""
+
+    push_to_hub: bool = False
+    """Upload the composed adapter, or the merged model, after it was verified."""
+    hub_model_id: str = ""
+    """Repository to upload to, as owner/name."""
+    hub_private_repo: bool = True
+    """Make the repository private when it is created."""
+    hub_revision: str = ""
+    """Branch to upload to; empty is the repository's default branch."""
 
 
 class InferenceSection(Section):
-    """Answering, and writing the standalone model."""
+    """Answering."""
 
     prompt: str = ""
     """Question to answer; without it, and on a terminal, an interactive prompt opens."""
@@ -188,10 +231,6 @@ class InferenceSection(Section):
     """Where the answers to prompts_file go (jsonl); empty prints them."""
     adapters: Literal["none", "domain", "task", "both"] = "both"
     """Which adapters are applied to the base."""
-    merge_path: str = ""
-    """Write base plus adapters as a standalone model to this new or empty directory instead of answering."""
-    merge_dtype: Literal["base", "float32", "bfloat16"] = "base"
-    """Dtype of the merged weights; base keeps the dtype of the base model's files."""
     max_new_tokens: Positive = 64
     """Longest answer in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -218,8 +257,9 @@ class EvaluateSection(Section):
 class BenchmarkSection(Section):
     """Speed and memory, always as ratios measured in one run."""
 
-    suite: tuple[Literal["inference", "training", "data"], ...] = ("inference",)
-    """inference: base, two active, composed, merged; training: our loop against TRL; data: 0.1 to 1 GB of text."""
+    suite: tuple[Literal["inference", "training", "data", "merge"], ...] = ("inference",)
+    """inference: base, two active, composed, merged; training: our loop against TRL; data: 0.1 to 1 GB of text;
+    merge: our merge of a synthetic checkpoint against cp and peft."""
     prompt_tokens: tuple[Positive, ...] = (32, 256)
     """Prompt lengths."""
     batch_sizes: tuple[Positive, ...] = (1, 4)
@@ -232,6 +272,10 @@ class BenchmarkSection(Section):
     """Tokens that each training loop consumes; its first step of domain.train.batch_tokens is a warm-up."""
     corpus_megabytes: tuple[Positive, ...] = (100, 300, 1000)
     """Corpus sizes of the data suite; the largest needs up to 13 times its size on the disk of TMPDIR."""
+    merge_gigabytes: Annotated[float, Field(gt=0)] = 8.0
+    """Size of the merge suite's checkpoint; below 2 its layers have a toy's width instead of MiniMax-M2's."""
+    merge_experts: bool = False
+    """The merge suite's adapter is on the experts too, not on the attention alone."""
 
 
 class RunSection(Section):
@@ -270,6 +314,8 @@ class Config(Section):
     task: TaskSection = TaskSection()
     inputs: InputsSection = InputsSection()
     compose: ComposeSection = ComposeSection()
+    merge: MergeSection = MergeSection()
+    hub: HubSection = HubSection()
     inference: InferenceSection = InferenceSection()
     evaluate: EvaluateSection = EvaluateSection()
     benchmark: BenchmarkSection = BenchmarkSection()
@@ -280,6 +326,7 @@ class Config(Section):
         problems = [*_base_problems(self.base), *_data_problems(self.data)]
         for stage in ("domain", "task"):
             problems += _stage_problems(stage, getattr(self, stage).lora, getattr(self, stage).train)
+        problems += _compose_problems(self.compose, self.hub, self.merge)
         if self.inference.prompt and self.inference.prompts_file:
             problems.append("inference.prompt and inference.prompts_file exclude each other: give one")
         if self.inference.output_file and not self.inference.prompts_file:
@@ -334,6 +381,31 @@ def _data_problems(data: DataSection) -> list[str]:
     return problems
 
 
+def _compose_problems(compose: ComposeSection, hub: HubSection, merge: MergeSection) -> list[str]:
+    problems = []
+    adapters = 2 + len(compose.also)
+    per_adapter = {"depth_gate": 2}.get(compose.method, 1)
+    # per_layer is checked where the number of layers is known
+    if compose.weights and compose.method != "per_layer" and len(compose.weights) != adapters * per_adapter:
+        problems.append(
+            f"compose.weights has {len(compose.weights)} numbers, {compose.method} of {adapters} adapters takes "
+            f"{adapters * per_adapter}"
+        )
+    if compose.method == "per_layer" and not compose.weights and not compose.search:
+        problems.append("compose.method per_layer needs compose.weights, or --compose.search to find them")
+    if compose.search and compose.weights:
+        problems.append("compose.search chooses the weights: leave out compose.weights")
+    if compose.search and compose.method not in ("sum", *compose.search_methods):
+        problems.append(f"compose.search cannot choose weights for {compose.method}: see compose.search_methods")
+    if compose.search and not compose.search_methods:
+        problems.append("compose.search_methods is empty: name at least one, e.g. sum")
+    if hub.push_to_hub and not re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", hub.hub_model_id):
+        problems.append(f"hub.hub_model_id {hub.hub_model_id!r}: write owner/name, hub.push_to_hub needs it")
+    if merge.gguf and not merge.path:
+        problems.append("merge.gguf converts a merged model: give --merge_path too")
+    return problems
+
+
 def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[str]:
     problems = []
     if not lora.target_modules:
@@ -384,7 +456,7 @@ def tiny_minimax_m2() -> Config:
         task=TaskSection(lora=lora, train=train, max_unusable_share=1.0),
         inference=InferenceSection(max_new_tokens=8),
         evaluate=EvaluateSection(resamples=500, generated_answers=2, max_new_tokens=8, max_heldout_documents=8),
-        benchmark=BenchmarkSection(prompt_tokens=(16,), batch_sizes=(1,), new_tokens=4, repeats=2),
+        benchmark=BenchmarkSection(prompt_tokens=(16,), batch_sizes=(1,), new_tokens=4, repeats=2, merge_gigabytes=0.002),
         run=RunSection(trackers=()),
     )
 
@@ -412,7 +484,8 @@ def minimax_m2() -> Config:
         ),
         domain=DomainSection(lora=lora, train=train),
         task=TaskSection(lora=lora, train=train),
-        inference=InferenceSection(max_new_tokens=512, merge_dtype="bfloat16"),
+        merge=MergeSection(dtype="bfloat16"),
+        inference=InferenceSection(max_new_tokens=512),
         evaluate=EvaluateSection(batch_tokens=32_768, max_new_tokens=512),
     )
 

@@ -60,7 +60,7 @@ def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
         "stage": "benchmark",
         "base": base.digest,
         "adapters": [run.digest for run in pair] if pair else None,
-        "weights": list(config.compose.weights),
+        "compose": config.compose.model_dump(mode="json"),
         "benchmark": config.benchmark.model_dump(mode="json"),
         "domain": config.domain.model_dump(mode="json"),
         "task_lora": config.task.lora.model_dump(mode="json"),

@@ -1,6 +1,7 @@
 """Answer questions with base + both adapters composed exactly, or write them as one standalone model.
 
-Reads the newest task run and the domain run it belongs to; writes nothing, or --output_file, or --merge_path.
+Reads the newest composed run, or composes the newest task run and the domain run it belongs to; writes nothing, or
+--output_file, or --merge_path.
 
     python scripts/inference.py --prompt "What does json.dumps do?"
     python scripts/inference.py --prompts_file questions.jsonl --output_file answers.jsonl
@@ -20,65 +21,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import Config
 from utils import cli
 
-SECTIONS = ("inference", "compose", "inputs", "base", "run")
+SECTIONS = ("inference", "merge", "compose", "inputs", "hub", "base", "run")
 
 
 def main(config: Config) -> dict[str, Any]:
     """Compose, then merge or answer."""
-    from utils import base_model, files, frozen_lora, merging, stages
+    from utils import base_model, composing, files, frozen_lora, hub, merging, stages
     from utils.exceptions import ConfigError, Problem
+    from utils.logger import warning
 
-    wanted = config.inference
-    interactive = sys.stdin.isatty() and not (wanted.prompt or wanted.prompts_file or wanted.merge_path)
-    if not (wanted.prompt or wanted.prompts_file or wanted.merge_path or interactive):
+    wanted, which, merge_path = config.inference, config.inference.adapters, config.merge.path
+    interactive = sys.stdin.isatty() and not (wanted.prompt or wanted.prompts_file or merge_path)
+    if not (wanted.prompt or wanted.prompts_file or merge_path or interactive):
         raise ConfigError(
             Problem("nothing to answer", fix='give --prompt "...", --prompts_file FILE or --merge_path DIR')
         )
-    if wanted.merge_path:
-        merging.refuse_target(Path(wanted.merge_path))
+    if merge_path and which == "none":
+        raise ConfigError(Problem("--merge_path with --adapters none would copy the base", fix="leave out --adapters"))
+    if merge_path:
+        merging.refuse_target(Path(merge_path))
+        hub.check(config.hub)
     examples = _read_prompts(Path(wanted.prompts_file)) if wanted.prompts_file else []
     if wanted.output_file:
         files.make_directory(Path(wanted.output_file).parent)
     base = stages.start(config)
-    factors, parents, system_prompt = _chosen(config, base)
-    if wanted.merge_path:
-        return _merge(config, base, factors, parents)
+    found = composing.composition(config, base, which) if which != "none" else None
+    if found:
+        composing.say(found)
+        if which == "task" and found.runs[0].manifest["identity"]["on"] == "domain":
+            warning("this task adapter was trained on its domain adapter; alone it is not the task baseline")
+    if merge_path:
+        return _merge(config, base, found)
+    system_prompt = (found.runs[:2][-1].manifest if found else {}).get("system_prompt", config.task.system_prompt)
     tokenizer = base_model.load_tokenizer(base.directory)
     model = base_model.load_model(base, config.base)
-    if factors:
-        model = frozen_lora.put_on(model, factors)
+    if found:
+        model = frozen_lora.attach(model, {"composed": found.factors})
+    adapters = [str(run.directory) for run in found.runs] if found else []
     if examples:
-        return _answer_file(config, model, tokenizer, examples, system_prompt, parents)
+        return _answer_file(config, model, tokenizer, examples, system_prompt) | {"adapters": adapters}
     answer = _streaming(config, model, tokenizer, system_prompt)
     if interactive:
         return _interactive(answer)
-    return {"prompt": wanted.prompt, "answer": answer(wanted.prompt), "adapters": [str(p.directory) for p in parents]}
-
-
-def _chosen(config: Config, base: Any) -> tuple[Any, list[Any], str]:
-    """The composed factors (None for the bare base), the runs they come from, and their system prompt."""
-    from utils import stages
-    from utils.logger import event, warning
-
-    which = config.inference.adapters
-    if which == "none":
-        return None, [], config.task.system_prompt
-    if which == "domain":
-        domain, task = stages.domain_run(config, base), None
-    else:
-        domain, task = stages.lineage(config, base)
-        if which == "both" and domain is None:
-            domain = stages.domain_run(config, base)  # says what is missing
-        if which == "task":
-            if task.manifest["identity"]["on"] == "domain":
-                warning("this task adapter was trained on its domain adapter; alone it is not the task baseline")
-            domain = None
-    factors, parents = stages.composed_factors(domain, task, config.compose.weights)
-    system_prompt = task.manifest["system_prompt"] if task else config.task.system_prompt
-    event("composed", adapters=", ".join(p.directory.as_posix() for p in parents), weights=config.compose.weights)
-    if which == "both":
-        event("these weights were not searched on the dev split")
-    return factors, parents, system_prompt
+    return {"prompt": wanted.prompt, "answer": answer(wanted.prompt), "adapters": adapters}
 
 
 def _streaming(config: Config, model: Any, tokenizer: Any, system_prompt: str) -> Callable[[str], str]:
@@ -142,7 +127,7 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def _answer_file(
-    config: Config, model: Any, tokenizer: Any, examples: list[dict[str, Any]], system_prompt: str, parents: list[Any]
+    config: Config, model: Any, tokenizer: Any, examples: list[dict[str, Any]], system_prompt: str
 ) -> dict[str, Any]:
     from utils import chat, files, generation
     from utils.progress import Progress
@@ -158,44 +143,62 @@ def _answer_file(
         files.write_text(Path(config.inference.output_file), lines + "\n")
     else:
         print(lines)
-    return {
-        "answered": len(rows),
-        "output_file": config.inference.output_file or None,
-        "adapters": [str(p.directory) for p in parents],
-    }
+    return {"answered": len(rows), "output_file": config.inference.output_file or None}
 
 
-def _merge(config: Config, base: Any, factors: Any, parents: list[Any]) -> dict[str, Any]:
-    from utils import cards, merging, runs
-    from utils.exceptions import ConfigError, Problem
+def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
+    """Write the standalone model; then GGUF and the hub, where they were asked for."""
+    from utils import cards, composing, files, gguf, hub, merging, runs
     from utils.logger import event
 
-    if factors is None:
-        raise ConfigError(Problem("--merge_path with --adapters none would copy the base", fix="leave out --adapters"))
-    target = Path(config.inference.merge_path)
+    target, settings = Path(config.merge.path), config.merge
+    composing.refuse_inside(target, base, found.runs)
+    parents = [*found.runs, *([found.run] if found.run else [])]
+    composition = composing.record(found)
     identity = {
         "stage": "merged",
         "base": base.digest,
-        "adapters": [p.digest for p in parents],
-        "weights": list(config.compose.weights),
-        "dtype": config.inference.merge_dtype,
+        "adapters": [run.digest for run in found.runs],
+        "recipe": composition["recipe"],
+        "dtype": settings.dtype,
     }
 
     def manifest(checks: dict[str, Any]) -> dict[str, Any]:
-        return runs.manifest("merged", identity, base=base.record(), parents=parents, measured=checks)
+        facts = {"composition": composition, "seed": config.run.seed}
+        return runs.manifest("merged", identity, base=base.record(), parents=parents, measured=checks, **facts)
 
-    card = cards.merged_card(base, parents, config.compose.weights)
-    checks = merging.merge(base, factors, target, config, manifest, card)
+    card = cards.merged_card(
+        base,
+        found.runs,
+        method=found.recipe.method,
+        weights=found.recipe.weights or (1.0,) * len(found.runs),
+        exact=found.check.exact,
+        searched=found.searched,
+        dtype=settings.dtype,
+        check=found.line(),
+    )
+    fingerprint = files.fingerprint(identity)
+    checks = merging.merge(
+        base, found.factors, target, settings, config.base, fingerprint=fingerprint, manifest=manifest, card=card
+    )
     event("merged model written", path=target)
-    return {"merged": str(target), "adapters": [str(p.directory) for p in parents], **checks}
+    result = {"merged": str(target), "adapters": [str(run.directory) for run in found.runs], **checks}
+    if settings.gguf:
+        converted = gguf.convert(target, settings.gguf)
+        result["gguf"] = str(converted) if converted else None
+    if config.hub.push_to_hub:
+        result["url"] = hub.push(target, config.hub, message="Merged model")
+    return result
 
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    a_d, a_t = config.compose.weights
-    steps = [f"load {config.base.source} and compose {config.inference.adapters}: W + {a_d:g} D + {a_t:g} T"]
-    if config.inference.merge_path:
-        return [*steps, f"write the merged model to {config.inference.merge_path}, reload it and compare its logits"]
+    section, which = config.compose, config.inference.adapters
+    weights = section.weights or "what the newest composed run of them has, else 1 each"
+    steps = [f"load {config.base.source} and compose {which} by {section.method} with weights: {weights}"]
+    if config.merge.path:
+        written = f"write the merged model to {config.merge.path} shard by shard ({config.merge.dtype})"
+        return [*steps, written, "reload it in a fresh process and compare its logits before it appears there"]
     return [*steps, "answer the prompt" if config.inference.prompt else "answer the prompts"]
 
 

@@ -22,12 +22,12 @@ SECTIONS = ("domain", "base", "inputs", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Base model, fresh adapter, packed documents, training loop, artefact."""
-    from utils import base_model, stages
+    from utils import base_model, lineage, stages
     from utils.prepared import Prepared
     from utils.training_data import PackedDocuments
 
     base = stages.start(config)
-    data = stages.prepared_run(config, base)
+    data = lineage.prepared_run(config, base)
     identity = stages.training_identity(config, "domain", base, data)
 
     def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:

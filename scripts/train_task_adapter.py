@@ -23,13 +23,13 @@ SECTIONS = ("task", "base", "inputs", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Base model, frozen domain adapter, fresh task adapter, bucketed pairs, training loop, artefact."""
-    from utils import adapters, base_model, stages
+    from utils import adapter_files, adapters, base_model, lineage, stages
     from utils.prepared import Prepared
     from utils.training_data import BucketedPairs, check_usable, tokenise_pairs
 
     base = stages.start(config)
-    data = stages.prepared_run(config, base)
-    domain = stages.domain_run(config, base) if config.task.on == "domain" else None
+    data = lineage.prepared_run(config, base)
+    domain = lineage.domain_run(config, base) if config.task.on == "domain" else None
     shared = stages.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)
     identity = {**shared, "on": config.task.on, "domain_adapter": domain.digest if domain else None}
 
@@ -44,7 +44,7 @@ def main(config: Config) -> dict[str, Any]:
         dev = stages.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings)
         model, frozen = base_model.load_model(base, config.base), []
         if domain:
-            model, frozen = adapters.add(model, "domain", adapters.load(domain.directory / "adapter")), ["domain"]
+            model, frozen = adapters.add(model, "domain", adapter_files.load(domain.adapter, base)), ["domain"]
         model = stages.new_adapter(model, "task", config.task.lora, seed, frozen)
         facts = {
             "usable": report.usable,

@@ -44,6 +44,7 @@ from config import BaseModelSection  # noqa: E402
 from utils import base_model, toy  # noqa: E402
 from utils.base_model import BaseModel  # noqa: E402
 from utils.composition import ModuleFactors  # noqa: E402
+from utils.experts import FUSED  # noqa: E402
 
 torch.set_num_threads(1)
 logging.getLogger("adapters").addHandler(logging.NullHandler())
@@ -210,6 +211,26 @@ def random_factors(
             a_rI = torch.randn(rank, module.in_features, generator=generator) * size
             b_Or = torch.randn(module.out_features, rank, generator=generator) * size
             found[name] = ModuleFactors(a_rI, b_Or, alpha / rank)
+    return found
+
+
+def expert_factors(
+    model: torch.nn.Module,
+    rank: int,
+    alpha: float,
+    seed: int,
+    parameters: Sequence[str] = FUSED,
+    size: float = 0.3,
+) -> dict[str, ModuleFactors]:
+    """Factors for these fused parameters in every layer, expert by expert; B is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in parameters and parameter.ndim == 3:
+            count, out_features, in_features = parameter.shape
+            a_ErI = torch.randn(count, rank, in_features, generator=generator) * size
+            b_EOr = torch.randn(count, out_features, rank, generator=generator) * size
+            found[name] = ModuleFactors(a_ErI, b_EOr, alpha / rank)
     return found
 
 

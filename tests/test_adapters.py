@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from config import ATTENTION, LoraSection  # noqa: E402
 from tests.support import ARCHITECTURES, random_factors, relative, saved_model, temporary_directory  # noqa: E402
-from utils import adapters  # noqa: E402
+from utils import adapter_files, adapters, frozen_lora  # noqa: E402
 from utils.base_model import BaseModel  # noqa: E402
-from utils.composition import Factors, delta, weighted_sum  # noqa: E402
+from utils.composition import Factors, Recipe, compose, delta  # noqa: E402
 from utils.exceptions import ArtefactError  # noqa: E402
 
 BASE = BaseModel(Path("toy"), "toy:test", "", "0" * 64, "0" * 64)
@@ -65,7 +65,7 @@ class EachArchitecture(unittest.TestCase):
             model = adapters.add(adapters.add(fresh(architecture), "domain", parts[0]), "task", parts[1])
             adapters.activate(model, ["domain", "task"])
             active = logits(model)
-            composed = logits(adapters.add(fresh(architecture), "composed", weighted_sum(parts, [1.0, 1.0])))
+            composed = logits(adapters.add(fresh(architecture), "composed", compose(parts, Recipe())))
             expected = logits(merged_by_hand(architecture, parts, [1.0, 1.0]))
             self.assertGreater(relative(logits(fresh(architecture)), expected), 0.1, "the adapters do nothing")
             self.assertLess(relative(active, expected), 1e-5)
@@ -76,20 +76,22 @@ class EachArchitecture(unittest.TestCase):
     def test_weighted_composition_equals_merged_by_hand(self) -> None:
         def check(architecture: str) -> None:
             parts, weights = two(fresh(architecture)), [0.5, -0.7]
-            composed = logits(adapters.add(fresh(architecture), "composed", weighted_sum(parts, weights)))
+            composed = logits(
+                adapters.add(fresh(architecture), "composed", compose(parts, Recipe(weights=tuple(weights))))
+            )
             self.assertLess(relative(composed, logits(merged_by_hand(architecture, parts, weights))), 1e-5)
 
         self.for_each(check)
 
     def test_saved_adapter_gives_the_same_logits_in_plain_peft(self) -> None:
         def check(architecture: str) -> None:
-            composed = weighted_sum(two(fresh(architecture)), [1.0, 0.8])  # two ranks in one adapter
+            composed = compose(two(fresh(architecture)), Recipe(weights=(1.0, 0.8)))  # two ranks in one adapter
             directory = temporary_directory()
-            adapters.save(directory, composed, BASE)
+            adapter_files.save(directory, composed, BASE)
             plain = PeftModel.from_pretrained(fresh(architecture), str(directory))
             expected = logits(adapters.add(fresh(architecture), "composed", composed))
             self.assertLess(relative(logits(plain), expected), 1e-6)
-            again = adapters.load(directory)
+            again = adapter_files.load(directory)
             self.assertEqual({n: f.scale for n, f in again.items()}, {n: f.scale for n, f in composed.items()})
             self.assertTrue(all(torch.equal(again[n].a_rI, f.a_rI) for n, f in composed.items()))
 
@@ -167,7 +169,7 @@ class Refused(unittest.TestCase):
         cls.good = temporary_directory()
         shape = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         get_peft_model(fresh("llama"), shape).save_pretrained(cls.good)
-        adapters.load(cls.good)
+        adapter_files.load(cls.good)
 
     def refused(
         self,
@@ -179,14 +181,14 @@ class Refused(unittest.TestCase):
         directory = temporary_directory() / "adapter"
         shutil.copytree(self.good, directory)
         if settings:
-            path = directory / adapters.CONFIG
+            path = directory / adapter_files.CONFIG
             path.write_text(json.dumps(json.loads(path.read_text()) | settings))
         if tensors:
-            state = load_file(directory / adapters.WEIGHTS)
+            state = load_file(directory / adapter_files.WEIGHTS)
             tensors(state)
-            save_file(state, directory / adapters.WEIGHTS)
+            save_file(state, directory / adapter_files.WEIGHTS)
         with self.assertRaisesRegex(ArtefactError, reason):
-            adapters.load(directory)
+            adapter_files.load(directory)
 
     def test_what_is_not_scale_times_b_times_a_is_refused(self) -> None:
         self.refused("use_dora is set", settings={"use_dora": True})
@@ -217,20 +219,20 @@ class Refused(unittest.TestCase):
     def test_damaged_and_pickled_files_are_refused(self) -> None:
         directory = temporary_directory() / "adapter"
         shutil.copytree(self.good, directory)
-        weights = directory / adapters.WEIGHTS
+        weights = directory / adapter_files.WEIGHTS
         for size in (0, 5, weights.stat().st_size // 2, weights.stat().st_size - 1):
-            weights.write_bytes((self.good / adapters.WEIGHTS).read_bytes()[:size])
+            weights.write_bytes((self.good / adapter_files.WEIGHTS).read_bytes()[:size])
             with self.assertRaisesRegex(ArtefactError, "damaged"):
-                adapters.load(directory)
+                adapter_files.load(directory)
         weights.rename(directory / "adapter_model.bin")
         with self.assertRaisesRegex(ArtefactError, "it needs adapter_config.json and adapter_model.safetensors"):
-            adapters.load(directory)
+            adapter_files.load(directory)
         with self.assertRaisesRegex(ArtefactError, "no such directory"):
-            adapters.load(directory / "missing")
-        shutil.copyfile(self.good / adapters.WEIGHTS, weights)
-        (directory / adapters.CONFIG).write_text('{"r": 4')
+            adapter_files.load(directory / "missing")
+        shutil.copyfile(self.good / adapter_files.WEIGHTS, weights)
+        (directory / adapter_files.CONFIG).write_text('{"r": 4')
         with self.assertRaisesRegex(ArtefactError, "not valid JSON"):
-            adapters.load(directory)
+            adapter_files.load(directory)
 
 
 class LocalBase(unittest.TestCase):

@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
 from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection  # noqa: E402
 from utils import frozen_lora, toy  # noqa: E402
 from utils.benchmarks import data, inference, inputs, training  # noqa: E402
-from utils.composition import weighted_sum  # noqa: E402
+from utils.composition import Recipe, compose, scaled  # noqa: E402
 from utils.exceptions import ArtefactError  # noqa: E402
 
 EXACT = 1e-5
@@ -33,7 +33,7 @@ def pair_for(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[dict, di
     """Two adapters of different rank and scale, strong enough to be seen."""
     first = inputs.random_factors(model, LoraSection(rank=4, alpha=16, target_modules=targets), seed=1)
     second = inputs.random_factors(model, LoraSection(rank=6, alpha=18, target_modules=targets[:2]), seed=2)
-    return inputs.weighted(first, 5.0), inputs.weighted(second, -3.0)
+    return {n: scaled(f, 5.0) for n, f in first.items()}, {n: scaled(f, -3.0) for n, f in second.items()}
 
 
 class FrozenLora(unittest.TestCase):
@@ -41,7 +41,7 @@ class FrozenLora(unittest.TestCase):
         for make, targets in ((toy.tiny_llama, ALL_LINEAR_LLAMA), (toy.tiny_minimax_m2, ATTENTION)):
             model = make()[0].eval().requires_grad_(False)
             pair = pair_for(model, targets)
-            models = inference.variants(model, pair, weighted_sum(pair, (1.0, 1.0)))
+            models = inference.variants(model, pair, compose(pair, Recipe()))
             # one row, few rows, many rows: each takes its own way through the factors
             for shape in ((1, 1), (2, 3), (3, 20)):
                 ids = torch.randint(0, 700, shape, generator=torch.Generator().manual_seed(3))
@@ -59,10 +59,10 @@ class FrozenLora(unittest.TestCase):
             factors = inputs.random_factors(
                 torch.nn.ModuleDict({"q": linear}), LoraSection(rank=4, target_modules=("q",)), seed=1
             )["q"]
-            strong = inputs.weighted({"q": factors}, 10.0)["q"]
-            exact = frozen_lora.FrozenLoraLinear(linear, strong)
+            strong = scaled(factors, 10.0)
+            exact = frozen_lora.FrozenLoraLinear(linear, {"x": strong})
             low = frozen_lora.FrozenLoraLinear(
-                torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16).requires_grad_(False), strong
+                torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16).requires_grad_(False), {"x": strong}
             )
             low.base.load_state_dict(linear.state_dict())
             for shape in ((48,), (1, 1, 48), (2, 3, 48), (4, 30, 48)):
@@ -82,20 +82,20 @@ class FrozenLora(unittest.TestCase):
         with torch.no_grad():
             before = model(input_ids=ids).logits
         pair = pair_for(model, ALL_LINEAR_LLAMA)
-        models = inference.variants(model, pair, weighted_sum(pair, (1.0, 1.0)))
+        models = inference.variants(model, pair, compose(pair, Recipe()))
         own = {id(p) for p in model.parameters()}
         self.assertEqual({id(p) for p in models["composed"].parameters()}, own)
         with torch.no_grad():
             self.assertTrue(torch.equal(model(input_ids=ids).logits, before))
             merged = models["merged"](input_ids=ids).logits
-            inference.merge_in_place(model, weighted_sum(pair, (1.0, 1.0)))
+            inference.merge_in_place(model, compose(pair, Recipe()))
             self.assertTrue(torch.equal(model(input_ids=ids).logits, merged))
 
     def test_factors_of_another_model_are_refused(self) -> None:
         model = toy.tiny_llama()[0]
         factors = pair_for(model, ALL_LINEAR_LLAMA)[0]
         with self.assertRaises(ArtefactError):
-            frozen_lora.put_on(toy.tiny_minimax_m2()[0], factors)
+            frozen_lora.attach(toy.tiny_minimax_m2()[0], {"x": factors})
 
 
 class Training(unittest.TestCase):

@@ -18,7 +18,8 @@ import torch
 
 import config as settings
 from tests.support import ROOT, clean_environment, last_json, relative, temporary_directory
-from utils import adapters, base_model, files, stages
+from utils import adapter_files, adapters, base_model, files
+from utils.composition import Recipe, compose
 from utils.exceptions import ArtefactError
 from utils.runs import Run
 
@@ -92,8 +93,8 @@ class EmbeddedModel(unittest.TestCase):
         ]
         model = base_model.load_model(base, section, dtype=torch.float32)
         for name, part in zip(("domain", "task"), parts, strict=True):
-            model = adapters.add(model, name, adapters.load(part.directory / "adapter"))
-        model = adapters.add(model, "composed", stages.composed_factors(*parts, (1.0, 1.0))[0])
+            model = adapters.add(model, name, adapter_files.load(part.directory / "adapter"))
+        model = adapters.add(model, "composed", compose([adapter_files.load(part.adapter, base) for part in parts], Recipe()))
         probe = torch.randint(0, 49_000, (2, 32), generator=torch.Generator().manual_seed(1))
         found = {}
         with torch.no_grad():
@@ -163,7 +164,7 @@ def _completed(command: list[str], env: dict[str, str]) -> subprocess.CompletedP
 
 
 def load(result: dict[str, Any]) -> dict[str, Any]:
-    return adapters.load(Path(result["adapter"]))
+    return adapter_files.load(Path(result["adapter"]))
 
 
 def adapter_digests(result: dict[str, Any]) -> dict[str, str]:

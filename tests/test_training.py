@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from config import TrainSection  # noqa: E402
 from tests.support import Completed, Script, Workspace, last_json, temporary_directory, write_jsonl  # noqa: E402
-from utils import adapters, base_model, files  # noqa: E402
+from utils import adapter_files, adapters, base_model, files  # noqa: E402
 from utils.evaluation import score_documents  # noqa: E402
 from utils.prepared import Prepared  # noqa: E402
 from utils.training import learning_rate  # noqa: E402
@@ -229,7 +229,7 @@ class Numbers(Runs):
             self.assertEqual(measured["kept_step"], best if keep == "best" else measured["steps"])
             data = Prepared(Path(manifest["parents"][0]["path"])).documents("dev_documents")
             packed = PackedDocuments(data, TrainSection(**SETTINGS, sequence_tokens=128), 0, 0)
-            model = adapters.add(self.base(), "domain", adapters.load(Path(result["adapter"]))).eval()
+            model = adapters.add(self.base(), "domain", adapter_files.load(Path(result["adapter"]))).eval()
             scores = score_documents(model, packed, batch_tokens=128, device=torch.device("cpu"), what="dev")
             found = sum(score.nll for score in scores) / sum(score.tokens for score in scores)
             self.assertAlmostEqual(found / dev_losses[measured["kept_step"]], 1.0, places=5)

@@ -48,6 +48,11 @@ class BaseModel:
         """What other tools load it by: the hub id, or its directory."""
         return self.source if self.revision else str(self.directory)
 
+    @property
+    def model_type(self) -> str:
+        """The architecture, as config.json names it."""
+        return str(files.read_json(self.directory / "config.json").get("model_type", ""))
+
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
         return {key: str(value) for key, value in asdict(self).items()}

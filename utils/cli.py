@@ -32,8 +32,12 @@ SHORTCUTS = {
     "inference.prompts_file": "prompts_file",
     "inference.output_file": "output_file",
     "inference.adapters": "adapters",
-    "inference.merge_path": "merge_path",
+    "merge.path": "merge_path",
     "compose.weights": "weights",
+    "hub.push_to_hub": "push_to_hub",
+    "hub.hub_model_id": "hub_model_id",
+    "hub.hub_private_repo": "hub_private_repo",
+    "hub.hub_revision": "hub_revision",
     "inputs.domain_adapter": "domain_adapter",
     "inputs.task_adapter": "task_adapter",
 }
@@ -154,7 +158,9 @@ def _flags(arguments: list[str], known: set[str]) -> tuple[list[str], list[Probl
             while position < len(arguments) and not arguments[position].startswith("--"):
                 values.append(arguments[position])
                 position += 1
-            if not values and path in known:
+            if not values and _is_switch(path):
+                values = ["true"]
+            elif not values and path in known:
                 problems.append(Problem(f"--{name} needs a value", fix=f"write --{name} VALUE"))
                 continue
         else:
@@ -264,6 +270,11 @@ def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
 def _is_list(path: str) -> bool:
     kinds = dict(_fields(settings.Config))
     return path in kinds and str(kinds[path].annotation).startswith("tuple")
+
+
+def _is_switch(path: str) -> bool:
+    field = dict(_fields(settings.Config)).get(path)
+    return field is not None and field.annotation is bool
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:

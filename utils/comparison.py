@@ -10,8 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, InferenceSection, TrainSection
-from utils import adapters, base_model, chat, evaluation, files, generation, runs, stages, training
+from utils import (
+    adapter_files,
+    base_model,
+    chat,
+    composing,
+    evaluation,
+    files,
+    frozen_lora,
+    generation,
+    lineage,
+    runs,
+    stages,
+    training,
+)
 from utils.base_model import BaseModel
+from utils.composing import Composition
 from utils.corpus.splits import hash_share
 from utils.evaluation import DocumentScore, ItemScore
 from utils.exceptions import ArtefactError, DataError, Problem
@@ -35,18 +49,26 @@ class Participants:
     task: Run
     baseline: Run | None
     data: Run
+    composed: Composition | None
 
     def runs(self) -> list[Run]:
-        return [run for run in (self.domain, self.task, self.baseline, self.data) if run is not None]
+        made = self.composed.run if self.composed else None
+        return [run for run in (self.domain, self.task, self.baseline, self.data, made) if run is not None]
 
 
 def participants(config: Config, base: BaseModel) -> Participants:
     """The task run, its domain adapter, its data, and the fair baseline if it was trained."""
-    domain, task = stages.lineage(config, base)
-    data = stages.parent_of(task, "prepared", config.run.data_dir)
+    domain, task = lineage.pair(config, base)
+    data = lineage.data_of(config, base, [task])
     if data is None:
-        raise ArtefactError(Problem(f"{task.directory} does not say which data it was trained on"))
-    return Participants(domain, task, _baseline(config, base, task), data)
+        raise ArtefactError(
+            Problem(
+                f"{task.directory} does not say which data it was trained on",
+                fix="prepare data: scripts/prepare_data.py",
+            )
+        )
+    composed = composing.composition(config, base) if domain else None
+    return Participants(domain, task, _baseline(config, base, task), data, composed)
 
 
 def identity(config: Config, base: BaseModel, parts: Participants) -> dict[str, Any]:
@@ -54,8 +76,8 @@ def identity(config: Config, base: BaseModel, parts: Participants) -> dict[str, 
     return {
         "stage": "evaluation",
         "base": base.digest,
-        "runs": {name: run.digest if run else None for name, run in vars(parts).items()},
-        "weights": list(config.compose.weights),
+        "runs": {run.manifest["kind"] + str(i): run.digest for i, run in enumerate(parts.runs())},
+        "recipe": asdict(parts.composed.recipe) if parts.composed else None,
         "evaluate": config.evaluate.model_dump(mode="json"),
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
         "seed": config.run.seed,
@@ -81,7 +103,7 @@ def compare(config: Config, base: BaseModel, parts: Participants, directory: Pat
     for cell, active in cells.items():
         path = directory / f"cell_{cell}.json"
         if not path.exists():  # a cell is written whole or not at all, so an interrupted evaluation goes on here
-            adapters.activate(model, active)
+            frozen_lora.select(model, dict.fromkeys(active, 1.0))
             files.write_json(path, _score_cell(config, model, tokenizer, cell, items, documents, shown, prompt))
         raw[cell] = files.read_json(path)
     scores = {cell: [ItemScore(**score) for score in found["items"]] for cell, found in raw.items()}
@@ -100,7 +122,9 @@ def compare(config: Config, base: BaseModel, parts: Participants, directory: Pat
     results["test_items"] = len(items)
     results["test_documents"] = len({item.document for item in items})
     results["left_out"] = len(left_out)
-    results["weights"] = list(config.compose.weights)
+    if parts.composed:
+        recorded = composing.record(parts.composed)
+        results["composition"] = {key: recorded[key] for key in ("recipe", "exact", "searched")}
     results["task_trained_on"] = parts.task.manifest["identity"]["on"]
     results["samples"] = [
         {
@@ -161,8 +185,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"{cell:<10}" + "".join(row))
     lines += [
         "",
-        f"{results['test_items']} test questions about {results['test_documents']} documents; composed weights "
-        f"{tuple(results['weights'])}, its task adapter was trained on the {results['task_trained_on']}; "
+        f"{results['test_items']} test questions about {results['test_documents']} documents; "
+        f"{_composed_by(results)}its task adapter was trained on the {results['task_trained_on']}; "
         "the task row was trained on the base.",
     ]
     for name, c in results["contrasts"].items():
@@ -212,20 +236,24 @@ def _document_sets(config: Config, parts: Participants, source: Prepared, pad_id
 
 def _cells(config: Config, base: BaseModel, parts: Participants) -> tuple[Any, dict[str, list[str]]]:
     """One loaded base with every adapter on it, and which are active in each cell."""
-    model = base_model.load_model(base, config.base)
-    cells: dict[str, list[str]] = {"base": []}
-    if parts.domain:
-        model = adapters.add(model, "domain", adapters.load(parts.domain.directory / "adapter"))
-        cells["domain"] = ["domain"]
-    if parts.baseline:
-        model = adapters.add(model, "task", adapters.load(parts.baseline.directory / "adapter"))
-        cells["task"] = ["task"]
-    if parts.domain:
-        factors, _ = stages.composed_factors(parts.domain, parts.task, config.compose.weights)
-        model = adapters.add(model, "composed", factors)
-        cells["composed"] = ["composed"]
-    model.eval()
-    return model, cells
+    adapters = {
+        name: adapter_files.load(run.adapter, base)
+        for name, run in (("domain", parts.domain), ("task", parts.baseline))
+        if run is not None
+    }
+    if parts.composed:
+        composing.say(parts.composed)
+        adapters["composed"] = parts.composed.factors
+    model = frozen_lora.attach(base_model.load_model(base, config.base), adapters)
+    return model.eval(), {"base": [], **{name: [name] for name in adapters}}
+
+
+def _composed_by(results: dict[str, Any]) -> str:
+    if "composition" not in results:
+        return ""
+    recipe, searched = results["composition"]["recipe"], results["composition"]["searched"]
+    weights = f"weights {tuple(recipe['weights'])}" if recipe["weights"] else "weights of 1"
+    return f"composed by {recipe['method']} with {weights} ({'chosen on dev' if searched else 'untested'}), "
 
 
 def _score_cell(

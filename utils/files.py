@@ -14,14 +14,15 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from utils.exceptions import ArtefactError, Problem
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 # what a run directory holds only while it is being made: no part of the artefact
 SCRATCH = "checkpoints"
 _BLOCK = 1 << 22
@@ -80,11 +81,19 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def publish(target: Path, manifest: Callable[[], dict[str, Any]]) -> Iterator[Path]:
+def publish(
+    target: Path,
+    manifest: Callable[[], dict[str, Any]],
+    *,
+    resume: str = "",
+    digests: Mapping[str, str] | None = None,
+) -> Iterator[Path]:
     """Yield a temporary sibling of `target` to fill; on success write its manifest last and rename it into place.
 
     `manifest()` is called after the body, so it may hold what the body measured. Replaces nothing: `target` must not
-    exist, or be empty. On any error the temporary directory is removed and `target` is as it was.
+    exist, or be empty. On any error the temporary directory is removed and `target` is as it was. With `resume` (a
+    fingerprint of what is being made) it is kept instead, and the same call finds it again with what was in it.
+    `digests` (file name -> sha256, filled by the body) saves reading large files again.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArtefactError(
@@ -92,31 +101,38 @@ def publish(target: Path, manifest: Callable[[], dict[str, Any]]) -> Iterator[Pa
                 "the output already exists and is not empty", str(target), "choose another path, or remove it first"
             )
         )
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{f'partial-{resume[:12]}' if resume else f'tmp-{os.getpid()}'}")
     try:
         make_directory(target.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        seal(temporary, manifest())
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-        _fsync_directory(target.parent)
+        if not resume:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        # only a name that another process would choose too needs a lock
+        with locked(temporary, "the output") if resume else nullcontext():
+            yield temporary
+            seal(temporary, manifest(), digests)
+            (temporary / LOCK).unlink(missing_ok=True)
+            if target.exists():
+                target.rmdir()
+            temporary.rename(target)
+            _fsync_directory(target.parent)
     except OSError as error:
         raise _disk_error(target, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not resume:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def seal(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def seal(directory: Path, manifest: dict[str, Any], digests: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Fsync every file, give all the permissions that umask allows, and write the manifest last. Returns it."""
+    known = digests or {}
     files: dict[str, dict[str, Any]] = {}
     for path in artefact_files(directory):
         # safetensors writes mode 0600 (safetensors#782), which hides a published model from another user's server
         path.chmod(0o666 & ~current_umask() | stat.S_IRUSR | stat.S_IWUSR)
         _fsync_file(path)
-        files[path.relative_to(directory).as_posix()] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        name = path.relative_to(directory).as_posix()
+        files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
     complete = {**manifest, "digest": fingerprint({name: f["sha256"] for name, f in files.items()}), "files": files}
     _fsync_directory(directory)
     write_json(directory / MANIFEST, complete)
@@ -169,7 +185,7 @@ def verify(directory: Path, *, hash_files: bool = True) -> dict[str, Any]:
 def locked(directory: Path, what: str) -> Iterator[None]:
     """Hold `directory` for this process; a second holder is refused. The kernel drops the lock when we die."""
     make_directory(directory)
-    path = directory / ".lock"
+    path = directory / LOCK
     try:
         handle = path.open("a+", encoding="utf-8")
     except OSError as error:

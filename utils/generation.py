@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,9 +53,7 @@ def answer(
                 stream(printable(text))
 
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream and len(prompts) == 1 else None
-    # only PEFT's float32 factors need autocast; a bare model computes in its own dtype and frozen_lora.py picks its own
-    casting = autocast(model, device) if hasattr(model, "peft_config") else nullcontext()
-    with torch.no_grad(), casting:
+    with torch.no_grad(), autocast(model, device):
         made = model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -122,11 +122,15 @@ def _plain_logits(model: Any) -> bool:
 
 @contextmanager
 def autocast(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """bfloat16 autocast when the frozen weights are bfloat16: the float32 factors are cast, not the activations."""
+    """bfloat16 autocast for PEFT's float32 factors on bfloat16 weights: the factors are cast, not the activations.
+
+    A bare model computes in its own dtype, and `frozen_lora` picks its own: nothing is cast for them.
+    """
     from peft.helpers import disable_input_dtype_casting
+    from peft.tuners.lora import LoraLayer
 
     dtype = next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or not any(isinstance(module, LoraLayer) for module in model.modules()):
         yield
         return
     # PEFT would first cast every activation to the factors' float32, 210 times forward and back in the default model

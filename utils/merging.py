@@ -1,70 +1,88 @@
-"""Base plus adapters as a standalone model: streamed shard by shard, verified by reloading it before it is published.
+"""Base plus one adapter as a standalone model: streamed shard by shard, checked by reloading it before it is published.
 
-All deltas are summed in float32, added to the float32 weight and rounded once. The result is an ordinary model
-directory that `AutoModelForCausalLM.from_pretrained` loads without peft.
+The model is never built: each tensor is read a few rows at a time, de-quantised if it is FP8, its update added in
+float32, rounded once, and written under its own name to a file of the same name. A tensor that does not change is
+copied. The result is an ordinary model directory that `AutoModelForCausalLM.from_pretrained` loads without peft.
+Killed and called again it goes on at the first file that is not finished.
+
+Shapes: R rows of a piece, O out_features, I in_features, r rank.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from config import Config
-from utils import adapters, base_model, files
+from config import BaseModelSection, MergeSection
+from utils import experts, files, fp8, selfcheck, shards
 from utils.base_model import COMPANION_FILES, BaseModel
-from utils.composition import Factors, delta
+from utils.composition import Factors, ModuleFactors, norm
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event
 from utils.progress import Progress
+from utils.shards import Checkpoint, Header, Tensor
 
-# float32 logits of merged and composed differ by rounding only; 1e-4 of their scale is ten times what was measured
-TOLERANCE = 1e-4
-PROBE_TOKENS = 48
-_RELOAD = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-assert "peft" not in sys.modules
-directory, probe, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
-with torch.no_grad():
-    logits = model(load_file(probe)["input_ids"]).logits.float()
-assert "peft" not in sys.modules, "loading the merged model brought in peft"
-save_file({"logits": logits.contiguous()}, out)
-"""
+# what is finished, while a merge is being written; hidden, so no part of the artefact
+RECORD = ".shards.json"
+INDEX = "model.safetensors.index.json"
+# float32 in MiniMax-M2: rounding them sends tokens to other experts
+ROUTERS = (".gate.weight", "e_score_correction_bias")
+_SAFETENSORS_NAME = {"bfloat16": "BF16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be written, known from the headers alone."""
+
+    checkpoint: Checkpoint
+    outputs: dict[str, Header]
+    updates: dict[str, ModuleFactors]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(header.size for header in self.outputs.values())
 
 
 def merge(
     base: BaseModel,
     factors: Factors,
     target: Path,
-    config: Config,
+    settings: MergeSection,
+    section: BaseModelSection,
+    *,
+    fingerprint: str,
     manifest: Callable[[dict[str, Any]], dict[str, Any]],
     card: str,
 ) -> dict[str, Any]:
     """Write base + factors to `target` and return what was checked; `target` appears only when every check passed.
 
-    Raises ArtefactError when the target is in the way, the disk is too small or a delta fits no tensor, and
-    VerificationError when the reloaded model is not the composed one.
+    `fingerprint` says what is being made: a call with the same one goes on where an interrupted one stopped. Raises
+    ArtefactError when the target is in the way, the disk is too small, the base is damaged or a delta fits no tensor,
+    and VerificationError when a number is not finite or the reloaded model is not the composed one.
     """
     refuse_target(target)
-    dtype = None if config.inference.merge_dtype == "base" else getattr(torch, config.inference.merge_dtype)
-    shards = sorted(base.directory.glob("*.safetensors"))
-    _check_space(target, shards, dtype)
+    intended = plan(base, factors, settings.dtype)
+    selfcheck.refuse_too_large(intended.checkpoint, factors)
     checks: dict[str, Any] = {}
-    with files.publish(target, lambda: manifest(checks)) as temporary:
-        checks["tensors_changed"] = _write_shards(shards, factors, temporary, dtype)
-        _write_companions(base.directory, temporary, dtype)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        checks |= _verify(base, factors, temporary, config)
+    digests: dict[str, str] = {}
+    with files.publish(target, lambda: manifest(checks), resume=fingerprint, digests=digests) as directory:
+        try:
+            found, sha256s = write(intended, directory, card)
+            checks |= found | selfcheck.merged_equals_composed(base, factors, directory, section)
+        except VerificationError:
+            shutil.rmtree(directory)  # going on from files that failed their check would only fail again
+            raise
+        digests |= sha256s
+        (directory / RECORD).unlink()
     return checks
 
 
@@ -80,149 +98,222 @@ def refuse_target(target: Path) -> None:
         )
 
 
-def _write_shards(shards: list[Path], factors: Factors, directory: Path, dtype: torch.dtype | None) -> int:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    pending = {f"{module}.weight": f for module, f in factors.items()}
-    changed = 0
-    sizes: dict[str, int] = {}
-    with Progress("merging", total=sum(s.stat().st_size for s in shards), unit="B") as bar:
-        for shard in shards:
-            tensors: dict[str, torch.Tensor] = {}
-            with safe_open(shard, framework="pt") as reader:
-                metadata = reader.metadata() or {"format": "pt"}
-                for name in reader.keys():  # noqa: SIM118 - safe_open is no mapping
-                    tensor = reader.get_tensor(name)
-                    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-                        raise ArtefactError(
-                            Problem(
-                                f"{shard.name}: {name} is FP8, and a delta is lost in it",
-                                fix="merge into a bfloat16 copy",
-                            )
-                        )
-                    kept = _kept_dtype(name, tensor, dtype)
-                    if name in pending:
-                        change = delta(pending.pop(name))
-                        if change.shape != tensor.shape:
-                            raise ArtefactError(
-                                Problem(f"{name} is {tuple(tensor.shape)}, its delta {tuple(change.shape)}")
-                            )
-                        tensor = tensor.float() + change
-                        changed += 1
-                    tensors[name] = tensor.to(kept).contiguous()
-                    if not torch.isfinite(tensors[name]).all():
-                        raise VerificationError(Problem(f"{name} is not finite after merging"))
-            save_file(tensors, directory / shard.name, metadata=metadata)
-            sizes |= {name: shard.name for name in tensors}
-            bar.advance(shard.stat().st_size)
-    if pending:
-        raise ArtefactError(Problem("the base model has no tensor for these deltas", sorted(pending)[:5]))
-    if len(shards) > 1:
-        total = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
-        files.write_json(
-            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": sizes}
-        )
-    return changed
+def plan(base: BaseModel, factors: Factors, dtype: str) -> Plan:
+    """What a merge will write, from the headers of the base. Raises ArtefactError for all that can be known by then."""
+    checkpoint = Checkpoint(base.directory)
+    if dtype == "fp8" and not _is_fp8(checkpoint):
+        what = "which tensors stand FP8 is the model maker's choice, and this base has none in FP8 to show it"
+        raise ArtefactError(Problem(what, "--merge.dtype fp8", "use --merge.dtype base or bfloat16"))
+    updates = _updates(checkpoint, base.model_type, factors)
+    outputs = {}
+    for path, header in checkpoint.headers.items():
+        after = {name: _after(checkpoint, updates, name, tensor, dtype) for name, tensor in header.tensors.items()}
+        for name, tensor in header.tensors.items():
+            if tensor.is_fp8 and (name in updates or after[name] != tensor):
+                checkpoint.scale_home(path, name)  # raises now what would come up after hours of writing
+        outputs[path.name] = shards.plan({n: tensor for n, tensor in after.items() if tensor}, header.metadata)
+    return Plan(checkpoint, outputs, updates, dtype)
 
 
-def _kept_dtype(name: str, tensor: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype on disk; routers stay as they are, because rounding them sends tokens to other experts."""
-    is_router = name.endswith((".gate.weight", "e_score_correction_bias"))
-    return tensor.dtype if wanted is None or is_router or not tensor.is_floating_point() else wanted
+def write(plan: Plan, directory: Path, card: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Fill `directory`, going on where an interrupted call stopped; returns figures, and file name -> sha256."""
+    _check_space(plan, directory)
+    record = _write_shards(plan, directory)
+    _write_companions(plan, directory, card)
+    return _figures(plan, record), {name: done["sha256"] for name, done in record.items()}
 
 
-def _write_companions(source: Path, directory: Path, dtype: torch.dtype | None) -> None:
-    """config.json as the base has it, but for the dtype and a quantisation that no longer holds; tokenizer and all."""
-    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    settings.pop("quantization_config", None)
-    if dtype is not None:
-        settings.pop("torch_dtype", None)
-        settings["dtype"] = str(dtype).removeprefix("torch.")
-    files.write_json(directory / "config.json", settings)
-    for name in COMPANION_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+def _updates(checkpoint: Checkpoint, model_type: str, factors: Factors) -> dict[str, ModuleFactors]:
+    """Tensor name on disk -> its update. Every value of every delta has its place, or this raises ArtefactError."""
+    weights = [name for name in checkpoint.homes if not checkpoint.is_scale(name)]
+    placed = dict.fromkeys(factors, 0)
+    updates, problems = {}, []
+    for name, place in experts.places(model_type, weights).items():
+        module = place.parameter if place.parameter in factors else place.parameter.removesuffix(".weight")
+        if module not in factors:
+            continue
+        whole, tensor = factors[module], checkpoint.tensor(name)
+        fits = place.expert is None or (whole.is_experts and place.expert < whole.shape[0])
+        update = experts.rows(whole, place) if fits else whole
+        if not fits or update.shape != tensor.shape or not tensor.is_floating:
+            found = f"{tensor.dtype} {tensor.shape}"
+            problems.append(Problem(f"{name} is {found}, a delta of {update.shape} cannot be added to it"))
+        placed[module] += math.prod(update.shape)
+        updates[name] = update
+    if problems:
+        raise ArtefactError(problems[:5])
+    lost = [module for module, count in placed.items() if count != math.prod(factors[module].shape)]
+    if lost:
+        fix = "the adapter was made for another model, or the base lacks files"
+        raise ArtefactError(Problem("the base model has no tensor for all of these deltas", sorted(lost)[:5], fix))
+    return updates
 
 
-def _check_space(target: Path, shards: list[Path], dtype: torch.dtype | None) -> None:
-    needed = sum(s.stat().st_size for s in shards) * (2 if dtype == torch.float32 else 1)
-    place = target.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+def _after(
+    checkpoint: Checkpoint, updates: dict[str, ModuleFactors], name: str, tensor: Tensor, dtype: str
+) -> Tensor | None:
+    """What becomes of a tensor; None for one that is left out."""
+    if checkpoint.is_scale(name):
+        changed = name.removesuffix(shards.SCALE) in updates
+        return None if dtype != "fp8" else shards.described("F32", tensor.shape) if changed else tensor
+    if dtype == "fp8" or not tensor.is_floating or name.endswith(ROUTERS):
+        return tensor
+    if dtype == "base":
+        return shards.described("BF16", tensor.shape) if tensor.is_fp8 else tensor
+    return shards.described(_SAFETENSORS_NAME[dtype], tensor.shape)
+
+
+def _check_space(plan: Plan, directory: Path) -> None:
+    companions = sum(path.stat().st_size for path in _companions(plan))
+    there = [(directory / name, header.size) for name, header in plan.outputs.items() if (directory / name).exists()]
+    needed = plan.size + companions - sum(min(path.stat().st_size, size) for path, size in there)
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise ArtefactError(
             Problem(
-                f"merging needs {needed / 1e9:.1f} GB under {place}, {free / 1e9:.1f} GB are free",
-                fix="free some space",
+                f"merging needs {needed:,} more bytes under {directory.parent}, {free:,} are free",
+                fix="free some space, or choose another disk with --merge_path",
             )
         )
 
 
-def _verify(base: BaseModel, factors: Factors, directory: Path, config: Config) -> dict[str, Any]:
-    """Float32 logits of the directory, loaded by a fresh process without peft, against base + adapter in this one."""
-    from safetensors.torch import load_file, save_file
+def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
+    """Write what is not finished; returns file name -> sha256, bytes and the changed tensors' squared norms."""
+    record = _finished(plan, directory)
+    done = sum(entry["bytes"] for entry in record.values())
+    with Progress("merging", total=plan.size, unit="B", done=done) as bar, _one_thread():
+        for path in plan.checkpoint.headers:
+            if path.name in record:
+                continue
+            squares: dict[str, list[float]] = {}
+            header = plan.outputs[path.name]
 
-    needed = sum(s.stat().st_size for s in directory.glob("*.safetensors")) * 3
-    if psutil.virtual_memory().available < needed:
-        raise VerificationError(
-            Problem(
-                f"reloading the merged model to check it needs about {needed / 1e9:.0f} GB of memory",
-                f"{psutil.virtual_memory().available / 1e9:.0f} GB available",
-                "merge on a machine with more memory",
-            )
-        )
-    probe, out = directory / ".probe.safetensors", directory / ".logits.safetensors"
-    tokenizer = base_model.load_tokenizer(base.directory)
-    generator = torch.Generator().manual_seed(0)
-    text = tokenizer("The quick brown fox explains what a function does:", add_special_tokens=False)["input_ids"]
-    random_ids = torch.randint(0, len(tokenizer), (2, PROBE_TOKENS), generator=generator)
-    random_ids[0, : min(len(text), PROBE_TOKENS)] = torch.tensor(text[:PROBE_TOKENS])
-    save_file({"input_ids": random_ids}, probe)
-    event("reloading the merged model in a fresh process")
-    done = subprocess.run(
-        [sys.executable, "-c", _RELOAD, str(directory), str(probe), str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise VerificationError(Problem(f"the merged model does not load: {done.stderr.strip().splitlines()[-1:]}"))
-    merged = load_file(out)["logits"]
-    probe.unlink()
-    out.unlink()
-    model = base_model.load_model(base, config.base, dtype=torch.float32)
-    with torch.no_grad():
-        plain = model(random_ids.to(model.device)).logits.float().cpu()
-        composed = adapters.add(model, "composed", factors)(random_ids.to(model.device)).logits.float().cpu()
-    scale = float(composed.abs().max())
-    error, effect = float((merged - composed).abs().max()), float((plain - composed).abs().max())
-    rounded = any(t != torch.float32 for t in _dtypes(directory))
-    checks = {
-        "max_logit_difference": error,
-        "adapter_effect_on_logits": effect,
-        "largest_logit": scale,
-        "rounded": rounded,
+            def content(name: str, path: Path = path, squares: dict[str, list[float]] = squares) -> Iterator[Any]:
+                return _content(plan, path, name, squares)
+
+            digest = shards.write(directory / path.name, header, content, bar.advance)
+            record[path.name] = {"sha256": digest, "bytes": header.size, "squares": squares}
+            files.write_json(directory / RECORD, record)
+    return record
+
+
+def _finished(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
+    """The record of an interrupted merge, as far as the files are still what it says."""
+    if not (directory / RECORD).exists():
+        return {}
+    event("going on with an interrupted merge: checking its finished files")
+    return {
+        name: done
+        for name, done in files.read_json(directory / RECORD).items()
+        if (directory / name).is_file()
+        and (directory / name).stat().st_size == done["bytes"] == plan.outputs[name].size
+        and files.sha256_file(directory / name) == done["sha256"]
     }
-    if effect <= 10 * TOLERANCE * scale:
-        raise VerificationError(
-            Problem("the adapters do not change the model's output", effect, "look at their manifests")
-        )
-    # float32 files must agree to rounding; in 16 bits the rounded weights themselves may move logits, but not like this
-    limit = 0.25 * effect if rounded else TOLERANCE * max(1.0, scale)
-    if error > limit:
-        raise VerificationError(Problem(f"merged and composed logits differ by more than {limit:.3g}", error))
-    event("merged model verified", max_logit_difference=error, adapter_effect=effect)
-    return checks
 
 
-def _dtypes(directory: Path) -> set[torch.dtype]:
-    from safetensors import safe_open
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces are too small to share: starting and joining threads for each took longer than its arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    found = set()
-    for shard in directory.glob("*.safetensors"):
-        with safe_open(shard, framework="pt") as reader:
-            for name in list(reader.keys())[:8]:
-                found.add(reader.get_tensor(name).dtype)
-    return found
+
+def _content(plan: Plan, path: Path, name: str, squares: dict[str, list[float]]) -> Iterator[Any]:
+    """The bytes of one tensor of the result, in pieces; `squares` gets the norms of a changed one."""
+    before, after = plan.checkpoint.headers[path].tensors[name], plan.outputs[path.name].tensors[name]
+    weight = name.removesuffix(shards.SCALE)
+    if weight in plan.updates and weight != name:
+        # made anew from the weight: it may come before it, or be in another file
+        for exact_RI in _exact(plan, plan.checkpoint.homes[weight], weight):
+            yield shards.as_bytes(fp8.quantise(exact_RI, plan.checkpoint.block)[1])
+    elif name not in plan.updates and after.dtype == before.dtype:
+        yield from shards.raw(path, plan.checkpoint.headers[path], name)
+    else:
+        yield from _computed(plan, path, name, squares)
+
+
+def _computed(plan: Plan, path: Path, name: str, squares: dict[str, list[float]]) -> Iterator[Any]:
+    dtype = plan.outputs[path.name].tensors[name].dtype
+    error = size = 0.0
+    for exact_RI in _exact(plan, path, name):
+        if dtype == shards.FP8:
+            written_RI, scales = fp8.quantise(exact_RI, plan.checkpoint.block)
+            found_RI = fp8.dequantise(written_RI, scales, plan.checkpoint.block)
+        else:
+            written_RI = exact_RI.to(shards.DTYPES[dtype])
+            found_RI = written_RI.float()
+        if name in plan.updates:
+            error += _squared_norm(found_RI - exact_RI)
+            size += _squared_norm(exact_RI)
+        yield shards.as_bytes(written_RI)
+    if name in plan.updates:
+        if not math.isfinite(error + size):
+            raise VerificationError(Problem(f"{name} is not finite after merging", fix="look at the adapters' weights"))
+        squares[name] = [error, size, norm(plan.updates[name]) ** 2]
+
+
+def _exact(plan: Plan, path: Path, name: str) -> Iterator[torch.Tensor]:
+    """The weights of a tensor (R, I) in float32 with its update added, piece by piece."""
+    update = plan.updates.get(name)
+    if update is not None:
+        # one update per leading index, as `rows` counts them
+        a_LrI = update.a_rI.float().view(-1, *update.a_rI.shape[-2:])
+        b_LOr = update.b_Or.float().view(-1, *update.b_Or.shape[-2:])
+    for lead, first, weights_RI in plan.checkpoint.rows(path, name):
+        if update is not None:
+            weights_RI.addmm_(b_LOr[lead, first : first + len(weights_RI)], a_LrI[lead], alpha=update.scale)
+        yield weights_RI
+
+
+def _squared_norm(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
+
+
+def _figures(plan: Plan, record: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How much rounding took: ||W_out - W_exact|| as a share of ||W_exact|| and of ||delta||, overall and worst."""
+    squares = {name: sums for done in record.values() for name, sums in done["squares"].items()}
+    error, size, delta = (math.fsum(column) for column in zip(*squares.values(), strict=True))
+    return {
+        "tensors": sum(len(header.tensors) for header in plan.outputs.values()),
+        "tensors_changed": len(squares),
+        "rounding_to_weight": _share(error, size),
+        "rounding_to_weight_worst": max(_share(e, s) for e, s, _ in squares.values()),
+        "rounding_to_delta": _share(error, delta),
+        "rounding_to_delta_worst": max(_share(e, d) for e, _, d in squares.values()),
+    }
+
+
+def _share(error: float, whole: float) -> float:
+    return math.sqrt(error / whole) if whole else 0.0
+
+
+def _write_companions(plan: Plan, directory: Path, card: str) -> None:
+    """config.json as the base has it, but for the dtype and a quantisation that no longer holds; tokenizer and all."""
+    settings = dict(plan.checkpoint.config)
+    dtype = "bfloat16" if plan.dtype == "base" and _is_fp8(plan.checkpoint) else plan.dtype
+    if dtype in _SAFETENSORS_NAME:
+        spellings = {"dtype", "torch_dtype"} & settings.keys() or {"dtype"}
+        settings |= dict.fromkeys(spellings, dtype)
+        if _is_fp8(plan.checkpoint):
+            settings.pop("quantization_config", None)
+    files.write_json(directory / "config.json", settings)
+    if plan.checkpoint.weight_map:
+        kept = {name for header in plan.outputs.values() for name in header.tensors}
+        total = sum(tensor.size for header in plan.outputs.values() for tensor in header.tensors.values())
+        weight_map = {name: file for name, file in plan.checkpoint.weight_map.items() if name in kept}
+        files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for path in _companions(plan):
+        shutil.copyfile(path, directory / path.name)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _companions(plan: Plan) -> list[Path]:
+    return [path for name in COMPANION_FILES if (path := plan.checkpoint.directory / name).is_file()]
+
+
+def _is_fp8(checkpoint: Checkpoint) -> bool:
+    return any(checkpoint.is_scale(name) for name in checkpoint.homes)

@@ -1,7 +1,7 @@
 """Run directories: where each stage writes, how a run is found again, and how parents are chosen.
 
-    data/prepared/<run>/        models/base/<name>/      models/domain/<run>/     models/task/<run>/
-    models/evaluation/<run>/    models/benchmark/<run>/
+    data/prepared/<run>/     models/base/<name>/        models/domain/<run>/     models/task/<run>/
+    models/composed/<run>/   models/evaluation/<run>/   models/benchmark/<run>/
 
 A run's name ends in the first 8 digits of the fingerprint of everything that decides its result, so the same command
 finds the same directory again: complete, it is reused; incomplete, it goes on from its last checkpoint.
@@ -29,6 +29,7 @@ STAGES = {
     "prepared": "python scripts/prepare_data.py",
     "domain": "accelerate launch scripts/train_domain_adapter.py",
     "task": "accelerate launch scripts/train_task_adapter.py",
+    "composed": "python scripts/compose.py",
     "evaluation": "python scripts/evaluate.py",
     "benchmark": "python scripts/benchmark.py",
 }
@@ -45,6 +46,11 @@ class Run:
     @property
     def digest(self) -> str:
         return str(self.manifest["digest"])
+
+    @property
+    def adapter(self) -> Path:
+        """The folder in PEFT's format: ours keep it in adapter/, a folder of another tool is one itself."""
+        return self.directory / self.manifest.get("adapter", "adapter")
 
     def as_parent(self) -> dict[str, str]:
         """What a child records about it."""

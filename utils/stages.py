@@ -1,9 +1,8 @@
-"""How stages find their parents, and what both training scripts share around the loop."""
+"""What every script starts with, and what both training scripts share around the loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import Config, LoraSection, TrainSection
-from utils import adapters, base_model, cards, checkpoints, files, logger, prepared, runs, training
+from utils import adapter_files, adapters, base_model, cards, checkpoints, files, logger, runs, training
 from utils.base_model import BaseModel
-from utils.composition import ModuleFactors, relative_error, weighted_sum, zero_modules
-from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem, VerificationError
+from utils.composition import zero_modules
+from utils.exceptions import ConfigError, NonFiniteError, Problem
 from utils.runs import Run
 from utils.training_data import Batch, TrainingData
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
-
-# float32 rounding of a sum of two rank-r products, with room
-EXACT = 1e-5
 
 
 def start(config: Config) -> BaseModel:
@@ -36,94 +32,6 @@ def start(config: Config) -> BaseModel:
     state = PartialState(cpu=base_model.device().type == "cpu")
     with state.main_process_first():
         return base_model.fetch(config.base, config.run.models_dir)
-
-
-def prepared_run(config: Config, base: BaseModel) -> Run:
-    """The prepared data to use: pinned, or the newest that fits this tokenizer and any --data flags of this command."""
-    said = sorted(path for path in config.overrides if path.startswith("data."))
-    wanted = files.fingerprint(prepared.identity(config.data, base, config.run.seed)) if said else ""
-
-    def fits(run: Run) -> str:
-        if run.manifest["identity"]["tokenizer"] != base.tokenizer_digest:
-            return "prepared with another tokenizer"
-        if wanted and run.manifest["fingerprint"] != wanted:
-            return f"prepared with other settings than {', '.join('--' + path for path in said)}"
-        return ""
-
-    hint = "" if config.preset == "smollm2_135m" else f" --preset {config.preset}"
-    root = config.run.data_dir
-    return runs.parent(root, "prepared", config.inputs.prepared, fits, flag="--inputs.prepared", hint=hint)
-
-
-def domain_run(config: Config, base: BaseModel) -> Run:
-    """The domain adapter: pinned, or the newest for this base model."""
-    flag = "--domain_adapter"
-    return runs.parent(
-        config.run.models_dir, "domain", config.inputs.domain_adapter, _for_base(base), flag=flag, hint=_preset(config)
-    )
-
-
-def task_run(config: Config, base: BaseModel, *, on: str | None = None, quiet: bool = False) -> Run:
-    """The task adapter: pinned, or the newest for this base model that was trained on `task.on`."""
-    wanted, right_base = on or config.task.on, _for_base(base)
-
-    def fits(run: Run) -> str:
-        trained_on = run.manifest["identity"]["on"]
-        if reason := right_base(run):
-            return reason
-        return "" if trained_on == wanted else f"trained on {trained_on}, not on {wanted} (say --task.on {trained_on})"
-
-    pinned = config.inputs.task_adapter if on is None else ""
-    hint = _preset(config) + ("" if wanted == "domain" else f" --task.on {wanted}")
-    return runs.parent(
-        config.run.models_dir,
-        "task",
-        pinned,
-        right_base if pinned else fits,
-        flag="--task_adapter",
-        hint=hint,
-        quiet=quiet,
-    )
-
-
-def parent_of(run: Run, kind: str, root: Path) -> Run | None:
-    """The parent of that kind, found by digest, so a moved or renamed directory is found too."""
-    wanted = next((p for p in run.manifest["parents"] if p["kind"] == kind), None)
-    if wanted is None:
-        return None
-    found = next((r for r in runs.complete_runs(root, kind) if r.digest == wanted["digest"]), None)
-    if found is None:
-        raise ArtefactError(
-            Problem(
-                f"{run.directory} was made from the {kind} run {wanted['path']}, which is not under {root}",
-                wanted["digest"],
-            )
-        )
-    files.verify(found.directory)
-    return found
-
-
-def lineage(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
-    """(domain run, task run) that belong together: a stacked task adapter fixes its domain adapter by digest."""
-    task = task_run(config, base)
-    trained_on = parent_of(task, "domain", config.run.models_dir)
-    if trained_on is None:
-        if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
-            return domain_run(config, base), task
-        with suppress(ArtefactError):
-            return domain_run(config, base), task
-        return None, task
-    if config.inputs.domain_adapter:
-        asked = domain_run(config, base)
-        if asked.digest != trained_on.digest:
-            raise ArtefactError(
-                Problem(
-                    f"{task.directory} was trained on {trained_on.directory}, not on the domain adapter asked for",
-                    str(asked.directory),
-                    "leave out --domain_adapter, or train the task adapter on it",
-                )
-            )
-    return trained_on, task
 
 
 def training_identity(config: Config, stage: str, base: BaseModel, data: Run, **facts: Any) -> dict[str, Any]:
@@ -181,7 +89,7 @@ def train_adapter(
             factors = adapters.factors_of(model, stage)
             if len(zero_modules(factors)) == len(factors):
                 raise NonFiniteError(Problem(f"every B of the {stage} adapter is still zero after training"))
-            adapters.save(directory / "adapter", factors, base, lora=getattr(config, stage).lora)
+            adapter_files.save(directory / "adapter", factors, base, lora=getattr(config, stage).lora)
             files.write_text(directory / "adapter" / "README.md", cards.adapter_card(stage, base, parents))
             files.write_json(directory / "config.json", config.model_dump(mode="json"))
             logger.event(f"{stage} adapter saved", path=directory / "adapter", kept_step=outcome.kept_step)
@@ -275,21 +183,6 @@ def _accelerator(config: Config, stage: str, directory: Path) -> Accelerator:
     return accelerator
 
 
-def _for_base(base: BaseModel) -> Callable[[Run], str]:
-    def fits(run: Run) -> str:
-        found = run.manifest["base"]
-        if found["digest"] == base.digest:
-            return ""
-        other, ours = found["digest"][:12], base.digest[:12]
-        return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
-
-    return fits
-
-
-def _preset(config: Config) -> str:
-    return "" if config.preset == "smollm2_135m" else f" --preset {config.preset}"
-
-
 def _result(config: Config, stage: str, run: Run, *, reused: bool) -> dict[str, Any]:
     runs.mark_latest(config.run.models_dir, stage, run.directory)
     measured = run.manifest["measured"]
@@ -301,24 +194,3 @@ def _result(config: Config, stage: str, run: Run, *, reused: bool) -> dict[str, 
         "reused": reused,
         **{k: measured[k] for k in ("steps", "seconds", "tokens_per_second", "best_dev_loss", "peak_memory_bytes")},
     }
-
-
-def composed_factors(
-    domain: Run | None, task: Run | None, weights: tuple[float, float]
-) -> tuple[dict[str, ModuleFactors], list[Run]]:
-    """The exact weighted sum of the adapters that are there, checked, and the runs that went into it.
-
-    Raises ArtefactError when nothing is left, VerificationError when the sum is not the sum.
-    """
-    chosen = [(run, weight) for run, weight in zip((domain, task), weights, strict=True) if run is not None and weight]
-    if not chosen:
-        raise ArtefactError(Problem("no adapter with a weight other than 0", weights, "give --weights 1,1"))
-    parts = [adapters.load(run.directory / "adapter") for run, _ in chosen]
-    used = [weight for _, weight in chosen]
-    try:
-        composed = weighted_sum(parts, used)
-    except ValueError as error:
-        raise ArtefactError(Problem(f"these adapters do not compose: {error}")) from error
-    if (off := relative_error(composed, parts, used)) > EXACT:
-        raise VerificationError(Problem("the composed adapter is not the weighted sum of its parts", off))
-    return composed, [run for run, _ in chosen]

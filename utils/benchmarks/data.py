@@ -131,7 +131,7 @@ def _prepare(config: Config, corpus: Path, documents: int, data_dir: Path) -> Pr
     began = time.perf_counter()
     with log.open("w", encoding="utf-8") as errors:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
-        peak, anonymous = _watch(child)
+        peak, anonymous = peak_memory(child)
     seconds = time.perf_counter() - began
     if child.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
@@ -139,7 +139,7 @@ def _prepare(config: Config, corpus: Path, documents: int, data_dir: Path) -> Pr
     return Preparation(size, documents, round(seconds, 2), round(seconds / size * 1e9, 1), peak, anonymous)
 
 
-def _watch(child: subprocess.Popen[bytes]) -> tuple[int, int]:
+def peak_memory(child: subprocess.Popen[bytes]) -> tuple[int, int]:
     """(peak resident, peak anonymous) bytes of a child until it ends.
 
     Sampled and not asked of `wait4`, whose maximum begins with the resident set of the process that forked.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from config import BenchmarkSection, Config
 from utils import adapters, base_model, frozen_lora, training
 from utils.base_model import BaseModel
 from utils.benchmarks.inputs import TokenStream, adapter_pair
-from utils.composition import Factors, delta, weighted_sum
+from utils.composition import Factors, Recipe, compose, delta
 from utils.losses import autocast
 from utils.progress import Progress
 from utils.runs import Run
@@ -50,8 +49,8 @@ def measure(config: Config, base: BaseModel, runs: tuple[Run, Run] | None, strea
     """Every model in every cell of prompt length x batch size."""
     settings = config.benchmark
     model = base_model.load_model(base, config.base)
-    pair = adapter_pair(config, model, runs)
-    composed = weighted_sum(pair, (1.0, 1.0))
+    pair = adapter_pair(config, base, model, runs)
+    composed = compose(pair, Recipe())
     together = weights_bytes(model) <= COPY_BYTES
     models = variants(model, pair, composed, with_merged=together)
     total = len(settings.prompt_tokens) * len(settings.batch_sizes) * (settings.repeats + 1) * len(MODELS)
@@ -86,7 +85,7 @@ def variants(
     two = adapters.add(frozen_lora.sharing_weights(model), "domain", pair[0])
     two = adapters.add(two, "task", pair[1])
     adapters.activate(two, ["domain", "task"])
-    one = frozen_lora.put_on(frozen_lora.sharing_weights(model), composed)
+    one = frozen_lora.attach(frozen_lora.sharing_weights(model), {"composed": composed})
     found = {"base": model, "two active": two.eval(), "composed": one.eval()}
     return found | ({"merged": merged} if merged is not None else {})
 
@@ -117,10 +116,9 @@ def answer_once(model: Any, ids_BT: torch.Tensor, new_tokens: int) -> Repeat:
     The forward pass is called directly: `generate` adds the same few milliseconds of bookkeeping to every model,
     which would hide a part of the difference.
     """
-    casting = autocast(model, ids_BT.device) if hasattr(model, "peft_config") else nullcontext()
     seconds = []
     cache, next_B1 = None, ids_BT
-    with casting:
+    with autocast(model, ids_BT.device):
         for _ in range(new_tokens):
             began = _now(ids_BT.device)
             outputs = model(input_ids=next_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from config import Config, LoraSection
-from utils import adapters, base_model, stages
+from utils import base_model, composing, lineage
 from utils.base_model import BaseModel
-from utils.composition import Factors, ModuleFactors
+from utils.composition import ModuleFactors, depth, scaled, weights_at
 from utils.exceptions import ArtefactError
 from utils.logger import event, warning
 from utils.prepared import Prepared
@@ -28,7 +28,7 @@ class TokenStream:
 def token_stream(config: Config, base: BaseModel, count: int) -> TokenStream:
     """`count` tokens of the newest prepared corpus, repeated when it is shorter; random ids when there is none."""
     try:
-        run = stages.prepared_run(config, base)
+        run = lineage.prepared_run(config, base)
         documents = Prepared(run.directory).documents("corpus").select_columns("input_ids")
     except ArtefactError:
         event("no prepared documents for this base model: random token ids")
@@ -48,7 +48,7 @@ def token_stream(config: Config, base: BaseModel, count: int) -> TokenStream:
 def adapter_runs(config: Config, base: BaseModel) -> tuple[Run, Run] | None:
     """The domain and task run that would be served together, or None."""
     try:
-        domain, task = stages.lineage(config, base)
+        domain, task = lineage.pair(config, base)
     except ArtefactError:
         domain, task = None, None
     if domain is None or task is None:
@@ -58,19 +58,18 @@ def adapter_runs(config: Config, base: BaseModel) -> tuple[Run, Run] | None:
 
 
 def adapter_pair(
-    config: Config, model: torch.nn.Module, runs: tuple[Run, Run] | None
+    config: Config, base: BaseModel, model: torch.nn.Module, runs: tuple[Run, Run] | None
 ) -> tuple[dict[str, ModuleFactors], dict[str, ModuleFactors]]:
-    """The factors of both runs with their weights folded into the scale, or random ones."""
+    """The factors of both runs with the weights that are used folded into the scale, or random ones."""
     if runs is None:
         return random_factors(model, config.domain.lora, seed=1), random_factors(model, config.task.lora, seed=2)
-    domain, task = (adapters.load(run.directory / "adapter") for run in runs)
-    a_d, a_t = config.compose.weights
-    return weighted(domain, a_d), weighted(task, a_t)
-
-
-def weighted(factors: Factors, weight: float) -> dict[str, ModuleFactors]:
-    """The same adapter, its delta multiplied by `weight`."""
-    return {name: ModuleFactors(f.a_rI, f.b_Or, weight * f.scale) for name, f in factors.items()}
+    found = composing.composition(config, base)
+    layers = depth(found.parts)
+    weighted = [
+        {m: scaled(f, weights_at(m, found.recipe, 2, layers)[i]) for m, f in part.items()}
+        for i, part in enumerate(found.parts)
+    ]
+    return weighted[0], weighted[1]
 
 
 def random_factors(model: torch.nn.Module, lora: LoraSection, seed: int) -> dict[str, ModuleFactors]:

@@ -1,6 +1,43 @@
-"""LoRA factors in, LoRA factors out: pure functions on tensors that know no disk, no PEFT and no model."""
+"""LoRA factors in, LoRA factors out: pure functions on tensors that know no disk, no PEFT and no model.
 
-from utils.composition.factors import Factors, ModuleFactors, delta, zero_modules
-from utils.composition.weighted_sum import relative_error, weighted_sum
+factors     one adapter; its updates, their norms, their exact sum
+methods     the registry: what each method does, its paper, whether it is exact; `compose`
+truncation  the best update of a given rank      dense   TIES, DARE, the sum of factors
+checks      what a composition must pass         search  choosing weights on dev      interference  who collides where
+"""
 
-__all__ = ["Factors", "ModuleFactors", "delta", "relative_error", "weighted_sum", "zero_modules"]
+from utils.composition.checks import EXACT, FactorCheck, check
+from utils.composition.factors import (
+    Factors,
+    ModuleFactors,
+    delta,
+    distance,
+    inner,
+    norm,
+    scaled,
+    stacked,
+    zero_modules,
+)
+from utils.composition.methods import METHODS, Recipe, compose, depth, layer_of, relative_errors, weights_at
+
+__all__ = [
+    "EXACT",
+    "METHODS",
+    "FactorCheck",
+    "Factors",
+    "ModuleFactors",
+    "Recipe",
+    "check",
+    "compose",
+    "delta",
+    "depth",
+    "distance",
+    "inner",
+    "layer_of",
+    "norm",
+    "relative_errors",
+    "scaled",
+    "stacked",
+    "weights_at",
+    "zero_modules",
+]

@@ -1,11 +1,13 @@
-"""One adapter as factors: module name -> (A, B, scale), so that its delta is scale * B @ A.
+"""One adapter as factors: module or parameter name -> (A, B, scale), so that its delta is scale * B @ A.
 
-Shapes: r rank, I in_features, O out_features.  A_rI, B_Or.
+Shapes: r rank, I in_features, O out_features: A_rI, B_Or. Fused experts (one 3-D parameter for all of them) have a
+leading dimension E: A (E, r, I), B (E, O, r), one update per expert; every function here works on both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class ModuleFactors:
-    """The low-rank update of one linear module."""
+    """The low-rank update of one linear module, or of one fused parameter expert by expert."""
 
     a_rI: torch.Tensor
     b_Or: torch.Tensor
@@ -21,15 +23,63 @@ class ModuleFactors:
 
     @property
     def rank(self) -> int:
-        return int(self.a_rI.shape[0])
+        return int(self.a_rI.shape[-2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it updates: (O, I), or (E, O, I)."""
+        return (*self.b_Or.shape[:-1], self.a_rI.shape[-1])
+
+    @property
+    def is_experts(self) -> bool:
+        return self.a_rI.ndim == 3
 
 
 Factors = Mapping[str, ModuleFactors]
 
 
 def delta(factors: ModuleFactors) -> torch.Tensor:
-    """The dense update (O, I) in float32."""
+    """The dense update (O, I), or (E, O, I), in float32."""
     return factors.scale * (factors.b_Or.float() @ factors.a_rI.float())
+
+
+def scaled(factors: ModuleFactors, weight: float) -> ModuleFactors:
+    """The same update times `weight`; the tensors are shared."""
+    return ModuleFactors(factors.a_rI, factors.b_Or, weight * factors.scale)
+
+
+def stacked(parts: Sequence[ModuleFactors]) -> ModuleFactors:
+    """The sum of updates of one module as one update of rank sum(r_i) and scale 1, in float32: no cross terms.
+
+    Raises ValueError when the parts update weights of different shapes.
+    """
+    shapes = {part.shape for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"the adapters were made for different shapes {sorted(shapes)}")
+    a_rI = torch.cat([part.scale * part.a_rI.float() for part in parts], dim=-2)
+    b_Or = torch.cat([part.b_Or.float() for part in parts], dim=-1)
+    return ModuleFactors(a_rI.contiguous(), b_Or.contiguous(), 1.0)
+
+
+def inner(first: ModuleFactors, second: ModuleFactors) -> float:
+    """<D_1, D_2> without making the updates: sum of (B_1^T B_2) * (A_1 A_2^T), in float64."""
+    products = (first.b_Or.double().mT @ second.b_Or.double()) * (first.a_rI.double() @ second.a_rI.double().mT)
+    return first.scale * second.scale * float(products.sum())
+
+
+def norm(factors: ModuleFactors) -> float:
+    """Frobenius norm of the update."""
+    return max(0.0, inner(factors, factors)) ** 0.5
+
+
+def distance(factors: ModuleFactors | None, parts: Sequence[ModuleFactors]) -> float:
+    """||D - sum of the parts||_F from inner products alone, so independent of how a sum is written as factors.
+
+    Exact to 1e-8 of the sizes involved, far below float32 rounding.
+    """
+    terms = [*parts, *([] if factors is None else [scaled(factors, -1.0)])]
+    squared = sum(inner(a, a) for a in terms) + 2 * sum(inner(a, b) for a, b in itertools.combinations(terms, 2))
+    return max(0.0, squared) ** 0.5
 
 
 def zero_modules(factors: Factors) -> list[str]:

@@ -1,0 +1,143 @@
+"""Compose adapters into one: exact by default, checked before it is saved, its weights searched on dev if asked for.
+
+Reads the newest domain and task runs, or any folders in PEFT's format (--domain_adapter, --task_adapter, further ones
+with --compose.also); writes models/composed/<run>/ with adapter/ (one ordinary PEFT adapter), what the checks found,
+where the adapters collide, and, with --compose.search, the weights chosen on the dev split. `inference`, `evaluate` and
+`--merge_path` then use it.
+
+    python scripts/compose.py --compose.search
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import Config
+from utils import cli
+
+SECTIONS = ("compose", "inputs", "hub", "base", "run")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Find the adapters, choose weights, compose, check, explain, save."""
+    from utils import composing, files, hub, lineage, logger, runs, stages
+
+    hub.check(config.hub)
+    base = stages.start(config)
+    found = lineage.adapter_runs(config, base)
+    data = lineage.data_of(config, base, found)
+    identity = _identity(config, base, found, data)
+    directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, config.preset, identity)
+    composing.refuse_inside(directory, base, found)
+    run = runs.open_run(directory, identity)
+    if run is None:
+        with files.locked(directory, "the composition"):
+            with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
+                runs.start(directory, identity)
+                facts = _make(config, base, found, data, directory)
+            parents = [*found, *([data] if data else [])]
+            manifest = runs.manifest(
+                "composed", identity, base=base.record(), parents=parents, seed=config.run.seed, **facts
+            )
+            run = runs.Run(directory, files.seal(directory, manifest))
+    else:
+        logger.event("this composition is already complete", path=directory)
+    runs.mark_latest(config.run.models_dir, "composed", directory)
+    recorded = run.manifest["composition"]
+    pushed = {"url": hub.push(run.adapter, config.hub, message="Composed adapter")} if config.hub.push_to_hub else {}
+    return {
+        "composed": str(directory),
+        "adapter": str(run.adapter),
+        "adapters": [str(r.directory) for r in found],
+        "method": recorded["recipe"]["method"],
+        "weights": recorded["recipe"]["weights"] or [1.0] * len(found),
+        "searched": recorded["searched"],
+        "exact": recorded["exact"],
+        "relative_error": recorded["check"]["relative_error"],
+        **run.manifest["measured"],
+        **pushed,
+    }
+
+
+def _identity(config: Config, base: Any, found: list[Any], data: Any) -> dict[str, Any]:
+    return {
+        "stage": "composed",
+        "base": base.digest,
+        "adapters": [run.digest for run in found],
+        "data": data.digest if data else None,
+        "compose": config.compose.model_dump(mode="json", exclude={"also"}),
+        "seed": config.run.seed,
+    }
+
+
+def _make(config: Config, base: Any, found: list[Any], data: Any, directory: Path) -> dict[str, Any]:
+    """Everything in the composed run but its manifest; returns the manifest's facts."""
+    from dataclasses import asdict
+
+    from utils import adapter_files, cards, composing, composing_pictures, files, interference, probing
+    from utils.composition.search import pareto
+    from utils.logger import event, warning
+
+    parts, prompt = composing.load(found, base), found[1].manifest["system_prompt"]
+    recipe, choice, probe = composing.recipe_of(config), None, None
+    dev = probing.dev_data(config, base, data.directory, prompt) if data else None
+    if dev is not None:
+        probe = probing.Probe.on(base, config.base, parts, dev)
+    if config.compose.search:
+        choice = probing.search(probe, config.compose)
+        recipe = probing.recipe_with(recipe, choice)
+        files.write_json(
+            directory / "search.json", {**asdict(choice), "pareto": [asdict(p) for p in pareto(choice.points)]}
+        )
+        composing_pictures.search_picture(choice, directory / "search.png")
+        event("weights chosen on dev", method=recipe.method, weights=recipe.weights, reason=choice.reason)
+    made = composing.made(parts, found, recipe, searched=choice is not None)
+    composing.say(made)
+    if probe is not None:
+        explained = interference.explain(probe, recipe)
+        files.write_json(directory / "interference.json", explained)
+        composing_pictures.interference_picture(explained, directory / "interference.png")
+        for line in interference.lines(explained):
+            print(line)
+        probe = None  # its model goes before the check loads one in float32
+    else:
+        warning("no dev data, or too little memory for this model: interference is not explained")
+    measured = composing.check_on_model(base, made, config.base)
+    event("composition verified", **measured)
+    adapter_files.save(directory / "adapter", made.factors, base)
+    card = cards.composed_card(
+        base,
+        found,
+        method=recipe.method,
+        weights=recipe.weights or (1.0,) * len(found),
+        exact=made.check.exact,
+        searched=made.searched,
+        check=made.line(),
+    )
+    files.write_text(directory / "adapter" / "README.md", card)
+    if any(f.is_experts for f in made.factors.values()):
+        adapter_files.save_per_expert(directory / "adapter_per_expert", made.factors, base)
+        files.write_text(directory / "adapter_per_expert" / "README.md", card)
+    files.write_json(directory / "config.json", config.model_dump(mode="json"))
+    return {"composition": composing.record(made), "measured": measured, "system_prompt": prompt}
+
+
+def plan(config: Config) -> list[str]:
+    """What --dry-run prints."""
+    section = config.compose
+    weights = "weights chosen on the dev split" if section.search else f"weights {section.weights or 'of 1'}"
+    target = config.run.models_dir / "composed" / (config.run.name or f"{config.preset}-<fingerprint>")
+    return [
+        f"load the domain and the task adapter{' and ' + ', '.join(section.also) if section.also else ''}",
+        f"compose them by {section.method} with {weights}",
+        "check the factors, and the logits of base + all adapters against base + the composed one",
+        f"write {target}/adapter",
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(main, plan, sections=SECTIONS, description=__doc__)

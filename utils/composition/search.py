@@ -1,0 +1,208 @@
+"""Choosing the weights on dev: grid, local refinement, Pareto front, and the simplest method within one standard error.
+
+Pure: losses come from a function that is called with a method and weights. The objective is answer NLL per token, among
+the weights that keep a given share of the domain adapter's gain on held-out documents.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+COARSE = (0.0, 0.5, 1.0, 1.5)
+STEPS = (0.25, 0.125)
+# a refinement that still improves after so many evaluations has left what a dev split can tell
+MAX_REFINEMENTS = 32
+FOLDS = 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """Losses at one setting: NLL sum and token count of each dev item, its document, and NLL per token of documents."""
+
+    method: str
+    weights: tuple[float, ...]
+    nlls: tuple[float, ...]
+    tokens: tuple[int, ...]
+    clusters: tuple[str, ...]
+    domain_nll: float | None = None
+
+    @property
+    def answer_nll(self) -> float:
+        return sum(self.nlls) / sum(self.tokens)
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The best of one method, and its paired loss against the best of all (positive is worse)."""
+
+    label: str
+    point: Point
+    difference: float
+    standard_error: float
+    feasible: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found. `chosen` has the weights to use; `points` is everything that was measured."""
+
+    chosen: Point
+    champions: tuple[Champion, ...]
+    points: tuple[Point, ...]
+    domain_gain: float | None
+    reason: str
+
+
+Evaluate = Callable[[str, tuple[float, ...]], Point]
+# (start weights, documents to fit on) -> one weight per layer for each adapter
+FitPerLayer = Callable[[tuple[float, ...], Sequence[str]], tuple[float, ...]]
+
+
+def search(
+    evaluate: Evaluate,
+    adapters: int,
+    methods: Sequence[str],
+    *,
+    retention: float,
+    fit_per_layer: FitPerLayer | None = None,
+) -> Choice:
+    """Weights for `adapters` adapters of which the first is the domain's."""
+    seen: dict[tuple[str, tuple[float, ...]], Point] = {}
+
+    def measure(method: str, weights: tuple[float, ...]) -> Point:
+        if (method, weights) not in seen:
+            seen[method, weights] = evaluate(method, weights)
+        return seen[method, weights]
+
+    ones, nothing = (1.0,) * adapters, (0.0,) * adapters
+    base, domain = measure("sum", nothing), measure("sum", (1.0, *nothing[1:]))
+    gain = None
+    if base.domain_nll is not None and domain.domain_nll is not None:
+        gain = base.domain_nll - domain.domain_nll
+
+    def feasible(point: Point) -> bool:
+        return kept(point, base, gain) >= retention
+
+    best = _refined(measure, "sum", _coarse(measure, adapters, feasible), feasible)
+    candidates = [("sum at 1", measure("sum", ones)), ("sum", best)]
+    if "depth_gate" in methods:
+        start = measure("depth_gate", tuple(w for weight in best.weights for w in (weight, weight)))
+        candidates.append(("depth_gate", _refined(measure, "depth_gate", start, feasible)))
+    final: dict[str, Point] = {}
+    if "per_layer" in methods and fit_per_layer is not None:
+        crossed, final["per_layer"] = _per_layer(measure, fit_per_layer, best)
+        candidates.append(("per_layer", crossed))
+    return _choose(candidates, final, tuple(seen.values()), feasible, gain, retention)
+
+
+def kept(point: Point, base: Point, gain: float | None) -> float:
+    """Share of the domain adapter's gain that is kept; everything when there is no gain to keep."""
+    if gain is None or gain <= 0 or base.domain_nll is None or point.domain_nll is None:
+        return math.inf
+    return (base.domain_nll - point.domain_nll) / gain
+
+
+def paired(point: Point, other: Point) -> tuple[float, float]:
+    """(difference of NLL per token, its standard error over documents), paired item by item.
+
+    The error is that of a ratio of sums with whole documents as the unit (linearised, as in survey sampling).
+    """
+    difference = point.answer_nll - other.answer_nll
+    total = sum(point.tokens)
+    residuals: dict[str, float] = {}
+    for a, b, tokens, cluster in zip(point.nlls, other.nlls, point.tokens, point.clusters, strict=True):
+        residuals[cluster] = residuals.get(cluster, 0.0) + (a - b) - difference * tokens
+    count = len(residuals)
+    if count < 2:
+        return difference, math.inf
+    return difference, math.sqrt(count / (count - 1) * sum(r * r for r in residuals.values())) / total
+
+
+def pareto(points: Iterable[Point]) -> list[Point]:
+    """Points that no other beats in both losses, by domain loss."""
+    front: list[Point] = []
+    with_domain = [p for p in points if p.domain_nll is not None]
+    for point in sorted(with_domain, key=lambda p: (p.domain_nll, p.answer_nll)):
+        if not front or point.answer_nll < front[-1].answer_nll:
+            front.append(point)
+    return front
+
+
+def _coarse(measure: Evaluate, adapters: int, feasible: Callable[[Point], bool]) -> Point:
+    """The best of a grid over two weights; with more adapters, the others stay at 1 and refinement moves them."""
+    grid = itertools.product(COARSE, COARSE[1:])
+    points = [measure("sum", (a, b) + (1.0,) * (adapters - 2)) for a, b in grid]
+    return _best([p for p in points if feasible(p)] or points)
+
+
+def _refined(measure: Evaluate, method: str, start: Point, feasible: Callable[[Point], bool]) -> Point:
+    """Compass search: the best neighbour in one weight, while it improves, with ever smaller steps."""
+    here, spent = start, 0
+    for step in STEPS:
+        while spent < MAX_REFINEMENTS:
+            neighbours = []
+            for i, sign in itertools.product(range(len(here.weights)), (-1, 1)):
+                weights = (*here.weights[:i], round(here.weights[i] + sign * step, 6), *here.weights[i + 1 :])
+                if weights[i] >= 0:
+                    neighbours.append(measure(method, weights))
+            spent += len(neighbours)
+            better = [p for p in neighbours if p.answer_nll < here.answer_nll and (feasible(p) or not feasible(here))]
+            if not better:
+                break
+            here = _best(better)
+    return here
+
+
+def _per_layer(measure: Evaluate, fit: FitPerLayer, start: Point) -> tuple[Point, Point]:
+    """(out-of-fold losses, weights fitted on all of dev): so many weights would win on the data they were fitted to."""
+    documents = sorted(set(start.clusters))
+    halves = [documents[i::FOLDS] for i in range(FOLDS)]
+    whole = measure("per_layer", fit(start.weights, documents))
+    if len(documents) < FOLDS:
+        return whole, whole
+    made = [measure("per_layer", fit(start.weights, half)) for half in halves]
+    fold = {document: i for i, half in enumerate(halves) for document in half}
+    # an item's loss comes from the weights that were fitted without its document
+    nlls = tuple(made[1 - fold[cluster]].nlls[i] for i, cluster in enumerate(start.clusters))
+    domain = [point.domain_nll for point in made if point.domain_nll is not None]
+    crossed = Point(
+        "per_layer", whole.weights, nlls, start.tokens, start.clusters, sum(domain) / len(domain) if domain else None
+    )
+    return crossed, whole
+
+
+def _choose(
+    candidates: Sequence[tuple[str, Point]],
+    final: dict[str, Point],
+    points: tuple[Point, ...],
+    feasible: Callable[[Point], bool],
+    gain: float | None,
+    retention: float,
+) -> Choice:
+    allowed = [point for _, point in candidates if feasible(point)]
+    best = _best(allowed or [point for _, point in candidates])
+    champions = tuple(Champion(label, p, *paired(p, best), feasible(p)) for label, p in candidates)
+    good = [c for c in champions if (c.feasible or not allowed) and c.difference <= _one(c.standard_error)]
+    chosen = good[0]
+    if gain is None:
+        constraint = "there are no dev documents to keep a domain gain on"
+    elif gain <= 0:
+        constraint = "the domain adapter alone does not gain on dev documents, so there is nothing to keep"
+    elif not allowed:
+        constraint = f"no weights keep {retention:.0%} of the domain gain, so answers alone decide"
+    else:
+        constraint = f"at least {retention:.0%} of the domain gain is kept"
+    reason = f"{chosen.label}: the simplest within one standard error of the best on dev; {constraint}"
+    return Choice(final.get(chosen.label, chosen.point), champions, points, gain, reason)
+
+
+def _one(standard_error: float) -> float:
+    """One standard error; with a single document there is none, and only the best itself is good enough."""
+    return standard_error if math.isfinite(standard_error) else 0.0
+
+
+def _best(points: Sequence[Point]) -> Point:
+    return min(points, key=lambda p: p.answer_nll)

@@ -1,0 +1,230 @@
+"""Is a merged directory what base + adapter computes? Asked of a fresh process that loads it without peft.
+
+The directory is reloaded in a process of its own, which gives logits. Here the base and the adapter, put on it by
+peft, give the composed logits. Then peft merges the adapter in float32, the weights are rounded as the files' dtypes
+say, each is compared with the files, and the logits with the reloaded ones: a wrong tensor is seen at its full size,
+however little it moves the logits, and rounding is no excuse for it.
+
+A model that is larger than memory is checked on some of its layers, put together into small models of both sides.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from config import BaseModelSection
+from utils import adapters, base_model, experts, fp8, layer_sample, shards
+from utils.base_model import BaseModel
+from utils.composition import Factors
+from utils.exceptions import ArtefactError, Problem, VerificationError
+from utils.logger import event
+from utils.shards import Checkpoint
+
+# as a share of the largest logit, float32 sums in another order differ by less
+LOGIT_TOLERANCE = 1e-4
+# as a share of a tensor's norm: sums that float32 puts on either side of a rounding border, one in ten thousand values
+WEIGHT_TOLERANCE = 1e-4
+# root mean square over the logits: from here on the result has more of the base's noise than of the adapters
+LARGEST_ROUNDING = 0.5
+PROBE_ROWS, PROBE_TOKENS = 2, 48
+SCRATCH = ".selfcheck"
+_RELOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
+directory, probe, out = sys.argv[1:]
+is_fp8 = getattr(AutoConfig.from_pretrained(directory, local_files_only=True), "quantization_config", None)
+extra = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if is_fp8 else {}
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True, **extra)
+model.float().eval()
+for module in model.modules():
+    if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+        module.top_k = module.num_experts
+with torch.no_grad():
+    logits = model(load_file(probe)["input_ids"], use_cache=False).logits.float()
+assert "peft" not in sys.modules, "loading the merged model brought in peft"
+save_file({"logits": logits.contiguous()}, out)
+"""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is compared: the base with the factors, and the directory that is reloaded (small models of `layers`)."""
+
+    base: BaseModel
+    factors: Factors
+    reloaded: Path
+    files: Checkpoint
+    layers: list[int]
+
+
+def merged_equals_composed(
+    base: BaseModel,
+    factors: Factors,
+    directory: Path,
+    section: BaseModelSection,
+    *,
+    available_bytes: int | None = None,
+) -> dict[str, Any]:
+    """What was compared, and the differences found; `available_bytes` of memory, by default what is free.
+
+    Raises VerificationError when the directory is not base + factors or does not load, and ArtefactError when there is
+    too little memory to find out.
+    """
+    scratch = directory / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        subject = _subject(base, factors, directory, scratch, available_bytes)
+        vocabulary = int(layer_sample.text_settings(subject.files.config)["vocab_size"])
+        generator = torch.Generator().manual_seed(0)
+        ids_BT = torch.randint(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+        checks = _compare(subject, section, ids_BT, _reloaded(subject.reloaded, ids_BT, scratch))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    event("merged model verified", layers=len(subject.layers), **checks)
+    return {"checked_layers": subject.layers, **checks}
+
+
+def refuse_too_large(checkpoint: Checkpoint, factors: Factors) -> None:
+    """Raises ArtefactError when a merge of this base could not be checked here; called before it is written."""
+    layer_sample.choose(checkpoint, factors, available())
+
+
+def available() -> int:
+    """Bytes that a model may take here: of memory, and of the GPU it would be moved to."""
+    free = psutil.virtual_memory().available
+    return min(free, torch.cuda.mem_get_info()[0]) if base_model.device().type == "cuda" else free
+
+
+def _subject(
+    base: BaseModel, factors: Factors, directory: Path, scratch: Path, available_bytes: int | None
+) -> _Subject:
+    before, after = Checkpoint(base.directory), Checkpoint(directory)
+    layers = layer_sample.choose(before, factors, available() if available_bytes is None else available_bytes)
+    count = layer_sample.layer_count(before)
+    if len(layers) == count and not layer_sample.has_partial_blocks(before):
+        return _Subject(base, factors, directory, after, layers)
+    if len(layers) < count:
+        event("the model is larger than memory: some of its layers are checked", checked_layers=layers, of=count)
+    layer_sample.write(before, layers, scratch / "base")
+    layer_sample.write(after, layers, scratch / "merged")
+    own = {new: f for name, f in factors.items() if (new := layer_sample.renumbered(name, layers))}
+    return _Subject(replace(base, directory=scratch / "base"), own, scratch / "merged", after, layers)
+
+
+def _reloaded(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Tensor:
+    """Logits of a directory, from a process that knows only transformers."""
+    from safetensors.torch import load_file, save_file
+
+    probe, out = scratch / "probe.safetensors", scratch / "logits.safetensors"
+    save_file({"input_ids": ids_BT}, probe)
+    event("reloading the merged model in a fresh process")
+    command = [sys.executable, "-c", _RELOAD, str(directory), str(probe), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        what = f"the process that reloads the merged model was ended by signal {-done.returncode}"
+        raise ArtefactError(Problem(what, fix="probably for memory: run the same command again where there is more"))
+    if done.returncode:
+        raise VerificationError(Problem(f"the merged model does not load: {done.stderr.strip().splitlines()[-1:]}"))
+    return load_file(out)["logits"]
+
+
+@torch.no_grad()
+def _compare(
+    subject: _Subject, section: BaseModelSection, ids_BT: torch.Tensor, merged: torch.Tensor
+) -> dict[str, Any]:
+    # float32 has no flash attention
+    section = section.model_copy(update={"attention": "sdpa"})
+    # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
+    model = base_model.load_model(subject.base, section, dtype=torch.float32).float()
+    for module in model.modules():
+        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+            # every expert for every token: the choice of a few is a step at which errors of 1e-7 become visible
+            module.top_k = module.num_experts
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        return model(ids_BT.to(model.device), use_cache=False).logits.float().cpu()
+
+    plain = logits(model)
+    adapted = adapters.add(model, "composed", subject.factors)
+    composed = logits(adapted)
+    summed = adapted.merge_and_unload()
+    differences = _round_like_files(summed, subject)
+    worst = max(differences, key=lambda name: differences[name])
+    scale = float(composed.abs().max())
+    checks = {
+        "rounded": any(
+            t.is_floating and t.dtype != "F32" for h in subject.files.headers.values() for t in h.tensors.values()
+        ),
+        "largest_logit": scale,
+        "adapter_effect_on_logits": float((composed - plain).abs().max()),
+        "max_logit_difference": float((merged - composed).abs().max()),
+        "max_logit_difference_to_rounded": float((merged - logits(summed)).abs().max()),
+        "max_weight_difference": differences[worst],
+        "rounding_to_adapter_effect": float((merged - composed).norm() / (composed - plain).norm()),
+    }
+    _judge(checks, worst)
+    return checks
+
+
+def _round_like_files(model: torch.nn.Module, subject: _Subject) -> dict[str, float]:
+    """Round the model's weights as the merged files' dtypes say; how far each tensor then is from its file's."""
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    names = {
+        new: name
+        for name in subject.files.homes
+        if not subject.files.is_scale(name) and (new := layer_sample.renumbered(name, subject.layers))
+    }
+    differences = {}
+    for new, place in experts.places(subject.base.model_type, names).items():
+        name, tensor = names[new], subject.files.tensor(names[new])
+        if place.parameter not in held or not tensor.is_floating:
+            continue
+        weights = held[place.parameter]
+        if place.expert is not None:
+            weights = weights[place.expert].tensor_split(place.parts)[place.part]
+        is_changed = not subject.factors.keys().isdisjoint((place.parameter, place.parameter.removesuffix(".weight")))
+        error = size = 0.0
+        for lead, first, found_RI in subject.files.rows(subject.files.homes[name], name):
+            own_RI = weights.view(shards.matrix_shape(tensor.shape))[lead, first : first + len(found_RI)]
+            rounded_RI = own_RI.cpu()
+            if tensor.dtype != shards.FP8:
+                rounded_RI = rounded_RI.to(shards.DTYPES[tensor.dtype]).float()
+            elif is_changed:  # the others are copied: quantising them anew would give other codes
+                rounded_RI = fp8.dequantise(*fp8.quantise(rounded_RI, subject.files.block), subject.files.block)
+            own_RI.copy_(rounded_RI)
+            error += float((found_RI - rounded_RI).square().sum())
+            size += float(rounded_RI.square().sum())
+        differences[name] = (error / size) ** 0.5 if size else float(error > 0)
+    return differences
+
+
+def _judge(checks: dict[str, Any], worst_tensor: str) -> None:
+    """Raises VerificationError; written so that a NaN fails."""
+    limit = LOGIT_TOLERANCE * max(1.0, checks["largest_logit"])
+    problems = []
+    if not checks["adapter_effect_on_logits"] > LOGIT_TOLERANCE * checks["largest_logit"]:
+        effect, fix = checks["adapter_effect_on_logits"], "look at their manifests"
+        problems.append(Problem("the adapters do not change the model's output", effect, fix))
+    if not checks["max_weight_difference"] <= WEIGHT_TOLERANCE:
+        what = f"{worst_tensor} is not the rounded sum of base and adapter"
+        problems.append(Problem(what, checks["max_weight_difference"], f"allowed is {WEIGHT_TOLERANCE} of its norm"))
+    exact = "max_logit_difference_to_rounded" if checks["rounded"] else "max_logit_difference"
+    if not checks[exact] <= limit:
+        what = f"the reloaded model's logits differ from the composed ones by more than {limit:.3g}"
+        problems.append(Problem(what, checks[exact]))
+    if not checks["rounding_to_adapter_effect"] <= LARGEST_ROUNDING:
+        what = "rounding the merged weights takes most of what the adapters do"
+        fix = "give --merge.dtype float32, or bfloat16 instead of fp8"
+        problems.append(Problem(what, checks["rounding_to_adapter_effect"], fix))
+    if problems:
+        raise VerificationError(problems)
