@@ -186,7 +186,8 @@ class ComposeSection(Section):
     """Share of each delta's entries that ties and dare keep."""
     search: bool = False
     """Choose the weights on the dev split and write them down with the composed adapter."""
-    search_methods: tuple[Literal["sum", "depth_gate", "per_layer"], ...] = ("sum", "depth_gate", "per_layer")
+    # per_layer costs three fits of eight gradient steps over dev: as much as all the others together
+    search_methods: tuple[Literal["sum", "depth_gate", "per_layer"], ...] = ("sum", "depth_gate")
     """Methods whose weights are searched; the simplest within one standard error of the best is taken."""
     domain_retention: Share = 0.8
     """Share of the domain adapter's gain on held-out documents that the chosen weights have to keep."""
@@ -278,6 +279,83 @@ class BenchmarkSection(Section):
     """The merge suite's adapter is on the experts too, not on the attention alone."""
 
 
+class RolloutSection(Section):
+    """The canary: a new model beside the production one, behind a real load balancer (HAProxy)."""
+
+    command: Literal["start", "status", "abort", "promote", "resume", "stop", "simulate", "judge", "kubernetes"] = (
+        "status"
+    )
+    """The first word after the script's name: start, status, abort, promote, resume, stop, simulate, judge, ..."""
+    service: str = "default"
+    """Name of the service; its balancer, servers and rollouts live under models/rollout/<service>/."""
+    production: str = ""
+    """What serves now: a merged directory with a manifest, or http://host:port; empty: what was promoted last."""
+    candidate: str = ""
+    """The new model: a merged directory with a manifest, or http://host:port."""
+    production_digest: str = ""
+    """Digest that a production given by address has to show; empty where the server cannot tell."""
+    candidate_digest: str = ""
+    """Digest that a candidate given by address has to show; empty where the server cannot tell."""
+    model_name: str = ""
+    """The `model` of probes, as clients write it (vLLM --served-model-name); empty leaves it out."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Port of the balancer on 127.0.0.1; 0 finds a free one and keeps it."""
+    haproxy: str = ""
+    """The haproxy binary; empty looks in PATH, /usr/sbin and .haproxy/."""
+    serve_command: str = "transformers serve {model} --host 127.0.0.1 --port {port} --device auto"
+    """Starts the server of a merged directory; {model} is the same relative name for every model."""
+    session_header: str = "x-session-id"
+    """Requests with the same value of this header stay on one model; those without it are drawn one by one."""
+    steps: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.1, 0.5)
+    """Shares of the traffic, rising; after the last one comes 100%."""
+    ratios: tuple[Annotated[float, Field(gt=1)], ...] = (5.0, 3.0, 2.0)
+    """Per step: times production's error rate that must be ruled out before the next one."""
+    margins: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.3, 0.25, 0.2)
+    """Per step: surplus of golden prompts answered worse, as a share of all, that must be ruled out."""
+    objective: Share = 0.01
+    """An error rate that is shown to be below this is good enough for a step too; 0 demands the comparison."""
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    """Probability that a candidate which is no worse is ever rolled back by a metric, over the whole rollout."""
+    tick_seconds: Annotated[float, Field(gt=0)] = 1.0
+    """Time between two looks."""
+    lease_seconds: Annotated[float, Field(ge=2)] = 5.0
+    """The balancer sends everything to production when the controller has not renewed for this long."""
+    step_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """Deadline of a step; without the evidence by then the candidate is rolled back."""
+    rollout_minutes: Annotated[float, Field(gt=0)] = 1440.0
+    """Deadline of the whole rollout."""
+    bake_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Time at 100% with the rollback armed, before the candidate becomes production."""
+    bake_units: NonNegative = 100
+    """Sessions that must have been served at 100% before that."""
+    min_step_seconds: Annotated[float, Field(ge=0)] = 5.0
+    """Shortest time at a step."""
+    golden: str = ""
+    """Golden prompts with expected answers (jsonl); empty: the dev pairs of the newest prepared data; none: none."""
+    probe_seconds: Annotated[float, Field(gt=0)] = 2.0
+    """Time between two golden prompts, each asked of both models."""
+    probe_tokens: Positive = 64
+    """Longest answer to a golden prompt; reaching it is a runaway answer when production stops before."""
+    preflight_prompts: NonNegative = 8
+    """Golden prompts asked of the candidate and of production before any user sees it."""
+    latency_tolerance: Annotated[float, Field(ge=0)] = 0.25
+    """A request is slow when it takes this much longer than production's recent 95th percentile."""
+    server_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """A server that sends nothing for this long has failed the request."""
+    start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """A server must answer a completion within this time after it was started."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """Responses that still stream from a rolled-back candidate are cut after this time."""
+    watch: bool = False
+    """status: keep showing until the rollout is over."""
+    counts: str = "-"
+    """judge: file with counts and policy as JSON; - reads standard input."""
+    runs: Positive = 2000
+    """simulate: ramps per scenario."""
+    output: str = ""
+    """kubernetes: directory for the files."""
+
+
 class RunSection(Section):
     """Where things go, and how runs are named, tracked and repeated."""
 
@@ -319,6 +397,7 @@ class Config(Section):
     inference: InferenceSection = InferenceSection()
     evaluate: EvaluateSection = EvaluateSection()
     benchmark: BenchmarkSection = BenchmarkSection()
+    rollout: RolloutSection = RolloutSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -327,6 +406,7 @@ class Config(Section):
         for stage in ("domain", "task"):
             problems += _stage_problems(stage, getattr(self, stage).lora, getattr(self, stage).train)
         problems += _compose_problems(self.compose, self.hub, self.merge)
+        problems += _rollout_problems(self.rollout)
         if self.inference.prompt and self.inference.prompts_file:
             problems.append("inference.prompt and inference.prompts_file exclude each other: give one")
         if self.inference.output_file and not self.inference.prompts_file:
@@ -406,6 +486,31 @@ def _compose_problems(compose: ComposeSection, hub: HubSection, merge: MergeSect
     return problems
 
 
+def _rollout_problems(rollout: RolloutSection) -> list[str]:
+    problems = []
+    if not rollout.steps or list(rollout.steps) != sorted(set(rollout.steps)):
+        problems.append(f"rollout.steps {rollout.steps}: shares of the traffic, each above the one before")
+    if any(abs(share * 10_000 - round(share * 10_000)) > 1e-6 or share < 1e-4 for share in rollout.steps):
+        problems.append(f"rollout.steps {rollout.steps}: whole hundredths of a percent, so at least 0.0001")
+    for field in ("ratios", "margins"):
+        if len(getattr(rollout, field)) != len(rollout.steps):
+            problems.append(
+                f"rollout.{field} has {len(getattr(rollout, field))} numbers for {len(rollout.steps)} steps"
+            )
+    if rollout.lease_seconds < 2 * rollout.tick_seconds:
+        problems.append("rollout.lease_seconds must be at least twice rollout.tick_seconds, or one slow look ends it")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}", rollout.service):
+        problems.append(f"rollout.service {rollout.service!r}: up to 40 letters, digits, '.', '_' or '-'")
+    if not re.fullmatch(r"[A-Za-z0-9-]+", rollout.session_header):
+        problems.append(f"rollout.session_header {rollout.session_header!r}: the name of an HTTP header")
+    for side in ("production", "candidate"):
+        if getattr(rollout, f"{side}_digest") and not getattr(rollout, side).startswith("http"):
+            problems.append(f"rollout.{side}_digest belongs to an address; a directory has its manifest")
+    if rollout.candidate and rollout.candidate == rollout.production:
+        problems.append("rollout.candidate and rollout.production are the same")
+    return problems
+
+
 def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[str]:
     problems = []
     if not lora.target_modules:
@@ -456,7 +561,9 @@ def tiny_minimax_m2() -> Config:
         task=TaskSection(lora=lora, train=train, max_unusable_share=1.0),
         inference=InferenceSection(max_new_tokens=8),
         evaluate=EvaluateSection(resamples=500, generated_answers=2, max_new_tokens=8, max_heldout_documents=8),
-        benchmark=BenchmarkSection(prompt_tokens=(16,), batch_sizes=(1,), new_tokens=4, repeats=2, merge_gigabytes=0.002),
+        benchmark=BenchmarkSection(
+            prompt_tokens=(16,), batch_sizes=(1,), new_tokens=4, repeats=2, merge_gigabytes=0.002
+        ),
         run=RunSection(trackers=()),
     )
 

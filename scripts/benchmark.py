@@ -1,10 +1,10 @@
-"""Speed and memory: base, two active, composed and merged on the same prompts; our training loop; preparing data.
+"""Speed and memory: base, two active, composed and merged on the same prompts; our training loop; data; merging.
 
 Reads the newest task run and its domain run (random adapters of that shape when there are none); writes
 models/benchmark/<run>/ with results.json, summary.txt and a plot per suite. Interrupted, it goes on at the next suite.
 Measure on a machine that does nothing else: the ratios survive a loaded one, the times do not.
 
-    python scripts/benchmark.py --benchmark.suite inference,training,data
+    python scripts/benchmark.py --benchmark.suite inference,training,data,merge
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
     import torch
 
     from utils import base_model, files
-    from utils.benchmarks import data, inference, inputs, training
+    from utils.benchmarks import data, inference, inputs, merging, training
 
     def load() -> list[float] | None:
         return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
@@ -100,8 +100,10 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
                 found = inference.measure(config, base, pair, inputs.token_stream(config, base, longest))
             elif suite == "training":
                 found = training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
-            else:
+            elif suite == "data":
                 found = data.measure(config)
+            else:
+                found = merging.measure(config)
             files.write_json(path, found)
         results[suite] = files.read_json(path)
     return {"machine": machine | {"load_after": load()}, **results}
@@ -115,6 +117,7 @@ def plan(config: Config) -> list[str]:
         f"two active, composed and merged, {wanted.repeats} times each in turn",
         "training": f"train on {wanted.training_tokens:,} tokens with our loop, a plain one, and TRL if it is there",
         "data": f"prepare synthetic corpora of {', '.join(map(str, wanted.corpus_megabytes))} MB and remove them",
+        "merge": f"build a synthetic checkpoint of {wanted.merge_gigabytes:g} GB, copy and merge it, and remove all",
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
     return [*(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]

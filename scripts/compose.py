@@ -27,6 +27,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils import composing, files, hub, lineage, logger, runs, stages
 
     hub.check(config.hub)
+    composing.refuse_models_inside(config)  # before anything is fetched or built there
     base = stages.start(config)
     found = lineage.adapter_runs(config, base)
     data = lineage.data_of(config, base, found)
@@ -35,10 +36,12 @@ def main(config: Config) -> dict[str, Any]:
     composing.refuse_inside(directory, base, found)
     run = runs.open_run(directory, identity)
     if run is None:
+        parts = composing.load(found, base)
+        composing.refuse_recipe(composing.recipe_of(config), parts)  # what is refused leaves no half-made run behind
         with files.locked(directory, "the composition"):
             with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
                 runs.start(directory, identity)
-                facts = _make(config, base, found, data, directory)
+                facts = _make(config, base, found, parts, data, directory)
             parents = [*found, *([data] if data else [])]
             manifest = runs.manifest(
                 "composed", identity, base=base.record(), parents=parents, seed=config.run.seed, **facts
@@ -74,25 +77,21 @@ def _identity(config: Config, base: Any, found: list[Any], data: Any) -> dict[st
     }
 
 
-def _make(config: Config, base: Any, found: list[Any], data: Any, directory: Path) -> dict[str, Any]:
+def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, directory: Path) -> dict[str, Any]:
     """Everything in the composed run but its manifest; returns the manifest's facts."""
-    from dataclasses import asdict
-
     from utils import adapter_files, cards, composing, composing_pictures, files, interference, probing
-    from utils.composition.search import pareto
+    from utils.composition import search
     from utils.logger import event, warning
 
-    parts, prompt = composing.load(found, base), found[1].manifest["system_prompt"]
+    prompt = found[1].manifest["system_prompt"]
     recipe, choice, probe = composing.recipe_of(config), None, None
     dev = probing.dev_data(config, base, data.directory, prompt) if data else None
     if dev is not None:
         probe = probing.Probe.on(base, config.base, parts, dev)
     if config.compose.search:
-        choice = probing.search(probe, config.compose)
+        choice = probing.search(probe, config.compose, directory / "search_points.jsonl")
         recipe = probing.recipe_with(recipe, choice)
-        files.write_json(
-            directory / "search.json", {**asdict(choice), "pareto": [asdict(p) for p in pareto(choice.points)]}
-        )
+        files.write_json(directory / "search.json", search.to_json(choice))
         composing_pictures.search_picture(choice, directory / "search.png")
         event("weights chosen on dev", method=recipe.method, weights=recipe.weights, reason=choice.reason)
     made = composing.made(parts, found, recipe, searched=choice is not None)
@@ -106,7 +105,7 @@ def _make(config: Config, base: Any, found: list[Any], data: Any, directory: Pat
         probe = None  # its model goes before the check loads one in float32
     else:
         warning("no dev data, or too little memory for this model: interference is not explained")
-    measured = composing.check_on_model(base, made, config.base)
+    measured = composing.check_on_model(base, made, config.base, directory / ".selfcheck")
     event("composition verified", **measured)
     adapter_files.save(directory / "adapter", made.factors, base)
     card = cards.composed_card(

@@ -45,8 +45,8 @@ def main(config: Config) -> dict[str, Any]:
     results = files.read_json(directory / "results.json")
     runs.mark_latest(config.run.models_dir, "evaluation", directory)
     print(comparison.table(results))
-    shown = ("cells", "contrasts", "finding", "test_items", "left_out")
-    return {"report": str(directory), "reused": run is not None, **{key: results[key] for key in shown}}
+    shown = ("cells", "contrasts", "finding", "composition", "test_items", "left_out")
+    return {"report": str(directory), "reused": run is not None, **{k: results[k] for k in shown if k in results}}
 
 
 def plan(config: Config) -> list[str]:

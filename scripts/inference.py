@@ -26,7 +26,7 @@ SECTIONS = ("inference", "merge", "compose", "inputs", "hub", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Compose, then merge or answer."""
-    from utils import base_model, composing, files, frozen_lora, hub, merging, stages
+    from utils import base_model, composing, files, frozen_lora, gguf, hub, merging, stages
     from utils.exceptions import ConfigError, Problem
     from utils.logger import warning
 
@@ -38,9 +38,14 @@ def main(config: Config) -> dict[str, Any]:
         )
     if merge_path and which == "none":
         raise ConfigError(Problem("--merge_path with --adapters none would copy the base", fix="leave out --adapters"))
+    if config.hub.push_to_hub and not merge_path:
+        raise ConfigError(Problem("--push_to_hub uploads a merged model here", fix="add --merge_path DIR"))
     if merge_path:
-        merging.refuse_target(Path(merge_path))
+        if not (Path(merge_path) / files.MANIFEST).exists():  # a complete one may be the same, see below
+            merging.refuse_target(Path(merge_path))
         hub.check(config.hub)
+        if config.merge.gguf:
+            gguf.check(Path(merge_path), config.merge.gguf)
     examples = _read_prompts(Path(wanted.prompts_file)) if wanted.prompts_file else []
     if wanted.output_file:
         files.make_directory(Path(wanted.output_file).parent)
@@ -178,11 +183,17 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
         check=found.line(),
     )
     fingerprint = files.fingerprint(identity)
-    checks = merging.merge(
-        base, found.factors, target, settings, config.base, fingerprint=fingerprint, manifest=manifest, card=card
-    )
-    event("merged model written", path=target)
-    result = {"merged": str(target), "adapters": [str(run.directory) for run in found.runs], **checks}
+    reused = (target / files.MANIFEST).exists() and files.read_manifest(target).get("fingerprint") == fingerprint
+    if reused:
+        checks = files.verify(target)["measured"]
+        event("this merged model is already complete", path=target)
+    else:
+        checks = merging.merge(
+            base, found.factors, target, settings, config.base, fingerprint=fingerprint, manifest=manifest, card=card
+        )
+        event("merged model written", path=target)
+    adapters = [str(run.directory) for run in found.runs]
+    result = {"merged": str(target), "adapters": adapters, "reused": reused, **checks}
     if settings.gguf:
         converted = gguf.convert(target, settings.gguf)
         result["gguf"] = str(converted) if converted else None

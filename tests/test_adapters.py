@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from config import ATTENTION, LoraSection  # noqa: E402
 from tests.support import ARCHITECTURES, random_factors, relative, saved_model, temporary_directory  # noqa: E402
-from utils import adapter_files, adapters, frozen_lora  # noqa: E402
+from utils import adapter_files, adapter_settings, adapters  # noqa: E402
 from utils.base_model import BaseModel  # noqa: E402
 from utils.composition import Factors, Recipe, compose, delta  # noqa: E402
 from utils.exceptions import ArtefactError  # noqa: E402
@@ -181,12 +181,12 @@ class Refused(unittest.TestCase):
         directory = temporary_directory() / "adapter"
         shutil.copytree(self.good, directory)
         if settings:
-            path = directory / adapter_files.CONFIG
+            path = directory / adapter_settings.CONFIG
             path.write_text(json.dumps(json.loads(path.read_text()) | settings))
         if tensors:
-            state = load_file(directory / adapter_files.WEIGHTS)
+            state = load_file(directory / adapter_settings.WEIGHTS)
             tensors(state)
-            save_file(state, directory / adapter_files.WEIGHTS)
+            save_file(state, directory / adapter_settings.WEIGHTS)
         with self.assertRaisesRegex(ArtefactError, reason):
             adapter_files.load(directory)
 
@@ -219,9 +219,9 @@ class Refused(unittest.TestCase):
     def test_damaged_and_pickled_files_are_refused(self) -> None:
         directory = temporary_directory() / "adapter"
         shutil.copytree(self.good, directory)
-        weights = directory / adapter_files.WEIGHTS
+        weights = directory / adapter_settings.WEIGHTS
         for size in (0, 5, weights.stat().st_size // 2, weights.stat().st_size - 1):
-            weights.write_bytes((self.good / adapter_files.WEIGHTS).read_bytes()[:size])
+            weights.write_bytes((self.good / adapter_settings.WEIGHTS).read_bytes()[:size])
             with self.assertRaisesRegex(ArtefactError, "damaged"):
                 adapter_files.load(directory)
         weights.rename(directory / "adapter_model.bin")
@@ -229,8 +229,8 @@ class Refused(unittest.TestCase):
             adapter_files.load(directory)
         with self.assertRaisesRegex(ArtefactError, "no such directory"):
             adapter_files.load(directory / "missing")
-        shutil.copyfile(self.good / adapter_files.WEIGHTS, weights)
-        (directory / adapter_files.CONFIG).write_text('{"r": 4')
+        shutil.copyfile(self.good / adapter_settings.WEIGHTS, weights)
+        (directory / adapter_settings.CONFIG).write_text('{"r": 4')
         with self.assertRaisesRegex(ArtefactError, "not valid JSON"):
             adapter_files.load(directory)
 

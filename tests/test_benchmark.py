@@ -11,6 +11,7 @@ import unittest
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -18,7 +19,7 @@ if str(ROOT) not in sys.path:
 
 from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection  # noqa: E402
 from utils import frozen_lora, toy  # noqa: E402
-from utils.benchmarks import data, inference, inputs, training  # noqa: E402
+from utils.benchmarks import data, inference, inputs, merging, training  # noqa: E402
 from utils.composition import Recipe, compose, scaled  # noqa: E402
 from utils.exceptions import ArtefactError  # noqa: E402
 
@@ -135,11 +136,35 @@ class Data(unittest.TestCase):
         self.assertAlmostEqual(sum(map(len, texts)) / 200_000, 1, delta=0.05)
 
 
+class Merging(unittest.TestCase):
+    def test_a_synthetic_checkpoint_has_a_file_per_layer_and_at_least_the_size_asked_for(self) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch) / "base"
+            layers = merging.write_checkpoint(directory, merging.TOY, 1_000_000, seed=0)
+            sizes = [path.stat().st_size for path in directory.glob("*.safetensors")]
+            self.assertEqual(len(sizes), layers)
+            self.assertGreaterEqual(sum(sizes), 1_000_000)
+            self.assertLess(sum(sizes), 1_300_000)
+            model = AutoModelForCausalLM.from_pretrained(directory)
+        self.assertEqual(len(model.model.layers), layers)
+        self.assertEqual(model.config.rope_parameters["partial_rotary_factor"], 0.5)
+        expert = model.model.layers[1].mlp.experts.down_proj[2].float()
+        self.assertAlmostEqual(float(expert.std()), 0.02, places=3)
+
+    def test_too_little_disk_or_memory_is_told_before_anything_is_written(self) -> None:
+        size = 10**15
+        with self.assertRaises(ArtefactError) as caught:
+            merging._refuse_too_small(size, Path(tempfile.gettempdir()))
+        self.assertEqual(len(caught.exception.problems), 2)
+        self.assertIn("--benchmark.merge_gigabytes", str(caught.exception))
+
+
 class Script(unittest.TestCase):
     def test_a_toy_run_writes_results_plot_and_manifest_and_is_reused(self) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "scripts/benchmark.py", "--preset", "tiny_minimax_m2"]
             command += ["--run.models_dir", f"{scratch}/models", "--run.data_dir", f"{scratch}/data"]
+            command += ["--benchmark.suite", "inference,merge"]
             lines = []
             for _ in range(2):
                 environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -148,12 +173,16 @@ class Script(unittest.TestCase):
                 lines.append(json.loads(done.stdout.splitlines()[-1]))
             directory = Path(lines[0]["report"])
             results = json.loads((directory / "results.json").read_text())
-            for name in ("summary.txt", "inference.png", "manifest.json"):
+            for name in ("summary.txt", "inference.png", "merge.png", "manifest.json"):
                 self.assertTrue((directory / name).is_file(), name)
         self.assertEqual([line["reused"] for line in lines], [False, True])
         models = results["inference"]["cells"][0]["models"]
         self.assertEqual(tuple(models), inference.MODELS)
         self.assertEqual(models["base"]["decode_to_base"], 1.0)
+        contenders = results["merge"]["contenders"]
+        self.assertEqual(tuple(contenders), ("cp", "ours", "self-check", "peft"))
+        self.assertEqual(contenders["ours"]["facts"]["tensors_changed"], 4 * results["merge"]["checkpoint"]["layers"])
+        self.assertEqual(contenders["self-check"]["facts"]["max_weight_difference"], 0.0)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ class Snippets(unittest.TestCase):
                     names, printed = self.run_snippet(every_card(base)[kind], directory)
                     self.assertGreater(len(printed), 1)
                     self.assertEqual(names["model"].active_adapters, ["default"])
+                    if kind == "composed":
+                        self.assertEqual(names["messages"][0]["content"], SYSTEM)
                     merged = names["model"].merge_and_unload()
                     for name, expected in changed.items():
                         self.assertLess(relative(merged.get_submodule(name).weight, expected), 1e-5)

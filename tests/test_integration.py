@@ -94,7 +94,8 @@ class EmbeddedModel(unittest.TestCase):
         model = base_model.load_model(base, section, dtype=torch.float32)
         for name, part in zip(("domain", "task"), parts, strict=True):
             model = adapters.add(model, name, adapter_files.load(part.directory / "adapter"))
-        model = adapters.add(model, "composed", compose([adapter_files.load(part.adapter, base) for part in parts], Recipe()))
+        both = [adapter_files.load(part.adapter, base) for part in parts]
+        model = adapters.add(model, "composed", compose(both, Recipe()))
         probe = torch.randint(0, 49_000, (2, 32), generator=torch.Generator().manual_seed(1))
         found = {}
         with torch.no_grad():

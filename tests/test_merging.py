@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -34,8 +35,7 @@ from utils.composition import Factors, ModuleFactors, delta  # noqa: E402
 from utils.exceptions import ArtefactError, VerificationError  # noqa: E402
 
 SECTION = BaseModelSection(dtype="float32")
-ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
-BIAS = "model.layers.0.block_sparse_moe.e_score_correction_bias"
+ROUTERS = ("block_sparse_moe.gate.weight", "block_sparse_moe.e_score_correction_bias")
 FP8_SETTINGS = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",
@@ -59,7 +59,7 @@ def checkpoint(architecture: str, dtype: torch.dtype = torch.float32, layers: in
         tokenizer.save_pretrained(directory)
     for path in directory.glob("*.safetensors"):
         state = load_file(path)
-        routers = {n: t.float() for n, t in state.items() if n.endswith(merging.ROUTERS)}
+        routers = {n: t.float() for n, t in state.items() if n.endswith(ROUTERS)}
         save_file(state | routers, path, metadata={"format": "pt"})
     assert len(list(directory.glob("*.safetensors"))) > 2
     return identified(directory)
@@ -93,9 +93,9 @@ def fp8_checkpoint(hidden: int = 128, intermediate: int = 128) -> BaseModel:
     weights, scales = {}, {}
     for name, tensor in load_file(directory / "model.safetensors").items():
         if "proj" in name or ".experts." in name:
-            weights[name], scales[f"{name}_scale_inv"] = quantised_by_hand(tensor)
+            weights[name], scales[f"{name}_scale_inv"] = quantised_by_hand(tensor, top=300.0)  # unlike ours
         else:
-            weights[name] = tensor if name.endswith(merging.ROUTERS) else tensor.bfloat16()
+            weights[name] = tensor if name.endswith(ROUTERS) else tensor.bfloat16()
     (directory / "model.safetensors").unlink()
     parts = {"model-00001-of-00002.safetensors": weights, "model-00002-of-00002.safetensors": scales}
     for file, state in parts.items():
@@ -108,14 +108,14 @@ def fp8_checkpoint(hidden: int = 128, intermediate: int = 128) -> BaseModel:
     return identified(directory)
 
 
-def quantised_by_hand(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantised_by_hand(weights: torch.Tensor, top: float = 448.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Block by block, written out."""
     codes = torch.empty(weights.shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty(-(-weights.shape[0] // 128), -(-weights.shape[1] // 128))
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             here = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
-            scales[i, j] = weights[here].abs().max() / 448 or 1.0
+            scales[i, j] = weights[here].abs().max() / top or 1.0
             codes[here] = (weights[here] / scales[i, j]).to(torch.float8_e4m3fn)
     return codes, scales
 
@@ -292,7 +292,7 @@ class Written(unittest.TestCase):
             target, checks = merged(base, factors, dtype=choice)
             with self.subTest(choice):
                 for name, tensor in state_of(target).items():
-                    expected = torch.float32 if name.endswith(merging.ROUTERS) else dtype
+                    expected = torch.float32 if name.endswith(ROUTERS) else dtype
                     self.assertEqual(tensor.dtype, expected, name)
                     change = delta_by_hand(factors, name)
                     exact = before[name].float() + (0 if change is None else change)
@@ -322,6 +322,30 @@ class Written(unittest.TestCase):
         self.assertAlmostEqual(checks["rounding_to_delta_worst"] / worst, 1, places=3)
         self.assertGreater(checks["rounding_to_delta"], 0.02)
         self.assertLess(checks["rounding_to_weight"], 0.003)
+
+    def test_tensors_of_several_pieces_and_fused_experts_on_disk_are_merged_too(self) -> None:
+        generator = torch.Generator().manual_seed(4)
+        names = {
+            "model.layers.0.self_attn.q_proj.weight": (300, 20),
+            "model.layers.0.mlp.experts.down_proj": (3, 260, 8),
+        }
+        before = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+        factors = {
+            name.removesuffix(".weight"): ModuleFactors(
+                torch.randn(*lead, 2, columns, generator=generator),
+                torch.randn(*lead, rows, 2, generator=generator),
+                0.5,
+            )
+            for name, (*lead, rows, columns) in names.items()
+        }
+        directory = temporary_directory()
+        (directory / "config.json").write_text(json.dumps({"model_type": "minimax_m2", "num_hidden_layers": 1}))
+        save_file(before, directory / "model.safetensors", metadata={"format": "pt"})
+        with mock.patch.object(shards, "PIECE_BYTES", 1):
+            target, _ = merged(identified(directory), factors)
+        for name, tensor in state_of(target).items():
+            change = delta(factors[name.removesuffix(".weight")])
+            self.assertLess(relative(tensor - before[name], change), 1e-5, name)
 
     def test_a_hub_cache_of_symlinks_is_read_and_not_touched(self) -> None:
         base, cache = checkpoint("llama"), temporary_directory()
@@ -383,7 +407,7 @@ class Fp8(unittest.TestCase):
                 for name, tensor in after.items():
                     change = delta_by_hand(factors, name)
                     exact = before[name] + (0 if change is None else change)
-                    self.assertEqual(tensor.dtype, torch.float32 if name.endswith(merging.ROUTERS) else torch.bfloat16)
+                    self.assertEqual(tensor.dtype, torch.float32 if name.endswith(ROUTERS) else torch.bfloat16)
                     self.assertLess(float((tensor != exact.to(tensor.dtype)).float().mean()), 5e-4, name)
                 settings = json.loads((target / "config.json").read_text())
                 self.assertNotIn("quantization_config", settings)
@@ -454,6 +478,63 @@ class Fp8(unittest.TestCase):
             self.assertFalse(partial(target).exists())
 
 
+class Files(unittest.TestCase):
+    def test_written_files_load_with_the_library_whatever_their_dtypes_and_sizes(self) -> None:
+        state = {
+            "codes": torch.randn(3, 5).to(torch.float8_e4m3fn),
+            "odd": torch.randn(7).bfloat16(),
+            "matrix": torch.randn(5, 3),
+            "scalar": torch.tensor(2.5, dtype=torch.float64),
+            "nothing": torch.zeros(0, 4),
+            "flags": torch.tensor([True, False, True]),
+            'naïve "name"': torch.arange(3),
+        }
+        names = {dtype: name for name, dtype in shards.DTYPES.items()}
+        described = {n: shards.described(names[t.dtype], tuple(t.shape)) for n, t in state.items()}
+        path = temporary_directory() / "x.safetensors"
+        header = shards.plan(described, {"format": "pt"})
+        digest = shards.write(path, header, lambda name: [shards.as_bytes(state[name])])
+        self.assertEqual(digest, hashlib.sha256(path.read_bytes()).hexdigest())
+        self.assertEqual((shards.read_header(path), path.stat().st_size), (header, header.size))
+        for tensor in header.tensors.values():
+            self.assertEqual((header.data_start + tensor.begin) % shards.DTYPES[tensor.dtype].itemsize, 0)
+        for name, tensor in load_file(path).items():
+            self.assertEqual((tensor.dtype, tensor.shape), (state[name].dtype, state[name].shape))
+            self.assertEqual(shards.as_bytes(tensor), shards.as_bytes(state[name]), name)
+
+    def test_a_large_tensor_is_read_in_pieces_of_whole_blocks(self) -> None:
+        directory = temporary_directory()
+        (directory / "config.json").write_text("{}")
+        weights = torch.randn(2, 1000, 2048)
+        path = directory / "model.safetensors"
+        save_file({"w": weights}, path, metadata={"format": "pt"})
+        checkpoint = shards.Checkpoint(directory)
+        pieces = [(lead, first, len(rows)) for lead, first, rows in checkpoint.rows(path, "w")]
+        self.assertEqual(pieces, [(lead, at, min(128, 1000 - at)) for lead in (0, 1) for at in range(0, 1000, 128)])
+        rows = torch.cat([rows for *_, rows in checkpoint.rows(path, "w")])
+        self.assertTrue(torch.equal(rows, weights.flatten(0, 1)))
+        whole = list(shards.raw(path, checkpoint.headers[path], "w"))
+        self.assertLessEqual(max(map(len, whole)), shards.PIECE_BYTES)
+        self.assertEqual(b"".join(whole), bytes(shards.as_bytes(weights)))
+
+    def test_a_base_that_shrinks_while_it_is_read_is_blamed_and_not_the_target(self) -> None:
+        base, directory = checkpoint("llama"), temporary_directory() / "base"
+        shutil.copytree(base.directory, directory)
+        intended = merging.plan(identified(directory), on_attention(base), "base")
+        path = sorted(directory.glob("*.safetensors"))[0]
+        path.write_bytes(path.read_bytes()[:-40])
+        with self.assertRaisesRegex(ArtefactError, f"{path} became shorter"):
+            merging.write(intended, temporary_directory(), "")
+        path.unlink()
+        with self.assertRaisesRegex(ArtefactError, f"cannot read {path}"):
+            merging.write(intended, temporary_directory(), "")
+
+    def test_content_of_another_size_than_planned_is_a_bug_that_is_seen(self) -> None:
+        header = shards.plan({"w": shards.described("F32", (2, 2))}, {})
+        with self.assertRaisesRegex(ValueError, "w has 12 bytes, 16 were planned"):
+            shards.write(temporary_directory() / "x", header, lambda name: [b"x" * 12])
+
+
 class Refused(unittest.TestCase):
     def refused(self, base: BaseModel, factors: Factors, *words: str, error: type[Exception] = ArtefactError) -> None:
         target = temporary_directory() / "merged"
@@ -471,6 +552,8 @@ class Refused(unittest.TestCase):
         fused = on_experts(base)["model.layers.0.mlp.experts.down_proj"]
         more = ModuleFactors(fused.a_rI.repeat(2, 1, 1), fused.b_Or.repeat(2, 1, 1), 1.0)  # 8 experts, the base has 4
         self.refused(base, {"model.layers.0.mlp.experts.down_proj": more}, "mlp.experts.down_proj")
+        fewer = ModuleFactors(fused.a_rI[:3], fused.b_Or[:3], 1.0)
+        self.refused(base, {"model.layers.0.mlp.experts.down_proj": fewer}, "experts.3.w2")
 
     def test_a_delta_of_another_shape_is_refused(self) -> None:
         base = checkpoint("minimax_m2")
@@ -510,16 +593,19 @@ class Refused(unittest.TestCase):
             "offset flipped": intact.replace(b'"data_offsets":[', b'"data_offsets":[1', 1)[: len(intact)],
             "dtype flipped": intact.replace(b'"F32"', b'"F16"', 1),
             "not text": intact[:8] + b"\xff" * length + intact[8 + length :],
-            "a list": (2).to_bytes(8, "little") + b"[]",
-            "a number": (2).to_bytes(8, "little") + b"12",
-            "a tensor without a shape": (13).to_bytes(8, "little") + b'{"a":{"x":1}}',
+            "a list": with_header([]),
+            "a number": with_header(12),
+            "metadata no mapping": with_header({"__metadata__": [1, 2]}),
+            "a tensor without a shape": with_header({"a": {"dtype": "F32"}}),
+            "tensors that overlap": with_header({"a": float32_at(0), "b": float32_at(2), "c": float32_at(8)}, 12),
+            "a gap": with_header({"a": float32_at(0), "b": float32_at(8)}, 12),
         }
         directory = temporary_directory() / "base"
         shutil.copytree(base.directory, directory)
         for damage, data in damages.items():
             (directory / path.name).write_bytes(data)
             with self.subTest(damage):
-                self.refused(identified(directory), on_attention(base), path.name)
+                self.refused(identified(directory), on_attention(base), path.name, "truncated or damaged")
 
     def test_a_missing_file_is_named(self) -> None:
         base, directory = checkpoint("llama"), temporary_directory() / "base"
@@ -571,6 +657,15 @@ class Refused(unittest.TestCase):
         self.assertEqual(list(target.parent.iterdir()), [])
 
 
+def with_header(header: Any, data_bytes: int = 0) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(data_bytes)
+
+
+def float32_at(offset: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [1], "data_offsets": [offset, offset + 4]}
+
+
 def _raise(error: Exception) -> None:
     raise error
 
@@ -596,6 +691,7 @@ class Resumed(unittest.TestCase):
         damaged[-5] ^= 1
         (there / names[1]).write_bytes(damaged)
         (there / names[2]).write_bytes(b"half")
+        (there / f".{merging.RECORD}.tmp-1").write_text("killed while the record was written")
 
         with mock.patch.object(shards, "write", wraps=shards.write) as writer:
             _, again = merged(base, factors, target)
@@ -686,6 +782,26 @@ class SelfCheck(unittest.TestCase):
                     with self.assertRaisesRegex(ArtefactError, "what is not checked is not published"):
                         checked_here(base, factors, target, shared + layer * layer_sample.TRANSIENT_LAYERS)
 
+    def test_a_small_model_has_the_chosen_layers_renumbered_and_all_that_is_outside_of_layers(self) -> None:
+        base, directory, small = (
+            fp8_checkpoint(160, 96),
+            temporary_directory() / "base",
+            temporary_directory() / "small",
+        )
+        shutil.copytree(base.directory, directory)
+        settings = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(settings | {"attn_type_list": ["first", "second"]}))
+        layer_sample.write(shards.Checkpoint(directory), [1], small)
+        before, after = dequantised_by_hand(state_of(directory)), state_of(small)
+        expected = {n.replace("layers.1.", "layers.0."): t for n, t in before.items() if "layers.0." not in n}
+        self.assertEqual(after.keys(), expected.keys())
+        for name, tensor in after.items():
+            self.assertTrue(torch.equal(tensor.float(), expected[name]), name)
+        described = json.loads((small / "config.json").read_text())
+        self.assertEqual((described["num_hidden_layers"], described["attn_type_list"]), (1, ["second"]))
+        self.assertNotIn("quantization_config", described)  # its partial blocks are float32 here
+        self.assertEqual(described["hidden_size"], settings["hidden_size"])
+
     def test_layers_that_the_adapter_changes_are_preferred(self) -> None:
         base = checkpoint("llama", torch.bfloat16, 5)
         factors = {n: f for n, f in on_attention(base).items() if "layers.3" in n}
@@ -709,6 +825,7 @@ class SelfCheck(unittest.TestCase):
             "model.layers.0.block_sparse_moe.e_score_correction_bias": lambda t, name: -t,
             "model.layers.4.input_layernorm.weight": lambda t, name: t * 1.01,
             "lm_head.weight": lambda t, name: torch.cat([t[:-1], t[-1:] * float("nan")]),
+            "model.layers.4.self_attn.q_norm.weight": lambda t, name: t * float("nan"),
         }
         for room in (None, shared + layer * (3 + layer_sample.TRANSIENT_LAYERS)):
             for name, alter in alterations.items():

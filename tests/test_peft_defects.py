@@ -25,7 +25,7 @@ from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 
 from config import ComposeSection  # noqa: E402
 from tests.support import ARCHITECTURES, relative, saved_model, temporary_directory  # noqa: E402
-from utils import adapter_files, adapters, frozen_lora  # noqa: E402
+from utils import adapter_files, adapter_settings, adapters, frozen_lora  # noqa: E402
 from utils.composition import (  # noqa: E402
     METHODS,
     Factors,
@@ -35,7 +35,6 @@ from utils.composition import (  # noqa: E402
     compose,
     delta,
     relative_errors,
-    scaled,
     stacked,
 )
 from utils.composition.truncation import tail  # noqa: E402
@@ -239,7 +238,7 @@ class WeightedAdapter(Defects):
         self.assertTrue(all(torch.equal(first[m].a_rI, again[m].a_rI) for m in first))
         self.assertTrue(all(torch.equal(first[m].b_Or, again[m].b_Or) for m in first))
         self.assertGreater(distance(dense(other), dense(first)), WRONG)
-        # every entry is (kept or not) d / density + (kept or not) t / density, each kept with probability density, alone
+        # every entry is (kept or not) d / density + (kept or not) t / density, each kept by itself with p = density
         kept, entries, patterns = [0, 0, 0], 0, set()
         for module, update in dense(first).items():
             d, t = (part[module] / density for part in parts)
@@ -279,7 +278,7 @@ class WeightedAdapter(Defects):
         # and again in stock PEFT, from disk: written as an ordinary adapter, whose scale is alpha / r
         base, directory = saved_model("llama"), temporary_directory()
         adapter_files.save(directory, composed, base)
-        self.assertFalse(adapter_files.settings_of(directory)["use_rslora"])
+        self.assertFalse(adapter_settings.read(directory)["use_rslora"])
         plain = PeftModel.from_pretrained(fresh("llama"), str(directory))
         self.assertLess(relative(logits(plain), by_hand("llama", *parts)), ROUNDING)
 
@@ -361,14 +360,15 @@ class WeightedAdapter(Defects):
         factors = both(model)
         self.assertEqual((Recipe("ties").density, ComposeSection().density), (0.5, 0.5))
         self.assertTrue(all(float(delta(f).norm()) > 0 for f in compose(factors, Recipe("ties")).values()))
-        # what fails leaves nothing: neither inputs nor a model are touched
+        # whatever is composed, or fails to be, leaves its inputs as they were, and no model is touched
         before = copy.deepcopy(factors)
+        for method in METHODS:
+            compose(factors, Recipe(method))
         with self.assertRaisesRegex(ValueError, "unequal ranks"):
             compose([factors[0], loaded(stock("llama", lora(3)), DOMAIN)], Recipe("factor_sum"))
         for part, old in zip(factors, before, strict=True):
-            self.assertTrue(
-                all(torch.equal(part[m].a_rI, old[m].a_rI) and torch.equal(part[m].b_Or, old[m].b_Or) for m in old)
-            )
+            for module, f in old.items():
+                self.assertTrue(torch.equal(part[module].a_rI, f.a_rI) and torch.equal(part[module].b_Or, f.b_Or))
 
 
 class ChangedBase(Defects):
@@ -537,15 +537,15 @@ class Rewriting(Defects):
         self.assertTrue(any(f.is_experts for f in self.parts[0].values()))
 
     def test_rewriting_an_adapter_changes_no_result_but_that_of_factor_sum(self) -> None:
-        for method, row in METHODS.items():
-            numbers = row.numbers(2)
-            recipe = Recipe(method, weights=(0.9, 0.7, 1.2, -0.8)[: 2 * numbers], density=0.4, seed=3)
+        for recipe in self.recipes():
             one, other = compose(self.parts, recipe), compose(self.rewritten, recipe)
-            for kind in (False, True):
-                found, expected = ({n: u for n, u in dense(c).items() if (u.ndim == 3) == kind} for c in (other, one))
-                with self.subTest(method, experts=kind):
+            for experts in (False, True):
+                found, expected = (
+                    {n: u for n, u in dense(c).items() if (u.ndim == 3) == experts} for c in (other, one)
+                )
+                with self.subTest(recipe.method, rank=recipe.rank, experts=experts):
                     change = distance(found, expected)
-                    if method == "factor_sum":
+                    if recipe.method == "factor_sum":
                         self.assertGreater(change, 0.5, "the exception is no longer one")
                     else:
                         self.assertLess(change, 1e-4)
@@ -561,18 +561,24 @@ class Rewriting(Defects):
                 results.append(deltas(model, "sum"))
             self.assert_defect(distance(results[1], results[0]), f"{kind} depends on how an adapter is written")
 
-    def test_weights_scale_the_update_and_not_one_of_its_factors(self) -> None:
-        """The same for a scale: alpha doubled and B halved is the same adapter."""
-        halved = [
-            {n: scaled(ModuleFactors(f.a_rI, 0.5 * f.b_Or, f.scale), 2.0) for n, f in self.parts[0].items()},
-            self.parts[1],
+    def test_a_scale_may_sit_in_either_factor_or_beside_them(self) -> None:
+        parts = [
+            {n: ModuleFactors(f.a_rI, 0.5 * f.b_Or, 2.0 * f.scale) for n, f in part.items()} for part in self.parts
         ]
-        for method, row in METHODS.items():
-            if method != "factor_sum":
-                recipe = Recipe(method, weights=(0.9, 0.7, 1.2, -0.8)[: 2 * row.numbers(2)], density=0.4, seed=3)
-                with self.subTest(method):
-                    change = distance(dense(compose(halved, recipe)), dense(compose(self.parts, recipe)))
+        for recipe in self.recipes():
+            if recipe.method != "factor_sum":
+                with self.subTest(recipe.method, rank=recipe.rank):
+                    change = distance(dense(compose(parts, recipe)), dense(compose(self.parts, recipe)))
                     self.assertLess(change, 1e-4)
+
+    def recipes(self) -> list[Recipe]:
+        """Every row of the registry, at the full rank and, where the rank is a choice, truncated below it."""
+        weights = (0.9, 0.7, 1.2, -0.8)
+        return [
+            Recipe(method, weights[: 2 * row.numbers(2)], rank=rank, density=0.4, seed=3)
+            for method, row in METHODS.items()
+            for rank in ((0,) if row.exact else (0, 3))
+        ]
 
 
 def rotated(factors: Factors, seed: int) -> dict[str, ModuleFactors]:

@@ -6,7 +6,7 @@ plumbing   exceptions   what can go wrong, and the exit codes
            runs         run directories, manifests, choosing parents
            progress     a bar on a terminal, plain lines elsewhere
            cli          flags and environment -> Config; exceptions -> message and exit code
-pure       composition  LoRA factors in, LoRA factors out
+pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weight search, interference
            statistics   paired intervals over clusters
 engines    base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size
@@ -14,9 +14,13 @@ engines    base_model   fetched or built once, identified by digest, loaded froz
            prepared     prepared data on disk
            chat         prompt and answer as token ids
            training_data, losses, checkpoints, training     the loop over one adapter
-           adapters     PEFT directories, loaded strictly, activated explicitly
-           evaluation, comparison                           what a model knows; cells against each other
-           generation, merging, cards                       answers; a standalone model; its README
-           stages       how stages find their parents and what both training scripts share
+           experts      fused experts: their spellings, and where a checkpoint's tensors sit in the model
+           adapter_settings, adapter_files                  adapters on disk: what their settings say, their factors
+           adapters, frozen_lora                            adapters on a model: to train, to infer
+           lineage, stages                                  how stages find their parents; what training scripts share
+           composing, probing, interference, composing_pictures     several adapters as one, checked, chosen, explained
+           evaluation, comparison, generation               what a model knows; cells against each other; answers
+           shards, fp8, merging, layer_sample, selfcheck    a standalone model, streamed, and checked
+           cards, gguf, hub                                 its README; other formats; publishing
            benchmarks/  speed and memory as ratios of one run
 """

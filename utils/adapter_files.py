@@ -14,35 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import LoraSection
-from utils import experts, files
+from utils import adapter_settings, experts, files
 from utils.base_model import BaseModel
-from utils.composition import Factors, ModuleFactors, layer_of, zero_modules
+from utils.composition import Factors, ModuleFactors, zero_modules
 from utils.exceptions import ArtefactError, Problem
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-# settings whose values are read here, or do not touch the update; every other one has to be off
-_UNDERSTOOD = {
-    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "lora_dropout", "bias"),
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
-}
-_REASONS = {
-    "use_dora": "DoRA rescales the whole weight, so two such adapters do not add up",
-    "lora_bias": "the bias of B is not part of a low-rank update",
-    "modules_to_save": "full copies of modules cannot be added to another adapter",
-    "trainable_token_indices": "changed embedding rows cannot be added to another adapter",
-    "use_qalora": "QA-LoRA pools its input",
-    "layer_replication": "replicated layers are another architecture",
-    "fan_in_fan_out": "transposed weights (GPT-2's Conv1D) are not supported",
-    "auto_mapping": "it names classes to import, and an adapter runs no code here",
-}
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def find(path: Path) -> Path:
@@ -51,9 +31,9 @@ def find(path: Path) -> Path:
     Raises ArtefactError that says where it looked and what was there.
     """
     for directory in (path, path / "adapter"):
-        if (directory / CONFIG).is_file():
+        if (directory / adapter_settings.CONFIG).is_file():
             return directory
-    below = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
+    below = sorted(p.parent for p in path.glob(f"*/{adapter_settings.CONFIG}"))
     if len(below) == 1:
         return below[0]
     if below:
@@ -63,45 +43,10 @@ def find(path: Path) -> Path:
             Problem(f"{path} holds several adapters ({names}), and none itself or in adapter/", fix=fix)
         )
     have = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) or "nothing" if path.is_dir() else "no such directory"
-    looked = f"looked for {CONFIG} in {path}, {path / 'adapter'} and its other sub-folders"
+    looked = f"looked for {adapter_settings.CONFIG} in {path}, {path / 'adapter'} and its other sub-folders"
     raise ArtefactError(
         Problem(f"no adapter in PEFT's format: {looked}", have, "give the folder that save_pretrained wrote")
     )
-
-
-def settings_of(directory: Path) -> dict[str, Any]:
-    """The adapter's configuration, checked. Raises ArtefactError for each setting that is not just scale * B @ A."""
-    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
-        have = sorted(p.name for p in directory.glob("*")) if directory.is_dir() else "no such directory"
-        pickled = any(str(name).endswith((".bin", ".pt", ".pth")) for name in have)
-        fix = "pickled weights are refused: save it with safetensors" if pickled else "give the adapter/ folder"
-        raise ArtefactError(Problem(f"{directory} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}", have, fix))
-    settings = files.read_json(directory / CONFIG)
-    if not isinstance(settings, dict):
-        raise ArtefactError(Problem(f"{directory / CONFIG} is not a PEFT configuration", type(settings).__name__))
-    problems = [
-        Problem(f"{directory}: {key} is set: {_REASONS.get(key, 'its effect on the update is not known here')}", value)
-        for key, value in settings.items()
-        if key not in _UNDERSTOOD and value
-    ]
-    if settings.get("peft_type") != "LORA":
-        problems.append(Problem(f"{directory}: peft_type is not LORA", settings.get("peft_type")))
-    if settings.get("bias", "none") != "none":
-        problems.append(Problem(f"{directory}: bias is trained too: it is not part of the update", settings["bias"]))
-    initialisation = str(settings.get("init_lora_weights")).lower()
-    if initialisation.startswith(_CHANGED_BASE):
-        fix = "save it with path_initial_model_for_weight_conversion"
-        problems.append(
-            Problem(f"{directory}: its initialisation changed the base", settings["init_lora_weights"], fix)
-        )
-    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("rank_pattern", dict), ("alpha_pattern", dict)):
-        if not isinstance(settings.get(key) or kind() if kind is dict else settings.get(key), kind):
-            problems.append(Problem(f"{directory}: {key} in {CONFIG} is no {kind}", settings.get(key)))
-    if not problems and settings["r"] < 1:
-        problems.append(Problem(f"{directory}: r in {CONFIG} is below 1", settings["r"]))
-    if problems:
-        raise ArtefactError(problems)
-    return settings
 
 
 def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFactors]:
@@ -112,12 +57,12 @@ def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFact
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    settings = settings_of(directory)
+    settings = adapter_settings.read(directory)
     try:
-        state = load_file(directory / WEIGHTS)
+        state = load_file(directory / adapter_settings.WEIGHTS)
     except SafetensorError as error:
         raise ArtefactError(
-            Problem(f"{directory / WEIGHTS} is damaged ({error})", fix="restore it from a copy")
+            Problem(f"{directory / adapter_settings.WEIGHTS} is damaged ({error})", fix="restore it from a copy")
         ) from error
     factors = _factors(state, settings, directory, base)
     if base is not None:
@@ -127,11 +72,11 @@ def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFact
 
 def save(directory: Path, factors: Factors, base: BaseModel, *, lora: LoraSection | None = None) -> None:
     """Write a plain PEFT directory (`adapter_config.json`, `adapter_model.safetensors`), loadable by any other tool."""
-    peft_config = config_for(factors)
+    peft_config = adapter_settings.config_for(factors)
     if lora is not None:
         peft_config.lora_dropout = lora.dropout
         if lora.use_rslora:
-            peft_config.use_rslora, peft_config.lora_alpha = True, _tidy(lora.alpha)
+            peft_config.use_rslora, peft_config.lora_alpha = True, adapter_settings.tidy(lora.alpha)
     _write(directory, peft_config, to_state(factors), base)
 
 
@@ -147,36 +92,14 @@ def save_per_expert(directory: Path, factors: Factors, base: BaseModel) -> None:
     if not spread:
         raise ArtefactError(Problem(f"{base.directory} keeps no tensor per expert, so there are no names to export to"))
     plain = {name: f for name, f in factors.items() if not f.is_experts}
-    peft_config = config_for({name: _padded(f, rank) for name, f in plain.items()} or spread)
+    peft_config = adapter_settings.config_for({name: _padded(f, rank) for name, f in plain.items()} or spread)
     leaves = {name.rpartition(".")[2] for name in spread}
     # PEFT turns these leaf names into the fused parameters when it loads the adapter
-    peft_config.target_modules = sorted({*(_targets(plain) if plain else ()), *leaves})
+    peft_config.target_modules = sorted({*(adapter_settings.shortest_targets(plain) if plain else ()), *leaves})
     peft_config.r, peft_config.lora_alpha = rank, rank
     peft_config.rank_pattern, peft_config.alpha_pattern = {}, {}
     state = to_state({name: _padded(f, rank) for name, f in {**plain, **spread}.items()})
     _write(directory, peft_config, state, base)
-
-
-def config_for(factors: Factors) -> LoraConfig:
-    """The PEFT configuration that gives these factors their ranks and scales (alpha = rank * scale)."""
-    from peft import LoraConfig
-
-    kinds = [(f.rank, f.scale) for f in factors.values()]
-    common = max(set(kinds), key=lambda kind: (kinds.count(kind), kind))
-    odd = {name: f for name, f in factors.items() if (f.rank, f.scale) != common}
-    plain = {name: f for name, f in factors.items() if not f.is_experts}
-    fused = {name: f for name, f in factors.items() if f.is_experts}
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=common[0],
-        lora_alpha=_tidy(common[0] * common[1]),
-        rank_pattern=_by_leaf({name: f.rank for name, f in odd.items()}, factors),
-        alpha_pattern=_by_leaf({name: _tidy(f.rank * f.scale) for name, f in odd.items()}, factors),
-        target_modules=_targets(plain) if plain else [],
-        target_parameters=_targets(fused, keep=3) if fused else None,
-        use_rslora=False,
-        inference_mode=True,
-    )
 
 
 def to_state(factors: Factors) -> dict[str, torch.Tensor]:
@@ -198,12 +121,12 @@ def _write(directory: Path, peft_config: LoraConfig, state: Mapping[str, torch.T
 
     files.make_directory(directory)
     peft_config.base_model_name_or_path, peft_config.revision = base.reference, base.revision or None
-    save_file(dict(state), directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(dict(state), directory / adapter_settings.WEIGHTS, metadata={"format": "pt"})
     peft_config.save_pretrained(directory)
-    written = files.read_json(directory / CONFIG)
+    written = files.read_json(directory / adapter_settings.CONFIG)
     # PEFT keeps targets in sets, whose order changes from process to process: equal adapters, unequal bytes
     ordered = {k: sorted(written[k]) for k in ("target_modules", "target_parameters") if written.get(k)}
-    files.write_json(directory / CONFIG, {**written, **ordered})
+    files.write_json(directory / adapter_settings.CONFIG, {**written, **ordered})
 
 
 def _factors(
@@ -215,7 +138,7 @@ def _factors(
         matched = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if not matched or tensor.ndim != 2:
             problems.append(Problem(f"{directory}: unknown tensor", f"{key} {tuple(tensor.shape)}"))
-        elif not torch.isfinite(tensor).all():
+        elif not torch.isfinite(tensor.float()).all():
             problems.append(Problem(f"{directory}: {key} holds NaN or infinity"))
         else:
             pairs.setdefault(matched[1], {})[matched[2]] = tensor
@@ -225,8 +148,8 @@ def _factors(
     factors: dict[str, ModuleFactors] = {}
     for module, pair in pairs.items():
         name = _parameter(module, pairs, settings)
-        rank = int(_pattern(settings.get("rank_pattern"), name, settings["r"]))
-        scale = _scale(name, rank, settings)
+        rank = int(adapter_settings.by_pattern(settings.get("rank_pattern"), name, settings["r"]))
+        scale = adapter_settings.scale_of(name, rank, settings)
         fits = pair["A"].shape[0] == pair["B"].shape[1]
         if name != module and fits and pair["A"].shape[0] % rank == 0:
             factors[name] = experts.from_peft(pair["A"], pair["B"], rank, scale)
@@ -306,17 +229,14 @@ def _check_against(factors: Factors, settings: dict[str, Any], directory: Path, 
             problems.append(Problem(f"{directory}: the base model has no {name}", fix="it was made for another one"))
         elif shapes[name] != f.shape:
             problems.append(Problem(f"{directory}: {name} updates {f.shape}, the base model's is {shapes[name]}"))
-    targets = settings.get("target_modules") or []
-    parameters = {str(p) for p in settings.get("target_parameters") or []}
-    simple = (
-        isinstance(targets, list) and not settings.get("layers_to_transform") and not settings.get("exclude_modules")
-    )
-    if simple:
-        wanted = {str(target) for target in targets} | parameters
-        expected = {n for n in shapes if n in wanted or any(n.endswith(f".{target}") for target in wanted)}
+    if expected := adapter_settings.targeted(settings, directory, base) & set(shapes):
         problems += [
-            Problem(f"{directory}: no factors for {name}, which its target_modules name", fix="restore it from a copy")
+            Problem(f"{directory}: no factors for {name}, which its targets name", fix="restore it from a copy")
             for name in sorted(expected - set(factors))
+        ]
+        problems += [
+            Problem(f"{directory}: factors for {name}, which its targets do not name: PEFT would leave them out")
+            for name in sorted(set(factors) & set(shapes) - expected)
         ]
     if problems:
         raise ArtefactError(problems[:10])
@@ -344,42 +264,5 @@ def _padded(f: ModuleFactors, rank: int) -> ModuleFactors:
     return ModuleFactors(a_rI, torch.nn.functional.pad(f.b_Or.float(), (0, more)), 1.0)
 
 
-def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
-    alpha = float(_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"]))
-    return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
-
-
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a key matches the end of the module's path."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def _by_leaf(values: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
-    """Patterns by leaf name where every module of that leaf has the same value, else by full path."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        leaf = name.rpartition(".")[2]
-        alike = {values.get(other) for other in factors if other.rpartition(".")[2] == leaf} == {value}
-        found[leaf if alike else name] = value
-    return found
-
-
-def _targets(factors: Factors, keep: int = 1) -> list[str]:
-    """The last `keep` parts of the names when all of them are adapted in the same layers; else full paths."""
-    layers: dict[str, set[int | None]] = {}
-    for name in factors:
-        layers.setdefault(".".join(name.split(".")[-keep:]), set()).add(layer_of(name))
-    count = 1 + max((layer for found in layers.values() for layer in found if layer is not None), default=0)
-    everywhere = all(found == set(range(count)) for found in layers.values())
-    return sorted(layers) if everywhere else sorted(factors)
-
-
 def _fused(parent: str, factors: Factors) -> list[str]:
     return [leaf for leaf in experts.FUSED if f"{parent}.{leaf}" in factors]
-
-
-def _tidy(number: float) -> int | float:
-    return int(number) if float(number).is_integer() else float(number)

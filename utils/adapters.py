@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import LoraSection
-from utils import adapter_files, experts
+from utils import adapter_settings, experts
 from utils.composition import Factors, ModuleFactors
 from utils.exceptions import ArtefactError, Problem
 
@@ -54,7 +54,7 @@ def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors) -> Peft
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     refuse_misfits(inner, factors)
-    peft_config = adapter_files.config_for(factors)
+    peft_config = adapter_settings.config_for(factors)
     # full paths: a leaf name would also take layers that the adapter leaves out
     peft_config.target_modules = {name for name, f in factors.items() if not f.is_experts}
     peft_config.target_parameters = [name for name, f in factors.items() if f.is_experts] or None

@@ -46,7 +46,7 @@ class BaseModel:
     @property
     def reference(self) -> str:
         """What other tools load it by: the hub id, or its directory."""
-        return self.source if self.revision else str(self.directory)
+        return str(self.directory) if Path(self.source).is_dir() or not self.revision else self.source
 
     @property
     def model_type(self) -> str:
@@ -222,7 +222,7 @@ def _digest(paths: list[Path], cache: Path) -> str:
 
 def _download(section: BaseModelSection) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     if not section.revision:
         raise ArtefactError(
@@ -236,7 +236,7 @@ def _download(section: BaseModelSection) -> Path:
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
     try:
         return Path(snapshot_download(section.source, revision=section.revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtefactError(
             Problem(
                 f"the hub did not give {section.source} at {section.revision}: {str(error).splitlines()[0]}",

@@ -6,20 +6,22 @@ the same adapters when the command says nothing about weights, so what a search 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from config import BaseModelSection, Config
-from utils import adapter_files, adapters, base_model, files, frozen_lora, lineage, runs
+from utils import adapter_files, adapters, files, frozen_lora, layer_sample, lineage, runs, selfcheck
 from utils.base_model import BaseModel
-from utils.composition import METHODS, FactorCheck, Factors, Recipe, check, compose, depth, weights_at
+from utils.composition import METHODS, FactorCheck, Factors, Recipe, check, compose, depth, scaled, weights_at
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event
 from utils.runs import Run
+from utils.shards import Checkpoint
 
 # float32 logits of equal models differ by rounding only, relative to the largest logit
 SAME_LOGITS = 1e-4
@@ -56,7 +58,8 @@ def composition(config: Config, base: BaseModel, which: str = "both") -> Composi
     found = lineage.adapter_runs(config, base, which)
     parts = load(found, base)
     if which != "both":
-        return made(parts, found, Recipe(weights=(1.0,)), searched=False)
+        given = config.compose.weights if config.compose.method == "sum" else ()
+        return made(parts, found, Recipe(weights=(given[which == "task"] if given else 1.0,)), searched=False)
     said = [field for field in RECIPE_FIELDS if field in config.overrides]
     if not said and (run := _composed_run(config, base, found)):
         files.verify(run.directory)
@@ -110,46 +113,73 @@ def say(found: Composition) -> None:
         event("these weights are untested: `python scripts/compose.py --compose.search` chooses them on the dev split")
 
 
-def check_on_model(base: BaseModel, found: Composition, section: BaseModelSection) -> dict[str, float]:
-    """`check_logits` on the base model, loaded in float32."""
-    model = base_model.load_model(base, section, dtype=torch.float32)
-    return check_logits(found, model, probe(base).to(model.device))
+def check_on_model(base: BaseModel, found: Composition, section: BaseModelSection, scratch: Path) -> dict[str, Any]:
+    """Points 3 and 4 of the self-check, on the base model in float32; on some of its layers where it is too large.
+
+    Raises VerificationError. `scratch` is a directory that does not exist, for the small model.
+    """
+    checkpoint = Checkpoint(base.directory)
+    layers = layer_sample.choose(checkpoint, found.factors, selfcheck.available())
+    parts, factors = weighted_parts(found), found.factors
+    try:
+        if len(layers) < layer_sample.layer_count(checkpoint):
+            event("the model is larger than memory: some of its layers are checked", checked_layers=layers)
+            layer_sample.write(checkpoint, layers, scratch)
+            base = replace(base, directory=scratch)
+            parts = [layer_sample.factors_of(part, layers) for part in parts]
+            factors = layer_sample.factors_of(factors, layers)
+        model = selfcheck.in_float32(base, section)
+        checked = check_logits(parts, factors, model, selfcheck.probe(checkpoint), exact=found.check.exact)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {"checked_layers": layers, **checked}
 
 
 @torch.no_grad()
-def check_logits(found: Composition, model: Any, probe_BT: torch.Tensor) -> dict[str, float]:
-    """Points 3 and 4 of the self-check in float32: all parts active at their weights = the one composed adapter, which
-    is neither the base nor the last part alone. The parts go through our layers, the composed adapter through PEFT's.
-    `model` is the bare base in float32; the composed adapter stays on it.
+def check_logits(
+    parts: Sequence[Factors], composed: Factors, model: Any, ids_BT: torch.Tensor, *, exact: bool
+) -> dict[str, float]:
+    """All weighted parts active = the one composed adapter, which is neither the base nor the last part alone.
 
-    Returns differences relative to the largest logit. Raises VerificationError.
+    The parts go through our layers, the composed adapter through PEFT's, which stays on `model`, the bare base in
+    float32. Returns differences relative to the largest logit. Raises VerificationError.
     """
-    names = [f"part{i}" for i in range(len(found.parts))]
-    parts = frozen_lora.attach(frozen_lora.sharing_weights(model), dict(zip(names, found.parts, strict=True)))
-    at = select_by(found.recipe, found.parts, names)
-    frozen_lora.select(parts, at)
-    several = parts(probe_BT).logits.float()
-    frozen_lora.select(parts, lambda module: {names[-1]: at(module)[names[-1]]})
-    alone, base = parts(probe_BT).logits.float(), model(probe_BT).logits.float()
-    composed = adapters.add(model, "composed", found.factors)(probe_BT).logits.float()
-    size = float(composed.abs().max())
-    differences = {
-        "parts_active_to_composed": float((several - composed).abs().max()) / size,
-        "composed_to_base": float((composed - base).abs().max()) / size,
-        "composed_to_last_part": float((composed - alone).abs().max()) / size,
+    names = [f"part{i}" for i in range(len(parts))]
+    ids_BT = ids_BT.to(model.device)
+    several = frozen_lora.attach(frozen_lora.sharing_weights(model), dict(zip(names, parts, strict=True)))
+    active = several(ids_BT).logits.float()
+    frozen_lora.select(several, {names[-1]: 1.0})
+    alone, plain = several(ids_BT).logits.float(), model(ids_BT).logits.float()
+    together = adapters.add(model, "composed", composed)(ids_BT).logits.float()
+    size = float(together.abs().max())
+    pairs = {
+        "parts_active_to_composed": (active, together),
+        "composed_to_base": (together, plain),
+        "composed_to_last_part": (together, alone),
     }
+    differences = {name: float((one - other).abs().max()) / (size or 1.0) for name, (one, other) in pairs.items()}
     problems = []
-    if found.check.exact and not differences["parts_active_to_composed"] <= SAME_LOGITS:
-        problems.append(
-            Problem("all adapters active and the composed one differ", differences["parts_active_to_composed"])
-        )
+    if not 0 < size < float("inf"):
+        problems.append(Problem("the composed model's logits are zero or not finite", size, "use smaller weights"))
+    if exact and not differences["parts_active_to_composed"] <= SAME_LOGITS:
+        what = "all adapters active and the composed one differ"
+        problems.append(Problem(what, differences["parts_active_to_composed"]))
     if not differences["composed_to_base"] > AN_EFFECT:
         problems.append(Problem("the composed adapter does not change the model", differences["composed_to_base"]))
-    if not differences["composed_to_last_part"] > AN_EFFECT and _others_matter(found):
+    if any(parts[:-1]) and not differences["composed_to_last_part"] > AN_EFFECT:
         problems.append(Problem("only the last adapter has an effect", differences["composed_to_last_part"]))
     if problems:
         raise VerificationError(problems)
     return differences
+
+
+def weighted_parts(found: Composition) -> list[Factors]:
+    """Each adapter with its weights folded in, without the modules where it has weight 0."""
+    layers, count = depth(found.parts), len(found.parts)
+    return [
+        {m: scaled(f, w) for m, f in part.items() if (w := weights_at(m, found.recipe, count, layers)[i]) != 0.0}
+        for i, part in enumerate(found.parts)
+    ]
 
 
 def select_by(recipe: Recipe, parts: Sequence[Factors], names: Sequence[str]) -> Callable[[str], dict[str, float]]:
@@ -167,13 +197,20 @@ def refuse_inside(target: Path, base: BaseModel, found: Sequence[Run]) -> None:
             )
 
 
-def probe(base: BaseModel, rows: int = 2, tokens: int = 48) -> torch.Tensor:
-    """Token ids (rows, tokens) on which models are compared: a sentence, then random ids; the same every time."""
-    tokenizer = base_model.load_tokenizer(base.directory)
-    text = tokenizer("The quick brown fox explains what a function does:", add_special_tokens=False)["input_ids"]
-    ids = torch.randint(0, len(tokenizer), (rows, tokens), generator=torch.Generator().manual_seed(0))
-    ids[0, : min(len(text), tokens)] = torch.tensor(text[:tokens])
-    return ids
+def refuse_models_inside(config: Config) -> None:
+    """Raises ArtefactError when --run.models_dir lies inside an adapter folder that is read."""
+    for source in filter(None, (config.inputs.domain_adapter, config.inputs.task_adapter, *config.compose.also)):
+        if config.run.models_dir.resolve().is_relative_to(Path(source).resolve()):
+            what = f"the output lies inside its input {source}"
+            raise ArtefactError(Problem(what, str(config.run.models_dir), "choose another --run.models_dir"))
+
+
+def refuse_recipe(recipe: Recipe, parts: Sequence[Factors]) -> None:
+    """Raises ArtefactError when the weights are not as many as the method takes for these adapters."""
+    try:
+        weights_at("", recipe, len(parts), depth(parts))
+    except ValueError as error:
+        raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
 
 
 def _checked(factors: Factors, parts: Sequence[Factors], recipe: Recipe) -> FactorCheck:
@@ -181,13 +218,6 @@ def _checked(factors: Factors, parts: Sequence[Factors], recipe: Recipe) -> Fact
     if done.problems:
         raise VerificationError([Problem(f"the composed adapter is not what it should be: {p}") for p in done.problems])
     return done
-
-
-def _others_matter(found: Composition) -> bool:
-    """Whether any adapter but the last has a weight other than 0."""
-    layers, count = depth(found.parts), len(found.parts)
-    modules = [(i, m) for i, part in enumerate(found.parts[:-1]) for m in part]
-    return any(weights_at(m, found.recipe, count, layers)[i] != 0.0 for i, m in modules)
 
 
 def _composed_run(config: Config, base: BaseModel, found: Sequence[Run]) -> Run | None:

@@ -15,8 +15,8 @@ from utils.composition import Factors, layer_of
 from utils.exceptions import ArtefactError, Problem
 from utils.shards import Checkpoint
 
-# memory beside the float32 weights, in layers: experts are joined while loading, and again when an update is added
-TRANSIENT_LAYERS = 2
+# memory beside the float32 weights, in layers: joining experts while loading took up to 2.4, adding updates to them 2.3
+TRANSIENT_LAYERS = 3
 
 
 def choose(checkpoint: Checkpoint, factors: Factors, available_bytes: int) -> list[int]:
@@ -59,6 +59,11 @@ def renumbered(name: str, layers: list[int]) -> str | None:
     if layer not in layers:
         return None
     return name.replace(f"layers.{layer}.", f"layers.{layers.index(layer)}.", 1)
+
+
+def factors_of(factors: Factors, layers: list[int]) -> Factors:
+    """The updates of the small model."""
+    return {new: f for name, f in factors.items() if (new := renumbered(name, layers))}
 
 
 def has_partial_blocks(checkpoint: Checkpoint) -> bool:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from config import BaseModelSection, Config
-from utils import adapter_files, base_model, files, prepared, runs
+from utils import adapter_files, adapter_settings, base_model, files, prepared, runs
 from utils.base_model import BaseModel
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
@@ -89,16 +89,16 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
         raise ArtefactError(
             Problem(f"{directory.parent} is an unfinished run", fix="run the same training command again")
         )
-    settings = adapter_files.settings_of(directory)
+    settings = adapter_settings.read(directory)
     named, revision = settings.get("base_model_name_or_path") or "", settings.get("revision") or ""
     problem = Problem(
         f"{directory} was made for another base model", f"{named} {revision}".strip(), f"this one is {base.source}"
     )
-    if named and Path(named).is_dir():
+    if named and isinstance(named, str) and (Path(named) / "config.json").is_file():
         other = base_model.fetch(BaseModelSection(source=str(named)), config.run.models_dir)
         if other.digest != base.digest:
             raise ArtefactError(problem)
-    elif base.revision and (named != base.source or revision not in ("", "main", base.revision)):
+    elif named and base.revision and (named != base.source or revision not in ("", "main", base.revision)):
         raise ArtefactError(problem)
     else:
         warning(
@@ -106,7 +106,9 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
             adapter=directory,
             made_for=named or "not said",
         )
-    digests = {name: files.sha256_file(directory / name) for name in (adapter_files.CONFIG, adapter_files.WEIGHTS)}
+    digests = {
+        name: files.sha256_file(directory / name) for name in (adapter_settings.CONFIG, adapter_settings.WEIGHTS)
+    }
     event(f"using an adapter of another tool as the {stage} adapter", path=directory, peft=settings.get("peft_version"))
     return Run(
         directory,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,9 @@ def merge(
             shutil.rmtree(directory)  # going on from files that failed their check would only fail again
             raise
         digests |= sha256s
-        (directory / RECORD).unlink()
+        for hidden in directory.glob(".*"):  # the record, and what a kill may have left of writing it
+            if hidden.name != files.LOCK:
+                hidden.unlink()
     return checks
 
 
@@ -181,7 +182,7 @@ def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
     """Write what is not finished; returns file name -> sha256, bytes and the changed tensors' squared norms."""
     record = _finished(plan, directory)
     done = sum(entry["bytes"] for entry in record.values())
-    with Progress("merging", total=plan.size, unit="B", done=done) as bar, _one_thread():
+    with Progress("merging", total=plan.size, unit="B", done=done) as bar, shards.one_thread():
         for path in plan.checkpoint.headers:
             if path.name in record:
                 continue
@@ -209,17 +210,6 @@ def _finished(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
         and (directory / name).stat().st_size == done["bytes"] == plan.outputs[name].size
         and files.sha256_file(directory / name) == done["sha256"]
     }
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Pieces are too small to share: starting and joining threads for each took longer than its arithmetic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _content(plan: Plan, path: Path, name: str, squares: dict[str, list[float]]) -> Iterator[Any]:

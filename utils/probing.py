@@ -7,8 +7,10 @@ Shapes: k adapters, L layers, N tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from utils.composition import search as weight_search
 from utils.composition.search import Choice, Point
 from utils.corpus.splits import hash_share
 from utils.exceptions import ArtefactError, DataError, NonFiniteError, Problem
+from utils.logger import event
 from utils.losses import NextTokenLoss
 from utils.prepared import Prepared
 from utils.progress import Progress
@@ -65,19 +68,45 @@ def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: st
     return DevData(questions, pairs, [document_of[p.name] for p in pairs], documents, pad, longest)
 
 
-def search(probe: Probe | None, section: ComposeSection) -> Choice:
-    """Weights chosen on dev. Raises DataError when there is nothing to choose on."""
+def search(probe: Probe | None, section: ComposeSection, remembered: Path) -> Choice:
+    """Weights chosen on dev. Each measured point is a line of `remembered`, so an interrupted search goes on.
+
+    Raises DataError when there is nothing to choose on.
+    """
     if probe is None or not probe.data.questions:
         raise DataError(
             Problem(
                 "compose.search has no dev pairs to choose weights on",
-                fix="prepare data with --data.task FILE (and dev pairs), on a machine that holds the model",
+                fix="prepare data with --data.task FILE (and dev pairs)",
             )
         )
+    known = {(point.method, point.weights): point for point in _points(remembered)}
+    if known:
+        event("the weight search goes on", measured=len(known))
+
+    def evaluate(method: str, weights: tuple[float, ...]) -> Point:
+        if (method, weights) not in known:
+            point = known[method, weights] = probe.point(method, weights)
+            with remembered.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(asdict(point)) + "\n")
+            shown = ", ".join(f"{w:g}" for w in weights[:6])
+            event(f"{method} ({shown})", answer_loss=point.answer_nll, domain_loss=point.domain_nll, number=len(known))
+        return known[method, weights]
+
     fit = probe.fit_per_layer if "per_layer" in section.search_methods else None
     return weight_search.search(
-        probe.point, len(probe.parts), section.search_methods, retention=section.domain_retention, fit_per_layer=fit
+        evaluate, len(probe.parts), section.search_methods, retention=section.domain_retention, fit_per_layer=fit
     )
+
+
+def _points(path: Path) -> list[Point]:
+    """Points that were measured before; a line that a kill cut short is measured again."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            values = json.loads(line)
+            found.append(Point(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+    return found
 
 
 def recipe_with(recipe: Recipe, choice: Choice) -> Recipe:

@@ -10,9 +10,13 @@ A model that is larger than memory is checked on some of its layers, put togethe
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,22 +32,25 @@ from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event
 from utils.shards import Checkpoint
 
-# as a share of the largest logit, float32 sums in another order differ by less
+# as a share of the largest logit; float32 sums in another order were measured to differ by 6e-6
 LOGIT_TOLERANCE = 1e-4
-# as a share of a tensor's norm: sums that float32 puts on either side of a rounding border, one in ten thousand values
+# as a share of a tensor's norm; measured 0, and a float32 sum in another order is rounded to the other side once in 1e4
 WEIGHT_TOLERANCE = 1e-4
-# root mean square over the logits: from here on the result has more of the base's noise than of the adapters
+# of the adapters' effect, root mean square over the logits. A right merge may lose it to rounding, so this asks not if
+# the files are right but if they are of use: 16 bits took 2% at MiniMax-M2's width; from half on noise takes over
 LARGEST_ROUNDING = 0.5
 PROBE_ROWS, PROBE_TOKENS = 2, 48
 SCRATCH = ".selfcheck"
+FRUGAL = "HF_DEACTIVATE_ASYNC_LOAD"
 _RELOAD = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 directory, probe, out = sys.argv[1:]
-is_fp8 = getattr(AutoConfig.from_pretrained(directory, local_files_only=True), "quantization_config", None)
-extra = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if is_fp8 else {}
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True, **extra)
+here = {"local_files_only": True, "trust_remote_code": False}
+if getattr(AutoConfig.from_pretrained(directory, **here), "quantization_config", None):
+    here["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **here)
 model.float().eval()
 for module in model.modules():
     if hasattr(module, "top_k") and hasattr(module, "num_experts"):
@@ -84,9 +91,7 @@ def merged_equals_composed(
     scratch.mkdir()
     try:
         subject = _subject(base, factors, directory, scratch, available_bytes)
-        vocabulary = int(layer_sample.text_settings(subject.files.config)["vocab_size"])
-        generator = torch.Generator().manual_seed(0)
-        ids_BT = torch.randint(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+        ids_BT = probe(subject.files)
         checks = _compare(subject, section, ids_BT, _reloaded(subject.reloaded, ids_BT, scratch))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -97,6 +102,39 @@ def merged_equals_composed(
 def refuse_too_large(checkpoint: Checkpoint, factors: Factors) -> None:
     """Raises ArtefactError when a merge of this base could not be checked here; called before it is written."""
     layer_sample.choose(checkpoint, factors, available())
+
+
+def in_float32(base: BaseModel, section: BaseModelSection) -> Any:
+    """The base model in float32, with every expert visited by every token.
+
+    The choice of a few experts is a step at which errors of 1e-7 become visible.
+    """
+    # float32 has no flash attention
+    section = section.model_copy(update={"attention": "sdpa"})
+    # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
+    with _frugal_loading():
+        model = base_model.load_model(base, section, dtype=torch.float32).float()
+    for module in model.modules():
+        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+            module.top_k = module.num_experts
+    return model
+
+
+@contextmanager
+def _frugal_loading() -> Iterator[None]:
+    """transformers 5.23 reads ahead in threads while experts are joined: 23 GB for a model of 14, and no end in sight."""
+    before = os.environ.get(FRUGAL)
+    os.environ[FRUGAL] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(FRUGAL) if before is None else os.environ.update({FRUGAL: before})
+
+
+def probe(checkpoint: Checkpoint) -> torch.Tensor:
+    """Token ids (B, T) on which models are compared, the same every time."""
+    vocabulary = int(layer_sample.text_settings(checkpoint.config)["vocab_size"])
+    return torch.randint(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
 def available() -> int:
@@ -117,7 +155,7 @@ def _subject(
         event("the model is larger than memory: some of its layers are checked", checked_layers=layers, of=count)
     layer_sample.write(before, layers, scratch / "base")
     layer_sample.write(after, layers, scratch / "merged")
-    own = {new: f for name, f in factors.items() if (new := layer_sample.renumbered(name, layers))}
+    own = layer_sample.factors_of(factors, layers)
     return _Subject(replace(base, directory=scratch / "base"), own, scratch / "merged", after, layers)
 
 
@@ -125,11 +163,12 @@ def _reloaded(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Ten
     """Logits of a directory, from a process that knows only transformers."""
     from safetensors.torch import load_file, save_file
 
-    probe, out = scratch / "probe.safetensors", scratch / "logits.safetensors"
-    save_file({"input_ids": ids_BT}, probe)
+    asked, out = scratch / "probe.safetensors", scratch / "logits.safetensors"
+    save_file({"input_ids": ids_BT}, asked)
     event("reloading the merged model in a fresh process")
-    command = [sys.executable, "-c", _RELOAD, str(directory), str(probe), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _RELOAD, str(directory), str(asked), str(out)]
+    with _frugal_loading():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         what = f"the process that reloads the merged model was ended by signal {-done.returncode}"
         raise ArtefactError(Problem(what, fix="probably for memory: run the same command again where there is more"))
@@ -142,14 +181,7 @@ def _reloaded(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Ten
 def _compare(
     subject: _Subject, section: BaseModelSection, ids_BT: torch.Tensor, merged: torch.Tensor
 ) -> dict[str, Any]:
-    # float32 has no flash attention
-    section = section.model_copy(update={"attention": "sdpa"})
-    # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
-    model = base_model.load_model(subject.base, section, dtype=torch.float32).float()
-    for module in model.modules():
-        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
-            # every expert for every token: the choice of a few is a step at which errors of 1e-7 become visible
-            module.top_k = module.num_experts
+    model = in_float32(subject.base, section)
 
     def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(ids_BT.to(model.device), use_cache=False).logits.float().cpu()
@@ -158,7 +190,8 @@ def _compare(
     adapted = adapters.add(model, "composed", subject.factors)
     composed = logits(adapted)
     summed = adapted.merge_and_unload()
-    differences = _round_like_files(summed, subject)
+    with shards.one_thread():
+        differences = _round_like_files(summed, subject)
     worst = max(differences, key=lambda name: differences[name])
     scale = float(composed.abs().max())
     checks = {
@@ -204,7 +237,8 @@ def _round_like_files(model: torch.nn.Module, subject: _Subject) -> dict[str, fl
             own_RI.copy_(rounded_RI)
             error += float((found_RI - rounded_RI).square().sum())
             size += float(rounded_RI.square().sum())
-        differences[name] = (error / size) ** 0.5 if size else float(error > 0)
+        share = (error / size) ** 0.5 if size else error
+        differences[name] = share if share >= 0 else math.inf  # NaN
     return differences
 
 

@@ -90,7 +90,10 @@ def train_adapter(
             if len(zero_modules(factors)) == len(factors):
                 raise NonFiniteError(Problem(f"every B of the {stage} adapter is still zero after training"))
             adapter_files.save(directory / "adapter", factors, base, lora=getattr(config, stage).lora)
-            files.write_text(directory / "adapter" / "README.md", cards.adapter_card(stage, base, parents))
+            files.write_text(
+                directory / "adapter" / "README.md",
+                cards.adapter_card(stage, base, parents, system_prompt=facts.get("system_prompt", "")),
+            )
             files.write_json(directory / "config.json", config.model_dump(mode="json"))
             logger.event(f"{stage} adapter saved", path=directory / "adapter", kept_step=outcome.kept_step)
         manifest = runs.manifest(

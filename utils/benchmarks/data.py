@@ -140,7 +140,7 @@ def _prepare(config: Config, corpus: Path, documents: int, data_dir: Path) -> Pr
 
 
 def peak_memory(child: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """(peak resident, peak anonymous) bytes of a child until it ends.
+    """(peak resident, peak anonymous) bytes of a child and its own children together, until it ends.
 
     Sampled and not asked of `wait4`, whose maximum begins with the resident set of the process that forked.
     """
@@ -150,11 +150,11 @@ def peak_memory(child: subprocess.Popen[bytes]) -> tuple[int, int]:
     process = psutil.Process(child.pid)
     while child.poll() is None:
         try:
-            memory = process.memory_info()
+            memory = [one.memory_info() for one in (process, *process.children(recursive=True))]
         except psutil.NoSuchProcess:
-            break
-        peak = max(peak, memory.rss)
-        anonymous = max(anonymous, memory.rss - memory.shared if hasattr(memory, "shared") else 0)
+            continue
+        peak = max(peak, sum(one.rss for one in memory))
+        anonymous = max(anonymous, sum(one.rss - one.shared if hasattr(one, "shared") else 0 for one in memory))
         time.sleep(SECONDS_BETWEEN_SAMPLES)
     child.wait()
     return peak, anonymous

@@ -9,7 +9,7 @@ import torch
 from config import Config, LoraSection
 from utils import base_model, composing, lineage
 from utils.base_model import BaseModel
-from utils.composition import ModuleFactors, depth, scaled, weights_at
+from utils.composition import ModuleFactors
 from utils.exceptions import ArtefactError
 from utils.logger import event, warning
 from utils.prepared import Prepared
@@ -64,12 +64,8 @@ def adapter_pair(
     if runs is None:
         return random_factors(model, config.domain.lora, seed=1), random_factors(model, config.task.lora, seed=2)
     found = composing.composition(config, base)
-    layers = depth(found.parts)
-    weighted = [
-        {m: scaled(f, weights_at(m, found.recipe, 2, layers)[i]) for m, f in part.items()}
-        for i, part in enumerate(found.parts)
-    ]
-    return weighted[0], weighted[1]
+    domain, task = composing.weighted_parts(found)
+    return domain, task
 
 
 def random_factors(model: torch.nn.Module, lora: LoraSection, seed: int) -> dict[str, ModuleFactors]:

@@ -38,9 +38,8 @@ GIGABYTE = 10**9
 ROOT = Path(__file__).resolve().parents[2]
 # the base, and one result of which parts may be there twice while it is checked
 DISK_PER_BYTE = 2.2
-# peft holds the bfloat16 model, and the experts of a layer a few times
-MEMORY_PER_BYTE = 1.5
-REPEATS = 2
+# peft's merge of 4 GB took 6.9 GB
+MEMORY_PER_BYTE = 1.8
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def measure(config: Config) -> dict[str, Any]:
         lora = config.domain.lora.model_copy(update={"rank": 16, "target_modules": ATTENTION})
         _write_adapter(adapter, base, lora, with_experts=config.benchmark.merge_experts)
         runs: dict[str, list[Run]] = {"cp": [], "ours": [], "self-check": [], "peft": []}
-        for _ in range(REPEATS):
+        for _ in range(2 if width is REAL else 1):
             runs["cp"].append(_copy(base, target))
             shutil.rmtree(target)
             runs["ours"].append(_run("ours", base, adapter, target))
@@ -186,6 +185,8 @@ def _settings(width: Width, layers: int) -> dict[str, Any]:
         "num_experts_per_tok": min(8, width.experts),
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
     }
 
 
@@ -275,11 +276,11 @@ def _summary(runs: list[Run], copying: list[float]) -> dict[str, Any]:
 
 def _main(what: str, base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     """In the process that is watched: one step, and what there is to say about it."""
+    from peft import PeftModel  # by all steps, before the clock starts
+    from transformers import AutoModelForCausalLM
+
     facts: dict[str, Any] = {}
     if what == "peft":
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-
         began = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True)
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(target)

@@ -13,13 +13,16 @@ COLOURS = {
     "ours": "#1f77b4",
     "trl": "#d62728",
     "plain": "#7f7f7f",
+    "cp": "#7f7f7f",
+    "self-check": "#2ca02c",
+    "peft": "#d62728",
 }
 SIZE_INCHES, DOTS_PER_INCH = (8, 4.5), 120
 
 
 def table(results: dict[str, Any]) -> str:
     """Every suite that was run, for a terminal."""
-    parts = {"inference": _inference_table, "training": _training_table, "data": _data_table}
+    parts = {"inference": _inference_table, "training": _training_table, "data": _data_table, "merge": _merge_table}
     lines = [_machine_line(results["machine"])]
     for suite, make in parts.items():
         if suite in results:
@@ -41,6 +44,8 @@ def headline(results: dict[str, Any]) -> dict[str, Any]:
     if "data" in results:
         keys = ("time_exponent", "anonymous_bytes_per_byte")
         found["data"] = {key: results["data"][key] for key in keys if key in results["data"]}
+    if "merge" in results:
+        found["merge_to_cp"] = {name: c["to_cp"] for name, c in results["merge"]["contenders"].items()}
     return found
 
 
@@ -49,7 +54,7 @@ def plot(results: dict[str, Any], directory: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    makers = {"inference": _plot_inference, "training": _plot_training, "data": _plot_data}
+    makers = {"inference": _plot_inference, "training": _plot_training, "data": _plot_data, "merge": _plot_merge}
     written = []
     for suite, draw in makers.items():
         if suite not in results:
@@ -130,6 +135,28 @@ def _data_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _merge_table(found: dict[str, Any]) -> list[str]:
+    n = found["checkpoint"]
+    on = "attention and experts" if found["with_experts"] else "attention"
+    lines = [
+        f"merging an adapter on the {on} of a synthetic MiniMax-M2 of {n['bytes'] / 1e9:.1f} GB: {n['layers']} layers, "
+        f"hidden {n['hidden']}, {n['experts']} experts; {n['files']} files of up to "
+        f"{n['largest_file_bytes'] / 1e6:.0f} MB; page cache as it was",
+        f"  {'step':<14}{'seconds':>18}{'to cp':>8}{'peak MB':>10}{'anonymous MB':>14}",
+    ]
+    for name, c in found["contenders"].items():
+        lines.append(
+            f"  {name:<14}{' '.join(f'{s:.1f}' for s in c['seconds']):>18}{c['to_cp']:>8.2f}"
+            f"{c['peak_memory_bytes'] / 1e6:>10.0f}{c['peak_anonymous_bytes'] / 1e6:>14.0f}"
+        )
+    facts = found["contenders"]["self-check"]["facts"]
+    lines.append(
+        f"  cp until on the disk: {found['contenders']['cp']['facts']['seconds_until_on_disk']} s; ours includes that, "
+        f"and the sha256 of every file; the self-check loaded {len(facts['checked_layers'])} of {n['layers']} layers"
+    )
+    return lines
+
+
 def _plot_inference(figure: Any, found: dict[str, Any]) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     models = [name for name in found["cells"][0]["models"] if name != "base"]
@@ -168,3 +195,14 @@ def _plot_data(figure: Any, found: dict[str, Any]) -> None:
     for axis in (time_axis, memory_axis):
         axis.set_xlabel("MB of jsonl")
         axis.set_ylim(bottom=0)
+
+
+def _plot_merge(figure: Any, found: dict[str, Any]) -> None:
+    time_axis, memory_axis = figure.subplots(1, 2)
+    for name, c in found["contenders"].items():
+        seconds = sum(c["seconds"]) / len(c["seconds"])
+        time_axis.bar_label(time_axis.bar(name, seconds, color=COLOURS[name]), [f"{c['to_cp']:.1f} x cp"], fontsize=8)
+        memory_axis.bar(name, c["peak_anonymous_bytes"] / 1e6, color=COLOURS[name])
+    time_axis.set_ylabel("seconds")
+    memory_axis.axhline(found["checkpoint"]["largest_file_bytes"] / 1e6, color="black", linewidth=0.8)
+    memory_axis.set_ylabel("peak MB without mapped files; line: largest file")

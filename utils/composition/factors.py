@@ -84,4 +84,4 @@ def distance(factors: ModuleFactors | None, parts: Sequence[ModuleFactors]) -> f
 
 def zero_modules(factors: Factors) -> list[str]:
     """Modules whose update is exactly zero: an adapter made of these was never trained or not loaded."""
-    return [name for name, f in factors.items() if not f.b_Or.any() or not f.a_rI.any()]
+    return [name for name, f in factors.items() if not f.scale or not f.b_Or.any() or not f.a_rI.any()]

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 COARSE = (0.0, 0.5, 1.0, 1.5)
 STEPS = (0.25, 0.125)
@@ -129,6 +130,36 @@ def pareto(points: Iterable[Point]) -> list[Point]:
         if not front or point.answer_nll < front[-1].answer_nll:
             front.append(point)
     return front
+
+
+def to_json(choice: Choice) -> dict[str, Any]:
+    """The search as plain values, without the losses of single items."""
+
+    def slim(point: Point) -> dict[str, Any]:
+        return {
+            "method": point.method,
+            "weights": list(point.weights),
+            "answer_nll": point.answer_nll,
+            "domain_nll": point.domain_nll,
+        }
+
+    return {
+        "chosen": slim(choice.chosen),
+        "reason": choice.reason,
+        "domain_gain": choice.domain_gain,
+        "champions": [
+            {
+                "label": c.label,
+                **slim(c.point),
+                "difference_to_best": c.difference,
+                "standard_error": c.standard_error if math.isfinite(c.standard_error) else None,
+                "keeps_the_domain": c.feasible,
+            }
+            for c in choice.champions
+        ],
+        "pareto": [slim(point) for point in pareto(choice.points)],
+        "points": [slim(point) for point in choice.points],
+    }
 
 
 def _coarse(measure: Evaluate, adapters: int, feasible: Callable[[Point], bool]) -> Point:

@@ -1,0 +1,228 @@
+"""compose.py through its command: what it writes, what the later stages make of it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from config import BaseModelSection  # noqa: E402
+from tests.support import (  # noqa: E402
+    Workspace,
+    expert_factors,
+    last_json,
+    random_factors,
+    relative,
+    temporary_directory,
+)
+from tests.test_pipeline import built  # noqa: E402
+from utils import (  # noqa: E402
+    adapter_files,
+    adapters,
+    base_model,
+    composing,
+    files,
+    frozen_lora,
+    layer_sample,
+    selfcheck,
+)
+from utils.composition import Factors, Recipe, delta  # noqa: E402
+from utils.exceptions import VerificationError  # noqa: E402
+from utils.runs import Run  # noqa: E402
+from utils.shards import Checkpoint  # noqa: E402
+
+PNG = b"\x89PNG"
+IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
+SECTION = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
+
+
+class Composing(unittest.TestCase):
+    """The trained toy adapters, composed in a models directory of their own."""
+
+    place: Workspace
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.place, cls.reported = built()
+
+    def compose(self, *flags: str) -> tuple[dict[str, Any], str]:
+        done = self.place.run("compose", *flags)
+        return last_json(done), done.stderr + done.stdout
+
+    def test_composed_adapter_is_an_ordinary_one_that_equals_both_and_is_used_from_then_on(self) -> None:
+        found, said = self.compose("--weights", "1,0.5")
+        self.assertEqual((found["method"], found["weights"], found["searched"]), ("sum", [1.0, 0.5], False))
+        self.assertLess(found["relative_error"], 1e-5)
+        self.assertLess(found["parts_active_to_composed"], 1e-4)
+        self.assertGreater(found["composed_to_last_part"], 1e-3)
+        self.assertIn("these weights are untested", said)
+        self.assertIn("exact: relative error", said)
+        base = base_model.fetch(SECTION, self.place.models)
+        composed = adapter_files.load(Path(found["adapter"]), base)
+        domain, task = (adapter_files.load(Path(self.reported[n]["run"]) / "adapter", base) for n in ("domain", "task"))
+        for name, f in composed.items():
+            self.assertLess(relative(delta(f), delta(domain[name]) + 0.5 * delta(task[name])), 1e-5)
+        settings = files.read_json(Path(found["adapter"]) / "adapter_config.json")
+        self.assertEqual((settings["r"], settings["lora_alpha"], settings["use_rslora"]), (8, 8, False))
+        manifest = files.verify(Path(found["composed"]))
+        digests = [self.reported[n]["digest"] for n in ("domain", "task", "prepared")]
+        self.assertEqual([p["digest"] for p in manifest["parents"]], digests)
+        self.assertIn("base_model_relation: adapter", (Path(found["adapter"]) / "README.md").read_text())
+        answered = self.place.run("inference", "--prompt", "x")
+        self.assertIn(f"using the newest composed run of these adapters  path={found['composed']}", answered.stderr)
+        self.assertIn("weights=(1.0, 0.5)", answered.stderr)
+        by_hand = self.place.run("inference", "--prompt", "x", "--weights", "1,0.5")
+        self.assertNotIn("newest composed run", by_hand.stderr)
+        self.assertEqual(last_json(answered)["answer"], last_json(by_hand)["answer"])
+        again, _ = self.compose("--weights", "1,0.5")
+        self.assertEqual(again, found)
+
+    def test_searched_weights_are_recorded_with_their_reason_pictured_and_used_without_a_warning(self) -> None:
+        found, _ = self.compose("--compose.search", "--compose.search_methods", "sum,depth_gate")
+        self.assertTrue(found["searched"])
+        directory = Path(found["composed"])
+        search = files.read_json(directory / "search.json")
+        self.assertEqual(list(search["chosen"]["weights"]), found["weights"])
+        self.assertIn("within one standard error", search["reason"])
+        plain = next(p for p in search["points"] if p["weights"] == [1.0, 1.0])
+        self.assertLessEqual(search["chosen"]["answer_nll"], plain["answer_nll"])
+        self.assertGreater(len(search["points"]), 12)
+        points = (directory / "search_points.jsonl").read_text().splitlines()
+        self.assertEqual(len(points), len(search["points"]))
+        for picture in ("search.png", "interference.png"):
+            self.assertTrue((directory / picture).read_bytes().startswith(PNG))
+        explained = files.read_json(directory / "interference.json")
+        self.assertEqual(set(explained["derivatives"]), {"answer", "domain"})
+        answered = self.place.run("inference", "--prompt", "x")
+        self.assertNotIn("untested", answered.stderr)
+        merged = last_json(self.place.run("inference", "--merge_path", str(temporary_directory() / "merged")))
+        self.assertEqual(files.verify(Path(merged["merged"]))["composition"]["recipe"]["weights"], found["weights"])
+        compared = last_json(self.place.run("evaluate"))
+        self.assertTrue(compared["composition"]["searched"])
+
+    def test_approximate_methods_state_their_error_and_keep_the_rank_asked_for(self) -> None:
+        found, said = self.compose("--compose.method", "sum_truncated", "--compose.rank", "5")
+        self.assertFalse(found["exact"])
+        self.assertGreater(found["relative_error"], 1e-3)
+        self.assertRegex(said, r"approximate: \d+\.\d% from the exact sum")
+        self.assertEqual(files.read_json(Path(found["adapter"]) / "adapter_config.json")["r"], 5)
+        seeded, _ = self.compose("--compose.method", "dare", "--run.name", "dare")
+        self.assertFalse(seeded["exact"])
+
+    def test_published_files_are_readable_by_others(self) -> None:
+        found, _ = self.compose()
+        mode = stat.S_IMODE((Path(found["adapter"]) / "adapter_model.safetensors").stat().st_mode)
+        self.assertEqual(mode, 0o666 & ~files.current_umask())
+
+    def test_a_switch_needs_no_value_and_takes_one(self) -> None:
+        for value in ([], ["true"], ["false"]):
+            done = self.place.run("compose", "--compose.search", *value, "--dry-run")
+            settings = json.loads(done.stdout.strip().splitlines()[-1])["config"]
+            self.assertEqual(settings["compose"]["search"], value != ["false"])
+
+    def test_wrong_settings_are_refused_together(self) -> None:
+        done = self.place.run("compose", "--weights", "1,2,3", "--compose.search", "--push_to_hub")
+        self.assertEqual(done.returncode, 2)
+        for part in ("compose.weights has 3 numbers", "leave out compose.weights", "write owner/name"):
+            self.assertIn(part, done.stderr)
+        layers = self.place.run("compose", "--compose.method", "per_layer", "--weights", "1,1,1")
+        self.assertEqual(layers.returncode, 2)
+        self.assertIn("per_layer of 2 adapters takes 4 weights, got 3", layers.stderr)
+
+    def test_a_push_without_a_token_is_refused_before_any_work(self) -> None:
+        with mock.patch.dict(os.environ, HF_TOKEN="", HF_HOME=str(temporary_directory())):
+            done = self.place.run("compose", "--push_to_hub", "--hub_model_id", "me/mine", "--run.name", "pushed")
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("needs a token", done.stderr)
+        self.assertFalse((self.place.models / "composed" / "pushed").exists())
+
+    def test_a_complete_merge_is_reused_by_the_same_command_and_refused_by_another(self) -> None:
+        target = str(temporary_directory() / "merged")
+        first = last_json(self.place.run("inference", "--merge_path", target, "--weights", "1,1"))
+        again = last_json(self.place.run("inference", "--merge_path", target, "--weights", "1,1"))
+        self.assertEqual((first["reused"], again["reused"]), (False, True))
+        self.assertEqual(self.place.run("inference", "--merge_path", target, "--weights", "1,2").returncode, 2)
+
+
+class OnTheModel(unittest.TestCase):
+    """The logits check of a composition, on experts and attention, in whole models and in some layers of one."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.place = built()[0]
+        cls.base = base_model.fetch(SECTION, cls.place.models)
+        model = base_model.load_model(cls.base, SECTION)
+        attention = random_factors(model, ("q_proj", "v_proj"), 3, 6.0, 1)
+        cls.parts: list[Factors] = [attention, {**attention, **expert_factors(model, 2, 4.0, 2)}]
+        cls.runs = [Run(temporary_directory(), {"kind": kind, "digest": kind}) for kind in ("domain", "task")]
+
+    def made(self, recipe: Recipe | None = None) -> composing.Composition:
+        return composing.made(self.parts, self.runs, recipe or Recipe(), searched=False)
+
+    def check(self, found: composing.Composition) -> dict[str, Any]:
+        return composing.check_on_model(self.base, found, SECTION, temporary_directory() / "small")
+
+    def test_a_right_composition_passes_and_says_which_layers_it_was_checked_on(self) -> None:
+        whole = self.check(self.made(Recipe("depth_gate", (1.0, 0.0, 0.5, 1.0))))
+        self.assertEqual(whole["checked_layers"], [0, 1])
+        self.assertLess(whole["parts_active_to_composed"], 1e-5)
+        shared, largest = layer_sample._float32_bytes(Checkpoint(self.base.directory))
+        for_one = shared + (1 + layer_sample.TRANSIENT_LAYERS) * largest + largest // 2
+        with mock.patch.object(selfcheck, "available", return_value=for_one):
+            some = self.check(self.made())
+        self.assertEqual(len(some["checked_layers"]), 1)
+        self.assertLess(some["parts_active_to_composed"], 1e-5)
+        self.assertGreater(some["composed_to_base"], 1e-2)
+
+    def test_a_wrong_composition_fails_on_its_logits(self) -> None:
+        right = self.made()
+        name = "model.layers.1.mlp.experts.down_proj"
+        without = {n: f for n, f in right.factors.items() if n != name}
+        for wrong, reason in (
+            (without, "all adapters active and the composed one differ"),
+            (dict(self.parts[1]), "only the last adapter has an effect"),
+        ):
+            model = selfcheck.in_float32(self.base, SECTION)
+            with self.assertRaisesRegex(VerificationError, reason):
+                composing.check_logits(composing.weighted_parts(right), wrong, model, IDS, exact=True)
+
+    def test_per_expert_export_is_written_beside_an_adapter_with_experts_and_is_the_same_model(self) -> None:
+        from peft import PeftModel
+
+        root = temporary_directory()
+        adapter_files.save(root / "first", self.parts[0], self.base)
+        adapter_files.save(root / "second", self.parts[1], self.base)
+        flags = ["--domain_adapter", str(root / "first"), "--task_adapter", str(root / "second")]
+        found = last_json(self.place.run("compose", *flags))
+        composed = adapter_files.load(Path(found["adapter"]), self.base)
+        expected = frozen_lora.attach(selfcheck.in_float32(self.base, SECTION), {"composed": composed})
+        plain = selfcheck.in_float32(self.base, SECTION)
+        exported = PeftModel.from_pretrained(plain, str(Path(found["composed"]) / "adapter_per_expert"))
+        with torch.no_grad():
+            self.assertLess(relative(exported(IDS).logits, expected(IDS).logits), 1e-5)
+        answered = last_json(self.place.run("inference", "--prompt", "x", *flags))
+        self.assertEqual(answered["adapters"], [str(root / "first"), str(root / "second")])
+        merged = last_json(self.place.run("inference", "--merge_path", str(root / "merged"), *flags))
+        # q and v, and per expert w1, w3 and w2, in each of two layers
+        self.assertEqual(merged["tensors_changed"], 2 * (2 + 4 * 3))
+        with_adapters = adapters.add(selfcheck.in_float32(self.base, SECTION), "composed", composed)
+        reloaded = selfcheck.in_float32(
+            base_model.fetch(BaseModelSection(source=merged["merged"]), root), BaseModelSection()
+        )
+        with torch.no_grad():
+            self.assertLess(relative(reloaded(IDS).logits, with_adapters(IDS).logits), 1e-5)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,135 @@
+"""Composed = all parts active = merged = reloaded, in float32, for every exact method, on every kind of target.
+
+Adapters are drawn by hypothesis: ranks, alphas and weights, zero and negative ones too. Every token visits every
+expert (top-k of all), because a routing flip by rounding would be a difference of another kind.
+"""
+
+from __future__ import annotations
+
+import sys
+import unittest
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from config import ALL_LINEAR_LLAMA, ATTENTION  # noqa: E402
+from tests.support import (  # noqa: E402
+    ARCHITECTURES,
+    expert_factors,
+    random_factors,
+    relative,
+    saved_model,
+    temporary_directory,
+)
+from utils import adapter_files, adapters, base_model, composing, frozen_lora, merging  # noqa: E402
+from utils.composition import METHODS, Factors, Recipe, check, compose, delta, depth, scaled, weights_at  # noqa: E402
+
+IDS = torch.randint(8, 700, (2, 16), generator=torch.Generator().manual_seed(3))
+EXACT = [name for name, method in METHODS.items() if method.exact]
+LAYERS = 2
+SAME = 1e-5
+WEIGHTS = st.floats(-1.5, 1.5, width=32).map(lambda weight: 0.0 if abs(weight) < 0.05 else round(weight, 3))
+# architecture, then the targets of the first and of the second adapter
+KINDS = {
+    "llama": ("llama", ALL_LINEAR_LLAMA, ("q_proj", "o_proj", "down_proj")),
+    "attention": ("minimax_m2", ATTENTION, ("q_proj", "v_proj")),
+    "experts": ("minimax_m2", ("gate_up_proj", "down_proj"), ("gate_up_proj", "down_proj")),
+    "mixed": ("minimax_m2", ATTENTION, ("q_proj", "o_proj", "gate_up_proj", "down_proj")),
+}
+
+
+def fresh(architecture: str) -> torch.nn.Module:
+    return all_experts(ARCHITECTURES[architecture]()[0].eval())
+
+
+def all_experts(model: Any) -> Any:
+    for module in model.modules():
+        if type(module).__name__ == "MiniMaxM2TopKRouter":
+            module.top_k = module.num_experts
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(IDS, use_cache=False).logits
+
+
+def part(model: torch.nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int) -> Factors:
+    return {
+        **random_factors(model, targets, rank, alpha, seed, 0.1),
+        **expert_factors(model, rank, alpha, seed, targets, 0.1),
+    }
+
+
+class Invariants(unittest.TestCase):
+    def check_kind(self, kind: str, method: str, ranks: Any, alphas: Any, numbers: list[float]) -> None:
+        architecture, *targets = KINDS[kind]
+        model, base = fresh(architecture), saved_model(architecture)
+        parts = [part(model, t, r, a, i) for i, (t, r, a) in enumerate(zip(targets, ranks, alphas, strict=True))]
+        count = 2 * METHODS[method].numbers(LAYERS)
+        recipe = Recipe(method, tuple((numbers * 4)[:count]))
+        if not any(recipe.weights):
+            return
+        weighted = [
+            {name: scaled(f, weights_at(name, recipe, 2, LAYERS)[i]) for name, f in own.items()}
+            for i, own in enumerate(parts)
+        ]
+        self.assertEqual(depth(parts), LAYERS)
+        with torch.no_grad():
+            for own in weighted:
+                for name, f in own.items():
+                    weight = model.get_parameter(name) if f.is_experts else model.get_submodule(name).weight
+                    weight += delta(f)
+        expected = logits(model)
+        composed = compose(parts, recipe)
+        self.assertEqual(check(composed, parts, recipe).problems, ())
+        found = {"composed": logits(adapters.add(fresh(architecture), "composed", composed))}
+        both = adapters.add(fresh(architecture), "first", weighted[0])
+        both = adapters.add(both, "second", weighted[1])
+        adapters.activate(both, ["first", "second"])
+        found["two active"] = logits(both)
+        ours = frozen_lora.attach(fresh(architecture), {"a": parts[0], "b": parts[1]})
+        frozen_lora.select(ours, composing.select_by(recipe, parts, ["a", "b"]))
+        found["selected"] = logits(ours)
+        place = temporary_directory()
+        adapter_files.save(place / "adapter", composed, base)
+        found["reloaded adapter"] = logits(PeftModel.from_pretrained(fresh(architecture), str(place / "adapter")))
+        (place / "merged").mkdir()
+        merging.write(merging.plan(base, composed, "base"), place / "merged", "card")
+        with base_model.quiet_transformers():
+            merged = AutoModelForCausalLM.from_pretrained(place / "merged", dtype=torch.float32)
+        found["merged, reloaded"] = logits(all_experts(merged))
+        for name, other in found.items():
+            self.assertLess(relative(other, expected), SAME, f"{kind} {recipe} {name}")
+
+
+def _claim(kind: str) -> Any:
+    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(
+        method=st.sampled_from(EXACT),
+        ranks=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        alphas=st.tuples(st.floats(1, 16), st.floats(1, 16)),
+        numbers=st.lists(WEIGHTS, min_size=2, max_size=4).filter(any),
+    )
+    def claim(self: Invariants, method: str, ranks: Any, alphas: Any, numbers: list[float]) -> None:
+        self.check_kind(kind, method, ranks, alphas, numbers)
+
+    return claim
+
+
+for _kind in KINDS:
+    setattr(Invariants, f"test_every_way_to_use_a_composition_is_the_same_model_on_{_kind}", _claim(_kind))
+
+
+if __name__ == "__main__":
+    unittest.main()
