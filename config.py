@@ -282,10 +282,10 @@ class BenchmarkSection(Section):
 class RolloutSection(Section):
     """The canary: a new model beside the production one, behind a real load balancer (HAProxy)."""
 
-    command: Literal["start", "status", "abort", "promote", "resume", "stop", "simulate", "judge", "kubernetes"] = (
-        "status"
-    )
-    """The first word after the script's name: start, status, abort, promote, resume, stop, simulate, judge, ..."""
+    command: Literal[
+        "start", "status", "abort", "promote", "resume", "stop", "simulate", "judge", "kubernetes", "demo"
+    ] = "status"
+    """What to do; usually written as the first word after the script's name."""
     service: str = "default"
     """Name of the service; its balancer, servers and rollouts live under models/rollout/<service>/."""
     production: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 import unittest
 from pathlib import Path
@@ -16,10 +17,12 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
 from tests.support import (  # noqa: E402
     Workspace,
+    clean_environment,
     expert_factors,
     last_json,
     random_factors,
@@ -29,7 +32,6 @@ from tests.support import (  # noqa: E402
 from tests.test_pipeline import built  # noqa: E402
 from utils import (  # noqa: E402
     adapter_files,
-    adapters,
     base_model,
     composing,
     files,
@@ -197,31 +199,58 @@ class OnTheModel(unittest.TestCase):
             with self.assertRaisesRegex(VerificationError, reason):
                 composing.check_logits(composing.weighted_parts(right), wrong, model, IDS, exact=True)
 
-    def test_per_expert_export_is_written_beside_an_adapter_with_experts_and_is_the_same_model(self) -> None:
-        from peft import PeftModel
-
+    def test_composed_adapter_per_expert_export_and_merged_model_are_one_model_in_a_fresh_process(self) -> None:
         root = temporary_directory()
         adapter_files.save(root / "first", self.parts[0], self.base)
         adapter_files.save(root / "second", self.parts[1], self.base)
         flags = ["--domain_adapter", str(root / "first"), "--task_adapter", str(root / "second")]
         found = last_json(self.place.run("compose", *flags))
-        composed = adapter_files.load(Path(found["adapter"]), self.base)
-        expected = frozen_lora.attach(selfcheck.in_float32(self.base, SECTION), {"composed": composed})
-        plain = selfcheck.in_float32(self.base, SECTION)
-        exported = PeftModel.from_pretrained(plain, str(Path(found["composed"]) / "adapter_per_expert"))
-        with torch.no_grad():
-            self.assertLess(relative(exported(IDS).logits, expected(IDS).logits), 1e-5)
         answered = last_json(self.place.run("inference", "--prompt", "x", *flags))
         self.assertEqual(answered["adapters"], [str(root / "first"), str(root / "second")])
         merged = last_json(self.place.run("inference", "--merge_path", str(root / "merged"), *flags))
         # q and v, and per expert w1, w3 and w2, in each of two layers
         self.assertEqual(merged["tensors_changed"], 2 * (2 + 4 * 3))
-        with_adapters = adapters.add(selfcheck.in_float32(self.base, SECTION), "composed", composed)
-        reloaded = selfcheck.in_float32(
-            base_model.fetch(BaseModelSection(source=merged["merged"]), root), BaseModelSection()
+        run = Path(found["composed"])
+        ours = frozen_lora.attach(
+            selfcheck.in_float32(self.base, SECTION), {"composed": adapter_files.load(run / "adapter", self.base)}
         )
         with torch.no_grad():
-            self.assertLess(relative(reloaded(IDS).logits, with_adapters(IDS).logits), 1e-5)
+            expected = ours(IDS).logits
+        save_file({"ids": IDS}, root / "ids.safetensors")
+        done = subprocess.run(
+            [sys.executable, "-c", FRESH, str(self.base.directory), str(root), str(run)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=clean_environment(),
+        )
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        for name, logits in load_file(root / "logits.safetensors").items():
+            self.assertLess(relative(logits, expected), 1e-5, name)
+
+
+# plain transformers and peft, nothing of ours
+FRESH = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+base, root, run = sys.argv[1:]
+ids = load_file(f"{root}/ids.safetensors")["ids"]
+def load(directory, adapter=None):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    for module in model.modules():
+        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+            module.top_k = module.num_experts
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    with torch.no_grad():
+        return model(ids).logits.contiguous()
+save_file({
+    "merged": load(f"{root}/merged"),
+    "adapter": load(base, f"{run}/adapter"),
+    "per expert": load(base, f"{run}/adapter_per_expert"),
+}, f"{root}/logits.safetensors")
+"""
 
 
 if __name__ == "__main__":

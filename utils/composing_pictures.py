@@ -82,7 +82,7 @@ def interference_picture(found: dict[str, Any], path: Path) -> None:
             angles.plot(layers, per_layer[key], label=name)
     angles.axhline(0, color="black", linewidth=0.8)
     angles.set_title("angles, overlap and conflict", fontsize=10)
-    angles.legend(fontsize=8)
+    angles.legend(fontsize=8, loc="center right")  # overlap lies near 1, cosines near 0
     for axis in (answer, domain, sizes, angles):
         axis.set_xlabel("layer")
     figure.savefig(path)

@@ -15,7 +15,8 @@ from utils.composition import Factors, layer_of
 from utils.exceptions import ArtefactError, Problem
 from utils.shards import Checkpoint
 
-# memory beside the float32 weights, in layers: joining experts while loading took up to 2.4, adding updates to them 2.3
+# memory beside the float32 weights, in layers: 0.8 while loading and 1.7 with an adapter on the experts were measured,
+# and peft makes every active adapter's update of a layer anew
 TRANSIENT_LAYERS = 3
 
 

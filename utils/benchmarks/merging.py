@@ -36,8 +36,8 @@ from utils.logger import event
 
 GIGABYTE = 10**9
 ROOT = Path(__file__).resolve().parents[2]
-# the base, and one result of which parts may be there twice while it is checked
-DISK_PER_BYTE = 2.2
+# base and result, both up to a layer larger than asked for, and both again where only some layers fit into memory
+DISK_PER_BYTE = 4.5
 # peft's merge of 4 GB took 6.9 GB
 MEMORY_PER_BYTE = 1.8
 
@@ -65,6 +65,8 @@ class Run:
     """One measured process."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all its threads and children: unlike the time, hardly changed by other work on the machine."""
     peak_memory_bytes: int
     """Largest resident set, pages of memory-mapped files included."""
     peak_anonymous_bytes: int
@@ -239,13 +241,13 @@ def _refuse_too_small(size: float, scratch: Path) -> None:
 
 def _copy(base: Path, target: Path) -> Run:
     os.sync()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), _cpu_seconds()
     peak, anonymous = peak_memory(subprocess.Popen(["cp", "-r", str(base), str(target)]))
-    seconds = time.perf_counter() - began
+    seconds, used = time.perf_counter() - began, _cpu_seconds() - used
     subprocess.run(["sync", *map(str, target.iterdir())], check=True)
     on_disk = round(time.perf_counter() - began, 2)
-    event("measured cp", seconds=seconds, seconds_until_on_disk=on_disk)
-    return Run(seconds, peak, anonymous, {"seconds_until_on_disk": on_disk})
+    event("measured cp", seconds=seconds, cpu_seconds=used, seconds_until_on_disk=on_disk)
+    return Run(seconds, used, peak, anonymous, {"seconds_until_on_disk": on_disk})
 
 
 def _run(what: str, base: Path, adapter: Path, target: Path) -> Run:
@@ -260,13 +262,20 @@ def _run(what: str, base: Path, adapter: Path, target: Path) -> Run:
         if child.returncode:
             raise VerificationError(Problem(f"{what} failed", errors.read().strip().splitlines()[-3:]))
         found = json.loads(out.read().strip().splitlines()[-1])
-    event(f"measured {what}", seconds=found["seconds"], peak_mb=peak // 10**6, anonymous_mb=anonymous // 10**6)
-    return Run(found["seconds"], peak, anonymous, found["facts"])
+    seconds, used = found["seconds"], found["cpu_seconds"]
+    event(f"measured {what}", seconds=seconds, cpu_seconds=used, anonymous_mb=anonymous // 10**6)
+    return Run(seconds, used, peak, anonymous, found["facts"])
+
+
+def _cpu_seconds() -> float:
+    """Used so far by this process and by children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _summary(runs: list[Run], copying: list[float]) -> dict[str, Any]:
     return {
         "seconds": [round(run.seconds, 2) for run in runs],
+        "cpu_seconds": [round(run.cpu_seconds, 2) for run in runs],
         "to_cp": round(statistics.mean(run.seconds for run in runs) / statistics.mean(copying), 2),
         "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
         "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in runs),
@@ -280,21 +289,19 @@ def _main(what: str, base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     facts: dict[str, Any] = {}
+    factors = adapter_files.load(adapter)
+    began, used = time.perf_counter(), _cpu_seconds()
     if what == "peft":
-        began = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True)
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(target)
-        return {"seconds": time.perf_counter() - began, "facts": facts}
-    factors = adapter_files.load(adapter)
-    began = time.perf_counter()
-    if what == "ours":
+    elif what == "ours":
         digests: dict[str, str] = {}
         with files.publish(target, dict, digests=digests) as directory:
             facts, found = merging.write(merging.plan(_base(base), factors, "base"), directory, "# Synthetic\n")
             digests |= found
     else:
         facts = selfcheck.merged_equals_composed(_base(base), factors, target, BaseModelSection(dtype="bfloat16"))
-    return {"seconds": time.perf_counter() - began, "facts": facts}
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": _cpu_seconds() - used, "facts": facts}
 
 
 if __name__ == "__main__":

@@ -142,11 +142,12 @@ def _merge_table(found: dict[str, Any]) -> list[str]:
         f"merging an adapter on the {on} of a synthetic MiniMax-M2 of {n['bytes'] / 1e9:.1f} GB: {n['layers']} layers, "
         f"hidden {n['hidden']}, {n['experts']} experts; {n['files']} files of up to "
         f"{n['largest_file_bytes'] / 1e6:.0f} MB; page cache as it was",
-        f"  {'step':<14}{'seconds':>18}{'to cp':>8}{'peak MB':>10}{'anonymous MB':>14}",
+        f"  {'step':<12}{'seconds':>16}{'to cp':>8}{'CPU seconds':>16}{'peak MB':>10}{'anonymous MB':>14}",
     ]
     for name, c in found["contenders"].items():
         lines.append(
-            f"  {name:<14}{' '.join(f'{s:.1f}' for s in c['seconds']):>18}{c['to_cp']:>8.2f}"
+            f"  {name:<12}{' '.join(f'{s:.1f}' for s in c['seconds']):>16}{c['to_cp']:>8.2f}"
+            f"{' '.join(f'{s:.1f}' for s in c['cpu_seconds']):>16}"
             f"{c['peak_memory_bytes'] / 1e6:>10.0f}{c['peak_anonymous_bytes'] / 1e6:>14.0f}"
         )
     facts = found["contenders"]["self-check"]["facts"]
