@@ -138,7 +138,7 @@ def probe(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def available() -> int:
-    """Bytes that a model may take here: of memory, and of the GPU it would be moved to, with room for what others do."""
+    """Bytes that a model may take here, of memory and of the GPU it would be moved to, with room for what others do."""
     free = psutil.virtual_memory().available
     if base_model.device().type == "cuda":
         free = min(free, torch.cuda.mem_get_info()[0])
