@@ -125,6 +125,8 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
             local_files_only=True,
             **extra,
         )
+    if extra and (dtype or compute_dtype(section.dtype)) == torch.float32:
+        model = model.float()  # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
     model.requires_grad_(False)
     _route_outside_autocast(model)
     return model.to(device()).eval()

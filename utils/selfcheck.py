@@ -111,9 +111,8 @@ def in_float32(base: BaseModel, section: BaseModelSection) -> Any:
     """
     # float32 has no flash attention
     section = section.model_copy(update={"attention": "sdpa"})
-    # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
     with _frugal_loading():
-        model = base_model.load_model(base, section, dtype=torch.float32).float()
+        model = base_model.load_model(base, section, dtype=torch.float32)
     for module in model.modules():
         if hasattr(module, "top_k") and hasattr(module, "num_experts"):
             module.top_k = module.num_experts

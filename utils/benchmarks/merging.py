@@ -1,7 +1,7 @@
 """The merge suite: what does merging cost beside copying the files, and beside peft's merge_and_unload?
 
 Builds a synthetic MiniMax-M2 with the real layer width and fewer experts and layers, a file per layer, and an adapter
-of the domain's rank on its attention. Copying, our merge, its self-check and peft's merge then run each in a process
+of rank 16 on its attention. Copying, our merge, its self-check and peft's merge then run each in a process
 of its own. Nothing is dropped from the page cache, so files that fit are read from memory by all; what earlier steps
 left to be written is flushed before each. Times count from the start of the work, after the imports; memory is the
 whole process's.
@@ -85,17 +85,19 @@ def measure(config: Config) -> dict[str, Any]:
         layers = write_checkpoint(base, width, size, seed=config.run.seed)
         lora = config.domain.lora.model_copy(update={"rank": 16, "target_modules": ATTENTION})
         _write_adapter(adapter, base, lora, with_experts=config.benchmark.merge_experts)
-        runs: dict[str, list[Run]] = {"cp": [], "ours": [], "self-check": [], "peft": []}
-        for _ in range(2 if width is REAL else 1):
-            runs["cp"].append(_copy(base, target))
+        runs: dict[str, list[tuple[Run, Run]]] = {"cp": [], "ours": [], "self-check": [], "peft": []}
+        repeats = 2 if width is REAL else 1
+        for number in range(repeats):
+            copied = _copy(base, target)
+            runs["cp"].append((copied, copied))
             shutil.rmtree(target)
-            runs["ours"].append(_run("ours", base, adapter, target))
-            if not runs["self-check"]:
-                runs["self-check"].append(_run("self-check", base, adapter, target))
+            runs["ours"].append((_run("ours", base, adapter, target), copied))
+            if number == 0:
+                runs["self-check"].append((_run("self-check", base, adapter, target), copied))
             shutil.rmtree(target)
-        runs["peft"].append(_run("peft", base, adapter, target))
+            if number == repeats - 1:
+                runs["peft"].append((_run("peft", base, adapter, target), copied))
         files_bytes = [path.stat().st_size for path in base.glob("*.safetensors")]
-    copying = [run.seconds for run in runs["cp"]]
     return {
         "checkpoint": {
             **asdict(width),
@@ -105,7 +107,7 @@ def measure(config: Config) -> dict[str, Any]:
             "largest_file_bytes": max(files_bytes),
         },
         "with_experts": config.benchmark.merge_experts,
-        "contenders": {name: _summary(found, copying) for name, found in runs.items()},
+        "contenders": {name: _summary(found) for name, found in runs.items()},
     }
 
 
@@ -272,11 +274,13 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _summary(runs: list[Run], copying: list[float]) -> dict[str, Any]:
+def _summary(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
+    """Of a step's runs, each with the copy that was made shortly before it."""
+    runs = [run for run, _ in pairs]
     return {
         "seconds": [round(run.seconds, 2) for run in runs],
         "cpu_seconds": [round(run.cpu_seconds, 2) for run in runs],
-        "to_cp": round(statistics.mean(run.seconds for run in runs) / statistics.mean(copying), 2),
+        "to_cp": round(statistics.mean(run.seconds / copied.seconds for run, copied in pairs), 2),
         "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
         "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in runs),
         "facts": runs[-1].facts,
