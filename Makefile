@@ -7,7 +7,7 @@ CORES  := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml --num_cpu_threads_per_process $(CORES)
 READY  := $(VENV)/.ready
 
-.PHONY: demo test format
+.PHONY: demo rollout-demo rollout-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -25,6 +25,17 @@ demo: $(READY)
 	$(BIN)/python scripts/compose.py --compose.max_dev_items 30 --compose.max_dev_documents 20
 	$(BIN)/python scripts/evaluate.py
 	$(BIN)/python scripts/inference.py --prompt "What does \`shlex.quote\` do?"
+
+# A bad and a good candidate of the embedded base model behind a real HAProxy; needs neither `make demo` nor a network
+# beyond the downloads.
+rollout-demo: $(READY)
+	sh scripts/launch/get_haproxy.sh
+	$(BIN)/python scripts/rollout.py demo
+
+# Real balancers, servers and kills: twelve minutes, so they are asked for; `make test` has the rest.
+rollout-test: $(READY)
+	sh scripts/launch/get_haproxy.sh
+	ROLLOUT_PROCESS_TESTS=1 $(BIN)/python -m unittest tests.test_rollout_edges tests.test_rollout_faults tests.test_rollout_serving
 
 test: $(READY)
 	$(BIN)/python -m black --check .

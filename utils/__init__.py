@@ -8,6 +8,8 @@ plumbing   exceptions   what can go wrong, and the exit codes
            cli          flags and environment -> Config; exceptions -> message and exit code
 pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weight search, interference
            statistics   paired intervals over clusters
+           rollout/     the canary as values: gate, controller, simulation
+           answers      exact match, token F1, faults of an answer
 engines    base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
@@ -22,5 +24,6 @@ engines    base_model   fetched or built once, identified by digest, loaded froz
            evaluation, comparison, generation               what a model knows; cells against each other; answers
            shards, fp8, merging, layer_sample, selfcheck    a standalone model, streamed, and checked
            cards, gguf, hub                                 its README; other formats; publishing
+           canary/      the canary at the edge: balancer, log, probes, journal, loop, report
            benchmarks/  speed and memory as ratios of one run
 """

@@ -40,6 +40,7 @@ SHORTCUTS = {
     "hub.hub_revision": "hub_revision",
     "inputs.domain_adapter": "domain_adapter",
     "inputs.task_adapter": "task_adapter",
+    "rollout.watch": "watch",
 }
 USAGE = """\
   --preset NAME            start from this preset: {presets} (default smollm2_135m)

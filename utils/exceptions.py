@@ -10,6 +10,10 @@ A message names every problem at once, the offending value, and the command or e
 | ArtefactError      | 2         | a run, adapter or model directory is missing, foreign, damaged |
 | NonFiniteError     | 3         | a loss, gradient or weight became NaN or infinite              |
 | VerificationError  | 4         | a result failed its own check and was therefore not published  |
+| BalancerError      | 2         | the balancer does not answer, or does not do what it was told  |
+| RolledBack         | 5         | the candidate is worse, unsafe, or a person stopped it         |
+| Undecided          | 6         | rolled back at the deadline for want of trustworthy data       |
+| Incident           | 7         | rolled back at the deadline while production was failing       |
 | Interrupted        | 75        | stopped by a signal after writing a checkpoint; run it again   |
 """
 
@@ -79,3 +83,31 @@ class Interrupted(PipelineError):
     # 75 is EX_TEMPFAIL of sysexits.h: schedulers that requeue on it exist, and it cannot be mistaken for success
     exit_code = 75
     title = "interrupted"
+
+
+class BalancerError(PipelineError):
+    """The balancer does not answer, or does not do what it was told."""
+
+    exit_code = 2
+    title = "balancer error"
+
+
+class RolledBack(PipelineError):
+    """The candidate is worse, unsafe, or a person stopped it."""
+
+    exit_code = 5
+    title = "rolled back"
+
+
+class Undecided(PipelineError):
+    """The deadline passed without enough trustworthy data."""
+
+    exit_code = 6
+    title = "rolled back without a verdict"
+
+
+class Incident(PipelineError):
+    """The deadline passed while production itself was failing."""
+
+    exit_code = 7
+    title = "rolled back during an incident of production"

@@ -10,12 +10,13 @@ weight search or an evaluation never reloads or rebuilds the model. Weights may 
 
 What is left is chosen by measurement. A bfloat16 product has a fixed cost of 25-30 microseconds on a CPU (oneDNN),
 however small, and a rank-32 product in float32 takes 2-15: so the few rows of a decode step go through the factors in
-float32, which is also the more exact. The many rows of a prompt go through them in bfloat16, like the base. A single
-row is multiplied by the base's weight as matrix times vector, with the same rounding as a linear layer but without its
-re-ordering of the weight. On two busy CPU cores a decode step of SmolLM2-135M at batch 1 with a composed adapter of
-rank 32 took, relative to the bare model: PEFT under autocast 1.7, PEFT with bfloat16 factors 1.6, two bfloat16
-products 1.35, float32 factors 1.2, and with the matrix-vector product 1.0 (the bare model would take 0.85 with it).
-Reading the factors cannot be avoided: they are 7% of the weights here.
+float32, which is also the more exact. The many rows of a prompt go through them in bfloat16, like the base. On a CPU
+with matrix units (AMX) a single row is multiplied by the base's weight as matrix times vector, with the same rounding
+as a linear layer but without its re-ordering of the weight; without such units that product is 2 to 3 times slower
+than the layer, and the layer is used. On two busy cores with AMX a decode step of SmolLM2-135M at batch 1 with a
+composed adapter of rank 32 took, relative to the bare model: PEFT under autocast 1.7, PEFT with bfloat16 factors 1.6,
+two bfloat16 products 1.35, float32 factors 1.2, and with the matrix-vector product 1.0 (the bare model would take 0.85
+with it). Reading the factors cannot be avoided: they are 7% of the weights here.
 
 Shapes: N rows, r rank, I in_features, O out_features, E experts.
 """
@@ -23,6 +24,7 @@ Shapes: N rows, r rank, I in_features, O out_features, E experts.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -126,13 +128,16 @@ class FrozenLoraLinear(torch.nn.Module):
             h_Nr = F.linear(x.reshape(-1, x.shape[-1]), update.a_rI.to(x.dtype))
             y.view(-1, y.shape[-1]).addmm_(h_Nr, update.b_rO.to(x.dtype))
             return y
-        if rows == 1:
+        if rows == 1 and vector_products_are_fast():
             x_I = x.reshape(-1)
             y_O = torch.mv(weight_OI, x_I)
             y_O.add_(torch.mv(update.b_Or, torch.mv(update.a_rI, x_I.to(update.dtype))))
             y_O = y_O if bias_O is None else y_O.add_(bias_O)
             return y_O.view(*x.shape[:-1], -1)
         y = F.linear(x, weight_OI, bias_O)
+        if rows == 1:
+            y.view(-1).add_(torch.mv(update.b_Or, torch.mv(update.a_rI, x.reshape(-1).to(update.dtype))))
+            return y
         h_Nr = F.linear(x.reshape(-1, x.shape[-1]).to(update.dtype), update.a_rI)
         y.view(-1, y.shape[-1]).add_(torch.mm(h_Nr, update.b_rO))
         return y
@@ -186,6 +191,12 @@ def _is_plain_experts(module: torch.nn.Module) -> bool:
     usual = [name for name in ("has_gate", "is_concatenated") if getattr(module, name, True)]
     gate = getattr(type(module), "_apply_gate", None)
     return fused and not odd and len(usual) == 2 and getattr(gate, "__name__", "") == "_default_apply_gate"
+
+
+@functools.cache
+def vector_products_are_fast() -> bool:
+    """Whether a bfloat16 matrix times a vector beats the layer, as measured on CPUs with and without matrix units."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _is_zero(weight: float | torch.Tensor) -> bool:

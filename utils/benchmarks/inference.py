@@ -69,6 +69,7 @@ def measure(config: Config, base: BaseModel, runs: tuple[Run, Run] | None, strea
     return {
         "dtype": str(model.dtype),
         "prompts": stream.source,
+        "vector_products": frozen_lora.vector_products_are_fast() and model.dtype == torch.bfloat16,
         "adapters": [str(run.directory) for run in runs] if runs else "random",
         "rank": max(f.rank for f in composed.values()),
         "merged_measured_in_same_repeats": together,

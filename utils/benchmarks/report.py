@@ -88,7 +88,8 @@ def _inference_table(found: dict[str, Any]) -> list[str]:
                 f"{decode['p50']:>13.2f} {_in_brackets(decode['p95'])}{n['decode_to_base']:>6.2f}"
                 f"{n['tokens_per_second']:>10.1f}{n['peak_memory_bytes'] / 1e6:>9.0f}"
             )
-    if any(cell["batch_size"] == 1 for cell in found["cells"]) and found["dtype"] == "torch.bfloat16":
+    has_amx = found.get("vector_products", False)
+    if any(cell["batch_size"] == 1 for cell in found["cells"]) and has_amx:
         lines.append(
             "on a CPU at batch 1 composed uses matrix-vector products; base and merged do not, and would gain by them"
         )
