@@ -79,14 +79,14 @@ def _identity(config: Config, base: Any, found: list[Any], data: Any) -> dict[st
 
 def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, directory: Path) -> dict[str, Any]:
     """Everything in the composed run but its manifest; returns the manifest's facts."""
-    from utils import adapter_files, cards, composing, composing_pictures, files, interference, probing
+    from utils import adapter_files, cards, composing, composing_pictures, files, interference, probing, selfcheck
     from utils.composition import search
     from utils.logger import event, warning
 
     prompt = found[1].manifest["system_prompt"]
     recipe, choice, probe = composing.recipe_of(config), None, None
     dev = probing.dev_data(config, base, data.directory, prompt) if data else None
-    if dev is not None:
+    if dev is not None and selfcheck.fits(base):
         probe = probing.Probe.on(base, config.base, parts, dev)
     if config.compose.search:
         choice = probing.search(probe, config.compose, directory / "search_points.jsonl")

@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from config import BaseModelSection  # noqa: E402
+from config import BaseModelSection, ComposeSection  # noqa: E402
 from tests.support import (  # noqa: E402
     Workspace,
     clean_environment,
@@ -37,10 +37,12 @@ from utils import (  # noqa: E402
     files,
     frozen_lora,
     layer_sample,
+    probing,
     selfcheck,
 )
 from utils.composition import Factors, Recipe, delta  # noqa: E402
-from utils.exceptions import VerificationError  # noqa: E402
+from utils.composition.search import Point  # noqa: E402
+from utils.exceptions import DataError, VerificationError  # noqa: E402
 from utils.runs import Run  # noqa: E402
 from utils.shards import Checkpoint  # noqa: E402
 
@@ -186,6 +188,35 @@ class OnTheModel(unittest.TestCase):
         self.assertEqual(len(some["checked_layers"]), 1)
         self.assertLess(some["parts_active_to_composed"], 1e-5)
         self.assertGreater(some["composed_to_base"], 1e-2)
+
+    def test_a_model_larger_than_memory_is_composed_but_not_searched(self) -> None:
+        self.assertTrue(selfcheck.fits(self.base))
+        with mock.patch.object(selfcheck, "available", return_value=10):
+            self.assertFalse(selfcheck.fits(self.base))
+        with self.assertRaisesRegex(DataError, "too little memory"):
+            probing.search(None, ComposeSection(search=True), temporary_directory() / "points.jsonl")
+
+    def test_an_interrupted_search_goes_on_from_the_points_it_has(self) -> None:
+        points = temporary_directory() / "points.jsonl"
+        asked: list[tuple[float, ...]] = []
+
+        class Asked:
+            data, parts = mock.Mock(questions=["q"]), self.parts
+
+            def point(self, method: str, weights: tuple[float, ...]) -> Point:
+                asked.append(weights)
+                loss = 2.0 + (weights[0] - 1.0) ** 2 + (weights[1] - 1.0) ** 2
+                return Point(method, weights, (loss, loss), (1, 1), ("a", "b"), 3.0 - 0.5 * weights[0])
+
+        section = ComposeSection(search=True, search_methods=("sum",))
+        whole = probing.search(Asked(), section, points)  # type: ignore[arg-type]
+        lines = points.read_text().splitlines(keepends=True)
+        self.assertEqual(len(lines), len(asked))
+        points.write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote the sixth
+        before = len(asked)
+        self.assertEqual(probing.search(Asked(), section, points), whole)  # type: ignore[arg-type]
+        self.assertEqual(len(asked) - before, before - 5)
+        self.assertEqual(len(probing._points(points)), before)
 
     def test_a_wrong_composition_fails_on_its_logits(self) -> None:
         right = self.made()

@@ -20,11 +20,12 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig  # noqa: E402
 
-from config import ALL_LINEAR_LLAMA, ATTENTION  # noqa: E402
+from config import ALL_LINEAR_LLAMA, ATTENTION, BaseModelSection  # noqa: E402
 from tests.support import (  # noqa: E402
     ARCHITECTURES,
+    FUSED,
     expert_factors,
     random_factors,
     relative,
@@ -129,6 +130,61 @@ def _claim(kind: str) -> Any:
 
 for _kind in KINDS:
     setattr(Invariants, f"test_every_way_to_use_a_composition_is_the_same_model_on_{_kind}", _claim(_kind))
+
+
+class OtherExperts(unittest.TestCase):
+    """The other fused architectures that the README names."""
+
+    def test_qwen3_moe_and_mixtral_are_composed_merged_and_exported_expert_by_expert(self) -> None:
+        shape = {
+            **{"vocab_size": 768, "hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4},
+            **{"num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts_per_tok": 4},
+        }
+        made = {
+            "qwen3_moe": Qwen3MoeConfig(
+                **shape, head_dim=16, intermediate_size=96, moe_intermediate_size=48, num_experts=4
+            ),
+            "mixtral": MixtralConfig(**shape, intermediate_size=48, num_local_experts=4),
+        }
+        for name, settings_ in made.items():
+            with self.subTest(name), base_model.quiet_transformers():
+                torch.manual_seed(0)
+                place = temporary_directory()
+                model = AutoModelForCausalLM.from_config(settings_).eval()
+                model.save_pretrained(place / "base")
+                base = base_model.fetch(BaseModelSection(source=str(place / "base")), place)
+                parts = [
+                    part(model, ("q_proj", *FUSED), 2, 4.0, 1),
+                    expert_factors(model, 3, 5.0, 2, size=0.1),
+                ]
+                composed = compose(parts, Recipe(weights=(0.7, -1.2)))
+                expected = self.load(place / "base")
+                with torch.no_grad():
+                    for own, weight in zip(parts, (0.7, -1.2), strict=True):
+                        for module, f in own.items():
+                            held = expected.get_parameter(module) if f.is_experts else None
+                            held = expected.get_submodule(module).weight if held is None else held
+                            held += weight * delta(f)
+                (place / "merged").mkdir()
+                merging.write(merging.plan(base, composed, "base"), place / "merged", "card")
+                adapter_files.save(place / "adapter", composed, base)
+                adapter_files.save_per_expert(place / "per_expert", composed, base)
+                for saved in ("adapter", "per_expert"):
+                    adapter_files.load(place / saved, base)
+                found = {
+                    "merged": self.load(place / "merged"),
+                    "ours": frozen_lora.attach(self.load(place / "base"), {"composed": composed}),
+                    **{
+                        saved: PeftModel.from_pretrained(self.load(place / "base"), str(place / saved))
+                        for saved in ("adapter", "per_expert")
+                    },
+                }
+                for way, other in found.items():
+                    self.assertLess(relative(logits(other), logits(expected)), SAME, way)
+
+    @staticmethod
+    def load(directory: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from config import BaseModelSection, ComposeSection, Config, TrainSection
-from utils import base_model, evaluation, frozen_lora, stages
+from utils import base_model, evaluation, files, frozen_lora, stages
 from utils.base_model import BaseModel
 from utils.composition import Factors, Recipe, depth, layer_of, weights_at
 from utils.composition import search as weight_search
@@ -76,13 +76,15 @@ def search(probe: Probe | None, section: ComposeSection, remembered: Path) -> Ch
     if probe is None or not probe.data.questions:
         raise DataError(
             Problem(
-                "compose.search has no dev pairs to choose weights on",
-                fix="prepare data with --data.task FILE (and dev pairs)",
+                "compose.search has no dev pairs to choose weights on, or too little memory for the model",
+                fix="prepare data with --data.task FILE, on a machine that holds the model; or set --weights",
             )
         )
     known = {(point.method, point.weights): point for point in _points(remembered)}
     if known:
         event("the weight search goes on", measured=len(known))
+        # without what a kill left of a line: the next one would be appended to it
+        files.write_text(remembered, "".join(json.dumps(asdict(point)) + "\n" for point in known.values()))
 
     def evaluate(method: str, weights: tuple[float, ...]) -> Point:
         if (method, weights) not in known:

@@ -136,6 +136,15 @@ def probe(checkpoint: Checkpoint) -> torch.Tensor:
     return torch.randint(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
+def fits(base: BaseModel) -> bool:
+    """Whether the whole model can be loaded here."""
+    checkpoint = Checkpoint(base.directory)
+    try:
+        return len(layer_sample.choose(checkpoint, {}, available())) == layer_sample.layer_count(checkpoint)
+    except ArtefactError:
+        return False
+
+
 def available() -> int:
     """Bytes that a model may take here, of memory and of the GPU it would be moved to, with room for what others do."""
     free = psutil.virtual_memory().available
