@@ -1,6 +1,7 @@
 """The subjects of the pipeline, each a module; imports go down only.
 
 plumbing   exceptions   what can go wrong, and the exit codes
+           secrets      what a token or a password looks like, and a text without them
            logger       a line for people and a JSON line for programs; silent above rank 0
            files        atomic writes, digests, the publish protocol, locks
            runs         run directories, manifests, choosing parents

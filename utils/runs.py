@@ -21,7 +21,8 @@ from typing import Any
 
 from utils import files
 from utils.exceptions import ArtefactError, Problem
-from utils.logger import event, redact
+from utils.logger import event
+from utils.secrets import redact
 
 FORMAT_VERSION = 1
 LATEST = ".latest.json"
