@@ -3,6 +3,7 @@
 plumbing   exceptions   what can go wrong, and the exit codes
            secrets      what a token or a password looks like, and a text without them
            logger       a line for people and a JSON line for programs; silent above rank 0
+           manifests    what a manifest has to hold, and its seal
            files        atomic writes, digests, the publish protocol, locks
            runs         run directories, manifests, choosing parents
            progress     a bar on a terminal, plain lines elsewhere

@@ -4,8 +4,8 @@ The prompt is the chat template with the generation prompt; the answer is append
 end-of-turn token. Templates that open a think block for generation (MiniMax-M2) get it closed first, empty unless the
 data has reasoning, because their generation prompt is not a prefix of the rendered conversation.
 
-What a person wrote is text: a special token that stands in it (`<|im_end|>`) is spelled out in ordinary tokens. Only the
-template and this module put real ones; the marks of a think block in a conversation stay marks, templates cut at them.
+What a person wrote is text: a special token that stands in it (`<|im_end|>`) is spelled out in ordinary tokens. The
+template and this module alone put real ones; the marks of a think block in a conversation stay what templates cut at.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> l
     return _template_ids(tokenizer, text + end)
 
 
-
 def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template's generation prompt leaves a think block open."""
     probe = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
@@ -108,9 +107,7 @@ def _with_stand_ins(
     tokens = sorted({found for found in pattern.findall(said)})
     free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in said)
     stand_ins = dict(zip(tokens, free, strict=False))
-    replaced = [
-        {**turn, "content": pattern.sub(lambda found: stand_ins[found[0]], turn["content"])} for turn in turns
-    ]
+    replaced = [{**turn, "content": pattern.sub(lambda found: stand_ins[found[0]], turn["content"])} for turn in turns]
     return replaced, {character: token for token, character in stand_ins.items()}
 
 

@@ -97,7 +97,7 @@ def _exit_code(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:  # noqa: BLE001 - a bug of ours: shown here, because the interpreter would show it with secrets in it
+    except Exception:  # noqa: BLE001 - a bug: shown here, because the interpreter would show it with secrets in it
         print(logger.printable(traceback.format_exc()), file=sys.stderr)
         return 1
     return 0
