@@ -14,6 +14,8 @@ from utils.logger import event, warning
 from utils.runs import Run
 
 ELSEWHERE = "elsewhere"
+# adapters trained here are at 0.3 to 4% of the weights (median over modules); lora_alpha times 100 is far above
+UNUSUAL_SIZE = 0.25
 
 
 def prepared_run(config: Config, base: BaseModel) -> Run:
@@ -105,6 +107,14 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
             "the base model of this adapter cannot be verified, only that its shapes fit",
             adapter=directory,
             made_for=named or "not said",
+        )
+    size = adapter_files.relative_size(adapter_files.load(directory, base), base)
+    if size > UNUSUAL_SIZE:
+        warning(
+            "the update of this adapter is unusually large beside the weights: is its lora_alpha the one it had?",
+            adapter=directory,
+            share=size,
+            lora_alpha=settings["lora_alpha"],
         )
     digests = {
         name: files.sha256_file(directory / name) for name in (adapter_settings.CONFIG, adapter_settings.WEIGHTS)
@@ -204,10 +214,12 @@ def _own(path: Path) -> Path | None:
 def _for_base(base: BaseModel) -> Callable[[Run], str]:
     def fits(run: Run) -> str:
         found = run.manifest["base"]
-        if found["digest"] == base.digest:
-            return ""
-        other, ours = found["digest"][:12], base.digest[:12]
-        return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
+        if found["digest"] != base.digest:
+            other, ours = found["digest"][:12], base.digest[:12]
+            return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
+        if found.get("tokenizer_digest", base.tokenizer_digest) != base.tokenizer_digest:
+            return f"made with another tokenizer or chat template than that of {base.directory}"
+        return ""
 
     return fits
 
