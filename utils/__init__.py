@@ -12,7 +12,8 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
            statistics   paired intervals over clusters
            rollout/     the canary as values: gate, controller, simulation
            answers      exact match, token F1, faults of an answer
-engines    base_model   fetched or built once, identified by digest, loaded frozen
+engines    model_directory   what is refused in one before any library opens it
+           base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk
@@ -21,6 +22,7 @@ engines    base_model   fetched or built once, identified by digest, loaded froz
            experts      fused experts: their spellings, and where a checkpoint's tensors sit in the model
            adapter_settings, adapter_files                  adapters on disk: what their settings say, their factors
            adapters, frozen_lora                            adapters on a model: to train, to infer
+           verification                                     whether something on the disk can be trusted
            lineage, stages                                  how stages find their parents; what training scripts share
            composing, probing, interference, composing_pictures     several adapters as one, checked, chosen, explained
            evaluation, comparison, generation               what a model knows; cells against each other; answers

@@ -73,6 +73,15 @@ def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFact
     return factors
 
 
+def digest(directory: Path) -> str:
+    """What identifies an adapter of another tool: its two files' contents."""
+    return files.fingerprint(digests(directory))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {name: files.sha256_file(directory / name) for name in (adapter_settings.CONFIG, adapter_settings.WEIGHTS)}
+
+
 def relative_size(factors: Factors, base: BaseModel, modules: int = 8) -> float:
     """Median of ||delta|| / ||weight|| over some modules, evenly chosen; 0 when none has its own tensor on disk."""
     checkpoint = Checkpoint(base.directory)

@@ -87,7 +87,7 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
         directory = Path(section.source)
     else:
         directory = _download(section)
-    return _identified(directory, section, models_dir)
+    return identify(directory, section.source, section.revision, models_dir / "base" / ".digests")
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -205,10 +205,13 @@ class quiet_transformers:
         logging.set_verbosity(self._verbosity)
 
 
-def _identified(directory: Path, section: BaseModelSection, models_dir: Path) -> BaseModel:
+def identify(directory: Path, source: str, revision: str, cache: Path | None) -> BaseModel:
+    """The model in a directory, by the digests of its files; with `cache`, files that did not change are not read.
+
+    Raises ArtefactError for everything in the directory that is not to be trusted.
+    """
     if problems := model_directory.problems(directory):
         raise ArtefactError(problems)
-    cache = models_dir / "base" / ".digests"
     if (directory / files.MANIFEST).is_file():  # one of ours: built here, or merged
         _remembered(
             [*files.artefact_files(directory), directory / files.MANIFEST],
@@ -218,19 +221,21 @@ def _identified(directory: Path, section: BaseModelSection, models_dir: Path) ->
     templates = sorted(directory.glob(f"{model_directory.TEMPLATES}/*.jinja"))
     tokenizer = [*(p for n in TOKENIZER_FILES if (p := directory / n).is_file()), *templates]
     model_digest = _digest([directory / "config.json", *sorted(directory.glob("*.safetensors"))], cache)
-    return BaseModel(directory, section.source, section.revision, model_digest, _digest(tokenizer, cache))
+    return BaseModel(directory, source, revision, model_digest, _digest(tokenizer, cache))
 
 
-def _digest(paths: list[Path], cache: Path) -> str:
+def _digest(paths: list[Path], cache: Path | None) -> str:
     """Digest of files by content."""
     return _remembered(paths, cache, lambda: files.fingerprint({p.name: files.sha256_file(p) for p in paths}))
 
 
-def _remembered(paths: list[Path], cache: Path, digest: Callable[[], str]) -> str:
+def _remembered(paths: list[Path], cache: Path | None, digest: Callable[[], str]) -> str:
     """What `digest` says of files, read once: 230 GB take minutes. A file that was written to is another one.
 
     The time of the last change of its status cannot be set by a program, as that of its content can.
     """
+    if cache is None:
+        return digest()
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     stamp = files.fingerprint([(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats])
     remembered = cache / f"{stamp}.json"

@@ -58,12 +58,17 @@ def run(
     sections: Sequence[str],
     description: str | None,
     argv: Sequence[str] | None = None,
+    status: Callable[[dict[str, Any]], int] = lambda result: 0,
 ) -> NoReturn:
-    """Parse, check, run `main`, print its result as one line of JSON and exit; errors become text and an exit code."""
+    """Parse, check, run `main`, print its result as one line of JSON and exit; errors become text and an exit code.
+
+    `status` gives the exit code of a result.
+    """
     with logger.clean_output():
         logger.setup()
         _prepare_process()
-        sys.exit(_exit_code(main, plan, sections, description or "", list(sys.argv[1:] if argv is None else argv)))
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        sys.exit(_exit_code(main, plan, sections, description or "", arguments, status))
 
 
 def _exit_code(
@@ -72,6 +77,7 @@ def _exit_code(
     sections: Sequence[str],
     description: str,
     arguments: list[str],
+    status: Callable[[dict[str, Any]], int],
 ) -> int:
     try:
         if {"--help", "-h"} & set(arguments):
@@ -100,7 +106,7 @@ def _exit_code(
     except Exception:  # noqa: BLE001 - a bug: shown here, because the interpreter would show it with secrets in it
         print(logger.printable(traceback.format_exc()), file=sys.stderr)
         return 1
-    return 0
+    return 0 if dry_run else status(result)
 
 
 def _prepare_process() -> None:

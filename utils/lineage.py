@@ -116,16 +116,13 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
             share=size,
             lora_alpha=settings["lora_alpha"],
         )
-    digests = {
-        name: files.sha256_file(directory / name) for name in (adapter_settings.CONFIG, adapter_settings.WEIGHTS)
-    }
     event(f"using an adapter of another tool as the {stage} adapter", path=directory, peft=settings.get("peft_version"))
     return Run(
         directory,
         {
             "kind": stage,
-            "digest": files.fingerprint(digests),
-            "files": digests,
+            "digest": adapter_files.digest(directory),
+            "files": adapter_files.digests(directory),
             "base": base.record(),
             "parents": [],
             "identity": {"stage": stage, "on": ELSEWHERE},
