@@ -55,7 +55,8 @@ class DataSection(Section):
     """What the adapters are trained and judged on."""
 
     corpus: tuple[str, ...] = ("python_docs",)
-    """Documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, python_docs, or none."""
+    """Documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, python_docs, none, or
+    python_docs_other (the documentation of other modules than python_docs, a wrong domain for it)."""
     corpus_heldout: tuple[str, ...] = ()
     """Documents for perplexity, outside the corpus; when empty a share of the corpus is held out by document."""
     corpus_revision: str = ""
@@ -147,8 +148,9 @@ class DomainSection(Section):
 class TaskSection(Section):
     """The task adapter: supervised pairs, loss on the answer and its end-of-turn token only."""
 
-    on: Literal["domain", "base"] = "domain"
-    """What the task adapter is trained on: the frozen domain adapter (stacked), or the base (independent)."""
+    on: Literal["domain", "base", "domain_ready"] = "domain"
+    """What the task adapter is trained on: the frozen domain adapter (stacked), the base (independent), or the base
+    with the frozen domain adapter on or off at random each step (domain_ready: works with and without it)."""
     lora: LoraSection = LoraSection()
     # small steps: a few hundred short pairs would make only a dozen steps of the domain's size; one pass, because on
     # dev a second one made the stacked adapter worse and the independent one hardly better (decision_document.md)
@@ -243,12 +245,27 @@ class InferenceSection(Section):
 class EvaluateSection(Section):
     """The proof on held-out data."""
 
+    controls: bool = False
+    """Also make and score the controls: a wrong-domain adapter, a random one of the same norm, a task adapter of the
+    ranks together, and the baseline on the base where it is missing. Trains several adapters; interrupted, goes on."""
+    seeds: tuple[NonNegative, ...] = ()
+    """Further training seeds, e.g. 1,2: every trained cell is trained with these too where it is missing."""
+    also: tuple[str, ...] = ()
+    """Further rows: adapter folders, task runs (with their domain adapter), or merged models of the same tokenizer."""
+    wrong_corpus: tuple[str, ...] = ()
+    """Documents of the wrong-domain control; empty: Python's documentation, or that of other modules for the demo."""
+    launcher: str = ""
+    """Starts the training of controls and seeds, e.g. "accelerate launch --config_file FILE"; empty: this Python."""
+    margin: Annotated[float, Field(gt=0)] = 0.05
+    """Nats per answer token that composed may be worse than the task adapter alone and still counts as no worse."""
+    general_text: str = ""
+    """Documents for forgetting (as data.corpus); empty: some pages of English prose that come with the program."""
     batch_tokens: Positive = 4096
     """Tokens per forward pass."""
     max_heldout_documents: NonNegative = 200
     """Documents used for held-out perplexity, chosen by hash of their id; 0 uses all."""
-    generated_answers: NonNegative = 5
-    """Test questions whose generated answers are shown side by side."""
+    generated_answers: NonNegative = 100
+    """Test questions that are answered for exact match, F1 and format, chosen by hash; 0 generates nothing."""
     resamples: Annotated[int, Field(ge=100)] = 10_000
     """Bootstrap resamples of the paired intervals, by document."""
     max_new_tokens: Positive = 48
@@ -453,8 +470,9 @@ def _data_problems(data: DataSection) -> list[str]:
         value = getattr(data, field)
         if value and not COMMIT.fullmatch(value):
             problems.append(f"data.{field} {value!r}: pin a commit of 40 hex digits, branches and tags can move")
-    if "python_docs" in data.corpus and (len(data.corpus) > 1 or data.corpus_heldout):
-        problems.append("data.corpus python_docs stands alone and brings its own held-out documents")
+    for built_in in {"python_docs", "python_docs_other"}.intersection(data.corpus):
+        if len(data.corpus) > 1 or data.corpus_heldout:
+            problems.append(f"data.corpus {built_in} stands alone and brings its own held-out documents")
     if (data.task == "python_docs") != ("python_docs" in data.corpus) and "none" not in (data.task, *data.corpus):
         problems.append(
             f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: python_docs go together; "

@@ -1,10 +1,12 @@
-"""The proof: base, domain, task and composed on held-out data, side by side, with paired intervals.
+"""The proof: does the adaptation help? Base, domain, task and composed on held-out data, with a verdict.
 
-The task cell is always an adapter trained on the base with the same data and settings (--task.on base), whatever
-the composed model's task adapter was trained on. Reads the newest task run, the runs it belongs to and its test data;
-writes models/evaluation/<run>/ with results.json and every item's scores. Interrupted, it goes on at the next cell.
+The task row is always an adapter trained on the base with the same data and settings, whatever the composed model's
+task adapter was trained on. Four contrasts are tested (keeps the domain, no worse, better, better than with a wrong
+domain); the fourth needs --evaluate.controls, which trains them. Reads the newest task run, the runs it belongs to and
+its test data; writes models/evaluation/<run>/ with report.html, results.json and every item's scores. Interrupted, it
+goes on.
 
-    python scripts/evaluate.py
+    python scripts/evaluate.py --evaluate.controls
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ SECTIONS = ("evaluate", "compose", "inputs", "base", "run")
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Find what belongs together, score every cell, compare, write down, show."""
+    """Find or make what belongs together, score every cell, conclude, write down, show."""
     from utils import comparison, files, logger, runs, stages
+    from utils.proof import families
+    from utils.proof.table import table
 
     base = stages.start(config)
-    parts = comparison.participants(config, base)
-    identity = comparison.identity(config, base, parts)
+    parts = families.gather(config, base)
+    identity = families.identity(config, base, parts)
     directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, config.preset, identity)
     run = runs.open_run(directory, identity)
     if run is None:
@@ -36,26 +40,46 @@ def main(config: Config) -> dict[str, Any]:
                 runs.start(directory, identity)
                 results = comparison.compare(config, base, parts, directory)
                 files.write_json(directory / "results.json", results)
-                files.write_text(directory / "summary.txt", comparison.table(results) + "\n")
-            measured = results["measured"]
-            facts = runs.manifest("evaluation", identity, base=base.record(), parents=parts.runs(), measured=measured)
+                files.write_text(directory / "summary.txt", table(results) + "\n")
+            measured, test = results["measured"], results["reads"]["test"]
+            parents = parts.runs()
+            facts = runs.manifest(
+                "evaluation", identity, base=base.record(), parents=parents, measured=measured, test=test
+            )
             files.seal(directory, facts)
     else:
         logger.event("this comparison is already complete", path=directory)
     results = files.read_json(directory / "results.json")
     runs.mark_latest(config.run.models_dir, "evaluation", directory)
-    print(comparison.table(results))
-    shown = ("cells", "contrasts", "finding", "composition", "test_items", "left_out")
-    return {"report": str(directory), "reused": run is not None, **{k: results[k] for k in shown if k in results}}
+    print(table(results))
+    shown = ("verdict", "sentence", "contrasts", "untested", "composition", "test_items", "left_out")
+    return {
+        "report": str(directory / "report.html"),
+        "run": str(directory),
+        "reused": run is not None,
+        **{key: results[key] for key in shown if key in results},
+        "cells": {
+            cell: {key: value for key, value in numbers.items() if key not in ("meaning", "intervals", "seeds")}
+            for cell, numbers in results["cells"].items()
+        },
+    }
 
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
     name = config.run.name or config.preset + "-<fingerprint>"
+    settings = config.evaluate
+    made = [f"train what is missing for seeds {', '.join(map(str, settings.seeds))}"] if settings.seeds else []
+    if settings.controls:
+        made.append(
+            "train what is missing of the controls: wrong-domain and random adapter, each with a task adapter on it, a "
+            "task adapter of the ranks together, the baseline on the base"
+        )
     return [
+        *made,
         f"load {config.base.source} once and attach the newest domain, task and base-trained task adapters",
-        "score base, domain, task and composed on the test pairs and the held-out documents",
-        f"write {config.run.models_dir / 'evaluation' / name}/results.json",
+        "score every cell on the test pairs, the held-out documents and general text",
+        f"write {config.run.models_dir / 'evaluation' / name}/report.html and results.json",
     ]
 
 

@@ -76,7 +76,7 @@ def _streaming(config: Config, model: Any, tokenizer: Any, system_prompt: str) -
 
     def answer(question: str) -> str:
         ids = chat.prompt_ids(tokenizer, {"question": question}, system_prompt)
-        texts = generation.answer(
+        (given,) = generation.answer(
             model,
             tokenizer,
             [ids],
@@ -86,7 +86,7 @@ def _streaming(config: Config, model: Any, tokenizer: Any, system_prompt: str) -
             stream=lambda text: print(text, end="", flush=True),
         )
         print(flush=True)
-        return chat.spoken(texts[0])
+        return chat.spoken(given.text)
 
     return answer
 
@@ -138,10 +138,10 @@ def _answer_file(
     from utils.progress import Progress
 
     with Progress("answers", total=len(examples), unit="prompt") as bar:
-        texts = generation.answer_all(model, tokenizer, examples, system_prompt, config.inference, bar.advance)
+        answers = generation.answer_all(model, tokenizer, examples, system_prompt, config.inference, bar.advance)
     rows = [
-        {"id": example["id"], "prompt": example["question"], "answer": chat.spoken(text)}
-        for example, text in zip(examples, texts, strict=True)
+        {"id": example["id"], "prompt": example["question"], "answer": chat.spoken(answer.text)}
+        for example, answer in zip(examples, answers, strict=True)
     ]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     if config.inference.output_file:

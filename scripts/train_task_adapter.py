@@ -1,8 +1,9 @@
 """Train the task adapter: LoRA on the labelled pairs, loss on the answer and its end-of-turn token only.
 
-By default it is trained on the frozen domain adapter (--task.on domain); --task.on base trains the independent
-adapter that is the fair baseline in the evaluation. Reads the newest prepared data and domain run; writes
-models/task/<run>/. Killed at any moment, the same command goes on from the last checkpoint.
+By default it is trained on the frozen domain adapter (--task.on domain); --task.on domain_ready switches that one on
+or off at random each step, so that the result works with and without it; --task.on base trains the independent adapter
+that is the fair baseline in the evaluation. Reads the newest prepared data and domain run; writes models/task/<run>/.
+Killed at any moment, the same command goes on from the last checkpoint.
 
     accelerate launch scripts/train_task_adapter.py
 """
@@ -29,7 +30,7 @@ def main(config: Config) -> dict[str, Any]:
 
     base = stages.start(config)
     data = lineage.prepared_run(config, base)
-    domain = lineage.domain_run(config, base) if config.task.on == "domain" else None
+    domain = lineage.domain_run(config, base) if config.task.on != "base" else None
     shared = stages.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)
     identity = {**shared, "on": config.task.on, "domain_adapter": domain.digest if domain else None}
 
@@ -53,14 +54,24 @@ def main(config: Config) -> dict[str, Any]:
         }
         return model, BucketedPairs(pairs, settings, seed, pad), dev, facts
 
+    def each_step(model: Any, step: int | None) -> None:
+        if config.task.on == "domain_ready":
+            on = stages.domain_is_on(config.run.seed, step)
+            adapters.activate(model, ["domain", "task"] if on else ["task"], trainable="task")
+
     parents = [data, domain] if domain else [data]
-    return stages.train_adapter(config, "task", base, identity, parents, build, system_prompt=config.task.system_prompt)
+    facts = {"system_prompt": config.task.system_prompt}
+    return stages.train_adapter(config, "task", base, identity, parents, build, each_step, **facts)
 
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
     train, lora = config.task.train, config.task.lora
-    below = "the newest domain adapter, frozen" if config.task.on == "domain" else "the base model alone"
+    below = {
+        "domain": "the newest domain adapter, frozen",
+        "domain_ready": "the newest domain adapter, frozen and on in half of the steps",
+        "base": "the base model alone",
+    }[config.task.on]
     return [
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
         f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} on {below}, for {train.epochs} epochs, "

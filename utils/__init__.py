@@ -9,7 +9,8 @@ plumbing   exceptions   what can go wrong, and the exit codes
            progress     a bar on a terminal, plain lines elsewhere
            cli          flags and environment -> Config; exceptions -> message and exit code
 pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weight search, interference
-           statistics   paired intervals over clusters
+           statistics   paired intervals over clusters and seeds
+           verdict      four contrasts and the word that follows
            rollout/     the canary as values: gate, controller, simulation
            answers      exact match, token F1, faults of an answer
 engines    model_directory   what is refused in one before any library opens it
@@ -25,7 +26,8 @@ engines    model_directory   what is refused in one before any library opens it
            verification                                     whether something on the disk can be trusted
            lineage, stages                                  how stages find their parents; what training scripts share
            composing, probing, interference, composing_pictures     several adapters as one, checked, chosen, explained
-           evaluation, comparison, generation               what a model knows; cells against each other; answers
+           evaluation, generation                           what a model knows; what it says
+           comparison, proof/                               cells against each other: runs, controls, results, report
            shards, fp8, merging, layer_sample, selfcheck    a standalone model, streamed, and checked
            cards, gguf, hub                                 its README; other formats; publishing
            canary/      the canary at the edge: balancer, log, probes, journal, loop, report

@@ -11,6 +11,7 @@ spelling that was typed, with "did you mean". A script needs two lines:
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 import os
@@ -145,6 +146,19 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> setting
     if problems := _secret_problems(config):
         raise ConfigError(problems)
     return config
+
+
+def arguments(config: settings.Config, sections: Sequence[str]) -> list[str]:
+    """The flags that give another process these sections: every value that is not the preset's."""
+    preset = settings.PRESETS[config.preset]()
+    found = ["--preset", config.preset]
+    for path, _ in _fields(settings.Config):
+        if path.split(".")[0] in sections:
+            value, usual = (functools.reduce(getattr, path.split("."), one) for one in (config, preset))
+            if value != usual:
+                text = json.dumps(value) if isinstance(value, tuple) else str(value)
+                found.append(f"--{path}={text}")
+    return found
 
 
 def _preset(arguments: list[str], environment: Mapping[str, str]) -> tuple[str, list[str], list[Problem]]:

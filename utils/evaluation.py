@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils import chat
+from config import InferenceSection
+from utils import answers, chat, generation
 from utils.exceptions import NonFiniteError, Problem
 from utils.losses import autocast, token_nll
 from utils.progress import Progress
@@ -146,6 +147,41 @@ def score_documents(
             bar.advance(len(chosen))
     facts = data.documents.select_columns(["id", "utf8_bytes"])
     return [DocumentScore(facts[d]["id"], nll, n, facts[d]["utf8_bytes"]) for d, (nll, n) in sorted(sums.items()) if n]
+
+
+@torch.no_grad()
+def answered(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict[str, Any]],
+    system_prompt: str,
+    max_new_tokens: int,
+    *,
+    what: str,
+) -> list[dict[str, Any]]:
+    """Greedy answers and what they are worth: exact match, token F1, and whether their form is right."""
+    how = InferenceSection(max_new_tokens=max_new_tokens)
+    with Progress(what, total=len(examples), unit="answer") as bar:
+        given = generation.answer_all(model, tokenizer, examples, system_prompt, how, bar.advance)
+    thinks = chat.opens_thinking(tokenizer)
+    found = []
+    for example, answer in zip(examples, given, strict=True):
+        text = chat.spoken(answer.text)
+        left_over = "<think>" in text or (chat.THINK_END in answer.text) != thinks
+        found.append(
+            {
+                "name": str(example["id"]),
+                "document": str(example["document"]),
+                "text": text,
+                "tokens": answer.tokens,
+                "ended": answer.ended,
+                "repetitive": answers.is_repetitive(text),
+                "thinking_left": left_over if answer.ended else "<think>" in text,
+                "exact_match": answers.exact_match(text, example["answers"]),
+                "f1": answers.token_f1(text, example["answers"]),
+            }
+        )
+    return found
 
 
 def summary(items: Sequence[ItemScore], documents: Sequence[DocumentScore]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, its reasoning included, in how many tokens, and whether it ended by itself."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -25,15 +35,16 @@ def answer(
     temperature: float = 0.0,
     top_p: float = 1.0,
     stream: Callable[[str], None] | None = None,
-) -> list[str]:
-    """The model's text for each prompt (token ids), its reasoning included; left-padded as one batch.
+) -> list[Answer]:
+    """The model's answer to each prompt (token ids); left-padded as one batch.
 
     `stream`, for a single prompt, receives the text as it is made.
     """
     from transformers import TextStreamer
 
     device = next(model.parameters()).device
-    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    end = int(tokenizer.eos_token_id)
+    pad = end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     length = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -53,11 +64,16 @@ def answer(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=int(tokenizer.eos_token_id),
+            eos_token_id=end,
             streamer=streamer,
             **sampling,
         )
-    return [printable(tokenizer.decode(row[length:], skip_special_tokens=True)) for row in made]
+    found = []
+    for row in made[:, length:].tolist():
+        ended = end in row
+        kept = row[: row.index(end)] if ended else row
+        found.append(Answer(printable(tokenizer.decode(kept, skip_special_tokens=True)), len(kept) + ended, ended))
+    return found
 
 
 def answer_all(
@@ -68,14 +84,14 @@ def answer_all(
     settings: InferenceSection,
     on_done: Callable[[int], None] = lambda count: None,
     batch_size: int = 8,
-) -> list[str]:
+) -> list[Answer]:
     """Answers to many examples in their order, prompts of similar length together."""
     prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, str] = {}
+    answers: dict[int, Answer] = {}
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
-        texts = answer(
+        found = answer(
             model,
             tokenizer,
             [prompts[i] for i in rows],
@@ -83,6 +99,6 @@ def answer_all(
             temperature=settings.temperature,
             top_p=settings.top_p,
         )
-        answers.update(zip(rows, texts, strict=True))
+        answers.update(zip(rows, found, strict=True))
         on_done(len(rows))
     return [answers[i] for i in range(len(prompts))]

@@ -74,14 +74,16 @@ def task_run(config: Config, base: BaseModel) -> Run:
 
 def further_runs(config: Config, base: BaseModel) -> list[Run]:
     """The adapters of `compose.also`."""
-    found = []
-    for path in map(Path, config.compose.also):
-        own = _own(path)
-        run = Run(own, files.verify(own)) if own else foreign_run(config, base, "further", path)
-        if reason := _for_base(base)(run):
-            raise ArtefactError(Problem(f"--compose.also cannot be used: {reason}", str(path)))
-        found.append(run)
-    return found
+    return [any_run(config, base, Path(path), flag="--compose.also") for path in config.compose.also]
+
+
+def any_run(config: Config, base: BaseModel, path: Path, *, flag: str) -> Run:
+    """An adapter of ours or of another tool at a path. Raises ArtefactError when it belongs to another base model."""
+    own = _own(path)
+    run = Run(own, files.verify(own)) if own else foreign_run(config, base, "further", path)
+    if reason := _for_base(base)(run):
+        raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", str(path)))
+    return run
 
 
 def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
@@ -152,15 +154,23 @@ def adapter_runs(config: Config, base: BaseModel, which: str = "both") -> list[R
 
 
 def parent_of(run: Run, kind: str, root: Path) -> Run | None:
-    """The parent of that kind, found by digest, so a moved or renamed directory is found too."""
+    """The parent of that kind, found by digest, so a moved or renamed directory is found too; None when it has none."""
+    if not any(p["kind"] == kind for p in run.manifest["parents"]):
+        return None
+    return parent_by_digest(run, kind, (root,))
+
+
+def parent_by_digest(run: Run, kind: str, roots: Sequence[Path]) -> Run:
+    """The parent of that kind under one of the roots. Raises ArtefactError when there is none."""
     wanted = next((p for p in run.manifest["parents"] if p["kind"] == kind), None)
     if wanted is None:
-        return None
-    found = next((r for r in runs.complete_runs(root, kind) if r.digest == wanted["digest"]), None)
+        raise ArtefactError(Problem(f"{run.directory} names no {kind} run that it was made from"))
+    found = next((r for root in roots for r in runs.complete_runs(root, kind) if r.digest == wanted["digest"]), None)
     if found is None:
+        where = " or ".join(str(root) for root in roots)
         raise ArtefactError(
             Problem(
-                f"{run.directory} was made from the {kind} run {wanted['path']}, which is not under {root}",
+                f"{run.directory} was made from the {kind} run {wanted['path']}, which is not under {where}",
                 wanted["digest"],
             )
         )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "dev", "test")
 Splits = dict[str, list[dict[str, Any]]]
 BUILT_IN = "python_docs"
+ELSEWHERE = "python_docs_other"
 NONE = "none"
 
 
@@ -77,7 +78,7 @@ def identity(data: DataSection, base: BaseModel, seed: int) -> dict[str, Any]:
 def prepare(data: DataSection, base: BaseModel, seed: int, directory: Path) -> dict[str, Any]:
     """Read, clean, split, tokenise and write everything to `directory`; returns the counts for the manifest."""
     cache = directory / ".reading"
-    demo = python_demo(seed) if BUILT_IN in (data.task, *data.corpus) else None
+    demo = python_demo(seed) if {BUILT_IN, ELSEWHERE}.intersection((data.task, *data.corpus)) else None
     try:
         counts: dict[str, Any] = {}
         if data.corpus != (NONE,):
@@ -97,6 +98,8 @@ def _prepare_documents(
     counts: dict[str, Any] = {}
     if data.corpus == (BUILT_IN,):
         corpus, report = _from_list(demo.documents), {"dropped": {}}
+    elif data.corpus == (ELSEWHERE,):
+        corpus, report = _from_list(demo.elsewhere), {"dropped": {}}
     else:
         corpus, read = read_documents(data.corpus, cache_dir=cache, hub_revision=data.corpus_revision or None)
         report = read.to_json()
@@ -260,9 +263,11 @@ def _contents(value: str | Sequence[str], seed: int) -> Any:
     found = []
     for source in [value] if isinstance(value, str) else value:
         path = Path(source).expanduser()
-        if source == BUILT_IN:
+        if source in (BUILT_IN, ELSEWHERE):
+            demo = python_demo(seed)
             # not the version alone: what a Python documents depends on its platform and on how it was built
-            found.append({"python": sys.version.split()[0], "sha256": files.fingerprint(python_demo(seed).documents)})
+            texts = demo.documents if source == BUILT_IN else demo.elsewhere
+            found.append({"python": sys.version.split()[0], "sha256": files.fingerprint(texts)})
         elif path.is_file():
             found.append({"sha256": files.sha256_file(path)})
         elif path.is_dir():

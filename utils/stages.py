@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ from utils.training_data import Batch, TrainingData
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
+
+EachStep = Callable[["PeftModel", "int | None"], None]
 
 
 def start(config: Config) -> BaseModel:
@@ -57,12 +60,14 @@ def train_adapter(
     identity: dict[str, Any],
     parents: list[Run],
     build: Callable[[], tuple[PeftModel, TrainingData, list[Batch], dict[str, Any]]],
+    each_step: EachStep = lambda model, step: None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Train, save and record one adapter; a complete run with this identity is reused, a started one goes on.
 
     `build` gives the model with the adapter `stage` active and trainable, the data, the dev batches and facts about
-    the data. Returns the stage's result for the last line of stdout.
+    the data. `each_step` is called with the model and the step's number, or None before dev is measured; it must follow
+    from these alone. Returns the stage's result for the last line of stdout.
     """
     from accelerate import PartialState
 
@@ -76,7 +81,7 @@ def train_adapter(
         return _result(config, stage, run, reused=True)
     state.wait_for_everyone()
     if not state.is_main_process:
-        _train(config, stage, directory, build)
+        _train(config, stage, directory, build, each_step)
         state.wait_for_everyone()
         state.destroy_process_group()
         return {}
@@ -85,7 +90,7 @@ def train_adapter(
             runs.start(directory, identity)
             said = ", ".join(config.overrides) or "none"
             logger.event(f"training the {stage} adapter", path=directory, overrides=said)
-            model, outcome, data_facts = _train(config, stage, directory, build)
+            model, outcome, data_facts = _train(config, stage, directory, build, each_step)
             factors = adapters.factors_of(model, stage)
             if len(zero_modules(factors)) == len(factors):
                 raise NonFiniteError(Problem(f"every B of the {stage} adapter is still zero after training"))
@@ -114,7 +119,7 @@ def train_adapter(
 
 
 def _train(
-    config: Config, stage: str, directory: Path, build: Callable[[], Any]
+    config: Config, stage: str, directory: Path, build: Callable[[], Any], each_step: EachStep
 ) -> tuple[PeftModel, training.Outcome, dict[str, Any]]:
     model, data, dev, data_facts = build()
     accelerator = _accelerator(config, stage, directory)
@@ -127,6 +132,7 @@ def _train(
         directory=directory,
         accelerator=accelerator,
         what=f"{stage} adapter",
+        before_step=lambda step: each_step(model, step),
     )
     # not end_training(): it also takes the process group down, and the processes still have to meet
     for tracker in accelerator.trackers:
@@ -140,6 +146,14 @@ def new_adapter(model: Any, stage: str, lora: LoraSection, seed: int, frozen: li
     model = adapters.attach(model, stage, lora)
     adapters.activate(model, [*(frozen or []), stage], trainable=stage)
     return model
+
+
+def domain_is_on(seed: int, step: int | None) -> bool:
+    """Whether a domain-ready step sees the domain adapter (Parovic et al. 2023, doi:10.18653/v1/2023.findings-acl.13).
+
+    A function of the step alone, so a resumed run does the same; dev (None) is measured with it on.
+    """
+    return step is None or Random(f"{seed}:domain:{step}").random() < 0.5
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -62,8 +62,12 @@ def train(
     directory: Path,
     accelerator: Accelerator,
     what: str,
+    before_step: Callable[[int | None], None] = lambda step: None,
 ) -> Outcome:
     """Train the active, trainable adapter of `model`; afterwards the model holds the state that is kept.
+
+    `before_step` is called with the number of each step before it, and with None before dev is measured; what it does
+    must follow from the number alone, or a resumed run would differ.
 
     Checkpoints go to `directory/checkpoints`, one line per step to `directory/metrics.jsonl`. Raises NonFiniteError
     (naming the batch), Interrupted after a signal (a checkpoint is written), DataError when there is nothing to train.
@@ -75,7 +79,7 @@ def train(
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loop = _Loop(model, data, dev, settings, total, seed, directory, accelerator, what)
+    loop = _Loop(model, data, dev, settings, total, seed, directory, accelerator, what, before_step)
     loop.resume()
     loop.run()
     return loop.finish()
@@ -128,9 +132,11 @@ class _Loop:
         directory: Path,
         accelerator: Accelerator,
         what: str,
+        before_step: Callable[[int | None], None],
     ):
         self.model, self.data, self.dev, self.settings = model.train(), data, dev, settings
         self.total, self.seed, self.accelerator, self.what = total, seed, accelerator, what
+        self.before_step = before_step
         self.parameters = adapters.trainable_parameters(model)
         optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -223,6 +229,7 @@ class _Loop:
     def _step(self, epoch: int, step: Step, signalled: Callable[[], bool]) -> tuple[float, float, bool]:
         """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
         accelerator, number = self.accelerator, self.state.step
+        self.before_step(number)
         torch.manual_seed((self.seed * 1_000_003 + number) * 4096 + accelerator.process_index)
         labels = max(1, self.data.num_labels(epoch, step))
         sums = torch.zeros(2, dtype=torch.float64)
@@ -253,6 +260,7 @@ class _Loop:
 
     def _measure_dev(self, epoch: int) -> None:
         state = self.state
+        self.before_step(None)
         loss = mean_loss(self.loss_module, self.dev, self.accelerator)
         state.dev_losses.append((state.step, loss))
         self.metrics.write(step=state.step, epoch=epoch, dev_loss=loss)

@@ -82,6 +82,27 @@ def distance(factors: ModuleFactors | None, parts: Sequence[ModuleFactors]) -> f
     return max(0.0, squared) ** 0.5
 
 
+def random_like(factors: Factors, seed: int) -> dict[str, ModuleFactors]:
+    """Gaussian factors of the same shapes whose update has the same Frobenius norm in every module (and expert)."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, f in sorted(factors.items()):
+        a_rI = torch.randn(f.a_rI.shape, generator=generator)
+        b_Or = torch.randn(f.b_Or.shape, generator=generator)
+        wanted, made = (
+            [norm(ModuleFactors(a, b, m.scale)) for a, b in _updates(m)]
+            for m in (f, ModuleFactors(a_rI, b_Or, f.scale))
+        )
+        ratio = torch.tensor([w / m for w, m in zip(wanted, made, strict=True)], dtype=b_Or.dtype)
+        found[name] = ModuleFactors(a_rI, b_Or * (ratio[:, None, None] if f.is_experts else ratio), f.scale)
+    return found
+
+
 def zero_modules(factors: Factors) -> list[str]:
     """Modules whose update is exactly zero: an adapter made of these was never trained or not loaded."""
     return [name for name, f in factors.items() if not f.scale or not f.b_Or.any() or not f.a_rI.any()]
+
+
+def _updates(f: ModuleFactors) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of each update: one, or one for each expert."""
+    return list(zip(f.a_rI, f.b_Or, strict=True)) if f.is_experts else [(f.a_rI, f.b_Or)]

@@ -24,10 +24,14 @@ QUESTIONS = {"test": 200, "dev": 60, "train": 400, "heldout": 80}
 
 @dataclass(frozen=True)
 class Demo:
-    """Everything the demo needs: documents, held-out documents, labelled pairs by split, and the modules of each."""
+    """Everything the demo needs: documents, held-out documents, labelled pairs by split, and the modules of each.
+
+    `elsewhere` is as much documentation of modules that are in no split: the wrong domain.
+    """
 
     documents: list[dict[str, str]]
     heldout: list[dict[str, str]]
+    elsewhere: list[dict[str, str]]
     examples: dict[str, list[dict[str, Any]]]
     modules: dict[str, list[str]]
     dropped: dict[str, int]
@@ -43,13 +47,27 @@ def python_demo(seed: int) -> Demo:
     clean = [q for q in examples["train"] if not {q["question"], *q["answers"]} & asked]
     dropped = {"train pairs with a sentence of dev or test": len(examples["train"]) - len(clean)}
     trained = {m for split in ("train", "dev", "test") for m in modules[split]}
+    own = [d for d in documents if d["module"] in trained]
+    others = [d for d in documents if d["module"] not in trained.union(modules["heldout"])]
     return Demo(
-        documents=[d for d in documents if d["module"] in trained],
+        documents=own,
+        elsewhere=_as_much(others, sum(len(d["text"]) for d in own), seed),
         heldout=[d for d in documents if d["module"] in modules["heldout"]],
         examples=examples | {"train": clean},
         modules=modules,
         dropped=dropped,
     )
+
+
+def _as_much(documents: list[dict[str, str]], characters: int, seed: int) -> list[dict[str, str]]:
+    """Documents in hash order until they have that many characters."""
+    found = []
+    for document in sorted(documents, key=lambda d: hash_share(d["id"], seed)):
+        if characters <= 0:
+            break
+        found.append(document)
+        characters -= len(document["text"])
+    return found
 
 
 def _choose(documents: list[dict[str, str]], questions: list[dict[str, Any]], seed: int) -> dict[str, list[str]]:

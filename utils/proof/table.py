@@ -1,0 +1,66 @@
+"""The comparison for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+COLUMNS = (
+    ("domain_ppl", "held-out ppl", "{:.2f}"),
+    ("corpus_ppl", "corpus ppl", "{:.2f}"),
+    ("general_ppl", "general ppl", "{:.2f}"),
+    ("answer_nll", "answer NLL", "{:.3f}"),
+    ("em", "exact match", "{:.3f}"),
+    ("f1", "token F1", "{:.3f}"),
+    ("choice_accuracy", "choice acc.", "{:.3f}"),
+    ("choice_accuracy_per_token", "per token", "{:.3f}"),
+)
+SAMPLES = 3
+
+
+def table(results: dict[str, Any]) -> str:
+    """The matrix, the contrasts, the verdict and a few answers."""
+    cells = results["cells"]
+    columns = [column for column in COLUMNS if any(column[0] in cell for cell in cells.values())]
+    first = max(10, *(len(name) + 2 for name in cells))
+    lines = ["", " " * first + "".join(f"{title:>14}" for _, title, _ in columns)]
+    for name, numbers in cells.items():
+        row = (f"{form.format(numbers[key]) if key in numbers else '-':>14}" for key, _, form in columns)
+        lines.append(f"{name:<{first}}" + "".join(row))
+    lines += ["", *textwrap.wrap(_about(results), 110), ""]
+    for name, found in results["contrasts"].items():
+        lines.append(f"  {name} {found['claim']}: {'yes' if found['holds'] else 'not shown'}")
+        lines.append(f"     {_interval(name, found)}")
+    for name, why in results["untested"].items():
+        lines.append(f"  {name} not tested: {why}")
+    lines += ["", *textwrap.wrap(results["sentence"], 110)]
+    for caution in results["cautions"]:
+        lines += textwrap.wrap(caution, 110, initial_indent="  * ", subsequent_indent="    ")
+    for sample in (results["examples"].get("won") or [])[:SAMPLES]:
+        lines += ["", f"Q: {textwrap.shorten(sample['question'], 160)}", f"  {'gold':<9} {sample['gold']}"]
+        lines += [f"  {cell:<9} {textwrap.shorten(text, 160) or '(empty)'}" for cell, text in sample["said"].items()]
+    return "\n".join(lines)
+
+
+def _about(results: dict[str, Any]) -> str:
+    composition = results.get("composition")
+    said = ""
+    if composition:
+        weights = composition["recipe"]["weights"]
+        how = f"weights {tuple(weights)}" if weights else "weights of 1"
+        said = f"Composed by {composition['recipe']['method']} with {how} "
+        said += f"({'chosen on dev' if composition['searched'] else 'untested'}), "
+    return (
+        f"{results['test_items']} test questions about {results['test_documents']} documents. {said}"
+        f"its task adapter was trained on the {results['task_trained_on'].replace('_', '-')}; the task row was "
+        f"trained on the base. Seeds: {len(results['seeds'])}."
+    )
+
+
+def _interval(name: str, found: dict[str, Any]) -> str:
+    form = (lambda x: "?" if x is None else f"{x:.0%}") if name == "H1" else lambda x: "?" if x is None else f"{x:+.3f}"
+    unit = "" if name == "H1" else " nats per token"
+    return (
+        f"{form(found['estimate'])}{unit}  95% [{form(found['low'])}, {form(found['high'])}]  p {found['p_holm']:.3g} "
+        f"(Holm), could have seen {form(found['detectable'])}"
+    )
