@@ -62,7 +62,8 @@ class Prepared:
             raise ArtefactError(
                 Problem(f"{self.directory} has no {split} pairs", fix="prepare data with --data.task FILE")
             )
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # not splitlines(): a question may hold U+2028, at which it would break
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def identity(data: DataSection, base: BaseModel, seed: int) -> dict[str, Any]:

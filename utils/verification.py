@@ -162,10 +162,8 @@ class _Lineage:
         recorded = manifest.get("base")
         if not isinstance(recorded, dict) or not isinstance(recorded.get("directory"), str):
             return None
-        places = [
-            Path(recorded["directory"]),
-            *(root / "base" / Path(recorded["directory"]).name for root in self.roots),
-        ]
+        here = Path(recorded["directory"])
+        places = [*(root / "base" / here.name for root in self.roots), here]
         place = next((p for p in places if (p / model_directory.CONFIG).is_file()), None)
         if place is None:
             fix = "restore it, or say where models are with --run.models_dir"
