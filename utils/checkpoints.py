@@ -66,7 +66,7 @@ def newest_valid(root: Path) -> Path | None:
         except ArtefactError as error:
             aside = directory.with_name(f"invalid-{directory.name}-{os.getpid()}")
             directory.rename(aside)
-            warning("a damaged checkpoint was set aside", path=aside, reason=str(error).splitlines()[0])
+            warning("a damaged checkpoint was set aside", path=aside, reason="; ".join(p.what for p in error.problems))
     return None
 
 
