@@ -7,7 +7,8 @@ plumbing   exceptions   what can go wrong, and the exit codes
            progress     a bar on a terminal, plain lines elsewhere
            cli          flags and environment -> Config; exceptions -> message and exit code
 pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weight search, interference
-           statistics   paired intervals over clusters
+           statistics   paired intervals over clusters and seeds
+           verdict      four contrasts and the word that follows
            rollout/     the canary as values: gate, controller, simulation
            answers      exact match, token F1, faults of an answer
 engines    base_model   fetched or built once, identified by digest, loaded frozen
@@ -21,7 +22,8 @@ engines    base_model   fetched or built once, identified by digest, loaded froz
            adapters, frozen_lora                            adapters on a model: to train, to infer
            lineage, stages                                  how stages find their parents; what training scripts share
            composing, probing, interference, composing_pictures     several adapters as one, checked, chosen, explained
-           evaluation, comparison, generation               what a model knows; cells against each other; answers
+           evaluation, generation                           what a model knows; what it says
+           comparison, proof/                               cells against each other: runs, controls, results, report
            shards, fp8, merging, layer_sample, selfcheck    a standalone model, streamed, and checked
            cards, model_index, gguf, hub                    its README, with an evaluation; other formats; publishing
            proof/       the proof: rows, controls, verdict, results, report.html

@@ -18,6 +18,9 @@ from utils.proof.cells import Material, Row
 from utils.proof.families import Participants
 from utils.runs import Run
 
+FEW_DOCUMENTS = 12
+NEVER_ENDS = 0.5
+
 
 def compare(config: Config, base: BaseModel, parts: Participants, directory: Path) -> dict[str, Any]:
     """Score every row on the same tokens and conclude. Returns what `results.json` holds."""
@@ -49,6 +52,7 @@ def compare(config: Config, base: BaseModel, parts: Participants, directory: Pat
         "command": redact(shlex.join(sys.argv)),
         "versions": runs.versions(),
     }
+    found["cautions"] = cautions(found, parts)
     if parts.composed:
         recorded = composing.record(parts.composed)
         found["composition"] = {
@@ -83,6 +87,30 @@ def _examples(
             path, {kind: results.described(listed, by_name, scores, said) for kind, listed in chosen.items()}
         )
     return dict(files.read_json(path))
+
+
+def cautions(found: Mapping[str, Any], parts: Participants) -> list[str]:
+    """What a reader has to know before believing the numbers."""
+    said = [reads.sentence(found["reads"])]
+    if found["items_without_document"]:
+        said.append(
+            f"{found['items_without_document']} of {found['test_items'] + found['left_out']} test questions name no "
+            "document: each counts as one of its own; where some share a source the intervals are too narrow."
+        )
+    if found["left_out"]:
+        said.append(f"{found['left_out']} test questions do not fit --evaluate.batch_tokens and are left out.")
+    if found["test_documents"] < FEW_DOCUMENTS:
+        said.append(f"The test questions are about {found['test_documents']} documents: few to draw conclusions from.")
+    if parts.composed and not parts.composed.searched:
+        said.append("The composition's weights were not chosen on dev: `python scripts/compose.py --compose.search`.")
+    if len(parts.families) == 1:
+        said.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
+    silent = [c for c, cell in found["cells"].items() if cell.get("format", {}).get("ended", 1.0) < NEVER_ENDS]
+    if silent:
+        said.append(
+            f"Most answers of {', '.join(silent)} do not end by themselves: their exact match and F1 mean little."
+        )
+    return [sentence for sentence in said if sentence]
 
 
 def _without_document(on: Material) -> int:

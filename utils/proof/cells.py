@@ -216,6 +216,7 @@ def _general(config: Config, tokenizer: Any, pad_id: int, scratch: Path) -> Pack
         },
         batched=True,
         keep_in_memory=True,
+        desc="tokenising general text",
     )
     return PackedDocuments(tokenised, _window(config), 0, pad_id)
 

@@ -34,8 +34,8 @@ def table(results: dict[str, Any]) -> str:
     for name, why in results["untested"].items():
         lines.append(f"  {name} not tested: {why}")
     lines += ["", *textwrap.wrap(results["sentence"], 110)]
-    if results["reads"]["sentence"]:
-        lines += textwrap.wrap(results["reads"]["sentence"], 110)
+    for caution in results["cautions"]:
+        lines += textwrap.wrap(caution, 110, initial_indent="  * ", subsequent_indent="    ")
     for sample in (results["examples"].get("won") or [])[:SAMPLES]:
         lines += ["", f"Q: {textwrap.shorten(sample['question'], 160)}", f"  {'gold':<9} {sample['gold']}"]
         lines += [f"  {cell:<9} {textwrap.shorten(text, 160) or '(empty)'}" for cell, text in sample["said"].items()]

@@ -1,0 +1,399 @@
+"""The comparison as a person runs it: rows, controls, seeds, regimes, further models, what it refuses to hide."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import math
+import shutil
+import signal
+import sys
+import unittest
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from tests.support import (  # noqa: E402
+    Workspace,
+    expert_factors,
+    forked,
+    last_json,
+    random_factors,
+    temporary_directory,
+    write_jsonl,
+)
+from utils import cli, files, stages, toy  # noqa: E402
+from utils.composition import norm, random_like  # noqa: E402
+from utils.composition.factors import ModuleFactors  # noqa: E402
+from utils.exceptions import Interrupted, PipelineError  # noqa: E402
+from utils.proof import controls, reads, results  # noqa: E402
+
+FOUR = ["base", "domain", "task", "composed"]
+STACKED = ["task_without_domain"]
+PROTOCOL = ["--evaluate.controls", "--evaluate.seeds", "7", "--evaluate.wrong_corpus"]
+CONTROLS = ["wrong_domain", "random", "rank_matched"]
+
+
+@functools.cache
+def trained() -> tuple[Workspace, dict[str, dict[str, Any]]]:
+    """A workspace with data, a domain adapter and a stacked task adapter; no baseline yet."""
+    place = Workspace(documents=48)
+    prepared = last_json(place.run("prepare_data", *place.sources, "--data.heldout_share", "0.4"))
+    reported = {"prepared": prepared, "domain": last_json(place.run("train_domain_adapter"))}
+    reported["task"] = last_json(place.run("train_task_adapter"))
+    return place, reported
+
+
+@functools.cache
+def compared() -> tuple[Workspace, dict[str, Any], str]:
+    """The whole protocol: controls, two seeds; what it returned and printed."""
+    place, _ = trained()
+    other = place.root / "other.jsonl"
+    rows = [{"id": f"o{i}", "text": f"The {i}th boat sailed on a {i * 7}-mile river at dawn."} for i in range(40)]
+    write_jsonl(other, rows)
+    return place, *evaluated(place, *PROTOCOL, str(other))
+
+
+def evaluated(place: Workspace, *flags: str) -> tuple[dict[str, Any], str]:
+    """scripts/evaluate.py in this process, its trainings in forked ones: no interpreter is started for any."""
+    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(command: list[str], what: str) -> dict[str, Any]:
+        at = next(i for i, part in enumerate(command) if part.endswith(".py"))
+        return last_json(forked(Path(command[at]).stem, *command[at + 1 :]))
+
+    printed = io.StringIO()
+    with mock.patch.object(controls, "_run", run), contextlib.redirect_stdout(printed):
+        return module.main(cli.resolve([*place.flags, *flags], {})), printed.getvalue()
+
+
+class Protocol(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.place, cls.found, cls.printed = compared()
+        cls.results = files.read_json(Path(cls.found["run"]) / "results.json")
+
+    def test_every_row_is_there_for_both_seeds(self) -> None:
+        self.assertEqual(list(self.found["cells"]), [*FOUR, *STACKED, *CONTROLS])
+        for name, cell in self.results["cells"].items():
+            self.assertEqual(cell["seeds"], [None] if name == "base" else [0, 7], name)
+            self.assertLessEqual({"domain_ppl", "general_ppl", "answer_nll", "choice_accuracy", "em", "f1"}, set(cell))
+
+    def test_last_line_has_the_verdict_and_all_four_contrasts(self) -> None:
+        self.assertIn(self.found["verdict"], ("helps", "coexists", "interferes", "undecided"))
+        self.assertEqual(list(self.found["contrasts"]), ["H1", "H2", "H3", "H4"])
+        for contrast in self.found["contrasts"].values():
+            self.assertTrue(contrast["low"] <= contrast["estimate"] <= contrast["high"])
+            self.assertLessEqual(contrast["p"], contrast["p_holm"])
+        self.assertIn(self.found["sentence"][:60], self.printed)
+
+    def test_contrasts_are_differences_of_the_matrix(self) -> None:
+        cells = self.found["cells"]
+        gained = cells["task"]["answer_nll"] - cells["composed"]["answer_nll"]
+        self.assertAlmostEqual(self.found["contrasts"]["H3"]["estimate"], gained, places=9)
+        self.assertAlmostEqual(self.found["contrasts"]["H2"]["estimate"], gained, places=9)
+        kept = cells["base"]["domain_nll"] - cells["composed"]["domain_nll"]
+        learnt = cells["base"]["domain_nll"] - cells["domain"]["domain_nll"]
+        self.assertAlmostEqual(self.found["contrasts"]["H1"]["estimate"], kept / learnt, places=9)
+        control = self.results["closest_control"]
+        over = cells[control]["answer_nll"] - cells["composed"]["answer_nll"]
+        self.assertAlmostEqual(self.found["contrasts"]["H4"]["estimate"], over, places=9)
+
+    def test_seeds_are_different_adapters_and_their_mean_is_what_the_matrix_says(self) -> None:
+        for cell, numbers in self.results["by_seed"].items():
+            self.assertEqual(len(set(numbers)), 2, cell)
+            self.assertAlmostEqual(np.mean(numbers), self.found["cells"][cell]["answer_nll"], places=9)
+
+    def test_controls_differ_from_the_real_thing_in_what_they_stand_for_alone(self) -> None:
+        identities = [run["identity"] for run in self.runs("controls/domain", "controls/task", "task", "domain")]
+        real = next(i for i in identities if i["stage"] == "domain" and "control" not in i and i["seed"] == 0)
+        task = next(i for i in identities if i["stage"] == "task" and i["on"] == "domain" and i["seed"] == 0)
+        wrong = [i for i in identities if i["stage"] == "domain" and i.get("data", real["data"]) != real["data"]]
+        self.assertEqual([i["seed"] for i in sorted(wrong, key=lambda i: i["seed"])], [0, 7])
+        for identity in wrong:
+            changed = {key for key in real if identity[key] != real[key]} - {"seed"}
+            self.assertEqual(changed, {"data", "train"})
+            others = {k for k in real["train"] if identity["train"][k] != real["train"][k]}
+            self.assertLessEqual(others, {"epochs", "max_steps"})
+        on_base = [i for i in identities if i["stage"] == "task" and i["on"] == "base" and i["seed"] == 0]
+        plain = next(i for i in on_base if i["lora"] == task["lora"])
+        self.assertEqual({k for k in task if plain[k] != task[k]}, {"on", "domain_adapter"})
+        matched = next(i for i in on_base if i["lora"] != task["lora"])
+        self.assertEqual(matched["lora"]["rank"], real["lora"]["rank"] + task["lora"]["rank"])
+        scales = [lora["alpha"] / lora["rank"] for lora in (matched["lora"], task["lora"])]
+        self.assertEqual(*scales)
+
+    def test_wrong_domain_adapter_is_trained_for_as_many_steps_as_the_real_one(self) -> None:
+        steps = {run["measured"]["steps"] for run in self.runs("controls/domain", "domain") if run["measured"]}
+        self.assertEqual(len(steps), 1, steps)
+
+    def test_what_later_stages_take_by_default_is_not_moved_by_controls(self) -> None:
+        _, reported = trained()
+        for stage in ("domain", "task"):
+            latest = files.read_json(self.place.models / stage / ".latest.json")["run"]
+            self.assertEqual(latest, Path(reported[stage]["run"]).name)
+            self.assertEqual(len(list((self.place.models / stage).glob("*/manifest.json"))), 1)
+
+    def test_running_it_again_trains_and_scores_nothing(self) -> None:
+        again = self.place.run("evaluate", *PROTOCOL, str(self.place.root / "other.jsonl"))
+        self.assertTrue(last_json(again)["reused"])
+        self.assertNotIn("making", again.stderr)
+        self.assertEqual(last_json(again)["cells"], self.found["cells"])
+
+    def test_manifest_names_every_run_that_took_part_and_the_test_items(self) -> None:
+        manifest = files.verify(Path(self.found["run"]))
+        wanted = {run["digest"] for run in self.runs("domain", "task", "controls/domain", "controls/task")}
+        self.assertLessEqual(wanted, {parent["digest"] for parent in manifest["parents"]})
+        self.assertRegex(manifest["test"], "[0-9a-f]{64}")
+
+    def test_examples_are_the_largest_gains_and_losses(self) -> None:
+        for kind, sign in (("won", 1), ("lost", -1)):
+            gains = [sign * (e["nll"]["task"] - e["nll"]["composed"]) for e in self.results["examples"][kind]]
+            self.assertEqual(gains, sorted(gains, reverse=True))
+            self.assertTrue(all(gain > 0 for gain in gains))
+            self.assertLessEqual(len(gains), 10)
+
+    def test_cautions_name_what_weakens_the_numbers(self) -> None:
+        said = " ".join(self.results["cautions"])
+        self.assertIn("not chosen on dev", said)
+        self.assertNotIn("One training seed", said)
+        self.assertNotIn("name no document", said)
+
+    def runs(self, *folders: str) -> list[dict[str, Any]]:
+        found = [path for folder in folders for path in (self.place.models / folder).glob("*/manifest.json")]
+        return [files.read_json(path) for path in found]
+
+
+class Rows(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.place, cls.reported = trained()
+        compared()  # its baseline is found by the others
+
+    def test_without_controls_the_report_says_which_claim_is_not_supported(self) -> None:
+        found = last_json(self.place.run("evaluate"))
+        self.assertEqual(list(found["cells"]), [*FOUR, *STACKED])
+        self.assertEqual(list(found["contrasts"]), ["H1", "H2", "H3"])
+        self.assertIn("--evaluate.controls", found["untested"]["H4"])
+        self.assertNotEqual(found["verdict"], "helps")
+
+    def test_further_rows_are_scored_beside_the_others(self) -> None:
+        merged = self.place.root / "merged"
+        last_json(self.place.run("inference", "--merge_path", str(merged)))
+        adapter = Path(self.reported["domain"]["run"]) / "adapter"
+        also = f"{merged},{adapter},{self.reported['task']['run']}"
+        cells = last_json(self.place.run("evaluate", "--evaluate.also", also))["cells"]
+        of_merged, of_adapter, of_task = list(cells)[-3:]
+        for key in ("answer_nll", "domain_nll", "general_nll"):
+            self.assertAlmostEqual(cells[of_merged][key], cells["composed"][key], places=4)
+            self.assertAlmostEqual(cells[of_adapter][key], cells["domain"][key], places=5)
+            self.assertAlmostEqual(cells[of_task][key], cells["composed"][key], places=5)
+
+    def test_model_with_another_tokenizer_is_refused(self) -> None:
+        directory = temporary_directory() / "other"
+        model, _ = toy.tiny_llama()
+        model.save_pretrained(directory)
+        toy.tiny_tokenizer(700).save_pretrained(directory)
+        refused = self.place.run("evaluate", "--evaluate.also", str(directory))
+        self.assertEqual(refused.returncode, 2, refused.stderr[-1000:])
+        self.assertIn("another tokenizer", refused.stderr)
+        self.assertNotIn("Traceback", refused.stderr)
+
+    def test_reading_the_test_split_again_for_other_weights_is_counted_and_shown(self) -> None:
+        before = files.read_json(Path(last_json(self.place.run("evaluate"))["run"]) / "results.json")["reads"]
+        other = self.place.run("evaluate", "--weights", "0.5,1")
+        after = files.read_json(Path(last_json(other)["run"]) / "results.json")["reads"]
+        self.assertEqual(after["test"], before["test"])
+        self.assertGreater(after["reads"], before["reads"])
+        self.assertIn(f"was read {after['reads']} times", " ".join(other.stdout.split()))
+
+    def test_a_seed_that_is_there_already_is_refused(self) -> None:
+        refused = self.place.run("evaluate", "--evaluate.seeds", "0")
+        self.assertEqual(refused.returncode, 2)
+        self.assertIn("this seed is there already", refused.stderr)
+
+    def test_general_text_that_is_not_there_is_refused(self) -> None:
+        refused = self.place.run("evaluate", "--evaluate.general_text", "nowhere.txt")
+        self.assertEqual(refused.returncode, 2)
+        self.assertIn("nowhere.txt", refused.stderr)
+
+
+class Regimes(unittest.TestCase):
+    def test_domain_ready_stops_and_goes_on_to_the_same_adapter(self) -> None:
+        place, reported = trained()
+        flags = ["--task.on", "domain_ready", "--task.train.epochs", "6", "--task.train.save_every_steps", "1"]
+        whole = last_json(place.run("train_task_adapter", *flags, "--run.name", "whole"))
+        running = place.start("train_task_adapter", *flags, "--run.name", "stopped")
+        running.wait_until(lambda: any((place.models / "task" / "stopped" / "checkpoints").glob("step-*")))
+        running.signal(signal.SIGTERM)
+        self.assertIn(running.wait().returncode, (0, 75))
+        again = last_json(place.run("train_task_adapter", *flags, "--run.name", "stopped"))
+        weights = [Path(run["adapter"]) / "adapter_model.safetensors" for run in (whole, again)]
+        self.assertEqual(*map(files.sha256_file, weights))
+        manifest = files.read_manifest(Path(whole["run"]))
+        self.assertEqual(manifest["identity"]["on"], "domain_ready")
+        self.assertIn(reported["domain"]["digest"], [parent["digest"] for parent in manifest["parents"]])
+        for run in (whole, again):  # the next tests want the stacked one as the newest
+            shutil.rmtree(run["run"])
+
+    def test_domain_ready_sees_the_domain_in_about_half_of_the_steps_and_always_on_dev(self) -> None:
+        seen = [stages.domain_is_on(0, step) for step in range(1000)]
+        self.assertAlmostEqual(sum(seen) / 1000, 0.5, delta=0.05)
+        self.assertEqual(seen, [stages.domain_is_on(0, step) for step in range(1000)])
+        self.assertNotEqual(seen, [stages.domain_is_on(1, step) for step in range(1000)])
+        self.assertTrue(stages.domain_is_on(0, None))
+
+
+class RandomControl(unittest.TestCase):
+    def test_random_adapter_has_the_norm_of_the_real_one_in_every_module_and_expert(self) -> None:
+        model, _ = toy.tiny_minimax_m2()
+        real = random_factors(model, ("q_proj", "o_proj"), 4, 8, 1) | expert_factors(model, 2, 4, 2)
+        made = random_like(real, 5)
+        self.assertEqual(set(made), set(real))
+        for name, f in real.items():
+            pairs = [(f, made[name])]
+            if f.is_experts:
+                pairs = [
+                    tuple(ModuleFactors(m.a_rI[e], m.b_Or[e], m.scale) for m in (f, made[name]))
+                    for e in range(len(f.a_rI))
+                ]
+            for theirs, ours in pairs:
+                self.assertAlmostEqual(norm(ours) / norm(theirs), 1.0, places=5)
+                self.assertFalse(torch.equal(ours.a_rI, theirs.a_rI))
+
+    def test_random_adapter_is_a_function_of_the_seed(self) -> None:
+        model, _ = toy.tiny_llama()
+        real = random_factors(model, ("q_proj",), 4, 8, 1)
+        one, same, other = (next(iter(random_like(real, seed).values())).b_Or for seed in (1, 1, 2))
+        self.assertTrue(torch.equal(one, same))
+        self.assertFalse(torch.equal(one, other))
+
+
+class Measures(unittest.TestCase):
+    SCORES: ClassVar[dict[str, Any]] = {
+        "items": [
+            {
+                "name": f"q{i}",
+                "document": f"d{i // 2}",
+                "answer_nll": float(i + 1),
+                "answer_tokens": 2 + i % 3,
+                "end_nll": 0.5,
+                "choice_nlls": [1.0, 2.0] if i % 2 else [2.0, 1.0],
+                "choice_tokens": [1, 4],
+                "answer_index": 0,
+            }
+            for i in range(16)
+        ],
+        "heldout": [{"name": f"t{i}", "nll": 30.0 + i, "tokens": 10 + i, "utf8_bytes": 50} for i in range(8)],
+        "seen": [],
+        "general": [],
+        "answers": [
+            {
+                "name": f"q{i}",
+                "document": f"d{i}",
+                "text": "x",
+                "tokens": 3 + i,
+                "ended": i < 6,
+                "repetitive": i == 0,
+                "thinking_left": False,
+                "exact_match": float(i < 2),
+                "f1": 0.25,
+            }
+            for i in range(8)
+        ],
+    }
+
+    def test_measures_are_sums_over_sums(self) -> None:
+        found = results.measured([self.SCORES], {"resamples": 200, "seed": 0})
+        items, documents = self.SCORES["items"], self.SCORES["heldout"]
+        tokens = sum(i["answer_tokens"] for i in items)
+        self.assertAlmostEqual(found["answer_nll"], sum(i["answer_nll"] for i in items) / tokens)
+        nll = sum(d["nll"] for d in documents)
+        self.assertAlmostEqual(found["domain_ppl"], math.exp(nll / sum(d["tokens"] for d in documents)))
+        self.assertAlmostEqual(found["domain_nll_per_byte"], nll / 400)
+        self.assertEqual((found["choice_accuracy"], found["choice_accuracy_per_token"]), (0.5, 0.0))
+        self.assertEqual((found["em"], found["f1"]), (0.25, 0.25))
+        self.assertEqual(found["format"]["ended"], 0.75)
+        self.assertEqual(found["format"]["tokens"], 6.5)
+
+    def test_what_the_data_do_not_support_is_absent(self) -> None:
+        items = [{**i, "choice_nlls": [], "choice_tokens": [], "answer_index": None} for i in self.SCORES["items"]]
+        found = results.measured([{"items": items}], {"resamples": 200, "seed": 0})
+        self.assertEqual(set(found), {"answer_nll", "end_of_turn_nll", "intervals"})
+
+    def test_examples_are_chosen_by_the_gain_per_token(self) -> None:
+        ours = self.SCORES["items"]
+        others = [{**i, "answer_nll": i["answer_nll"] + (4 - n) * i["answer_tokens"]} for n, i in enumerate(ours)]
+        found = results.chosen_examples(ours, others)
+        self.assertEqual(found["won"], ["q0", "q1", "q2", "q3"])
+        self.assertEqual(found["lost"][:3], ["q15", "q14", "q13"])
+        self.assertEqual(len(found["lost"]), 10)
+
+
+class Children(unittest.TestCase):
+    """A training that is started for a comparison: its result, its errors and its interruption are the caller's."""
+
+    def run_code(self, code: str) -> dict[str, Any]:
+        return controls._run([sys.executable, "-c", code], "a thing")
+
+    def test_last_line_is_the_result_and_settings_of_the_caller_stay_out(self) -> None:
+        code = "import json, os; print('noise'); print(json.dumps({'seen': os.environ.get('DTA_RUN__SEED')}))"
+        with mock.patch.dict("os.environ", {"DTA_RUN__SEED": "9"}):
+            self.assertEqual(self.run_code(code), {"seen": None})
+
+    def test_exit_code_of_a_failure_is_kept(self) -> None:
+        with self.assertRaises(PipelineError) as caught:
+            self.run_code("import sys; sys.exit(3)")
+        self.assertEqual(caught.exception.exit_code, 3)
+        self.assertIn("a thing", str(caught.exception))
+
+    def test_sigterm_reaches_the_training_and_the_comparison_can_be_run_again(self) -> None:
+        code = "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        code += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(30)"
+        before = signal.getsignal(signal.SIGTERM)
+        with self.assertRaises(Interrupted):
+            self.run_code(code)
+        self.assertEqual(signal.getsignal(signal.SIGTERM), before)
+
+
+class Reads(unittest.TestCase):
+    def test_each_comparison_is_counted_once_and_a_torn_line_is_none(self) -> None:
+        folder = temporary_directory()
+        self.assertEqual(reads.record(folder, test="t", composed="a", run="r1")["reads"], 1)
+        with (folder / reads.RECORD).open("a") as handle:
+            handle.write('{"test": "t", "comp\n')
+        self.assertEqual(reads.record(folder, test="t", composed="a", run="r1")["reads"], 1)
+        reads.record(folder, test="other", composed="a", run="r2")
+        found = reads.record(folder, test="t", composed="b", run="r3")
+        self.assertEqual((found["reads"], found["models"], found["reads_of_this"]), (2, 2, 1))
+        self.assertIn("read 2 times, for 2 composed models", reads.sentence(found))
+        self.assertEqual(reads.sentence({**found, "reads": 1}), "")
+
+    def test_items_are_identified_whatever_their_order(self) -> None:
+        self.assertEqual(reads.digest(["a", "b"], ["x", "y"]), reads.digest(["b", "a"], ["y", "x"]))
+        self.assertNotEqual(reads.digest(["a", "b"], ["x", "y"]), reads.digest(["a", "b"], ["x", "z"]))
+
+
+class Flags(unittest.TestCase):
+    def test_settings_survive_the_way_through_a_command_line(self) -> None:
+        given = ["--preset", "tiny_minimax_m2", "--task.lora.rank", "7", "--data.corpus", "a,b c", "--data.task", "x"]
+        config = cli.resolve([*given, "--run.trackers", "[]", "--task.lora.use_rslora"], {})
+        again = cli.resolve(cli.arguments(config, ("task", "data", "run")), {})
+        for section in ("task", "data", "run"):
+            self.assertEqual(getattr(again, section), getattr(config, section))
+        self.assertEqual(cli.resolve(cli.arguments(config, ("task",)), {}).data, cli.resolve(given[:2], {}).data)
+
+
+if __name__ == "__main__":
+    unittest.main()
