@@ -25,6 +25,7 @@ SECTIONS = ("compose", "inputs", "hub", "base", "run")
 def main(config: Config) -> dict[str, Any]:
     """Find the adapters, choose weights, compose, check, explain, save."""
     from utils import composing, files, hub, lineage, logger, runs, stages
+    from utils.proof.lookup import evaluation_of
 
     hub.check(config.hub)
     composing.refuse_models_inside(config)  # before anything is fetched or built there
@@ -51,7 +52,10 @@ def main(config: Config) -> dict[str, Any]:
         logger.event("this composition is already complete", path=directory)
     runs.mark_latest(config.run.models_dir, "composed", directory)
     recorded = run.manifest["composition"]
-    pushed = {"url": hub.push(run.adapter, config.hub, message="Composed adapter")} if config.hub.push_to_hub else {}
+    pushed = {}
+    if config.hub.push_to_hub:
+        evaluation = evaluation_of(config.run.models_dir, base.digest, found, recorded["recipe"])
+        pushed["url"] = hub.push(run.adapter, config.hub, message="Composed adapter", evaluation=evaluation)
     return {
         "composed": str(directory),
         "adapter": str(run.adapter),

@@ -26,7 +26,7 @@ SECTIONS = ("evaluate", "compose", "inputs", "base", "run")
 def main(config: Config) -> dict[str, Any]:
     """Find or make what belongs together, score every cell, conclude, write down, show."""
     from utils import comparison, files, logger, runs, stages
-    from utils.proof import families
+    from utils.proof import families, report
     from utils.proof.table import table
 
     base = stages.start(config)
@@ -41,6 +41,7 @@ def main(config: Config) -> dict[str, Any]:
                 results = comparison.compare(config, base, parts, directory)
                 files.write_json(directory / "results.json", results)
                 files.write_text(directory / "summary.txt", table(results) + "\n")
+                report.write(directory, results, parts.runs(), parts.composed.run if parts.composed else None)
             measured, test = results["measured"], results["reads"]["test"]
             parents = parts.runs()
             facts = runs.manifest(

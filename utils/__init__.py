@@ -25,7 +25,9 @@ engines    base_model   fetched or built once, identified by digest, loaded froz
            evaluation, generation                           what a model knows; what it says
            comparison, proof/                               cells against each other: runs, controls, results, report
            shards, fp8, merging, layer_sample, selfcheck    a standalone model, streamed, and checked
-           cards, gguf, hub                                 its README; other formats; publishing
+           cards, model_index, gguf, hub                    its README, with an evaluation; other formats; publishing
+           proof/       the proof: rows, controls, verdict, results, report.html
+           pages/       self-contained HTML pages: escaping, figures, charts
            canary/      the canary at the edge: balancer, log, probes, journal, loop, report
            benchmarks/  speed and memory as ratios of one run
 """

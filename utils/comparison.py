@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +12,11 @@ from typing import Any
 from config import Config
 from utils import composing, files, runs, training
 from utils.base_model import BaseModel
+from utils.logger import redact
 from utils.proof import cells, reads, results
 from utils.proof.cells import Material, Row
 from utils.proof.families import Participants
+from utils.runs import Run
 
 FEW_DOCUMENTS = 12
 NEVER_ENDS = 0.5
@@ -44,12 +48,17 @@ def compare(config: Config, base: BaseModel, parts: Participants, directory: Pat
         "missing": parts.missing,
         "reads": {**read, "sentence": reads.sentence(read)},
         "lineage": _lineage(base, parts),
+        "dataset": _dataset(parts.data),
+        "command": redact(shlex.join(sys.argv)),
         "versions": runs.versions(),
     }
     found["cautions"] = cautions(found, parts)
     if parts.composed:
         recorded = composing.record(parts.composed)
-        found["composition"] = {key: recorded[key] for key in ("recipe", "exact", "searched")}
+        found["composition"] = {
+            **{key: recorded[key] for key in ("recipe", "exact", "searched")},
+            "adapters": [run.digest for run in parts.composed.runs],
+        }
         found["composed_run"] = str(parts.composed.run.directory) if parts.composed.run else None
     found["measured"] = {
         "seconds": round(time.perf_counter() - began, 1),
@@ -115,6 +124,17 @@ def _lineage(base: BaseModel, parts: Participants) -> list[dict[str, Any]]:
         {**run.as_parent(), "measured": {k: v for k, v in run.manifest.get("measured", {}).items() if _is_small(v)}}
         for run in parts.runs()
     ]
+
+
+def _dataset(data: Run) -> dict[str, Any]:
+    """Where the test questions and the held-out documents came from."""
+    said = data.manifest["identity"]["data"]
+    return {
+        "task": said["task_test"] or said["task"],
+        "task_revision": said["task_revision"],
+        "corpus": said["corpus_heldout"] or said["corpus"],
+        "corpus_revision": said["corpus_revision"],
+    }
 
 
 def _is_small(value: Any) -> bool:
