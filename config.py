@@ -296,6 +296,13 @@ class BenchmarkSection(Section):
     """The merge suite's adapter is on the experts too, not on the attention alone."""
 
 
+class VerifySection(Section):
+    """Whether something on the disk can be trusted."""
+
+    path: str = ""
+    """A run, its adapter folder, a checkpoint, a merged or base model, or an adapter folder of another tool."""
+
+
 class RolloutSection(Section):
     """The canary: a new model beside the production one, behind a real load balancer (HAProxy)."""
 
@@ -415,6 +422,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     benchmark: BenchmarkSection = BenchmarkSection()
     rollout: RolloutSection = RolloutSection()
+    verify: VerifySection = VerifySection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")

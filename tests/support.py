@@ -53,6 +53,13 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 PRESET = "tiny_minimax_m2"
 ARCHITECTURES = {"llama": toy.tiny_llama, "minimax_m2": toy.tiny_minimax_m2}
 PATIENCE = 120.0
+# in the environment of every script that a workspace runs; test_secrets looks for them in all that was written
+SECRETS = {
+    "HF_TOKEN": 'a token of "unusual" shape/42',
+    "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
+    "OPENAI_API_KEY": "sk-" + "Zz9" * 16,
+    "PIP_EXTRA_INDEX_URL": "https://somebody:p4ssw0rd-of-somebody@packages.example.org/simple",
+}
 PRELOADED = [
     "accelerate",
     "datasets",
@@ -148,6 +155,7 @@ class Workspace:
         self.task = self.root / "pairs.jsonl"
         write_jsonl(self.corpus, [{"id": f"d{i}", "text": document_text(i)} for i in range(documents)])
         write_jsonl(self.task, [pair_row(i) for i in range(2 * documents)])
+        self.scripts: list[Script] = []
 
     @property
     def flags(self) -> list[str]:
@@ -159,10 +167,15 @@ class Workspace:
         return ["--data.corpus", str(self.corpus), "--data.task", str(self.task)]
 
     def run(self, name: str, *arguments: str) -> Completed[str]:
-        return forked(name, *self.flags, *arguments)
+        return self.start(name, *arguments).wait()
 
     def start(self, name: str, *arguments: str) -> Script:
-        return Script(name, *self.flags, *arguments)
+        # the command of a script may be its first word, before any flag
+        words = [*arguments[:1], *self.flags, *arguments[1:]]
+        if not arguments or arguments[0].startswith("-"):
+            words = [*self.flags, *arguments]
+        self.scripts.append(Script(name, *words, env=SECRETS))
+        return self.scripts[-1]
 
     def prepare(self) -> dict[str, Any]:
         return last_json(self.run("prepare_data", *self.sources))

@@ -11,7 +11,9 @@ import sys
 import tempfile
 import unicodedata
 import unittest
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +59,12 @@ def write_pdf(path: Path, pages: list[list[str]], *, password: str | None = None
         writer = PdfWriter(clone_from=path)
         writer.encrypt(password, algorithm="RC4-128")
         writer.write(path)
+
+
+def hub_dataset(splits: dict[str, list], files: Sequence[str] = ()) -> SimpleNamespace:
+    """What `datasets.load_dataset_builder` gives for a dataset on the hub with these rows and these files."""
+    config = SimpleNamespace(data_files={"train": list(files)})
+    return SimpleNamespace(config=config, as_streaming_dataset=lambda: splits)
 
 
 class CorpusTest(unittest.TestCase):
@@ -372,15 +380,29 @@ class TestHub(CorpusTest):
 
     def test_pinned_hub_dataset_is_streamed_at_its_commit(self):
         splits = {"train": [{"text": "one"}, {"text": "two"}], "test": [{"text": "never"}]}
-        with mock.patch("datasets.load_dataset", return_value=splits) as load:
+        dataset = hub_dataset(splits, [f"hf://datasets/org/name@{COMMIT}/data/train.parquet"])
+        with mock.patch("datasets.load_dataset_builder", return_value=dataset) as load:
             texts, _ = self.read("org/name:config", hub_revision=COMMIT)
         self.assertEqual(list(texts.values()), ["one", "two"])
         self.assertEqual(load.call_args.args, ("org/name", "config"))
-        self.assertEqual((load.call_args.kwargs["revision"], load.call_args.kwargs["streaming"]), (COMMIT, True))
+        self.assertEqual(load.call_args.kwargs["revision"], COMMIT)
         self.assertNotIn("trust_remote_code", load.call_args.kwargs)
 
+    def test_a_hub_dataset_that_names_files_from_elsewhere_is_refused_before_a_row_is_read(self):
+        for stray in (
+            "/etc/hostname",
+            "https://example.org/data.csv",
+            f"hf://datasets/org/name@{'b' * 40}/train.csv",
+            f"hf://datasets/org/name@{COMMIT}/../other@{COMMIT}/train.csv",
+        ):
+            dataset = hub_dataset({"train": [{"text": "never"}]}, [f"hf://datasets/org/name@{COMMIT}/a.csv", stray])
+            with mock.patch("datasets.load_dataset_builder", return_value=dataset):
+                message = self.error("org/name", hub_revision=COMMIT)
+            self.assertIn("takes files from outside of that commit", message)
+            self.assertIn(stray[:70], message)
+
     def test_hub_failure_is_an_error_with_the_reason(self):
-        with mock.patch("datasets.load_dataset", side_effect=ConnectionError("no route")):
+        with mock.patch("datasets.load_dataset_builder", side_effect=ConnectionError("no route")):
             self.assertIn("ConnectionError: no route", self.error("org/name", hub_revision=COMMIT))
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from tests.test_corpus import hub_dataset  # noqa: E402
 from utils.corpus.splits import leaks, split_by_document  # noqa: E402
 from utils.corpus.task_examples import read_task_examples  # noqa: E402
 from utils.exceptions import DataError  # noqa: E402
@@ -298,7 +299,7 @@ class TestErrors(TaskTest):
 class TestHub(TaskTest):
     def test_named_split_of_a_pinned_dataset(self):
         splits = {"train": [], "validation": [{"question": "q", "answer": "a"}]}
-        with mock.patch("datasets.load_dataset", return_value=splits):
+        with mock.patch("datasets.load_dataset_builder", return_value=hub_dataset(splits)):
             examples, _ = self.read("org/name", hub_revision=COMMIT, split="validation")
             self.assertEqual(examples[0]["id"], "org/name#1")
             message = self.error("org/name", hub_revision=COMMIT, split="dev")

@@ -1,7 +1,9 @@
 """The subjects of the pipeline, each a module; imports go down only.
 
 plumbing   exceptions   what can go wrong, and the exit codes
+           secrets      what a token or a password looks like, and a text without them
            logger       a line for people and a JSON line for programs; silent above rank 0
+           manifests    what a manifest has to hold, and its seal
            files        atomic writes, digests, the publish protocol, locks
            runs         run directories, manifests, choosing parents
            progress     a bar on a terminal, plain lines elsewhere
@@ -11,7 +13,8 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
            verdict      four contrasts and the word that follows
            rollout/     the canary as values: gate, controller, simulation
            answers      exact match, token F1, faults of an answer
-engines    base_model   fetched or built once, identified by digest, loaded frozen
+engines    model_directory   what is refused in one before any library opens it
+           base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk
@@ -20,6 +23,7 @@ engines    base_model   fetched or built once, identified by digest, loaded froz
            experts      fused experts: their spellings, and where a checkpoint's tensors sit in the model
            adapter_settings, adapter_files                  adapters on disk: what their settings say, their factors
            adapters, frozen_lora                            adapters on a model: to train, to infer
+           verification                                     whether something on the disk can be trusted
            lineage, stages                                  how stages find their parents; what training scripts share
            composing, probing, interference, composing_pictures     several adapters as one, checked, chosen, explained
            evaluation, generation                           what a model knows; what it says

@@ -7,6 +7,7 @@ shapes are the base model's, and nothing in the configuration changes the update
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ import torch
 from config import LoraSection
 from utils import adapter_settings, experts, files
 from utils.base_model import BaseModel
-from utils.composition import Factors, ModuleFactors, zero_modules
+from utils.composition import Factors, ModuleFactors, norm, zero_modules
 from utils.exceptions import ArtefactError, Problem
+from utils.model_directory import leads_out
+from utils.shards import Checkpoint
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -31,9 +34,9 @@ def find(path: Path) -> Path:
     Raises ArtefactError that says where it looked and what was there.
     """
     for directory in (path, path / "adapter"):
-        if (directory / adapter_settings.CONFIG).is_file():
+        if (directory / adapter_settings.CONFIG).is_file() and not leads_out(directory, path):
             return directory
-    below = sorted(p.parent for p in path.glob(f"*/{adapter_settings.CONFIG}"))
+    below = sorted(p.parent for p in path.glob(f"*/{adapter_settings.CONFIG}") if not leads_out(p.parent, path))
     if len(below) == 1:
         return below[0]
     if below:
@@ -60,7 +63,7 @@ def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFact
     settings = adapter_settings.read(directory)
     try:
         state = load_file(directory / adapter_settings.WEIGHTS)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a number format that torch does not have
         raise ArtefactError(
             Problem(f"{directory / adapter_settings.WEIGHTS} is damaged ({error})", fix="restore it from a copy")
         ) from error
@@ -68,6 +71,28 @@ def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFact
     if base is not None:
         _check_against(factors, settings, directory, base)
     return factors
+
+
+def digest(directory: Path) -> str:
+    """What identifies an adapter of another tool: its two files' contents."""
+    return files.fingerprint(digests(directory))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {name: files.sha256_file(directory / name) for name in (adapter_settings.CONFIG, adapter_settings.WEIGHTS)}
+
+
+def relative_size(factors: Factors, base: BaseModel, modules: int = 8) -> float:
+    """Median of ||delta|| / ||weight|| over some modules, evenly chosen; 0 when none has its own tensor on disk."""
+    checkpoint = Checkpoint(base.directory)
+    named = sorted(name for name in factors if f"{name}.weight" in checkpoint.homes)
+    shares = []
+    for module in named[:: max(1, len(named) // modules)][:modules]:
+        weight = f"{module}.weight"
+        pieces = checkpoint.rows(checkpoint.homes[weight], weight)
+        size = sum(float(piece_RI.norm()) ** 2 for _, _, piece_RI in pieces) ** 0.5
+        shares.append(norm(factors[module]) / size if size else 0.0)
+    return statistics.median(shares) if shares else 0.0
 
 
 def save(directory: Path, factors: Factors, base: BaseModel, *, lora: LoraSection | None = None) -> None:
@@ -136,7 +161,7 @@ def _factors(
     problems = []
     for key, tensor in state.items():
         matched = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if not matched or tensor.ndim != 2:
+        if not matched or tensor.ndim != 2 or not tensor.is_floating_point():
             problems.append(Problem(f"{directory}: unknown tensor", f"{key} {tuple(tensor.shape)}"))
         elif not torch.isfinite(tensor.float()).all():
             problems.append(Problem(f"{directory}: {key} holds NaN or infinity"))

@@ -5,13 +5,15 @@ Only what leaves the update at scale * B @ A is understood; every other setting 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import experts, files
+from utils import experts, files, model_directory
 from utils.base_model import BaseModel
 from utils.composition import Factors, layer_of
 from utils.exceptions import ArtefactError, Problem
@@ -20,13 +22,38 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
+PATIENCE_S = 30.0
 CONFIG = "adapter_config.json"
-# settings whose values are read here, or do not touch the update; every other one has to be off
-_UNDERSTOOD = {
-    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "lora_dropout", "bias"),
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _text_or_texts(value: Any) -> bool:
+    return isinstance(value, str) or _texts(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# settings that are read here, or do not touch the update, and what their values may be; every other one has to be off
+_UNDERSTOOD: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("peft_type", "peft_version", "base_model_name_or_path", "revision"), lambda v: isinstance(v, str)),
+    "task_type": lambda v: v == "CAUSAL_LM",
+    **dict.fromkeys(("inference_mode", "use_rslora"), lambda v: isinstance(v, bool)),
+    **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), lambda v: True),  # see _unreadable
+    "init_lora_weights": lambda v: isinstance(v, (str, bool)),
+    "lora_dropout": lambda v: isinstance(v, (int, float)) and 0 <= v <= 1,
+    "bias": lambda v: isinstance(v, str),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _text_or_texts),
+    "target_parameters": _texts,
+    "layers_to_transform": lambda v: _whole(v) or (isinstance(v, list) and all(_whole(layer) for layer in v)),
+    # the name of a module that PEFT would import
+    "megatron_core": lambda v: v == "megatron.core",
+    "qalora_group_size": _whole,
+    **dict.fromkeys(("eva_config", "runtime_config"), lambda v: isinstance(v, dict)),
 }
 _REASONS = {
     "use_dora": "DoRA rescales the whole weight, so two such adapters do not add up",
@@ -38,8 +65,16 @@ _REASONS = {
     "fan_in_fan_out": "transposed weights (GPT-2's Conv1D) are not supported",
     "auto_mapping": "it names classes to import, and an adapter runs no code here",
 }
+_OF_TRANSFORMERS = re.compile(r"transformers\.models\.[a-z0-9_.]+ [A-Za-z0-9_]+")
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LEFT_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+
+
+class _EndlessError(Exception):
+    """An expression that was stopped."""
+
+
+_BAD_PATTERN = (re.error, OverflowError, RecursionError, _EndlessError)
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -49,13 +84,19 @@ def read(directory: Path) -> dict[str, Any]:
         pickled = any(str(name).endswith((".bin", ".pt", ".pth")) for name in have)
         fix = "pickled weights are refused: save it with safetensors" if pickled else "give the adapter/ folder"
         raise ArtefactError(Problem(f"{directory} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}", have, fix))
-    settings = files.read_json(directory / CONFIG)
-    if not isinstance(settings, dict):
-        raise ArtefactError(Problem(f"{directory / CONFIG} is not a PEFT configuration", type(settings).__name__))
+    if links := [name for name in (CONFIG, WEIGHTS) if model_directory.leads_out(directory / name, directory)]:
+        fix = "put the files themselves there"
+        raise ArtefactError([Problem(f"{directory / name} leads out of {directory}", fix=fix) for name in links])
+    settings = files.read_object(directory / CONFIG)
     problems = [
         Problem(f"{directory}: {key} is set: {_REASONS.get(key, 'its effect on the update is not known here')}", value)
         for key, value in settings.items()
         if key not in _UNDERSTOOD and value and not (key == "auto_mapping" and _names_transformers(value))
+    ]
+    problems += [
+        Problem(f"{directory}: {key} cannot have this value", settings[key], "restore it from a copy")
+        for key, fits in _UNDERSTOOD.items()
+        if settings.get(key) is not None and not fits(settings[key])
     ]
     if settings.get("peft_type") != "LORA":
         problems.append(Problem(f"{directory}: peft_type is not LORA", settings.get("peft_type")))
@@ -106,15 +147,17 @@ def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     parameters = settings.get("target_parameters") or []
     found = set()
+    places = experts.places(base.model_type, experts.tensor_shapes(base.directory))
     try:
         rule = LoraConfig(**{key: settings.get(key) for key in keys})
-        for name, place in experts.places(base.model_type, experts.tensor_shapes(base.directory)).items():
-            # an expert's own matrix goes by its name on disk, as it does in the adapter's keys
-            module = (place.parameter if place.expert is None else name).removesuffix(".weight")
-            by_rule = bool(rule.target_modules) and bool(check_target_module_exists(rule, module))
-            if by_rule or any(f".{place.parameter}".endswith(f".{parameter}") for parameter in parameters):
-                found.add(place.parameter.removesuffix(".weight"))
-    except (TypeError, ValueError, re.error) as error:
+        with _in_time():
+            for name, place in places.items():
+                # an expert's own matrix goes by its name on disk, as it does in the adapter's keys
+                module = (place.parameter if place.expert is None else name).removesuffix(".weight")
+                by_rule = bool(rule.target_modules) and bool(check_target_module_exists(rule, module))
+                if by_rule or any(f".{place.parameter}".endswith(f".{parameter}") for parameter in parameters):
+                    found.add(place.parameter.removesuffix(".weight"))
+    except (TypeError, ValueError, *_BAD_PATTERN) as error:
         what = f"{directory}: target_modules and what restricts them cannot be read ({error})"
         raise ArtefactError(Problem(what, {key: settings[key] for key in keys if settings.get(key)})) from error
     return found
@@ -126,11 +169,35 @@ def scale_of(module: str, rank: int, settings: dict[str, Any]) -> float:
 
 
 def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a key matches the end of the module's path."""
+    """PEFT's rule: a key matches the end of the module's path. Raises ArtefactError for a key that never ends."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        try:
+            with _in_time():
+                matched = re.match(rf"(.*\.)?({key})$", module)
+        except _BAD_PATTERN as error:
+            raise ArtefactError(Problem(f"a pattern of {CONFIG} cannot be matched ({error})", key)) from error
+        if matched:
             return value
     return default
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """An expression such as (a+)+ takes longer than the universe on some names; `re` lets a signal stop it."""
+
+    def stop(*_: object) -> None:
+        raise _EndlessError(f"it took longer than {PATIENCE_S:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def tidy(number: float) -> int | float:
@@ -149,17 +216,19 @@ def shortest_targets(factors: Factors, keep: int = 1) -> list[str]:
 
 def _names_transformers(value: Any) -> bool:
     """PEFT writes auto_mapping when no task_type was given; classes of transformers itself are what it then names."""
-    return isinstance(value, dict) and str(value.get("parent_library")).startswith("transformers.")
+    names = [value.get(key) for key in ("parent_library", "base_model_class")] if isinstance(value, dict) else []
+    return all(isinstance(name, str) for name in names) and bool(_OF_TRANSFORMERS.fullmatch(" ".join(names)))
 
 
 def _unreadable(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     """(what is wrong, the value) of ranks, scales and patterns."""
 
     def is_rank(value: Any) -> bool:
-        return isinstance(value, int) and value >= 1
+        return _whole(value) and value >= 1
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        # beyond that a float32 sum is no number any more; it also says no to infinity and NaN
+        return (_whole(value) or isinstance(value, float)) and abs(value) < 1e30
 
     found = []
     for key, patterns, fits in (("r", "rank_pattern", is_rank), ("lora_alpha", "alpha_pattern", is_number)):
@@ -175,7 +244,7 @@ def _unreadable(settings: dict[str, Any]) -> list[tuple[str, Any]]:
                 found.append((f"{patterns} has no {kind} for {pattern}", value))
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except _BAD_PATTERN as error:
                 found.append((f"{patterns} has a key that is no regular expression ({error})", pattern))
     return found
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +20,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import BaseModelSection
-from utils import files
+from utils import files, model_directory
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = (
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "special_tokens_map.json",
+    ),
+    *("vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 # float32 routing: a bfloat16 router sent 3% of tokens to other experts, and servers keep it in float32
 FLOAT32_ROUTER = {"mlp.gate", "e_score_correction_bias"}
 
@@ -51,7 +60,7 @@ class BaseModel:
     @property
     def model_type(self) -> str:
         """The architecture, as config.json names it."""
-        return str(files.read_json(self.directory / "config.json").get("model_type", ""))
+        return str(files.read_object(self.directory / "config.json").get("model_type", ""))
 
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
@@ -68,18 +77,17 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
             with files.locked(models_dir / "base" / f".{section.name}", "the base model"):
                 if not (directory / files.MANIFEST).exists():
                     build(section, directory)
-        elif (found := files.read_json(directory / files.MANIFEST).get("source")) != section.source:
+        elif (found := files.read_manifest(directory).get("source")) != section.source:
             raise ArtefactError(
                 Problem(
                     f"{directory} was made from {found}, not from {section.source}", fix="give it another --base.name"
                 )
             )
-        files.verify(directory, hash_files=False)
     elif Path(section.source).is_dir():
         directory = Path(section.source)
     else:
         directory = _download(section)
-    return _identified(directory, section, models_dir)
+    return identify(directory, section.source, section.revision, models_dir / "base" / ".digests")
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -116,8 +124,9 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
 
         MiniMaxM2ForCausalLM._keep_in_fp32_modules_strict = FLOAT32_ROUTER
     with quiet_transformers(), _readable(base.directory):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             base.directory,
+            output_loading_info=True,
             dtype=dtype or compute_dtype(section.dtype),
             attn_implementation=section.attention,
             trust_remote_code=False,
@@ -125,6 +134,10 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
             local_files_only=True,
             **extra,
         )
+    if lost := sorted(found["missing_keys"]):
+        # transformers makes them up at random, with a warning
+        what = f"the files of {base.directory} lack {len(lost)} tensors that its config.json asks for"
+        raise ArtefactError(Problem(what, lost[:3], "fetch the model again"))
     if extra and (dtype or compute_dtype(section.dtype)) == torch.float32:
         model = model.float()  # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
     model.requires_grad_(False)
@@ -192,34 +205,46 @@ class quiet_transformers:
         logging.set_verbosity(self._verbosity)
 
 
-def _identified(directory: Path, section: BaseModelSection, models_dir: Path) -> BaseModel:
-    weights = sorted(directory.glob("*.safetensors"))
-    problems = []
-    if not (directory / "config.json").is_file():
-        problems.append(Problem(f"{directory} has no config.json", fix="point --base.source at a model directory"))
-    if not weights:
-        problems.append(Problem(f"{directory} has no .safetensors file; pickled weights (.bin, .pt) are refused"))
-    if (directory / "adapter_config.json").exists():
-        # transformers would load the adapter on top of the weights without a word
-        problems.append(Problem(f"{directory} contains adapter_config.json", fix="remove it: a base model has none"))
-    if problems:
+def identify(directory: Path, source: str, revision: str, cache: Path | None) -> BaseModel:
+    """The model in a directory, by the digests of its files; with `cache`, files that did not change are not read.
+
+    Raises ArtefactError for everything in the directory that is not to be trusted.
+    """
+    if problems := model_directory.problems(directory):
         raise ArtefactError(problems)
-    cache = models_dir / "base" / ".digests"
-    model_digest = _digest([directory / "config.json", *weights], cache)
-    tokenizer_digest = _digest([p for n in TOKENIZER_FILES if (p := directory / n).is_file()], cache)
-    return BaseModel(directory, section.source, section.revision, model_digest, tokenizer_digest)
+    if (directory / files.MANIFEST).is_file():  # one of ours: built here, or merged
+        _remembered(
+            [*files.artefact_files(directory), directory / files.MANIFEST],
+            cache,
+            lambda: files.verify(directory)["digest"],
+        )
+    templates = sorted(directory.glob(f"{model_directory.TEMPLATES}/*.jinja"))
+    tokenizer = [*(p for n in TOKENIZER_FILES if (p := directory / n).is_file()), *templates]
+    model_digest = _digest([directory / "config.json", *sorted(directory.glob("*.safetensors"))], cache)
+    return BaseModel(directory, source, revision, model_digest, _digest(tokenizer, cache))
 
 
-def _digest(paths: list[Path], cache: Path) -> str:
-    """Digest of files by content; remembered by name, size and time, because 230 GB take minutes to read."""
-    stamp = files.fingerprint([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
+def _digest(paths: list[Path], cache: Path | None) -> str:
+    """Digest of files by content."""
+    return _remembered(paths, cache, lambda: files.fingerprint({p.name: files.sha256_file(p) for p in paths}))
+
+
+def _remembered(paths: list[Path], cache: Path | None, digest: Callable[[], str]) -> str:
+    """What `digest` says of files, read once: 230 GB take minutes. A file that was written to is another one.
+
+    The time of the last change of its status cannot be set by a program, as that of its content can.
+    """
+    if cache is None:
+        return digest()
+    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    stamp = files.fingerprint([(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats])
     remembered = cache / f"{stamp}.json"
-    if remembered.exists():
-        return str(files.read_json(remembered)["digest"])
-    digest = files.fingerprint({p.name: files.sha256_file(p) for p in paths})
+    if remembered.exists() and isinstance(known := files.read_object(remembered).get("digest"), str):
+        return known
+    found = digest()
     files.make_directory(cache)
-    files.write_json(remembered, {"digest": digest, "files": [str(p) for p in paths]})
-    return digest
+    files.write_json(remembered, {"digest": found, "files": [str(path) for path in paths]})
+    return found
 
 
 def _download(section: BaseModelSection) -> Path:

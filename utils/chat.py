@@ -3,10 +3,14 @@
 The prompt is the chat template with the generation prompt; the answer is appended to exactly that, and ends with the
 end-of-turn token. Templates that open a think block for generation (MiniMax-M2) get it closed first, empty unless the
 data has reasoning, because their generation prompt is not a prefix of the rendered conversation.
+
+What a person wrote is text: a special token that stands in it (`<|im_end|>`) is spelled out in ordinary tokens. The
+template and this module alone put real ones; the marks of a think block in a conversation stay what templates cut at.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THINK_END = "</think>"
+THINK_MARKS = ("<think>", THINK_END)
+# stands for a special token that a person wrote while a template is rendered; private use, so in no template
+_STAND_IN = 0xF0000
 
 
 def user_text(example: Mapping[str, Any]) -> str:
@@ -30,15 +37,33 @@ def messages(example: Mapping[str, Any], system_prompt: str) -> list[dict[str, s
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> list[int]:
     """Token ids of everything before the answer."""
-    text = tokenizer.apply_chat_template(messages(example, system_prompt), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    turns, written = _with_stand_ins(tokenizer, messages(example, system_prompt))
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    if not written:
+        return _template_ids(tokenizer, text)
+    ids: list[int] = []
+    pending = ""
+    for piece in _special_tokens(tokenizer).split(text):  # the template's own special tokens, and what is between them
+        if written.keys().isdisjoint(piece):
+            pending += piece
+            continue
+        literal = "".join(written.get(character, character) for character in piece)
+        ids += [*_template_ids(tokenizer, pending), *text_ids(tokenizer, [literal])[0]]
+        pending = ""
+    return [*ids, *_template_ids(tokenizer, pending)]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, reasoning: str | None = None) -> list[int]:
     """Token ids that the model should produce after the prompt, the end-of-turn token last."""
     # the closing and the answer are tokenised apart: together their white space could merge over the border
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*_closing_ids(tokenizer, reasoning), *ids, int(tokenizer.eos_token_id)]
+    return [*_closing_ids(tokenizer, reasoning), *text_ids(tokenizer, [answer])[0], int(tokenizer.eos_token_id)]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of what a person wrote: no special token comes out, whatever stands in it."""
+    # one call for all: the tokenizer then works on every core; its advice about length is ours to follow
+    made = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return [list(ids) for ids in made["input_ids"]]
 
 
 def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> int:
@@ -49,7 +74,10 @@ def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = No
 def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> list[int]:
     if not opens_thinking(tokenizer):
         return []
-    return list(tokenizer(f"{reasoning or ''}\n{THINK_END}\n\n", add_special_tokens=False)["input_ids"])
+    text, end = reasoning or "", f"\n{THINK_END}\n\n"
+    if _special_tokens(tokenizer).search(text):
+        return [*text_ids(tokenizer, [text])[0], *_template_ids(tokenizer, end)]
+    return _template_ids(tokenizer, text + end)
 
 
 def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -68,7 +96,27 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """Token ids of unlabelled documents: no chat tokens, bos before and eos after each."""
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     end = [int(tokenizer.eos_token_id)]
-    # one call for all: the tokenizer then works on every core; its advice about length is ours to follow
-    return [
-        [*begin, *ids, *end] for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    ]
+    return [[*begin, *ids, *end] for ids in text_ids(tokenizer, texts)]
+
+
+def _with_stand_ins(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The turns with a character in place of each special token that stands in them, and what each stands for."""
+    pattern, said = _special_tokens(tokenizer), "".join(turn["content"] for turn in turns)
+    tokens = sorted({found for found in pattern.findall(said)})
+    free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in said)
+    stand_ins = dict(zip(tokens, free, strict=False))
+    replaced = [{**turn, "content": pattern.sub(lambda found: stand_ins[found[0]], turn["content"])} for turn in turns]
+    return replaced, {character: token for token, character in stand_ins.items()}
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds each special token but the think marks; split at it, a text keeps them."""
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted(known.difference(THINK_MARKS), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, tokens)) or '(?!)'})")

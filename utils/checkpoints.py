@@ -46,7 +46,7 @@ def save(
     target = root / f"step-{state.step:08d}"
     if target.exists():  # a resumed run that stops again before its next step has nothing new to say
         return
-    with files.publish(target, lambda: {"kind": "checkpoint", "step": state.step}) as temporary:
+    with files.publish(target, lambda: {"kind": "checkpoint", "step": state.step, "run": _run(root)}) as temporary:
         save_file(adapter, temporary / "adapter.safetensors")
         save_file(best, temporary / "best.safetensors")
         save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
@@ -59,8 +59,10 @@ def newest_valid(root: Path) -> Path | None:
     """The valid checkpoint of the highest step (by name, never by time); damaged ones are set aside with a warning."""
     for directory in _directories(root):
         try:
-            files.verify(directory)
-            return directory
+            manifest = files.verify(directory)
+            if (manifest.get("run"), f"step-{manifest.get('step'):08d}") == (_run(root), directory.name):
+                return directory
+            raise ArtefactError("it is a checkpoint of another run or step")
         except ArtefactError as error:
             aside = directory.with_name(f"invalid-{directory.name}-{os.getpid()}")
             directory.rename(aside)
@@ -87,6 +89,12 @@ def discard(root: Path) -> None:
         _remove(directory)
     if root.is_dir() and not any(root.iterdir()):
         root.rmdir()
+
+
+def _run(root: Path) -> str:
+    """What the run is that these checkpoints belong to: a valid one of another run must not be gone on from."""
+    identity = root.parent / "identity.json"
+    return files.fingerprint(files.read_json(identity)) if identity.exists() else ""
 
 
 def _directories(root: Path) -> list[Path]:

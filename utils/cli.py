@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 import config as settings
-from utils import logger
+from utils import logger, secrets
 from utils.exceptions import ConfigError, PipelineError, Problem
 
 ENV_PREFIX = "DTA_"
@@ -58,15 +59,31 @@ def run(
     sections: Sequence[str],
     description: str | None,
     argv: Sequence[str] | None = None,
+    status: Callable[[dict[str, Any]], int] = lambda result: 0,
 ) -> NoReturn:
-    """Parse, check, run `main`, print its result as one line of JSON and exit; errors become text and an exit code."""
-    logger.setup()
-    _prepare_process()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Parse, check, run `main`, print its result as one line of JSON and exit; errors become text and an exit code.
+
+    `status` gives the exit code of a result.
+    """
+    with logger.clean_output():
+        logger.setup()
+        _prepare_process()
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        sys.exit(_exit_code(main, plan, sections, description or "", arguments, status))
+
+
+def _exit_code(
+    main: Callable[[settings.Config], dict[str, Any]],
+    plan: Callable[[settings.Config], list[str]],
+    sections: Sequence[str],
+    description: str,
+    arguments: list[str],
+    status: Callable[[dict[str, Any]], int],
+) -> int:
     try:
         if {"--help", "-h"} & set(arguments):
-            print(_help_text(description or "", sections))
-            sys.exit(0)
+            print(_help_text(description, sections))
+            return 0
         dry_run = "--dry-run" in arguments
         config = resolve([a for a in arguments if a != "--dry-run"], os.environ)
         if dry_run:
@@ -74,20 +91,23 @@ def run(
             result: dict[str, Any] = {"dry_run": True, "config": config.model_dump(mode="json")}
         else:
             result = main(config)
+        if logger.rank() == 0:
+            print(logger.json_line(result), flush=True)
     except PipelineError as error:
         if logger.rank() == 0:
-            print(logger.redact(str(error)), file=sys.stderr)
-        sys.exit(error.exit_code)
+            print(logger.printable(str(error)), file=sys.stderr)
+        return error.exit_code
     except OSError as error:  # what no stage foresaw about a file: still a message and not a traceback
-        print(logger.redact(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
-        sys.exit(2)
+        reason = f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
+        print(logger.printable(reason), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    if logger.rank() == 0:
-        sys.stdout.flush()
-        print(logger.redact(json.dumps(result, ensure_ascii=False, default=str)), flush=True)
-    sys.exit(0)
+        return 130
+    except Exception:  # noqa: BLE001 - a bug: shown here, because the interpreter would show it with secrets in it
+        print(logger.printable(traceback.format_exc()), file=sys.stderr)
+        return 1
+    return 0 if dry_run else status(result)
 
 
 def _prepare_process() -> None:
@@ -104,6 +124,10 @@ def _prepare_process() -> None:
 
 def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> settings.Config:
     """The configuration asked for by flags and environment variables. Raises ConfigError with every problem."""
+    given = [*arguments, *(value for name, value in environment.items() if name.upper().startswith(ENV_PREFIX))]
+    if unreadable := [text for text in given if not _is_text(text)]:
+        fix = "rename the file, or write the setting in UTF-8"
+        raise ConfigError([Problem("a setting is no UTF-8 text", text, fix) for text in unreadable])
     preset_name, arguments, problems = _preset(list(arguments), environment)
     known = _paths()
     normal, flag_problems = _flags(arguments, known)
@@ -116,9 +140,12 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> setting
     overrides = {p: "environment" for p in _leaves(from_environment)} | {p: "flag" for p in _leaves(from_flags)}
     values = _merge(_merge(preset.model_dump(), from_environment), from_flags)
     try:
-        return settings.Config.model_validate(values | {"preset": preset_name, "overrides": overrides})
+        config = settings.Config.model_validate(values | {"preset": preset_name, "overrides": overrides})
     except ValidationError as error:
         raise ConfigError(_validation_problems(error, overrides)) from error
+    if problems := _secret_problems(config):
+        raise ConfigError(problems)
+    return config
 
 
 def arguments(config: settings.Config, sections: Sequence[str]) -> list[str]:
@@ -249,6 +276,22 @@ def _validation_problems(error: ValidationError, overrides: Mapping[str, str]) -
     return problems
 
 
+def _secret_problems(config: settings.Config) -> list[Problem]:
+    """Settings are written into manifests: none may hold a secret. A prompt is not written, and may say anything."""
+    what = "holds what looks like a password or an access token, and settings are written into manifests"
+    fix = "give it in the environment (HF_TOKEN, WANDB_API_KEY, ...), and leave it out here"
+    return [
+        Problem(f"--{path} {what}", fix=fix)
+        for path, _ in _fields(settings.Config)
+        if path != "inference.prompt" and secrets.holds_secret(_spelled(_value(config, path)))
+    ]
+
+
+def _is_text(argument: str) -> bool:
+    """Bytes of the command line that are no UTF-8 become halves of surrogate pairs, which no file can hold."""
+    return "\0" not in argument and not any("\ud800" <= c <= "\udfff" for c in argument)
+
+
 def _command_line() -> type[BaseSettings]:
     """`Config` without its defaults, as the settings class that the flag and environment sources read."""
 
@@ -326,11 +369,16 @@ def _card(config: settings.Config, sections: Sequence[str], plan: list[str]) -> 
     lines = [f"preset {config.preset}"]
     for path, _ in _fields(settings.Config):
         if path.split(".")[0] in sections:
-            value: Any = config
-            for part in path.split("."):
-                value = getattr(value, part)
-            lines.append(f"  {path:<40} {_spelled(value):<44} {config.overrides.get(path, 'preset')}")
+            value = _spelled(_value(config, path))
+            lines.append(f"  {path:<40} {value:<44} {config.overrides.get(path, 'preset')}")
     return "\n".join([*lines, "", "would do:", *(f"  - {step}" for step in plan)])
+
+
+def _value(config: settings.Config, path: str) -> Any:
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _spelled(value: Any) -> str:

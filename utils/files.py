@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from utils import manifests
 from utils.exceptions import ArtefactError, Problem
 
 MANIFEST = "manifest.json"
@@ -74,10 +75,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtefactError(Problem(f"{path} does not exist")) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ArtefactError(Problem(f"cannot read {path}: {error.strerror or error}")) from error
+    except (ValueError, RecursionError) as error:  # also of numbers of 5,000 digits, and of 100,000 brackets
         raise ArtefactError(
             Problem(f"{path} is not valid JSON ({error})", fix="restore it or make the run anew")
         ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that has to be an object. Raises ArtefactError naming the file when it is none."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ArtefactError(Problem(f"{path} is a {type(value).__name__}, not a JSON object", fix="restore it"))
+    return value
 
 
 @contextmanager
@@ -134,6 +145,7 @@ def seal(directory: Path, manifest: dict[str, Any], digests: Mapping[str, str] |
         name = path.relative_to(directory).as_posix()
         files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
     complete = {**manifest, "digest": fingerprint({name: f["sha256"] for name, f in files.items()}), "files": files}
+    complete[manifests.SEAL] = manifests.seal(complete, fingerprint)
     _fsync_directory(directory)
     write_json(directory / MANIFEST, complete)
     return complete
@@ -149,19 +161,28 @@ def artefact_files(directory: Path) -> list[Path]:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest as it stands, without looking at the files. Raises ArtefactError when it is none."""
     manifest = read_json(directory / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ArtefactError(Problem(f"{directory / MANIFEST} is not a manifest", fix="remove the directory"))
+    if found := manifests.problems(manifest):
+        what = f"{directory / MANIFEST} is not a manifest of this version"
+        raise ArtefactError(
+            [Problem(f"{what}: {reason}", fix="restore it, or remove the directory") for reason in found[:5]]
+        )
     return manifest
 
 
 def verify(directory: Path, *, hash_files: bool = True) -> dict[str, Any]:
-    """The manifest of a complete artefact, checked against its files.
+    """The manifest of a complete artefact, checked against its files: these and no others.
 
     With `hash_files=False` only presence and size are checked. Raises ArtefactError naming each file that differs.
     """
     manifest = read_manifest(directory)
     problems: list[Problem] = []
     root = directory.resolve()
+    if manifests.was_edited(manifest, fingerprint):
+        problems.append(Problem(f"{directory / MANIFEST} was edited after it was written"))
+    for path in artefact_files(directory):
+        if path.relative_to(directory).as_posix() not in manifest["files"]:
+            # a loader takes what it finds: adapter_config.json beside merged weights is an adapter applied twice
+            problems.append(Problem(f"{path} is no part of the artefact: it was added later", fix="move it elsewhere"))
     for name, expected in manifest["files"].items():
         path = directory / name
         if not path.resolve().is_relative_to(root):
@@ -175,7 +196,9 @@ def verify(directory: Path, *, hash_files: bool = True) -> dict[str, Any]:
     if problems:
         last = problems.pop()
         problems.append(
-            Problem(last.what, last.value, f"restore {directory} from a copy, or remove it and make it anew")
+            Problem(
+                last.what, last.value, last.fix or f"restore {directory} from a copy, or remove it and make it anew"
+            )
         )
         raise ArtefactError(problems)
     return manifest

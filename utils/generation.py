@@ -10,6 +10,7 @@ import torch
 
 from config import InferenceSection
 from utils import chat
+from utils.logger import printable
 from utils.losses import autocast
 
 if TYPE_CHECKING:
@@ -23,13 +24,6 @@ class Answer:
     text: str
     tokens: int
     ended: bool
-
-
-def printable(text: str) -> str:
-    """Text without control characters but newline and tab: escape sequences from a model never reach a terminal."""
-    return "".join(
-        c if c in "\n\t" or (c.isprintable() and c not in "\u202a\u202b\u202d\u202e") else "\ufffd" for c in text
-    )
 
 
 def answer(

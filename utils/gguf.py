@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from utils.exceptions import ArtefactError, Problem
-from utils.logger import event, redact
+from utils.logger import event
+from utils.secrets import redact
 
 CONVERTER = "convert_hf_to_gguf.py"
 CHECKOUT = "LLAMA_CPP_DIR"

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from config import HubSection
 from utils import cards, files, model_index
 from utils.exceptions import ArtefactError, Problem
-from utils.logger import event, redact, warning
+from utils.logger import event, warning
+from utils.secrets import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

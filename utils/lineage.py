@@ -14,6 +14,8 @@ from utils.logger import event, warning
 from utils.runs import Run
 
 ELSEWHERE = "elsewhere"
+# adapters trained here are at 0.3 to 4% of the weights (median over modules); lora_alpha times 100 is far above
+UNUSUAL_SIZE = 0.25
 
 
 def prepared_run(config: Config, base: BaseModel) -> Run:
@@ -108,16 +110,21 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
             adapter=directory,
             made_for=named or "not said",
         )
-    digests = {
-        name: files.sha256_file(directory / name) for name in (adapter_settings.CONFIG, adapter_settings.WEIGHTS)
-    }
+    size = adapter_files.relative_size(adapter_files.load(directory, base), base)
+    if size > UNUSUAL_SIZE:
+        warning(
+            "the update of this adapter is unusually large beside the weights: is its lora_alpha the one it had?",
+            adapter=directory,
+            share=size,
+            lora_alpha=settings["lora_alpha"],
+        )
     event(f"using an adapter of another tool as the {stage} adapter", path=directory, peft=settings.get("peft_version"))
     return Run(
         directory,
         {
             "kind": stage,
-            "digest": files.fingerprint(digests),
-            "files": digests,
+            "digest": adapter_files.digest(directory),
+            "files": adapter_files.digests(directory),
             "base": base.record(),
             "parents": [],
             "identity": {"stage": stage, "on": ELSEWHERE},
@@ -214,10 +221,12 @@ def _own(path: Path) -> Path | None:
 def _for_base(base: BaseModel) -> Callable[[Run], str]:
     def fits(run: Run) -> str:
         found = run.manifest["base"]
-        if found["digest"] == base.digest:
-            return ""
-        other, ours = found["digest"][:12], base.digest[:12]
-        return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
+        if found["digest"] != base.digest:
+            other, ours = found["digest"][:12], base.digest[:12]
+            return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
+        if found.get("tokenizer_digest", base.tokenizer_digest) != base.tokenizer_digest:
+            return f"made with another tokenizer or chat template than that of {base.directory}"
+        return ""
 
     return fits
 

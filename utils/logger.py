@@ -1,7 +1,8 @@
 """Structured logging: readable on a terminal, JSON lines in the run directory, silent on ranks above 0.
 
 `event("checkpoint", step=20)` is one line for a person and one JSON object for a program. Standard output is kept
-for results (its last line is JSON), so all logging goes to standard error.
+for results (its last line is JSON), so all logging goes to standard error. What is printed passes through here: without
+secrets (`utils/secrets.py`), and without what would command a terminal.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from utils.secrets import redact
 
 _LOGGER = logging.getLogger("adapters")
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}")
+# control characters but tab and newline, line separators, marks that reorder text, halves of surrogate pairs
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def rank() -> int:
@@ -26,9 +30,41 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def redact(text: str) -> str:
-    """Access tokens never reach a log, a manifest or an exception."""
-    return _SECRET.sub("<token>", text)
+def printable(text: str) -> str:
+    """Text that cannot command a terminal: no escape sequence, no text that only looks like another."""
+    return _COMMANDS.sub("\ufffd", text)
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON without secrets; what would command a terminal is escaped, so nothing is lost."""
+    text = redact(json.dumps(value, ensure_ascii=False, default=str))
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class _Cleaned:
+    """A stream whose text is cleaned before it is written."""
+
+    def __init__(self, stream: TextIO, clean: Callable[[str], str]):
+        self._stream, self._clean = stream, clean
+
+    def write(self, text: str) -> int:
+        return self._stream.write(self._clean(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def clean_output() -> Iterator[None]:
+    """Meanwhile nothing that is printed, also by a library, holds a secret; standard output commands no terminal."""
+    before = sys.stdout, sys.stderr
+    # progress bars on standard error move the cursor
+    sys.stdout = _Cleaned(sys.stdout, lambda text: printable(redact(text)))  # type: ignore[assignment]
+    sys.stderr = _Cleaned(sys.stderr, redact)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class _Terminal(logging.Formatter):
@@ -36,14 +72,14 @@ class _Terminal(logging.Formatter):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         mark = {"WARNING": " warning:", "ERROR": " error:"}.get(record.levelname, "")
         facts = " ".join(f"{key}={_short(value)}" for key, value in getattr(record, "facts", {}).items())
-        return redact(f"{clock}{mark} {record.getMessage()}{'  ' + facts if facts else ''}")
+        return printable(redact(f"{clock}{mark} {record.getMessage()}{'  ' + facts if facts else ''}"))
 
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
-        return redact(json.dumps(line | getattr(record, "facts", {}), ensure_ascii=False, default=str))
+        return json_line(line | getattr(record, "facts", {}))
 
 
 def setup() -> None:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import files
+from utils import files, manifests
 from utils.exceptions import ArtefactError, Problem
-from utils.logger import event, redact
+from utils.logger import event
+from utils.secrets import redact
 
 FORMAT_VERSION = 1
 LATEST = ".latest.json"
@@ -54,7 +55,8 @@ class Run:
 
     def as_parent(self) -> dict[str, str]:
         """What a child records about it."""
-        return {"kind": self.manifest["kind"], "path": str(self.directory), "digest": self.digest}
+        seal = {key: self.manifest[key] for key in (manifests.SEAL,) if key in self.manifest}
+        return {"kind": self.manifest["kind"], "path": str(self.directory), "digest": self.digest, **seal}
 
 
 def directory_for(root: Path, stage: str, name: str, preset: str, identity: dict[str, Any]) -> Path:
@@ -71,9 +73,9 @@ def open_run(directory: Path, identity: dict[str, Any]) -> Run | None:
         return None
     expected = files.fingerprint(identity)
     if (directory / files.MANIFEST).exists():
-        manifest = files.verify(directory)
-        _refuse_other(directory, manifest.get("identity", {}), identity, manifest.get("fingerprint"), expected)
-        return Run(directory, manifest)
+        run = _checked(directory, files.verify(directory))
+        _refuse_other(directory, run.manifest["identity"], identity, run.manifest["fingerprint"], expected)
+        return run
     started = directory / "identity.json"
     if started.exists():
         found = files.read_json(started)
@@ -127,12 +129,12 @@ def versions() -> dict[str, str]:
 def complete_runs(root: Path, stage: str) -> list[Run]:
     """Every complete run of a stage: first the one made or asked for last, then by age, newest first."""
     found = [
-        Run(path.parent, files.read_manifest(path.parent))
+        _checked(path.parent, files.read_manifest(path.parent))
         for path in (root / stage).glob(f"*/{files.MANIFEST}")
         if not path.parent.name.startswith(".")
     ]
     pointer = root / stage / LATEST
-    latest = files.read_json(pointer).get("run") if pointer.exists() else ""
+    latest = files.read_object(pointer).get("run") if pointer.exists() else ""
     return sorted(
         found, key=lambda run: (run.directory.name == latest, run.manifest.get("created_ns", 0)), reverse=True
     )
@@ -151,7 +153,7 @@ def parent(
         directory = Path(pinned)
         if not (directory / files.MANIFEST).exists():
             raise ArtefactError(Problem(f"{flag}: no complete {stage} run there", pinned, make))
-        run = Run(directory, files.verify(directory))
+        run = _checked(directory, files.verify(directory))
         reason = f"it is a {run.manifest.get('kind')} run" if run.manifest.get("kind") != stage else fits(run)
         if reason:
             raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", pinned, make))
@@ -172,6 +174,15 @@ def parent(
 def mark_latest(root: Path, stage: str, directory: Path) -> None:
     """Remember the run that was made or asked for last: later stages take it when nothing pins another."""
     files.write_json(root / stage / LATEST, {"run": directory.name})
+
+
+def _checked(directory: Path, manifest: dict[str, Any]) -> Run:
+    """The run with this manifest. Raises ArtefactError when it lacks what a run of its kind says."""
+    if missing := manifests.missing(manifest):
+        what = f"{directory / files.MANIFEST} is not a manifest of this version"
+        fix = "restore it, or remove the directory and make it anew"
+        raise ArtefactError([Problem(f"{what}: {reason}", fix=fix) for reason in missing[:5]])
+    return Run(directory, manifest)
 
 
 def _refuse_other(directory: Path, found: dict, wanted: dict, found_print: str | None, wanted_print: str) -> None:

@@ -93,7 +93,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.config: dict[str, Any] = files.read_json(directory / "config.json")
+        self.config: dict[str, Any] = files.read_object(directory / "config.json")
         self.headers = {path: read_header(path) for path in sorted(directory.glob("*.safetensors"))}
         self.homes = {name: path for path, header in self.headers.items() for name in header.tensors}
         size = (self.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)

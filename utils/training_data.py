@@ -255,7 +255,7 @@ def fitting_prompt(
     context = example.get("context")
     if not context:
         return None, False
-    context_ids = tokenizer(context, add_special_tokens=False)["input_ids"]
+    context_ids = chat.text_ids(tokenizer, [context])[0]
     keep = len(context_ids) - (len(prompt) - room)
     while keep > 0:
         shorter = {**example, "context": tokenizer.decode(context_ids[:keep])}

@@ -17,6 +17,7 @@ from typing import Any
 
 from utils import answers, chat
 from utils.canary.serving import Answer, ask
+from utils.corpus.tables import ProblemList, read_text
 from utils.exceptions import DataError, Problem
 from utils.rollout.gate import Counts
 
@@ -35,8 +36,10 @@ class Prompt:
 
 def read(path: Path, system_prompt: str) -> list[Prompt]:
     """Prompts of a jsonl file in the common format (question, answers or answer, context). Raises DataError."""
-    found, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    found, problems, unreadable = [], [], ProblemList()
+    text = read_text(path, unreadable)
+    unreadable.raise_if_any()
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -44,8 +47,10 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
             golds = row.get("answers") or [row["answer"]]
             golds = [golds] if isinstance(golds, str) else [str(gold) for gold in golds]
             messages = tuple(chat.messages({**row, "question": row.get("question") or row["prompt"]}, system_prompt))
+            if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
+                raise ValueError("a turn has no role or no content")
             found.append(Prompt(str(row.get("id", number)), messages, tuple(golds)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fix = 'write {"question": "...", "answers": ["..."]}'
             problems.append(
                 Problem(f"{path.name}:{number}: no golden prompt ({type(error).__name__}: {error})", fix=fix)

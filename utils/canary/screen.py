@@ -31,9 +31,9 @@ def status(service: Any, *, watch: bool) -> dict[str, Any]:
             return {"rollout": None}
         text = screen(picture, shutil.get_terminal_size((100, 40)).columns)
         if watch and sys.stdout.isatty():
-            print("\x1b[2J\x1b[H" + text, flush=True)
-        else:
-            print(text, flush=True)
+            # past the cleaned sys.stdout: what is shown may command no terminal, this may
+            print("\x1b[2J\x1b[H", end="", file=sys.__stdout__, flush=True)
+        print(text, flush=True)
         if not watch or picture["state"]["phase"] in ("promoted", "rolled_back"):
             shown = ("action", "reason", "share_bp", "live_share_bp")
             return {"rollout": picture["rollout"], "phase": picture["state"]["phase"]} | {k: picture[k] for k in shown}

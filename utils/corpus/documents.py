@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.corpus.extraction import NoTextError, clean_text, extract_docx, extract_html, extract_pdf
 from utils.corpus.tables import (
+    LONGEST_DOCUMENT,
     TABLE_SUFFIXES,
     ProblemList,
     Row,
@@ -194,7 +195,9 @@ def _read_file(
         elif suffix in TABLE_SUFFIXES:
             yield from _read_rows(iter_rows(path, problems), _printable(relative), problems)
         else:
-            yield _printable(relative), _read_one(path, suffix, problems)
+            text = _read_one(path, suffix, problems)
+            if _is_short_enough(text, _printable(path), problems):
+                yield _printable(relative), text
     except NoTextError as error:
         if inside_folder:
             logger.warning("%s: no text could be extracted: %s", _printable(path), error)
@@ -236,7 +239,16 @@ def _read_rows(rows: Iterable[Row], label: str, problems: ProblemList) -> Iterat
             problems.add(what, text, "write one string per row, or null to leave the row out")
             continue
         identity = row.values.get("id")
-        yield (f"{label}#{row.number}" if identity in (None, "") else str(identity)), text or ""
+        if _is_short_enough(text or "", row.place, problems):
+            yield (f"{label}#{row.number}" if identity in (None, "") else str(identity)), text or ""
+
+
+def _is_short_enough(text: str, place: str, problems: ProblemList) -> bool:
+    if len(text) <= LONGEST_DOCUMENT:
+        return True
+    what = f"{place}: a document of {len(text):,} characters, and the longest that is read has {LONGEST_DOCUMENT:,}"
+    problems.add(what, fix="split it where its parts end, into files or rows of their own")
+    return False
 
 
 def _text_column(values: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from docx.document import Document
     from docx.table import Table
+
+# of a Word file with its pictures; a few KB can hold gigabytes of zeros
+LARGEST_ARCHIVE = 1 << 30
 
 _LINE_BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 # surrogates too: pypdf can return halves of a pair, and no tokenizer or Arrow file takes them
@@ -85,6 +89,10 @@ def extract_docx(path: Path) -> str:
     from docx import Document
 
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > LARGEST_ARCHIVE:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {LARGEST_ARCHIVE:,}")
         text = "\n".join(_docx_lines(Document(str(path))))
     except Exception as error:
         raise NoTextError(f"the Word file cannot be parsed ({type(error).__name__}: {error})") from error

@@ -25,6 +25,10 @@ HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHOWN_PROBLEMS = 20
 SHOWN_CHARACTERS = 80
+# tokenising takes 150 bytes of memory per character: 2.5 GB for the longest document, where 100 MB would take 15
+LONGEST_DOCUMENT = 1 << 24
+# a table of one long line is read whole, so it has to fit the memory several times
+LONGEST_LINE = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,18 @@ def iter_hub_rows(
             f"(git ls-remote https://huggingface.co/datasets/{source.partition(':')[0]} HEAD)",
         )
         return
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     try:
-        splits = load_dataset(
-            match["name"], match["config"], revision=revision, streaming=True, cache_dir=str(cache_dir)
-        )
+        builder = load_dataset_builder(match["name"], match["config"], revision=revision, cache_dir=str(cache_dir))
+        pinned = re.compile(rf"hf://datasets/[\w.-]+/[\w.-]+@{revision}/(?!.*\.\./)")
+        named = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
+        if strays := [file for file in named if not pinned.match(file)]:
+            # its README may name any path or address, of this machine too, and no commit pins those
+            fix = "download what you trust, and name those files"
+            problems.add(f"{source} at {revision}: takes files from outside of that commit", strays[:3], fix)
+            return
+        splits = builder.as_streaming_dataset()
         wanted = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
         if wanted not in splits:
             problems.add(f"{source}: has no split {wanted!r}", sorted(splits), "name one of these splits")
@@ -155,7 +165,10 @@ def _lines(path: Path, problems: ProblemList) -> Iterator[tuple[int, str]]:
     # one complaint of each kind per file: the fix is to convert the file, and 1,000 lines would bury the other files
     bad_bytes = bad_nul = False
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+            if len(raw) > LONGEST_LINE:
+                problems.add(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes", fix="break it up")
+                return
             raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             try:
                 text = raw.decode("utf-8")

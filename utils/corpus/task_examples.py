@@ -18,7 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.corpus.tables import TABLE_SUFFIXES, ProblemList, Row, UniqueIds, is_hub_id, iter_hub_rows, iter_rows
+from utils.corpus.tables import (
+    LONGEST_DOCUMENT,
+    TABLE_SUFFIXES,
+    ProblemList,
+    Row,
+    UniqueIds,
+    is_hub_id,
+    iter_hub_rows,
+    iter_rows,
+)
 from utils.corpus.task_shapes import RowError, UnanswerableError, to_common
 from utils.exceptions import DataError, Problem
 
@@ -73,6 +82,9 @@ def read_task_examples(
             complained.add(tuple(columns))
             continue
         shapes[shape] += 1
+        if (size := len(json.dumps(fields, ensure_ascii=False))) > LONGEST_DOCUMENT:
+            problems.add(f"{row.place}: an example of {size:,} characters", fix="no model reads that much: shorten it")
+            continue
         key = json.dumps([fields[name] for name in ("history", "question", "context", "answers")])
         if key in seen:
             dropped["duplicate"] += 1

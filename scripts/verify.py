@@ -1,0 +1,67 @@
+"""Can this be trusted? Checks an artefact and everything it was made from, down to the base model; writes nothing.
+
+Reads a run (data, adapter, composition, evaluation, benchmark), its adapter folder, a checkpoint, a merged or base
+model, or an adapter folder of another tool; hashes every file, finds the parents by digest under --run.data_dir and
+--run.models_dir. Problems come one a line, then the verdict in one line; exit code 0 or 2.
+
+    python scripts/verify.py models/merged_model
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import Config
+from utils import cli
+
+SECTIONS = ("verify", "run")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Verify, say what is wrong, say the verdict."""
+    from utils import verification
+    from utils.exceptions import ConfigError, Problem
+
+    if not config.verify.path:
+        raise ConfigError(Problem("nothing to verify", fix="python scripts/verify.py PATH"))
+    found = verification.verify(Path(config.verify.path), (config.run.data_dir, config.run.models_dir))
+    problems = [" ".join(str(problem).split()) for problem in found.problems]
+    for line in (*(f"note: {note}" for note in found.notes), *(f"problem: {text}" for text in problems), found.line()):
+        print(line)
+    return {
+        "path": config.verify.path,
+        "kind": found.kind,
+        "trusted": found.trusted,
+        "checked": found.checked,
+        "problems": problems,
+        "notes": found.notes,
+    }
+
+
+def plan(config: Config) -> list[str]:
+    """What --dry-run prints."""
+    return [
+        f"hash every file of {config.verify.path or 'PATH'} and compare it with its manifest",
+        f"do the same for all it was made from, under {config.run.data_dir} and {config.run.models_dir}",
+        "write nothing",
+    ]
+
+
+def _with_path(arguments: list[str]) -> list[str]:
+    """`PATH --flag` -> `--verify.path PATH --flag`: flags are the only spelling that settings know."""
+    return ["--verify.path", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        plan,
+        sections=SECTIONS,
+        description=__doc__,
+        argv=_with_path(sys.argv[1:]),
+        status=lambda result: 0 if result["trusted"] else 2,
+    )

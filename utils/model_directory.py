@@ -1,0 +1,75 @@
+"""What is refused in a model directory before any library opens it: pickles, code, and paths that lead out of it.
+
+Reads names and the JSON files only. A hub cache keeps its files as links into its `blobs` folder, which is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils import files
+from utils.exceptions import Problem
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"
+# transformers fetches and runs a kernel from a hub when one of these names a repository
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+
+def problems(directory: Path) -> list[Problem]:
+    """Everything for which `directory` is not a model to be trusted with."""
+    found = []
+    if not (directory / CONFIG).is_file():
+        found.append(Problem(f"{directory} has no {CONFIG}", fix="point --base.source at a model directory"))
+    if not any(directory.glob("*.safetensors")):
+        found.append(Problem(f"{directory} has no .safetensors file; pickled weights (.bin, .pt) are refused"))
+    if (directory / "adapter_config.json").exists():
+        # transformers would load the adapter on top of the weights without a word
+        found.append(Problem(f"{directory} contains adapter_config.json", fix="remove it: a base model has none"))
+    found += [
+        Problem(f"{path} leads out of {directory}", str(path.resolve()), "put the file itself there")
+        for path in _opened(directory)
+        if leads_out(path, directory)
+    ]
+    return found or [*_named_code(directory), *_named_paths(directory)]
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a link takes `path` to a file outside of `root` that is no blob of a hub cache."""
+    target = path.resolve()
+    is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not is_blob and not target.is_relative_to(root.resolve())
+
+
+def _opened(directory: Path) -> Iterator[Path]:
+    """Files that transformers may open."""
+    for path in (*directory.glob("*"), *directory.glob(f"{TEMPLATES}/*")):
+        if path.name == TEMPLATES or not path.is_dir():
+            yield path
+
+
+def _named_code(directory: Path) -> Iterator[Problem]:
+    for place, key, value in _entries(files.read_object(directory / CONFIG), CONFIG):
+        if key.removeprefix("_").startswith(_IMPLEMENTATIONS) and isinstance(value, str) and "/" in value:
+            yield Problem(f"{directory / CONFIG}: {place} names code on a hub", value, "remove it; no remote code runs")
+
+
+def _named_paths(directory: Path) -> Iterator[Problem]:
+    """Files that the model's own JSON names: each has to be one beside it."""
+    for name, key in (("tokenizer_config.json", "fast_tokenizer_files"), (INDEX, "weight_map")):
+        named = files.read_object(directory / name).get(key) if (directory / name).is_file() else None
+        values = named.values() if isinstance(named, dict) else named if isinstance(named, list) else ()
+        if elsewhere := sorted({str(value) for value in values if "/" in str(value)}):
+            yield Problem(f"{directory / name}: {key} leads out of {directory}", elsewhere[:3], "restore the file")
+        if name == INDEX and (directory / name).is_file() and not isinstance(named, dict):
+            yield Problem(f"{directory / name} has no {key}", fix="fetch it again")
+
+
+def _entries(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
+    """(where, key, value) of every entry of nested JSON."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield f"{place}:{key}", str(key), inner
+        yield from _entries(inner, f"{place}:{key}")
