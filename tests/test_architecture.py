@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"config", "utils", "scripts", "tests"}
-PLUMBING = {"exceptions", "logger", "files", "runs", "cli", "progress"}
+PLUMBING = {"exceptions", "disk", "logger", "signals", "locks", "files", "runs", "cli", "progress"}
 PURE = {"composition", "statistics", "corpus.splits", "rollout", "answers"}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "tokenizers"}
 

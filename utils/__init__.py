@@ -1,8 +1,11 @@
 """The subjects of the pipeline, each a module; imports go down only.
 
 plumbing   exceptions   what can go wrong, and the exit codes
+           disk         what a disk refuses, told by path and bytes; space asked for beforehand
            logger       a line for people and a JSON line for programs; silent above rank 0
-           files        atomic writes, digests, the publish protocol, locks
+           signals      SIGTERM and SIGINT: a clean end, after a checkpoint where there is one
+           locks        one process at a time on a directory; what killed ones left is removed
+           files        atomic writes, digests, the publish protocol
            runs         run directories, manifests, choosing parents
            progress     a bar on a terminal, plain lines elsewhere
            cli          flags and environment -> Config; exceptions -> message and exit code

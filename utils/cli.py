@@ -23,8 +23,8 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 import config as settings
-from utils import logger
-from utils.exceptions import ConfigError, PipelineError, Problem
+from utils import logger, signals
+from utils.exceptions import ConfigError, Interrupted, OutOfMemory, PipelineError, Problem, is_out_of_memory
 
 ENV_PREFIX = "DTA_"
 SHORTCUTS = {
@@ -72,12 +72,24 @@ def run(
             print(_card(config, sections, plan(config)))
             result: dict[str, Any] = {"dry_run": True, "config": config.model_dump(mode="json")}
         else:
-            result = main(config)
+            with signals.terminable():
+                result = main(config)
     except PipelineError as error:
-        if logger.rank() == 0:
+        if logger.rank() == 0 or isinstance(error, OutOfMemory):  # memory may be short on one process only
             print(logger.redact(str(error)), file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:  # what no stage foresaw about a file: still a message and not a traceback
+    except signals.Terminated:
+        print("stopped by SIGTERM; nothing is half-written, run the same command again", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            said = (str(error).splitlines() or [""])[0] or type(error).__name__
+            problem = Problem(f"{said}; what was complete before is as it was", fix="use a machine with more memory")
+            print(logger.redact(str(OutOfMemory(problem))), file=sys.stderr)
+            sys.exit(OutOfMemory.exit_code)
+        if not isinstance(error, OSError):
+            raise
+        # what no stage foresaw about a file: still a message and not a traceback
         print(logger.redact(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
