@@ -18,7 +18,7 @@ engines    base_model   fetched or built once, identified by digest, loaded froz
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk
            chat         prompt and answer as token ids
-           training_data, losses, checkpoints, training     the loop over one adapter
+           training_data, losses, watching, checkpoints, training     the loop over one adapter
            experts      fused experts: their spellings, and where a checkpoint's tensors sit in the model
            adapter_settings, adapter_files                  adapters on disk: what their settings say, their factors
            adapters, frozen_lora                            adapters on a model: to train, to infer
