@@ -67,14 +67,19 @@ Completed = subprocess.CompletedProcess
 
 
 class Script:
-    """A script that runs in a forked process."""
+    """A script that runs in a forked process. `before` is called there first (to be sent, it must be picklable)."""
 
-    def __init__(self, name: str, *arguments: str, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ):
         self.command = [name, *map(str, arguments)]
         self.out = Path(temporary_directory())
-        self.process = _server().Process(
-            target=_as_main, args=(self.command, clean_environment(env), str(self.out)), daemon=True
-        )
+        arguments_there = (self.command, clean_environment(env), str(self.out), before)
+        self.process = _server().Process(target=_as_main, args=arguments_there, daemon=True)
         self.process.start()
 
     @property
@@ -97,8 +102,16 @@ class Script:
         if self.process.is_alive():
             self.process.kill()
             raise AssertionError(f"{self.command} did not end")
-        texts = [(self.out / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess(self.command, self.process.exitcode or 0, *texts)
+        return subprocess.CompletedProcess(self.command, self.process.exitcode or 0, self._text("stdout"), self.stderr)
+
+    @property
+    def stderr(self) -> str:
+        """What it has written there so far."""
+        return self._text("stderr")
+
+    def _text(self, name: str) -> str:
+        path = self.out / name  # there only once the process has come so far
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def forked(name: str, *arguments: str, env: dict[str, str] | None = None) -> Completed[str]:
@@ -161,8 +174,8 @@ class Workspace:
     def run(self, name: str, *arguments: str) -> Completed[str]:
         return forked(name, *self.flags, *arguments)
 
-    def start(self, name: str, *arguments: str) -> Script:
-        return Script(name, *self.flags, *arguments)
+    def start(self, name: str, *arguments: str, **how: Any) -> Script:
+        return Script(name, *self.flags, *arguments, **how)
 
     def prepare(self) -> dict[str, Any]:
         return last_json(self.run("prepare_data", *self.sources))
@@ -266,7 +279,9 @@ def _server() -> Any:
     return context
 
 
-def _as_main(command: list[str], environment: dict[str, str], out: str) -> None:
+def _as_main(
+    command: list[str], environment: dict[str, str], out: str, before: Callable[[], None] | None = None
+) -> None:
     """In the forked process: what `python scripts/NAME.py ARGUMENTS` does, its output in files."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         handle = os.open(os.path.join(out, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -276,4 +291,6 @@ def _as_main(command: list[str], environment: dict[str, str], out: str) -> None:
     os.chdir(ROOT)
     script = ROOT / "scripts" / f"{command[0]}.py"
     sys.argv = [str(script), *command[1:]]
+    if before is not None:
+        before()
     runpy.run_path(str(script), run_name="__main__")
