@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +52,14 @@ class Place(Workspace):
 
     def run_of(self, name: str, stage: str = "domain") -> Path:
         return self.models / stage / name
+
+    def pair(self, name: str, *more: str, before: Any = (None, None)) -> list[Script]:
+        """The two processes of one run of the domain adapter, with what a launcher sets in their environment."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **there} for rank in (0, 1)]
+        return [self.train(name, *more, env=env, before=fault) for env, fault in zip(ranks, before, strict=True)]
 
 
 def training_flags(stage: str) -> list[str]:
@@ -274,7 +283,7 @@ class Killer:
             if not self.left:
                 return script.wait()
             moment(script, self.random)
-            script.signal(signal.SIGKILL) if script.is_running else None
+            script.signal(signal.SIGKILL)
             done = script.wait()
             if done.returncode != -signal.SIGKILL:
                 return done

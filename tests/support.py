@@ -8,6 +8,7 @@ five seconds a call; it has its own pid, so it can be killed, and its exit code 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import logging
@@ -87,7 +88,8 @@ class Script:
         return self.process.is_alive()
 
     def signal(self, number: int) -> None:
-        os.kill(self.process.pid or 0, number)
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended
+            os.kill(self.process.pid or 0, number)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Poll until the condition holds, or the script has ended."""

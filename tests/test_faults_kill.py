@@ -119,6 +119,40 @@ class Training(unittest.TestCase):
         self.assert_same_as_reference(directory)
 
 
+class TwoProcesses(unittest.TestCase):
+    def test_one_of_two_processes_killed_ends_the_other_and_the_run_ends_in_the_same_bytes(self) -> None:
+        place, generator = trained(), random.Random(12)
+        for done in [script.wait() for script in place.pair("two")]:
+            self.assertEqual(done.returncode, 0, done.stderr)
+        kills = 20 if LONG else 3
+        number = 0
+        while kills:
+            directory = place.run_of(f"two-{number}")
+            while True:
+                newest = newest_checkpoint(directory)
+                scripts = place.pair(f"two-{number}", before=(SLOW, None))
+                if kills:
+                    wanted = newest + generator.randint(1, 12)
+                    scripts[0].wait_until(lambda wanted=wanted, d=directory: len(metrics(d)) >= wanted)
+                    time.sleep(generator.uniform(0.0, 0.2))
+                    victim = generator.randint(0, 1)
+                    scripts[victim].signal(signal.SIGKILL)
+                ended = [script.wait() for script in scripts]
+                if not any(done.returncode for done in ended):
+                    break
+                self.assertEqual(ended[victim].returncode, -signal.SIGKILL)
+                other = ended[1 - victim]
+                self.assertEqual(other.returncode, 75, other.stderr[-1000:])
+                self.assertIn("another process of this run ended", other.stderr)
+                self.assertNotIn("Traceback", other.stderr)
+                kills -= 1
+                for checkpoint in directory.glob("checkpoints/step-*"):
+                    files.verify(checkpoint)
+            self.assertEqual(resumed_at(ended[0].stderr) or 0, newest)
+            self.assertEqual((directory / ADAPTER).read_bytes(), (place.run_of("two") / ADAPTER).read_bytes())
+            number += 1
+
+
 class Watched:
     """A run of the domain adapter with slow saves, and what is looked at whenever it was killed."""
 

@@ -24,7 +24,16 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 import config as settings
 from utils import logger, signals
-from utils.exceptions import ConfigError, Interrupted, OutOfMemory, PipelineError, Problem, is_out_of_memory
+from utils.exceptions import (
+    ArtefactError,
+    ConfigError,
+    Interrupted,
+    OutOfMemory,
+    PipelineError,
+    Problem,
+    is_lost_process,
+    is_out_of_memory,
+)
 
 ENV_PREFIX = "DTA_"
 SHORTCUTS = {
@@ -78,20 +87,14 @@ def run(
         if logger.rank() == 0 or isinstance(error, OutOfMemory):  # memory may be short on one process only
             print(logger.redact(str(error)), file=sys.stderr)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (explained := _explained(error)) is None:
+            raise
+        print(logger.redact(str(explained)), file=sys.stderr)
+        sys.exit(explained.exit_code)
     except signals.Terminated:
         print("stopped by SIGTERM; nothing is half-written, run the same command again", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
-    except (MemoryError, RuntimeError, OSError) as error:
-        if is_out_of_memory(error):
-            said = (str(error).splitlines() or [""])[0] or type(error).__name__
-            problem = Problem(f"{said}; what was complete before is as it was", fix="use a machine with more memory")
-            print(logger.redact(str(OutOfMemory(problem))), file=sys.stderr)
-            sys.exit(OutOfMemory.exit_code)
-        if not isinstance(error, OSError):
-            raise
-        # what no stage foresaw about a file: still a message and not a traceback
-        print(logger.redact(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -99,6 +102,20 @@ def run(
         sys.stdout.flush()
         print(logger.redact(json.dumps(result, ensure_ascii=False, default=str)), flush=True)
     sys.exit(0)
+
+
+def _explained(error: Exception) -> PipelineError | None:
+    """What no stage foresaw about memory, a file or another process: still a message and not a traceback."""
+    said = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if is_out_of_memory(error):
+        problem = Problem(f"{said}; what was complete before is as it was", fix="use a machine with more memory")
+        return OutOfMemory(problem)
+    if is_lost_process(error):
+        what = f"another process of this run ended or cannot be reached: {said}"
+        return Interrupted(Problem(what, f"process {logger.rank()}", "see what it said; run the same command again"))
+    if isinstance(error, OSError):
+        return ArtefactError(Problem(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"))
+    return None
 
 
 def _prepare_process() -> None:

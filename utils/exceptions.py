@@ -96,12 +96,18 @@ class OutOfMemory(PipelineError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """MemoryError (numpy's and Arrow's too), torch's OutOfMemoryError, and the bare RuntimeErrors of its CPU side."""
-    said = ("can't allocate memory", "can't start new thread", "Cannot allocate memory")
+    said = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "failed to map segment")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in said))
     )
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """What a process hears when another one of a distributed run ended: torch's DistError, or gloo's RuntimeError."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, RuntimeError) and ("DistError" in kinds or "gloo/transport" in str(error))
 
 
 class BalancerError(PipelineError):
