@@ -30,24 +30,22 @@ def main(config: Config) -> dict[str, Any]:
     pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None
     identity = _identity(config, base, pair)
     directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, config.preset, identity)
-    run = runs.open_run(directory, identity)
-    if run is None:
-        with files.locked(directory, "the benchmark"):
-            with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
-                runs.start(directory, identity)
-                results = _measure(config, base, pair, directory)
-                files.write_json(directory / "results.json", results)
-                files.write_text(directory / "summary.txt", report.table(results) + "\n")
-                report.plot(results, directory)
-            parents, machine = list(pair) if pair else [], results["machine"]
-            facts = runs.manifest("benchmark", identity, base=base.record(), parents=parents, measured=machine)
-            files.seal(directory, facts)
-    else:
+
+    def fill() -> dict[str, Any]:
+        results = _measure(config, base, pair, directory)
+        files.write_json(directory / "results.json", results)
+        files.write_text(directory / "summary.txt", report.table(results) + "\n")
+        report.plot(results, directory)
+        parents, machine = list(pair) if pair else [], results["machine"]
+        return runs.manifest("benchmark", identity, base=base.record(), parents=parents, measured=machine)
+
+    _, is_there = runs.make(directory, identity, "the benchmark", fill)
+    if is_there:
         logger.event("this benchmark is already complete; give it another --run.name to repeat it", path=directory)
     results = files.read_json(directory / "results.json")
     runs.mark_latest(config.run.models_dir, "benchmark", directory)
     print(report.table(results))
-    return {"report": str(directory), "reused": run is not None, **report.headline(results)}
+    return {"report": str(directory), "reused": is_there, **report.headline(results)}
 
 
 def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:

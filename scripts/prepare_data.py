@@ -30,14 +30,13 @@ def main(config: Config) -> dict[str, Any]:
     if reused := run is not None:
         logger.event("the data is already prepared", path=directory)
     else:
-        with files.locked(config.run.data_dir / "prepared" / f".{directory.name}", "the run"):
-            counts: dict[str, Any] = {}
+        counts: dict[str, Any] = {}
 
-            def manifest() -> dict[str, Any]:
-                return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, counts=counts)
+        def manifest() -> dict[str, Any]:
+            return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, counts=counts)
 
-            with files.publish(directory, manifest) as temporary:
-                counts.update(prepared.prepare(config.data, base, config.run.seed, temporary))
+        with files.publish(directory, manifest) as temporary:
+            counts.update(prepared.prepare(config.data, base, config.run.seed, temporary))
         run = runs.Run(directory, files.verify(directory, hash_files=False))
         logger.event("data prepared", path=directory)
     runs.mark_latest(config.run.data_dir, "prepared", directory)

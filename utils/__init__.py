@@ -2,9 +2,12 @@
 
 plumbing   exceptions   what can go wrong, and the exit codes
            secrets      what a token or a password looks like, and a text without them
+           disk         what a disk refuses, told by path and bytes; space asked for beforehand
            logger       a line for people and a JSON line for programs; silent above rank 0
+           signals      SIGTERM and SIGINT: a clean end, after a checkpoint where there is one
+           locks        one process at a time on a directory; what killed ones left is removed
            manifests    what a manifest has to hold, and its seal
-           files        atomic writes, digests, the publish protocol, locks
+           files        atomic writes, digests, the publish protocol
            runs         run directories, manifests, choosing parents
            progress     a bar on a terminal, plain lines elsewhere
            cli          flags and environment -> Config; exceptions -> message and exit code
@@ -19,7 +22,7 @@ engines    model_directory   what is refused in one before any library opens it
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk
            chat         prompt and answer as token ids
-           training_data, losses, checkpoints, training     the loop over one adapter
+           training_data, losses, watching, checkpoints, training     the loop over one adapter
            experts      fused experts: their spellings, and where a checkpoint's tensors sit in the model
            adapter_settings, adapter_files                  adapters on disk: what their settings say, their factors
            adapters, frozen_lora                            adapters on a model: to train, to infer
