@@ -10,10 +10,12 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
            statistics   paired intervals over clusters
            rollout/     the canary as values: gate, controller, simulation
            answers      exact match, token F1, faults of an answer
+           overlap      text that stands in two places: shared n-grams, near duplicates
 engines    base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk
+           contamination   which test items stand in the corpus or in the training pairs
            chat         prompt and answer as token ids
            training_data, losses, checkpoints, training     the loop over one adapter
            experts      fused experts: their spellings, and where a checkpoint's tensors sit in the model
