@@ -24,6 +24,7 @@ engines    base_model   fetched or built once, identified by digest, loaded froz
            lineage, stages                                  how stages find their parents; what training scripts share
            composing, probing, interference, composing_pictures     several adapters as one, checked, chosen, explained
            evaluation, comparison, generation               what a model knows; cells against each other; answers
+           lm_eval_task, lm_eval_functions                  the test split as tasks for lm-evaluation-harness
            shards, fp8, merging, layer_sample, selfcheck    a standalone model, streamed, and checked
            cards, gguf, hub                                 its README; other formats; publishing
            canary/      the canary at the edge: balancer, log, probes, journal, loop, report

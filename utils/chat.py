@@ -30,8 +30,14 @@ def messages(example: Mapping[str, Any], system_prompt: str) -> list[dict[str, s
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> list[int]:
     """Token ids of everything before the answer."""
-    text = tokenizer.apply_chat_template(messages(example, system_prompt), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt_text(tokenizer, example, system_prompt), add_special_tokens=False)["input_ids"])
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> str:
+    """The same as text, as the template renders it."""
+    return str(
+        tokenizer.apply_chat_template(messages(example, system_prompt), tokenize=False, add_generation_prompt=True)
+    )
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, reasoning: str | None = None) -> list[int]:
@@ -46,10 +52,14 @@ def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = No
     return len(_closing_ids(tokenizer, reasoning))
 
 
+def answer_opening(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> str:
+    """The text between prompt and answer: the closing of the think block where the template opens one."""
+    return f"{reasoning or ''}\n{THINK_END}\n\n" if opens_thinking(tokenizer) else ""
+
+
 def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> list[int]:
-    if not opens_thinking(tokenizer):
-        return []
-    return list(tokenizer(f"{reasoning or ''}\n{THINK_END}\n\n", add_special_tokens=False)["input_ids"])
+    text = answer_opening(tokenizer, reasoning)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
