@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tests.support import Workspace, last_json, temporary_directory
+from tests.support import Workspace, last_json, plain_tokenizer, temporary_directory
 from utils import chat, evaluation, files, lm_eval_functions, lm_eval_task, toy
 from utils.corpus.task_shapes import to_common
 
@@ -42,10 +42,10 @@ EXAMPLES = [
 ]
 
 
-def written(examples: list[dict[str, Any]] = EXAMPLES, max_tokens: int = 200) -> tuple[Path, dict[str, Any]]:
+def written(examples: list[dict[str, Any]] = EXAMPLES, tokenizer: Any = None) -> tuple[Path, dict[str, Any]]:
     directory = temporary_directory() / "lm_eval"
     counts = lm_eval_task.write(
-        directory, examples, toy.tiny_tokenizer(), SYSTEM, max_tokens=max_tokens, max_new_tokens=9
+        directory, examples, tokenizer or toy.tiny_tokenizer(), SYSTEM, max_tokens=200, max_new_tokens=9
     )
     return directory, counts
 
@@ -117,11 +117,13 @@ class Tasks(unittest.TestCase):
         self.assertEqual(module.generated_results(row, ["x</think>\n cat sat."]), {"exact_match": 1.0, "token_f1": 1.0})
 
     def test_items_that_lm_eval_tokenises_otherwise_are_counted(self) -> None:
-        tokenizer = toy.tiny_tokenizer()
-        merging = next(t for t in ("  x", "\nx", "\n\nx") if len(tokenizer("\n\n" + t)["input_ids"]) < 5)
-        examples = [EXAMPLES[0], {**EXAMPLES[0], "id": "merged", "answers": [merging]}]
-        counts = [written(chosen)[1]["tokenised_otherwise"] for chosen in (examples[:1], examples)]
-        self.assertEqual(counts[1] - counts[0], 1)
+        tokenizer = plain_tokenizer()
+        merged = {**EXAMPLES[0], "id": "merged", "answers": ["\n x"]}
+        self.assertLess(len(tokenizer("\n\n")["input_ids"]), 2, "the template's newline and the answer's are one token")
+        for examples, expected in ((EXAMPLES[:3], 0), ([*EXAMPLES[:3], merged], 1)):
+            directory, counts = written(examples, tokenizer=tokenizer)
+            self.assertEqual(counts["tokenised_otherwise"], expected)
+        self.assertEqual(rows(directory / "answers.jsonl")[0]["candidates"], ["\none", "\n"])
 
 
 class Functions(unittest.TestCase):

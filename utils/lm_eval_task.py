@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils import answers, chat, files, lm_eval_functions
 from utils.evaluation import Question, questions
+from utils.logger import warning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +88,8 @@ def write(
             candidates = [*(space + choice for choice in choices), *_alone(space)]
             facts = {"tokens": [tokens[at] for at in item.choice_of], "answer_index": item.answer_index}
             choice_rows.append(shared | {"candidates": candidates} | facts)
+    if otherwise:
+        warning("lm-eval tokenises prompt and answer together: its numbers will differ a little", items=otherwise)
     _write_rows(directory / "answers.jsonl", rows)
     if choice_rows:
         _write_rows(directory / "choices.jsonl", choice_rows)
