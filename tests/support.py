@@ -40,6 +40,7 @@ os.environ.update(
 )
 
 import torch  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
 from utils import base_model, toy  # noqa: E402
@@ -53,6 +54,10 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 PRESET = "tiny_minimax_m2"
 ARCHITECTURES = {"llama": toy.tiny_llama, "minimax_m2": toy.tiny_minimax_m2}
+PLAIN_TEMPLATE = (
+    "{%- for m in messages -%}{{- ']~b]' + m.role + '\n' + m.content + '[e~[\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- ']~b]ai\n' -}}{%- endif -%}"
+)
 PATIENCE = 120.0
 # in the environment of every script that a workspace runs; test_secrets looks for them in all that was written
 SECRETS = {
@@ -216,6 +221,13 @@ def pair_row(number: int) -> dict[str, Any]:
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """The toy's tokenizer with a template that opens no think block."""
+    tokenizer = toy.tiny_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
 
 
 def saved_model(architecture: str, directory: Path | None = None, *, seed: int = 0) -> BaseModel:

@@ -23,7 +23,7 @@ PLUMBING = {
     "cli",
     "progress",
 }
-PURE = {"composition", "statistics", "verdict", "corpus.splits", "rollout", "answers"}
+PURE = {"composition", "statistics", "verdict", "corpus.splits", "rollout", "answers", "overlap"}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "tokenizers"}
 
 
