@@ -98,7 +98,8 @@ def newest_valid(root: Path) -> Path | None:
         except ArtefactError as error:
             aside = _unused(directory.with_name(f"invalid-{directory.name}"))
             directory.rename(aside)
-            warning("a damaged checkpoint was set aside", path=aside, reason=error.problems[0].what)
+            reason = "; ".join(problem.what for problem in error.problems)
+            warning("a damaged checkpoint was set aside", path=aside, reason=reason)
     return None
 
 
