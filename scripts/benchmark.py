@@ -1,10 +1,10 @@
-"""Speed and memory: base, two active, composed and merged on the same prompts; our training loop; data; merging.
+"""Speed and memory: base, two active, composed and merged on the same prompts; training; data; merging; evaluation.
 
 Reads the newest task run and its domain run (random adapters of that shape when there are none); writes
 models/benchmark/<run>/ with results.json, summary.txt and a plot per suite. Interrupted, it goes on at the next suite.
 Measure on a machine that does nothing else: the ratios survive a loaded one, the times do not.
 
-    python scripts/benchmark.py --benchmark.suite inference,training,data,merge
+    python scripts/benchmark.py --benchmark.suite inference,training,data,merge,evaluation
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
         "adapters": [run.digest for run in pair] if pair else None,
         "compose": config.compose.model_dump(mode="json"),
         "benchmark": config.benchmark.model_dump(mode="json"),
+        "evaluate_batch_tokens": config.evaluate.batch_tokens,
         "domain": config.domain.model_dump(mode="json"),
         "task_lora": config.task.lora.model_dump(mode="json"),
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
@@ -78,7 +79,7 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
     import torch
 
     from utils import base_model, files
-    from utils.benchmarks import data, inference, inputs, merging, training
+    from utils.benchmarks import data, inference, inputs, merging, scoring, training
 
     def load() -> list[float] | None:
         return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
@@ -100,6 +101,8 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
                 found = training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
             elif suite == "data":
                 found = data.measure(config)
+            elif suite == "evaluation":
+                found = scoring.measure(config, base)
             else:
                 found = merging.measure(config)
             files.write_json(path, found)
@@ -116,6 +119,8 @@ def plan(config: Config) -> list[str]:
         "training": f"train on {wanted.training_tokens:,} tokens with our loop, a plain one, and TRL if it is there",
         "data": f"prepare synthetic corpora of {', '.join(map(str, wanted.corpus_megabytes))} MB and remove them",
         "merge": f"build a synthetic checkpoint of {wanted.merge_gigabytes:g} GB, copy and merge it, and remove all",
+        "evaluation": f"score {wanted.evaluation_items} test questions and {wanted.evaluation_document_tokens:,} "
+        "tokens of documents with our evaluation, and with lm-eval if it is there",
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
     return [*(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
