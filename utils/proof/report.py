@@ -55,6 +55,7 @@ class Measure:
 
 
 NO_HELDOUT = "the prepared data has no held-out documents"
+NO_CORPUS = "the prepared data has no corpus"
 NO_CHOICES = "the test questions come without choices"
 NO_ANSWERS = "no answers were generated (--evaluate.generated_answers is 0)"
 LIKELIHOODS = (
@@ -68,7 +69,7 @@ LIKELIHOODS = (
         "the domain adapter trained on these",
         numbers.perplexity,
         "low",
-        "the prepared data has no corpus",
+        NO_CORPUS,
     ),
     Measure("general_ppl", "general perplexity", "ordinary prose: forgetting", numbers.perplexity),
 )
@@ -83,7 +84,7 @@ ANSWERS = (
 LOSSES = (
     Measure("domain_nll", "held-out NLL", "nats per token", numbers.nats, "low", NO_HELDOUT),
     Measure("domain_nll_per_byte", "held-out NLL per byte", "nats per byte", numbers.nats, "low", NO_HELDOUT),
-    Measure("corpus_nll", "corpus NLL", "nats per token", numbers.nats),
+    Measure("corpus_nll", "corpus NLL", "nats per token", numbers.nats, "low", NO_CORPUS),
     Measure("general_nll", "general NLL", "nats per token", numbers.nats),
     Measure("end_of_turn_nll", "end of turn", "loss of ending there, nats", numbers.nats),
 )
@@ -164,7 +165,7 @@ def untested(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         why = "whether more rank alone would have done it"
         yield {"what": "a task adapter of the ranks together", "why": why, "command": controls}
     if len(results["seeds"]) < 2:
-        why = "everything was trained once: intervals are about other questions, not about another training run"
+        why = "everything was trained once, so what another training run would give is not known"
         yield {"what": "other seeds", "why": why, "command": command(results, "--evaluate.seeds 1,2")}
 
 
