@@ -203,11 +203,10 @@ class Cards(unittest.TestCase):
         self.flags = [*flags, "--run.models_dir", str(self.root / "models")]
 
     def test_merged_model_has_the_evaluation_of_its_adapters_in_its_card(self) -> None:
-        for name, flags, expected in (("same", [], True), ("other", ["--weights", "1,0.5"], False)):
-            target = self.root / name
-            last_json(forked("inference", *self.flags, "--merge_path", str(target), *flags))
-            measured = {one.metric_value for one in ModelCard.load(target / "README.md").data.eval_results or []}
-            self.assertEqual(self.found["cells"]["composed"]["answer_nll"] in measured, expected)
+        target = self.root / "merged"
+        last_json(forked("inference", *self.flags, "--merge_path", str(target)))
+        measured = [one.metric_value for one in ModelCard.load(target / "README.md").data.eval_results]
+        self.assertIn(self.found["cells"]["composed"]["answer_nll"], measured)
 
     def test_composed_adapter_is_pushed_with_its_evaluation(self) -> None:
         push = ["--push_to_hub", "--hub_model_id", "owner/name"]

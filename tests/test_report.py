@@ -216,7 +216,7 @@ class Absent(unittest.TestCase):
         said = text_of(bare()[1])
         for reason in (report.NO_HELDOUT, report.NO_CHOICES, report.NO_ANSWERS):
             self.assertIn(reason, said)
-        self.assertIn("No choice accuracy, by token: the test questions come without choices.", said)
+        self.assertIn("No choice accuracy, choice accuracy by token: the test questions come without choices.", said)
         heads = [th.find(string=True) for th in soup(bare()[1]).select(".matrix thead th.n")]
         self.assertEqual(heads, ["answer NLL", "general perplexity", "general NLL", "end of turn"])
         self.assertNotIn("No ", text_of(soup(whole()[1]).find(id="matrix").parent))

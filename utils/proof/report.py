@@ -28,7 +28,10 @@ WORDS = {
         "Composed keeps the domain and answers no worse than the task adapter alone; more than that is not shown.",
     ),
     "interferes": ("bad", "One adapter spoils the other: composed is shown to be worse, or to have lost the domain."),
-    "undecided": ("warn", "These data cannot tell. More test questions about more documents, or more seeds, would."),
+    "undecided": (
+        "warn",
+        "These data cannot tell; more of them would: test questions about more documents, held-out documents, seeds.",
+    ),
 }
 NATS = "gain in answer NLL, nats per token; above 0 when composed is the better"
 STYLES = {"domain": "domain", "task": "task", "composed": "composed"}
@@ -61,7 +64,14 @@ NO_ANSWERS = "no answers were generated (--evaluate.generated_answers is 0)"
 LIKELIHOODS = (
     Measure("answer_nll", "answer NLL", "loss of the gold answer, nats per token", numbers.nats),
     Measure("choice_accuracy", "choice accuracy", "the right choice is likeliest", numbers.share, "high", NO_CHOICES),
-    Measure("choice_accuracy_per_token", "by token", "likeliest per token", numbers.share, "high", NO_CHOICES),
+    Measure(
+        "choice_accuracy_per_token",
+        "choice accuracy by token",
+        "the same by loss per token",
+        numbers.share,
+        "high",
+        NO_CHOICES,
+    ),
     Measure("domain_ppl", "held-out perplexity", "documents nobody trained on", numbers.perplexity, "low", NO_HELDOUT),
     Measure(
         "corpus_ppl",
