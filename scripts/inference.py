@@ -153,8 +153,9 @@ def _answer_file(
 
 def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
     """Write the standalone model; then GGUF and the hub, where they were asked for."""
-    from utils import cards, composing, files, gguf, hub, merging, runs
+    from utils import cards, composing, files, gguf, hub, merging, model_index, runs
     from utils.logger import event
+    from utils.proof.lookup import evaluation_of
 
     target, settings = Path(config.merge.path), config.merge
     composing.refuse_inside(target, base, found.runs)
@@ -182,6 +183,9 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
         dtype=settings.dtype,
         check=found.line(),
     )
+    evaluation = evaluation_of(config.run.models_dir, base.digest, found.runs, composition["recipe"])
+    if evaluation:
+        card = model_index.with_evaluation(card, target.name, evaluation)
     fingerprint = files.fingerprint(identity)
     reused = (target / files.MANIFEST).exists() and files.read_manifest(target).get("fingerprint") == fingerprint
     if reused:
@@ -198,7 +202,7 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
         converted = gguf.convert(target, settings.gguf)
         result["gguf"] = str(converted) if converted else None
     if config.hub.push_to_hub:
-        result["url"] = hub.push(target, config.hub, message="Merged model")
+        result["url"] = hub.push(target, config.hub, message="Merged model", evaluation=evaluation)
     return result
 
 

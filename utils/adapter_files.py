@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import LoraSection
-from utils import adapter_settings, experts, files
+from utils import adapter_settings, disk, experts, files, watching
 from utils.base_model import BaseModel
 from utils.composition import Factors, ModuleFactors, norm, zero_modules
 from utils.exceptions import ArtefactError, Problem
@@ -144,10 +144,14 @@ def to_state(factors: Factors) -> dict[str, torch.Tensor]:
 def _write(directory: Path, peft_config: LoraConfig, state: Mapping[str, torch.Tensor], base: BaseModel) -> None:
     from safetensors.torch import save_file
 
+    watching.refuse_non_finite(state, f"the adapter for {directory}")
     files.make_directory(directory)
     peft_config.base_model_name_or_path, peft_config.revision = base.reference, base.revision or None
-    save_file(dict(state), directory / adapter_settings.WEIGHTS, metadata={"format": "pt"})
-    peft_config.save_pretrained(directory)
+    # the weights first: without its adapter_config.json no tool takes the directory for an adapter
+    with disk.errors(directory / adapter_settings.WEIGHTS):
+        save_file(dict(state), directory / adapter_settings.WEIGHTS, metadata={"format": "pt"})
+    with disk.errors(directory / adapter_settings.CONFIG):
+        peft_config.save_pretrained(directory)
     written = files.read_json(directory / adapter_settings.CONFIG)
     # PEFT keeps targets in sets, whose order changes from process to process: equal adapters, unequal bytes
     ordered = {k: sorted(written[k]) for k in ("target_modules", "target_parameters") if written.get(k)}

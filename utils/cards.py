@@ -1,6 +1,7 @@
 """Model cards: the README.md of an adapter, a composed adapter and a merged model, with the hub's metadata.
 
-A card says how to use what lies beside it, how it was made and from what. It holds no path of this machine.
+A card says how to use what lies beside it, how it was made and from what; `model_index` adds how good it is. It holds
+no path of this machine.
 """
 
 from __future__ import annotations

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from config import Config
-from utils import composing, files, runs, training
+from utils import composing, contamination, files, runs, training
 from utils.base_model import BaseModel
+from utils.prepared import Prepared
 from utils.proof import cells, reads, results
 from utils.proof.cells import Material, Row
 from utils.proof.families import Participants
+from utils.runs import Run
+from utils.secrets import redact
 
 FEW_DOCUMENTS = 12
 NEVER_ENDS = 0.5
@@ -44,12 +49,18 @@ def compare(config: Config, base: BaseModel, parts: Participants, directory: Pat
         "missing": parts.missing,
         "reads": {**read, "sentence": reads.sentence(read)},
         "lineage": _lineage(base, parts),
+        "dataset": _dataset(parts.data),
+        "contamination": _contamination(config, parts, rows, raw),
+        "command": redact(shlex.join(sys.argv)),
         "versions": runs.versions(),
     }
     found["cautions"] = cautions(found, parts)
     if parts.composed:
         recorded = composing.record(parts.composed)
-        found["composition"] = {key: recorded[key] for key in ("recipe", "exact", "searched")}
+        found["composition"] = {
+            **{key: recorded[key] for key in ("recipe", "exact", "searched")},
+            "adapters": [run.digest for run in parts.composed.runs],
+        }
         found["composed_run"] = str(parts.composed.run.directory) if parts.composed.run else None
     found["measured"] = {
         "seconds": round(time.perf_counter() - began, 1),
@@ -78,6 +89,13 @@ def _examples(
             path, {kind: results.described(listed, by_name, scores, said) for kind, listed in chosen.items()}
         )
     return dict(files.read_json(path))
+
+
+def _contamination(config: Config, parts: Participants, rows: Sequence[Row], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Which test items stand in what was trained on, and the verdict without them."""
+    measured = contamination.report(Prepared(parts.data.directory))
+    rest = results.without(rows, raw, config.evaluate, config.run.seed, set(measured.flagged))
+    return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
 
 
 def cautions(found: Mapping[str, Any], parts: Participants) -> list[str]:
@@ -115,6 +133,17 @@ def _lineage(base: BaseModel, parts: Participants) -> list[dict[str, Any]]:
         {**run.as_parent(), "measured": {k: v for k, v in run.manifest.get("measured", {}).items() if _is_small(v)}}
         for run in parts.runs()
     ]
+
+
+def _dataset(data: Run) -> dict[str, Any]:
+    """Where the test questions and the held-out documents came from."""
+    said = data.manifest["identity"]["data"]
+    return {
+        "task": said["task_test"] or said["task"],
+        "task_revision": said["task_revision"],
+        "corpus": said["corpus_heldout"] or said["corpus"],
+        "corpus_revision": said["corpus_revision"],
+    }
 
 
 def _is_small(value: Any) -> bool:

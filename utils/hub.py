@@ -17,13 +17,15 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from config import HubSection
-from utils import cards, files
+from utils import cards, files, model_index
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
 from utils.secrets import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from utils.proof.lookup import Evaluation
 
 Answer = TypeVar("Answer")
 
@@ -65,14 +67,15 @@ def check(hub: HubSection) -> None:
     _warn_of_public(api, hub)
 
 
-def push(directory: Path, hub: HubSection, *, message: str) -> str:
+def push(directory: Path, hub: HubSection, *, message: str, evaluation: Evaluation | None = None) -> str:
     """Upload a complete artefact (or the adapter/ of a complete run) and return the URL of the commit.
 
+    An evaluation of it goes into the card that is published; the artefact here stays as it was sealed.
     Raises ArtefactError when a file has no place in public, when the repository holds other weights, and for every
     error of the hub; running it again uploads only what is missing.
     """
     api, repository, branch = _api(), hub.hub_model_id, hub.hub_revision or None
-    with _public_copy(directory, hub) as public:
+    with _public_copy(directory, hub, evaluation) as public:
         names = sorted(path.relative_to(public).as_posix() for path in public.rglob("*") if path.is_file())
         _ask(
             api,
@@ -154,7 +157,7 @@ def _refuse_mixture(repository: str, others: list[str]) -> None:
 
 
 @contextmanager
-def _public_copy(directory: Path, hub: HubSection) -> Iterator[Path]:
+def _public_copy(directory: Path, hub: HubSection, evaluation: Evaluation | None) -> Iterator[Path]:
     """What is uploaded: links to the artefact's files, and rewritten those that name this machine or this place."""
     directory = directory.resolve()
     manifest = _manifest_of(directory)
@@ -165,7 +168,7 @@ def _public_copy(directory: Path, hub: HubSection) -> Iterator[Path]:
         for name in names:
             target = public / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            text = _rewritten(directory / name, manifest, hub)
+            text = _rewritten(directory / name, manifest, hub, evaluation)
             if text is None:
                 target.symlink_to(directory / name)
             else:
@@ -205,11 +208,13 @@ def _names(directory: Path, manifest: dict[str, Any]) -> list[str]:
     return names
 
 
-def _rewritten(path: Path, manifest: dict[str, Any], hub: HubSection) -> str | None:
+def _rewritten(path: Path, manifest: dict[str, Any], hub: HubSection, evaluation: Evaluation | None) -> str | None:
     """The text that is published instead of the file's own, or None when the file is published as it is."""
     if path.name == CARD:
         card = path.read_text(encoding="utf-8")
         published = cards.for_hub(card, hub.hub_model_id, hub.hub_revision)
+        if evaluation:
+            published = model_index.with_evaluation(published, hub.hub_model_id, evaluation)
         return published if published != card else None
     if path.suffix != ".json":
         return None

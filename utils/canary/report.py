@@ -13,7 +13,9 @@ from typing import Any
 
 from utils import files
 from utils.canary.journal import Story, read
-from utils.canary.screen import short, span
+from utils.canary.screen import short
+from utils.pages import shell
+from utils.pages.numbers import span
 from utils.rollout.controller import Decision, State, advance, share_of
 from utils.rollout.gate import Verdict
 from utils.rollout.policy import FULL_BP, UNITS, Policy
@@ -34,13 +36,13 @@ def page(story: Story, examples: list[dict[str, Any]]) -> str:
     decisions = _decisions(story)
     state = decisions[-1][1].state if decisions else story.began
     policy, header = story.policy, story.header
-    colour = {"promoted": "#1a7f37", "rolled_back": "#b42318"}.get(state.phase, "#475467")
+    colour = {"promoted": "good", "rolled_back": "bad"}.get(state.phase, "muted")
     title = {"promoted": "Promoted", "rolled_back": "Rolled back"}.get(state.phase, "Not over")
     last = next((d.verdict for _, d in reversed(decisions) if d.verdict), None)
     seconds = (decisions[-1][0] - story.header["started_at"]) if decisions else 0.0
     canary, production = state.total.units()
     parts = [
-        f'<h1 style="color:{colour}">{title}</h1>',
+        f"<h1 class={colour}>{title}</h1>",
         f"<p class=lead>{html.escape(state.reason or 'still running')}</p>",
         "<table class=facts>",
         *(
@@ -69,9 +71,7 @@ def page(story: Story, examples: list[dict[str, Any]]) -> str:
     ]
     if examples:
         parts += ["<h2>Golden prompts that the candidate lost</h2>", _example_table(examples)]
-    body = "\n".join(parts)
-    head = f"<meta charset=utf-8><title>{title}: {header['id']}</title>{_STYLE}"
-    return f"<!doctype html><html lang=en>{head}<body>{body}</body></html>\n"
+    return shell.shell(f"{title}: {header['id']}", "\n".join(parts))
 
 
 def _decisions(story: Story) -> list[tuple[float, Decision]]:
@@ -116,7 +116,7 @@ def _chart(decisions: list[tuple[float, Decision]], policy: Policy, start: float
     for share in [0, *(s.share_bp for s in policy.steps), FULL_BP]:
         y = share_h - math.sqrt(share / FULL_BP) * (share_h - 14)
         pieces.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{share / 100:g}%</text>')
-        pieces.append(f'<line x1="{left}" x2="{width - 150}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eaecf0"/>')
+        pieces.append(f'<line x1="{left}" x2="{width - 150}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
     top, bottom = share_h + gap, share_h + gap + ev_h
 
     def y_of(ratio: float) -> float:
@@ -149,7 +149,10 @@ def _chart(decisions: list[tuple[float, Decision]], policy: Policy, start: float
     for tick in range(5):
         at = start + length * tick / 4
         pieces.append(f'<text x="{x(at):.1f}" y="{bottom + 34}" text-anchor="middle">{span(at - start)}</text>')
-    return f'<svg viewBox="0 0 {width} {bottom + 44}" role="img">{"".join(pieces)}</svg>'
+    head = (
+        f'<svg class="paper" viewBox="0 0 {width} {bottom + 44}" role="img" aria-label="share and evidence over time">'
+    )
+    return f"{head}{''.join(pieces)}</svg>"
 
 
 def _decision_table(decisions: list[tuple[float, Decision]], policy: Policy, start: float) -> str:
@@ -165,7 +168,7 @@ def _decision_table(decisions: list[tuple[float, Decision]], policy: Policy, sta
         rows.append(f"<tr class={decision.action}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     if len(rows) > 60:
         rows = [*rows[:30], f"<tr><td colspan=4>... {len(rows) - 60} more in journal.jsonl ...</td></tr>", *rows[-30:]]
-    return "<table><tr><th>after</th><th>decision</th><th>share</th><th>why</th></tr>" + "".join(rows) + "</table>"
+    return _table("<tr><th>after</th><th>decision</th><th>share</th><th>why</th></tr>", rows)
 
 
 def _count_table(state: State) -> str:
@@ -181,20 +184,12 @@ def _count_table(state: State) -> str:
                 ]
                 what = f"<td>{bp / 100:g}%</td><td>{metric.replace('_', ' ')}</td>"
                 rows.append(f"<tr>{what}<td>{cells[0]}</td><td>{cells[1]}</td></tr>")
-    pairs = "".join(
+    pairs = [
         f"<tr><td>{metric.replace('_', ' ')}</td><td>{lost:,}</td><td>{won:,}</td><td>{equal:,}</td></tr>"
         for metric, (lost, won, equal) in state.total.pairs.items()
-    )
-    traffic = (
-        "<table><tr><th>share</th><th>sessions with</th><th>candidate</th><th>production</th></tr>"
-        + "".join(rows)
-        + "</table>"
-    )
-    golden = (
-        f"<table><tr><th>golden prompts</th><th>lost</th><th>won</th><th>equal</th></tr>{pairs}</table>"
-        if pairs
-        else ""
-    )
+    ]
+    traffic = _table("<tr><th>share</th><th>sessions with</th><th>candidate</th><th>production</th></tr>", rows)
+    golden = _table("<tr><th>golden prompts</th><th>lost</th><th>won</th><th>equal</th></tr>", pairs) if pairs else ""
     return traffic + golden
 
 
@@ -209,7 +204,7 @@ def _test_table(verdict: Verdict | None) -> str:
             f"<tr class={'rollback' if mark == 'alarm' else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
         )
     head = "<tr><th>metric</th><th>question</th><th>e-value</th><th>limit</th><th></th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+    return _table(head, rows)
 
 
 def _example_table(examples: list[dict[str, Any]]) -> str:
@@ -224,17 +219,12 @@ def _example_table(examples: list[dict[str, Any]]) -> str:
         ]
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell)[:400])}</td>" for cell in cells) + "</tr>")
     head = "<tr><th>lost on</th><th>question</th><th>expected</th><th>production</th><th>candidate</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+    return _table(head, rows)
+
+
+def _table(head: str, rows: list[str]) -> str:
+    """A table that scrolls in its own box where it is wider than the screen."""
+    return f'<div class="scroll" tabindex="0"><table>{head}{"".join(rows)}</table></div>'
 
 
 _COLOURS = ("#b42318", "#b54708", "#7a5af8", "#0e7090", "#4e5ba6", "#667085", "#c11574", "#087443")
-_STYLE = """<style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:32px auto;padding:0 16px;color:#101828}
-h1{margin:0}h2{margin:32px 0 8px;font-size:18px}.lead{font-size:17px;margin:4px 0 16px}
-.note{color:#475467;font-size:13px}
-table{border-collapse:collapse;width:100%;margin:8px 0;font-size:14px}th,td{text-align:left;padding:5px 10px;
-border-bottom:1px solid #eaecf0;vertical-align:top}th{color:#475467;font-weight:600}.facts th{width:110px}
-td{overflow-wrap:anywhere;min-width:60px}
-tr.rollback td{background:#fef3f2}tr.promote td,tr.advance td{background:#ecfdf3}tr.restart td{background:#fffaeb}
-svg{width:100%;font:12px system-ui,sans-serif;fill:#475467}
-</style>"""

@@ -14,6 +14,7 @@ from typing import Any
 from utils import files
 from utils.canary.loop import LIVE
 from utils.exceptions import ArtefactError, BalancerError
+from utils.pages.numbers import span
 from utils.rollout.controller import State
 from utils.rollout.policy import FULL_BP, Policy
 
@@ -176,12 +177,3 @@ def short(value: float) -> str:
     if value >= 1e6 or 0 < value < 1e-2:
         return f"{value:.1e}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def span(seconds: float) -> str:
-    seconds = max(0.0, seconds)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

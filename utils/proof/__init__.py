@@ -6,4 +6,6 @@ cells       each row as an adapter on one loaded base; scoring it
 results     from per-item scores to numbers with intervals, contrasts, examples
 reads       how often a test split has been read
 table       for a terminal
+report      report.html: pictures (SVG), background (roles, training, data, lineage), templates and style
+lookup      the evaluation of a composed model, for its card
 """

@@ -198,7 +198,7 @@ def _alarm_text(bad: list[Finding], counts: Counts) -> str:
 
 def _seen(finding: Finding, counts: Counts) -> str:
     """The counts behind an alarm, for people."""
-    value = f"e-value {_plain(finding.log_e):,.0f}, limit {_plain(finding.log_limit):,.0f}"
+    value = f"e-value {_plain(finding.log_e):.3g}, limit {_plain(finding.log_limit):.3g}"
     if finding.metric in counts.pairs:
         losses, wins, ties = counts.pairs[finding.metric]
         return f"{losses} pairs lost, {wins} won, {ties} equal; {value}"
