@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import unittest
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,17 +28,23 @@ from tests.support import (  # noqa: E402
     PRESET,
     Completed,
     Script,
+    Workspace,
     forked,
     last_json,
+    pair_row,
     saved_model,
     temporary_directory,
     write_jsonl,
 )
 from tests.whole_pipeline import Whole, whole  # noqa: E402
-from utils import adapter_settings, base_model, checkpoints, cli, files, lineage  # noqa: E402
+from utils import adapter_settings, base_model, chat, checkpoints, cli, files, lineage, prepared  # noqa: E402
 from utils.base_model import BaseModel  # noqa: E402
 from utils.canary import sides  # noqa: E402
+from utils.corpus import extraction, tables  # noqa: E402
+from utils.corpus.documents import read_documents  # noqa: E402
+from utils.corpus.task_examples import read_task_examples  # noqa: E402
 from utils.exceptions import PipelineError  # noqa: E402
+from utils.prepared import Prepared  # noqa: E402
 
 CONFIG, WEIGHTS = adapter_settings.CONFIG, adapter_settings.WEIGHTS
 COMMIT = "a" * 40
@@ -436,6 +443,83 @@ class ModelDirectory(Tampering):
 
 
 class Data(Tampering):
+    def read(self, content: bytes, name: str) -> list[str]:
+        """A file as documents and, when it is a table, as labelled pairs: texts, or an error of both."""
+        folder = temporary_directory()
+        self.addCleanup(shutil.rmtree, folder)
+        (folder / name).write_bytes(content)
+        texts = list(read_documents([str(folder / name)], cache_dir=folder / "cache")[0]["text"])
+        if not name.endswith(".txt"):
+            read_task_examples(str(folder / name), cache_dir=folder / "cache")
+        return texts
+
+    def test_each_kind_of_damage_is_an_error_with_file_and_line_or_has_its_treatment(self) -> None:
+        row = b'{"text": "t", "question": "q", "answer": "a"}\n'
+        for what, content, name, said in (
+            ("cut in a line", row + row[:20], "a.jsonl", "a.jsonl:2: not valid JSON"),
+            ("cut in a quoted cell", b'text,question,answer\nt,q,"a', "a.csv", "a.csv:2: not valid CSV"),
+            ("cut in a character", "é".encode()[:1], "a.txt", "a.txt:1: not UTF-8, at byte 1"),
+            ("empty", b"", "a.jsonl", "the corpus is empty: 1 files read, dropped: 1 empty"),
+            ("empty text", b"", "a.txt", "the corpus is empty: 1 files read, dropped: 1 empty"),
+            ("white space only", b" \n \n", "a.jsonl", "the corpus is empty"),
+            ("a NUL byte", row + b'{"text": "a\0b"}\n', "a.jsonl", "a.jsonl:2: contains a NUL byte"),
+            ("UTF-16", "text".encode("utf-16"), "a.csv", "a.csv:1: not UTF-8"),
+            ("Latin-1", row + '{"text": "é"}'.encode("latin-1"), "a.jsonl", "a.jsonl:2: not UTF-8, at byte 11"),
+            ("half a surrogate", b'{"text": "\\ud800"}', "a.jsonl", "a.jsonl:1: half of a surrogate pair"),
+            ("a number of 5,000 digits", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl", "a.jsonl:1: not valid JSON"),
+            ("100,000 brackets", b'{"text": ' + b"[" * 100_000, "a.jsonl", "a.jsonl:1: not valid JSON"),
+        ):
+            with self.subTest(what), self.refused(said):
+                self.read(content, name)
+        mark = b"\xef\xbb\xbf"
+        self.assertEqual(self.read(mark + row, "a.jsonl"), ["t"])
+        self.assertEqual(self.read(mark + b"text,question,answer\nt,q,a\n", "a.csv"), ["t"])
+
+    def test_a_hundred_megabytes_on_one_line_are_an_error_with_file_and_line(self) -> None:
+        words, size = b"word " * 20_971_520, "a document of 104,857,600 characters"
+        rows = b'{"text": "short"}\n{"text": "' + words + b'"}\n'
+        for content, name, said in (
+            (words, "a.txt", f"a.txt: {size}"),
+            (rows, "a.jsonl", f"a.jsonl:2: {size}"),
+            (b"text\nshort\n" + words + b"\n", "a.csv", f"a.csv:3: {size}"),
+        ):
+            with self.subTest(name), self.refused(said, "split it"):
+                self.read(content, name)
+        folder = temporary_directory()
+        self.addCleanup(shutil.rmtree, folder)
+        (folder / "a.jsonl").write_bytes(rows.replace(b'"text": ', b'"question": "q", "answer": '))
+        with self.refused("a.jsonl:2: an example of 104,", "shorten it"):
+            read_task_examples(str(folder / "a.jsonl"), cache_dir=folder)
+
+    def test_a_line_longer_than_memory_is_not_read_to_its_end(self) -> None:
+        with mock.patch.object(tables, "LONGEST_LINE", 1000):
+            for name in ("a.txt", "a.jsonl", "a.csv", "a.json"):
+                with self.subTest(name), self.refused(f"{name}:2: a line of more than 1,000 bytes"):
+                    self.read(b"\n" + b"x" * 5000, name)
+
+    def test_a_word_file_that_unpacks_to_gigabytes_is_not_unpacked(self) -> None:
+        path = temporary_directory() / "bomb.docx"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("word/media/x", "w") as entry:
+            for _ in range(4):
+                entry.write(bytes(1 << 20))
+        with mock.patch.object(extraction, "LARGEST_ARCHIVE", 1 << 20), self.refused("it unpacks to 4,194,304 bytes"):
+            read_documents([str(path)], cache_dir=path.parent / "cache")
+
+    def test_a_question_that_holds_line_separators_is_one_pair_when_it_is_read_again(self) -> None:
+        place = Workspace()
+        rows = [{**pair_row(i), "question": f"What\u2028is\x85f{i}?\x0b\x1c"} for i in range(12)]
+        task = write_jsonl(place.root / "rows.jsonl", rows)
+        made = last_json(place.run("prepare_data", "--data.corpus", "none", "--data.task", str(task)))
+        found = [e["question"] for split in prepared.SPLITS for e in Prepared(Path(made["run"])).examples(split)]
+        self.assertEqual(sorted(found), sorted(row["question"].strip() for row in rows))
+
+    def test_many_long_documents_are_tokenised_in_groups_and_give_the_same_ids(self) -> None:
+        tokenizer = base_model.load_tokenizer(whole()[0]["base"])
+        texts = [f"document {i} " * (i + 1) for i in range(30)]
+        grouped = [ids for group in prepared._groups(texts, 200) for ids in chat.document_ids(tokenizer, group)]
+        self.assertEqual(grouped, chat.document_ids(tokenizer, texts))
+        self.assertTrue(all(len(g) == 1 or sum(map(len, g)) <= 200 for g in prepared._groups(texts, 200)))
+
     def test_data_that_changed_between_run_and_resume_is_refused_and_the_right_data_goes_on(self) -> None:
         copy = whole()[0].copy()
         places = ["--preset", PRESET, *copy.flags[:4]]
