@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from utils.secrets import redact
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -50,9 +52,9 @@ class PipelineError(Exception):
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
-            return f"{self.title}: {self.problems[0]}"
+            return redact(f"{self.title}: {self.problems[0]}")
         lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
-        return f"{self.title}: {len(self.problems)} problems\n{lines}"
+        return redact(f"{self.title}: {len(self.problems)} problems\n{lines}")
 
 
 class ConfigError(PipelineError):

@@ -34,7 +34,7 @@ Splits = dict[str, list[dict[str, Any]]]
 BUILT_IN = "python_docs"
 ELSEWHERE = "python_docs_other"
 NONE = "none"
-SAMPLED = 256
+SAMPLED, SAMPLED_CHARACTERS = 256, 10_000
 # manifests, counts, labelled pairs
 SMALL_FILES = 1 << 20
 
@@ -99,11 +99,12 @@ def prepare(data: DataSection, base: BaseModel, seed: int, directory: Path) -> d
 def space_bytes(parts: Iterable[Dataset], tokenizer: Any) -> int:
     """About what tokenising these documents takes on the disk: texts and int32 ids, while they are made and once kept.
 
-    Tokens are counted on a sample of SAMPLED documents.
+    Tokens are counted on the beginnings of a sample of SAMPLED documents.
     """
     total = 0
     for part in parts:
-        sample = part.select(range(0, len(part), max(1, len(part) // SAMPLED)))["text"][:]
+        chosen = part.select(range(0, len(part), max(1, len(part) // SAMPLED)))
+        sample = [text[:SAMPLED_CHARACTERS] for text in chosen["text"]]
         tokens = sum(len(ids) for ids in chat.document_ids(tokenizer, sample))
         texts = part.data.column("text").nbytes * len(part) // max(1, part.data.num_rows)
         total += texts + round(4 * tokens / max(1, sum(len(t.encode()) for t in sample)) * texts)
