@@ -20,12 +20,13 @@ from utils.base_model import BaseModel
 from utils.composition import Factors, ModuleFactors, norm, zero_modules
 from utils.exceptions import ArtefactError, Problem
 from utils.model_directory import leads_out
-from utils.shards import Checkpoint
+from utils.shards import DTYPES, Checkpoint
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 _PREFIX = "base_model.model."
+_FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 
 
 def find(path: Path) -> Path:
@@ -165,7 +166,7 @@ def _factors(
     problems = []
     for key, tensor in state.items():
         matched = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if not matched or tensor.ndim != 2 or not tensor.is_floating_point():
+        if not matched or tensor.ndim != 2 or tensor.dtype not in _FLOATS:
             problems.append(Problem(f"{directory}: unknown tensor", f"{key} {tuple(tensor.shape)}"))
         elif not torch.isfinite(tensor.float()).all():
             problems.append(Problem(f"{directory}: {key} holds NaN or infinity"))
