@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def of_directory(directory: Path) -> ModelSizes:
-    """The shapes of a model directory. Raises ValueError, OSError or KeyError for a config that is not understood."""
+KINDS = ("embeddings", "head", "attention", "router", "experts", "dense", "norms", "other")
+
+
+def of_settings(settings: Mapping[str, Any]) -> ModelSizes:
+    """The shapes that a config.json describes. Raises ValueError, KeyError or AttributeError for what is not known."""
     from transformers import AutoConfig
 
-    return of_config(AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True))
+    return of_config(AutoConfig.for_model(**settings))
 
 
 def of_config(settings: PretrainedConfig) -> ModelSizes:
@@ -62,11 +65,8 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
         experts_per_token=int(text.num_experts_per_tok) if experts else 0,
         has_qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
         float32_router=settings.model_type == "minimax_m2" and bool(FLOAT32_ROUTER),
-        stored="fp8" if method == "fp8" else "float32" if settings.dtype == torch.float32 else "bfloat16",
+        stored="fp8" if method == "fp8" else "float32" if str(settings.dtype).endswith("float32") else "bfloat16",
     )
-
-
-KINDS = ("embeddings", "head", "attention", "router", "experts", "dense", "norms", "other")
 
 
 def _kind(name: str) -> str:
@@ -84,7 +84,7 @@ def _kind(name: str) -> str:
 def _matrices(model: torch.nn.Module) -> tuple[Matrix, ...]:
     found: Counter[tuple[str, int, int, bool]] = Counter()
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and layer_of(name) is not None:
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != "lm_head":
             found[(name.rpartition(".")[2], *module.weight.shape, False)] += 1
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and ".experts." in name:
