@@ -1,4 +1,4 @@
-"""What `--dry-run` says about size and time under MiniMax-M2, per script, from the settings alone: no torch, no network."""
+"""What `--dry-run` says about size and time under MiniMax-M2, per script, from the settings alone: no torch, no hub."""
 
 from __future__ import annotations
 
@@ -76,8 +76,9 @@ def _inference(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
     parallel = _tensor_parallel(config, planning.weight_bytes(sizes, "bfloat16"))
     return [
         _one_process(sizes, base, "answering"),
-        f"so merge with --merge_path DIR and serve that, or serve the adapter on a bfloat16 copy of the base: vllm serve "
-        f"BASE --tensor-parallel-size {parallel} --enable-lora --max-lora-rank {rank} --lora-modules mine=ADAPTER",
+        "so merge with --merge_path DIR and serve that, or serve the adapter on a bfloat16 copy of the base: "
+        f"vllm serve BASE --tensor-parallel-size {parallel} --enable-lora --max-lora-rank {rank} "
+        "--lora-modules mine=ADAPTER",
     ]
 
 
@@ -117,7 +118,8 @@ def _adapters(config: Config, sizes: ModelSizes) -> str:
 
 
 def _checking(sizes: ModelSizes) -> str:
-    return f"checking it takes {gib(planning.checking_bytes(sizes))} of main memory for one layer, more checks more of them"
+    needed = gib(planning.checking_bytes(sizes))
+    return f"checking it takes {needed} of main memory for one layer; with more memory more layers are checked"
 
 
 def _one_process(sizes: ModelSizes, base: Dtype, what: str) -> str:
