@@ -23,6 +23,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR_LLAMA = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+_LEAF = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFUSED_FOR_ALL = ("all-linear", "lm_head", "embed_tokens", "gate")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -578,7 +579,7 @@ def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[
     if not lora.target_modules:
         problems.append(f"{stage}.lora.target_modules is empty: name at least one module, e.g. q_proj")
     for name in lora.target_modules:
-        if name == "all-linear" or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        if name == "all-linear" or not _LEAF.fullmatch(name):
             # PEFT widens both on MoE models without a word (router and experts for all-linear, layers for patterns)
             problems.append(
                 f"{stage}.lora.target_modules {name!r}: list leaf names such as q_proj; patterns widen silently"
@@ -603,7 +604,8 @@ def _mixture_problems(stage: str, lora: LoraSection, base: BaseModelSection) -> 
         )
     if not is_minimax_m2(base.source):
         return problems
-    if others := [name for name in lora.target_modules if name not in ATTENTION and name not in _REFUSED_FOR_ALL]:
+    names = [name for name in lora.target_modules if _LEAF.fullmatch(name) and name not in _REFUSED_FOR_ALL]
+    if others := [name for name in names if name not in ATTENTION]:
         # PEFT takes w1 to w3, gate_up_proj or gate for the fused experts and the router, some at twice the rank
         problems.append(
             f"{stage}.lora.target_modules {','.join(others)}: MiniMax-M2's linear modules are {', '.join(ATTENTION)}; "

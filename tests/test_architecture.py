@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"config", "utils", "scripts", "tests"}
 PLUMBING = {"exceptions", "secrets", "manifests", "logger", "files", "runs", "cli", "progress"}
-PURE = {"composition", "statistics", "verdict", "corpus.splits", "rollout", "answers"}
+PURE = {"composition", "planning", "known_models", "statistics", "verdict", "corpus.splits", "rollout", "answers"}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "tokenizers"}
 
 

@@ -159,10 +159,12 @@ def launch_file(sizes: ModelSizes, plan: PlanSection, *, sharded: bool) -> str:
 def command(config: Config, sizes: ModelSizes, stage: str, *, sharded: bool) -> str:
     """The exact command that trains a stage on this hardware."""
     plan = config.plan
-    words = ["accelerate launch", f"--config_file {launch_file(sizes, plan, sharded=sharded)}"]
+    file = launch_file(sizes, plan, sharded=sharded)
+    words = ["accelerate launch", f"--config_file {file}"]
     if plan.nodes > 1:
         words.append("--machine_rank RANK --main_process_ip ADDRESS")
-    if (plan.nodes, plan.gpus) not in ((1, 8), (2, 8), (1, 1)):
+    usual = {"one_gpu.yaml": 1, "several_nodes.yaml": 16, "minimax_m2_2x8.yaml": 16}
+    if plan.nodes * plan.gpus != usual.get(file.rpartition("/")[2], 8) or plan.nodes > 2:
         words.append(f"--num_machines {plan.nodes} --num_processes {plan.nodes * plan.gpus}")
     if sharded and sizes.layer_class != "MiniMaxM2DecoderLayer":
         words.append(f"--fsdp_transformer_layer_cls_to_wrap {sizes.layer_class}")
@@ -207,7 +209,12 @@ def report(config: Config, sizes: ModelSizes, base: Dtype, tokens: dict[str, int
     for stage in STAGES:
         found = choices(config, sizes, base, stage)
         asked = found[0]
-        lines += ["", f"{stage} adapter: trains {trainable(sizes, asked.step.adapter)}", *_table(found)]
+        lines += ["", f"{stage} adapter: trains {trainable(sizes, asked.step.adapter)}"]
+        if sizes.experts:
+            other = replace(asked.step.adapter, experts=not asked.step.adapter.experts)
+            name = "with the experts" if other.experts else "without the experts"
+            lines.append(f"  {name} it would be {trainable(sizes, other)}")
+        lines += _table(found)
         lines += _checkpointing(sizes, asked)
         lines += [f"  {verdict(asked, plan)}"]
         lines += [f"  instead: {change}" for change in changes(config, sizes, asked)]

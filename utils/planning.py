@@ -190,8 +190,8 @@ def training_memory(
 ) -> Memory:
     """Peak of one training step. `shards` processes hold the weights and adapters together (FSDP2); 1: each holds all.
 
-    `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and a second adapter
-    on the experts finds the first one's transients still there. `whole_logits` is for a loss that is not chunked.
+    `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and adapters on the
+    experts find the transients of the ones before still there. `whole_logits` is for a loss that is not chunked.
     """
     trained = sum(lora_parameters(sizes, step.adapter).values())
     frozen = sum(lora_parameters(sizes, step.below).values()) if step.below else 0
@@ -307,7 +307,10 @@ def _loss(sizes: ModelSizes, step: Step, whole_logits: bool) -> int:
 
 
 def _expert_weights(sizes: ModelSizes, step: Step, careful: bool) -> int:
-    """Experts with their update and the gradient of that, which PEFT makes for all experts of a layer at once."""
+    """Experts with their update and the gradient of that, which PEFT makes for all experts of a layer at once.
+
+    Of one adapter's gradient, that of the larger matrices and the updated smaller ones are not there at the same time.
+    """
     if not sizes.experts:
         return 0
     layer = _share(sizes.parameters["experts"] * step.activation_bytes, sizes.num_layers)
@@ -315,8 +318,9 @@ def _expert_weights(sizes: ModelSizes, step: Step, careful: bool) -> int:
     if not updated:
         return 0
     kept = 1 if step.checkpointing else sizes.num_layers
-    second = TWO_EXPERT_ADAPTERS - (0 if careful else ONE_EXPERT_ADAPTER)
-    return int(layer * (kept + 1 + (second if len(updated) > 1 else 0)))
+    gradient = 1.0 if careful else ONE_EXPERT_ADAPTER - 1
+    second = TWO_EXPERT_ADAPTERS - (0 if careful else ONE_EXPERT_ADAPTER) if len(updated) > 1 else 0
+    return int(layer * (kept + gradient + second))
 
 
 def _share(amount: int, parts: int) -> int:
