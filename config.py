@@ -23,6 +23,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR_LLAMA = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+_LEAF = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_REFUSED_FOR_ALL = ("all-linear", "lm_head", "embed_tokens", "gate")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -98,6 +100,8 @@ class LoraSection(Section):
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
     target_modules: tuple[str, ...] = ALL_LINEAR_LLAMA
     """Leaf names of the linear modules that are adapted; patterns are refused, they can widen silently."""
+    experts: bool = False
+    """Also adapt every fused expert of a mixture of experts: a hundred times the parameters on MiniMax-M2."""
 
 
 class TrainSection(Section):
@@ -384,6 +388,37 @@ class RolloutSection(Section):
     """kubernetes: directory for the files."""
 
 
+class PlanSection(Section):
+    """The hardware that a plan is made for; what is there decides only whether a script starts."""
+
+    gpus: Positive = 8
+    """GPUs of one node."""
+    nodes: Positive = 1
+    """Nodes with that many GPUs."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] = 80.0
+    """Memory of one GPU in GiB."""
+    headroom_gib: Annotated[float, Field(ge=0)] = 5.0
+    """Memory of each GPU in GiB that no tensor gets: CUDA's context, NCCL's buffers, fragmentation."""
+    host_memory_gib: Annotated[float, Field(gt=0)] = 1024.0
+    """Main memory of one node in GiB."""
+    gpu_tflops: Annotated[float, Field(gt=0)] = 989.0
+    """Peak of one GPU in dense bfloat16 TFLOP/s: 989 for H100 and H200 (SXM), 312 for A100."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of that peak that training is assumed to reach; measure yours before you book hours."""
+    domain_tokens: NonNegative = 0
+    """Tokens of the corpus; 0 takes the newest prepared data, or 10 million where there is none."""
+    task_tokens: NonNegative = 0
+    """Tokens of the labelled pairs, prompts included; 0 takes 1 million."""
+
+    @model_validator(mode="after")
+    def _some_memory_is_left(self) -> PlanSection:
+        if self.headroom_gib >= self.gpu_memory_gib:
+            raise ValueError(
+                f"headroom_gib {self.headroom_gib:g} leaves nothing of gpu_memory_gib {self.gpu_memory_gib:g}"
+            )
+        return self
+
+
 class RunSection(Section):
     """Where things go, and how runs are named, tracked and repeated."""
 
@@ -427,6 +462,7 @@ class Config(Section):
     benchmark: BenchmarkSection = BenchmarkSection()
     rollout: RolloutSection = RolloutSection()
     verify: VerifySection = VerifySection()
+    plan: PlanSection = PlanSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -434,6 +470,7 @@ class Config(Section):
         problems = [*_base_problems(self.base), *_data_problems(self.data)]
         for stage in ("domain", "task"):
             problems += _stage_problems(stage, getattr(self, stage).lora, getattr(self, stage).train)
+            problems += _mixture_problems(stage, getattr(self, stage).lora, self.base)
         problems += _compose_problems(self.compose, self.hub, self.merge)
         problems += _rollout_problems(self.rollout)
         if self.inference.prompt and self.inference.prompts_file:
@@ -546,12 +583,12 @@ def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[
     if not lora.target_modules:
         problems.append(f"{stage}.lora.target_modules is empty: name at least one module, e.g. q_proj")
     for name in lora.target_modules:
-        if name == "all-linear" or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        if name == "all-linear" or not _LEAF.fullmatch(name):
             # PEFT widens both on MoE models without a word (router and experts for all-linear, layers for patterns)
             problems.append(
                 f"{stage}.lora.target_modules {name!r}: list leaf names such as q_proj; patterns widen silently"
             )
-        if name in ("lm_head", "embed_tokens", "gate"):
+        if name in _REFUSED_FOR_ALL[1:]:
             problems.append(f"{stage}.lora.target_modules {name!r}: embeddings, output head and router stay frozen")
     if train.micro_batch_tokens < train.sequence_tokens:
         problems.append(
@@ -559,6 +596,31 @@ def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[
             f"{stage}.train.sequence_tokens {train.sequence_tokens}: one row must fit a forward pass"
         )
     return problems
+
+
+def _mixture_problems(stage: str, lora: LoraSection, base: BaseModelSection) -> list[str]:
+    """What a mixture of experts cannot take; MiniMax-M2 is known by its name, others when they are loaded."""
+    problems = []
+    if lora.experts and lora.dropout:
+        problems.append(
+            f"{stage}.lora.dropout {lora.dropout:g} with {stage}.lora.experts: fused experts take no dropout, because "
+            f"their update is added to the weights; --{stage}.lora.dropout 0"
+        )
+    if not is_minimax_m2(base.source):
+        return problems
+    names = [name for name in lora.target_modules if _LEAF.fullmatch(name) and name not in _REFUSED_FOR_ALL]
+    if others := [name for name in names if name not in ATTENTION]:
+        # PEFT takes w1 to w3, gate_up_proj or gate for the fused experts and the router, some at twice the rank
+        problems.append(
+            f"{stage}.lora.target_modules {','.join(others)}: MiniMax-M2's linear modules are {', '.join(ATTENTION)}; "
+            f"--{stage}.lora.target_modules {','.join(ATTENTION)}, and for its experts --{stage}.lora.experts true"
+        )
+    return problems
+
+
+def is_minimax_m2(source: str) -> bool:
+    """Whether a base model's source names a MiniMax-M2, the toy included."""
+    return source == "toy:minimax_m2" or bool(re.search(r"minimax-m2\b", source, re.IGNORECASE))
 
 
 # ------------------------------------------------------------------------------------------------------- presets

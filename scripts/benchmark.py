@@ -112,6 +112,8 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     wanted = config.benchmark
     what = {
         "inference": f"answer prompts of {wanted.prompt_tokens} tokens in batches of {wanted.batch_sizes} with base, "
@@ -123,7 +125,8 @@ def plan(config: Config) -> list[str]:
         "tokens of documents with our evaluation, and with lm-eval if it is there",
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
-    return [*(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
+    size = plan_dry.lines(config, "benchmark")
+    return [*size, *(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main(config: Config) -> dict[str, Any]:
 
     hub.check(config.hub)
     composing.refuse_models_inside(config)  # before anything is fetched or built there
-    base = stages.start(config)
+    base = stages.start(config, loads_model=False)
     found = lineage.adapter_runs(config, base)
     data = lineage.data_of(config, base, found)
     identity = _identity(config, base, found, data)
@@ -127,10 +127,13 @@ def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, di
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     section = config.compose
     weights = "weights chosen on the dev split" if section.search else f"weights {section.weights or 'of 1'}"
     target = config.run.models_dir / "composed" / (config.run.name or f"{config.preset}-<fingerprint>")
     return [
+        *plan_dry.lines(config, "compose"),
         f"load the domain and the task adapter{' and ' + ', '.join(section.also) if section.also else ''}",
         f"compose them by {section.method} with {weights}",
         "check the factors, and the logits of base + all adapters against base + the composed one",

@@ -49,7 +49,7 @@ def main(config: Config) -> dict[str, Any]:
     examples = _read_prompts(Path(wanted.prompts_file)) if wanted.prompts_file else []
     if wanted.output_file:
         files.make_directory(Path(wanted.output_file).parent)
-    base = stages.start(config)
+    base = stages.start(config, loads_model=not merge_path)
     found = composing.composition(config, base, which) if which != "none" else None
     if found:
         composing.say(found)
@@ -208,9 +208,14 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     section, which = config.compose, config.inference.adapters
     weights = section.weights or "what the newest composed run of them has, else 1 each"
-    steps = [f"load {config.base.source} and compose {which} by {section.method} with weights: {weights}"]
+    steps = [
+        *plan_dry.lines(config, "inference"),
+        f"load {config.base.source} and compose {which} by {section.method} with weights: {weights}",
+    ]
     if config.merge.path:
         written = f"write the merged model to {config.merge.path} shard by shard ({config.merge.dtype})"
         return [*steps, written, "reload it in a fresh process and compare its logits before it appears there"]

@@ -23,7 +23,7 @@ def main(config: Config) -> dict[str, Any]:
     """Read, clean, split, tokenise, publish."""
     from utils import base_model, files, lm_eval_task, logger, prepared, runs, stages
 
-    base, prompt = stages.start(config), config.task.system_prompt
+    base, prompt = stages.start(config, loads_model=False), config.task.system_prompt
     identity = prepared.identity(config.data, base, config.run.seed)
     directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, config.preset, identity)
     run = runs.open_run(directory, identity)
@@ -81,8 +81,11 @@ def summary(counts: dict[str, Any]) -> str:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     name = config.run.name or config.preset + "-<fingerprint>"
     return [
+        *plan_dry.lines(config, "prepare_data"),
         f"read documents from {', '.join(config.data.corpus)} and labelled pairs from {config.data.task}",
         f"split by document with seed {config.run.seed}, drop duplicates and leaks, tokenise for {config.base.source}",
         f"write {config.run.data_dir / 'prepared' / name}/",

@@ -155,11 +155,14 @@ def _status(config: Config, service: Any) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     section = config.rollout
     shares = ", ".join(f"{share:.2%}" for share in (*section.steps, 1.0))
     if section.command != "start":
         return [f"{section.command} of the service {section.service!r}"]
     return [
+        *plan_dry.lines(config, "rollout"),
         f"start or find the servers of {section.production or 'the last production'} and {section.candidate or '?'}",
         "verify the candidate: digest, a completion, golden prompts; no user sees it before",
         f"walk {shares} behind HAProxy, each step on evidence, rollback armed all the time",

@@ -46,8 +46,11 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     train, lora = config.domain.train, config.domain.lora
     return [
+        *plan_dry.lines(config, "train_domain_adapter"),
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
         f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} for {train.epochs} epochs of packed "
         f"{train.sequence_tokens}-token rows, {train.batch_tokens:,} tokens a step over all processes",

@@ -66,6 +66,8 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     train, lora = config.task.train, config.task.lora
     below = {
         "domain": "the newest domain adapter, frozen",
@@ -73,6 +75,7 @@ def plan(config: Config) -> list[str]:
         "base": "the base model alone",
     }[config.task.on]
     return [
+        *plan_dry.lines(config, "train_task_adapter"),
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
         f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} on {below}, for {train.epochs} epochs, "
         f"answers only, at most {train.sequence_tokens} tokens a pair",

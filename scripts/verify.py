@@ -44,7 +44,10 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     return [
+        *plan_dry.lines(config, "verify"),
         f"hash every file of {config.verify.path or 'PATH'} and compare it with its manifest",
         f"do the same for all it was made from, under {config.run.data_dir} and {config.run.models_dir}",
         "write nothing",

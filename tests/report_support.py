@@ -16,6 +16,7 @@ from bs4 import BeautifulSoup, Tag
 from config import EvaluateSection
 from tests.support import temporary_directory
 from utils import files
+from utils.contamination import Contamination, Overlap
 from utils.proof import report, results
 from utils.proof.cells import Row
 from utils.runs import Run
@@ -224,7 +225,8 @@ def soup(text: str) -> BeautifulSoup:
 
 def text_of(page: str | Tag) -> str:
     node = soup(page) if isinstance(page, str) else page
-    return re.sub(r"\s+(?=[\s,.;)\]]|$)", "", re.sub(r"\s+", " ", node.get_text(" "))).strip()
+    words = re.sub(r"\s+", " ", node.get_text(" "))
+    return re.sub(r"(?<=[(\[])\s|\s(?=[,.;)\]])", "", words).strip()
 
 
 def name_in(row: Tag) -> str:
@@ -262,6 +264,16 @@ INTERFERENCE = {
 }
 
 
+def contamination(said: str = "hardly <changed>") -> dict[str, Any]:
+    """What utils/contamination.py finds, as results.json has it."""
+    facts = {"source": "corpus", "kind": "near duplicate", "is_flagged": True, "why": said, "ids": (), "examples": ()}
+    nowhere = facts | {"kind": "question", "source": "dev pairs"}
+    overlaps = (Overlap(**facts, items=3, share=3 / QUESTIONS), Overlap(**nowhere, items=0, share=0.0))
+    measured = Contamination("same documents", 0.75, QUESTIONS, 2, 83, overlaps, ("q1", "q2", "q3"), 0.1)
+    rest = {"items": 45, "verdict": "helps", "sentence": f"It helps still: {said}.", "contrasts": {}, "answer_nll": {}}
+    return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
+
+
 @functools.cache
 def whole() -> tuple[dict[str, Any], str]:
     """Everything that a report can hold, and its page."""
@@ -270,12 +282,7 @@ def whole() -> tuple[dict[str, Any], str]:
     runs, composed = the_runs(root, found)
     files.write_json(composed.directory / "search.json", SEARCH)
     files.write_json(composed.directory / "interference.json", INTERFERENCE)
-    found["contamination"] = {
-        "setting": "same documents",
-        "kinds": {"near duplicate": {"flagged": 3, "share": 0.0625, "why": "hardly <changed>"}},
-        "without_flagged": {"composed": {"answer_nll": 2.4321}},
-        "overlaps": [{"kind": "question", "items": 17}, {"kind": "answer", "items": 19}],
-    }
+    found["contamination"] = contamination()
     settings = {"evaluate": {"resamples": 400, "also": []}, "dtype": "torch.bfloat16", "seed": 0}
     return found, report.page("smollm2-1234", found, runs, composed, settings)
 

@@ -23,7 +23,17 @@ PLUMBING = {
     "cli",
     "progress",
 }
-PURE = {"composition", "statistics", "verdict", "corpus.splits", "rollout", "answers", "overlap"}
+PURE = {
+    "composition",
+    "planning",
+    "known_models",
+    "statistics",
+    "verdict",
+    "corpus.splits",
+    "rollout",
+    "answers",
+    "overlap",
+}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "tokenizers"}
 
 

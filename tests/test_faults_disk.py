@@ -26,11 +26,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from tests.fault_support import (  # noqa: E402
     ADAPTER,
+    All,
     At,
     FillDisk,
     LimitFiles,
     Place,
     Raise,
+    Unchecked,
     contents,
     rubbish,
     small_disk,
@@ -140,7 +142,8 @@ class OnASmallDisk(unittest.TestCase):
         target = self.root / "merged"
 
         def start(act: Callable[[], None] | None) -> Script:
-            return self.place.start("inference", "--merge_path", str(target), before=act)
+            faults = All((Unchecked(), *([act] if act else [])))
+            return self.place.start("inference", "--merge_path", str(target), before=faults)
 
         self.fails_then_works(start, lambda fill: At("utils.merging._write_companions", fill), "merged")
         files.verify(target)
@@ -193,7 +196,7 @@ class WithALimitOnFiles(unittest.TestCase):
         flags = ["--merge_path", str(target)]
         self.fails(place.start("inference", *flags, before=At("utils.shards.write", LimitFiles(100_000))), "/limited")
         self.assertFalse(target.exists())
-        last_json(place.run("inference", *flags))
+        last_json(place.start("inference", *flags, before=Unchecked()).wait())
         files.verify(target)
 
 
@@ -246,7 +249,8 @@ class Estimates(unittest.TestCase):
         stop = At("utils.merging._write_companions", LimitFiles(10))
         place.start("inference", "--merge_path", str(target), "--merge.dtype", "bfloat16", before=stop).wait()
         kept = next(place.root.glob(".changed.partial-*"))
-        done = place.start("inference", "--merge_path", str(target), "--merge.dtype", "float32").wait()
+        flags = ["--merge_path", str(target), "--merge.dtype", "float32"]
+        done = place.start("inference", *flags, before=Unchecked()).wait()
         last_json(done)
         self.assertIn("an interrupted merge with other settings is kept", done.stderr)
         self.assertFalse(kept.exists(), "the target is taken: it cannot be gone on from")

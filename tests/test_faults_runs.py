@@ -23,8 +23,10 @@ if str(ROOT) not in sys.path:
 
 from tests.fault_support import (  # noqa: E402
     ADAPTER,
+    All,
     At,
     Send,
+    Unchecked,
     contents,
     obey_permissions,
     trained,
@@ -41,7 +43,7 @@ REFUSED = 2
 class TwoAtOnce(unittest.TestCase):
     def assert_second_is_refused(self, start: Callable[..., Script], where: str, directory: Path) -> None:
         """The first is stopped in the middle; the second says who it is; then the first goes on to its end."""
-        first = start(before=At(where, STOP))
+        first = start(before=All((Unchecked(), At(where, STOP))))
         first.wait_until(lambda: is_stopped(first))
         try:
             second = start().wait()
@@ -153,7 +155,7 @@ class Permissions(unittest.TestCase):
     def test_published_files_have_what_the_umask_allows_for_every_stage(self) -> None:
         place = with_both_adapters()
         merged = place.root / "umask"
-        mask = At("utils.stages.start", SetUmask(0o027))
+        mask = All((Unchecked(), At("utils.stages.start", SetUmask(0o027))))
         for command, directory in (
             (["train_domain_adapter", "--domain.train.max_steps=2"], place.run_of("umask")),
             (["prepare_data", *place.sources], place.data / "prepared" / "umask"),

@@ -133,8 +133,8 @@ class Lookup(unittest.TestCase):
         results = {**self.results, "composition": self.results["composition"] | composition, "name": name}
         files.write_json(directory / "results.json", results)
         if sealed:
-            facts = runs.manifest("evaluation", {}, base={"digest": base}, parents=[], measured={})
-            files.seal(directory, facts)
+            record = test_exports.ON_HUB.record() | {"digest": base}
+            files.seal(directory, runs.manifest("evaluation", {}, base=record, parents=[], measured={}))
         return directory
 
     def name(self, **changed: Any) -> str | None:

@@ -11,7 +11,17 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-from tests.report_support import FOUR, bare, evaluation, name_in, soup, text_of, the_runs, whole  # noqa: E402
+from tests.report_support import (  # noqa: E402
+    FOUR,
+    bare,
+    contamination,
+    evaluation,
+    name_in,
+    soup,
+    text_of,
+    the_runs,
+    whole,
+)
 from tests.support import temporary_directory  # noqa: E402
 from utils.proof import report  # noqa: E402
 from utils.verdict import CLAIMS  # noqa: E402
@@ -183,7 +193,8 @@ class Escaping(unittest.TestCase):
         runs, composed = the_runs(root, found)
         for example in found["examples"]["won"]:
             example["gold"], example["said"] = EVIL, {cell: EVIL * 20 for cell in example["said"]}
-        for key in ("cautions", "untested", "missing", "versions", "contamination"):
+        found["contamination"] = contamination(EVIL)
+        for key in ("cautions", "untested", "missing", "versions"):
             found[key] = [EVIL] if key == "cautions" else {EVIL: EVIL}
         found["untested"] = {"H4": EVIL}
         found["command"] = "scripts/evaluate.py --run.name x;y"
@@ -268,10 +279,15 @@ class Absent(unittest.TestCase):
             self.assertIn("too few", row.svg.find("title").get_text())
             self.assertEqual(row.svg.select_one(".interval")["class"], ["interval", "dashed"])
 
-    def test_contamination_of_any_shape_is_shown(self) -> None:
+    def test_contamination_is_shown_with_what_is_left_without_the_flagged_questions(self) -> None:
         said = text_of(soup(whole()[1]).find(id="contamination").parent)
-        for part in ("same documents", "near duplicate", "3", "0.0625", "hardly <changed>", "2.432", "17", "19"):
+        for part in (
+            "Same documents: the documents of 75.0% of the 48 test questions are in the corpus.",
+            "3 questions are flagged as contaminated; without them (45 are left): It helps still",
+            "near duplicate corpus 3 (6.2%) yes hardly <changed>",
+        ):
             self.assertIn(part, said)
+        self.assertNotIn("dev pairs", said)  # nothing stands there
         self.assertNotIn("Not measured", said)
 
 

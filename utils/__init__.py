@@ -12,6 +12,7 @@ plumbing   exceptions   what can go wrong, and the exit codes
            progress     a bar on a terminal, plain lines elsewhere
            cli          flags and environment -> Config; exceptions -> message and exit code
 pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weight search, interference
+           planning, known_models     sizes, memory, disk and time as arithmetic; MiniMax-M2 by heart
            statistics   paired intervals over clusters and seeds
            verdict      four contrasts and the word that follows
            rollout/     the canary as values: gate, controller, simulation

@@ -23,9 +23,25 @@ if TYPE_CHECKING:
 
 
 def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> PeftModel:
-    """Add a fresh adapter (B = 0, so the model's output does not change) in float32."""
+    """Add a fresh adapter (B = 0, so the model's output does not change) in float32.
+
+    Raises ArtefactError when the model lacks what is to be adapted, or PEFT adapted anything else: on a mixture of
+    experts it takes some names for the router or the experts too.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [n for n, m in inner.named_modules() if n.rpartition(".")[2] in lora.target_modules]
+    problems = [
+        Problem(f"lora.target_modules {target}: the base model has no such module", fix="see its config.json")
+        for target in lora.target_modules
+        if not any(module.rpartition(".")[2] == target for module in modules)
+    ]
+    fused = experts.fused_parameters(inner) if lora.experts else []
+    if lora.experts and not fused:
+        problems.append(Problem("lora.experts: the base model has no fused experts", fix="leave out --*.lora.experts"))
+    if problems:
+        raise ArtefactError(problems)
     peft_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -33,19 +49,15 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> 
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         target_modules=list(lora.target_modules),
+        target_parameters=fused or None,  # full paths, as `add` writes them: PEFT compares the spellings of adapters
     )
-    missing = [t for t in lora.target_modules if not any(n.rpartition(".")[2] == t for n, _ in model.named_modules())]
-    if missing:
-        raise ArtefactError(
-            Problem(
-                f"lora.target_modules {', '.join(missing)}: the base model has no such module",
-                fix="see its config.json",
-            )
-        )
     if isinstance(model, PeftModel):
         model.add_adapter(name, peft_config)
-        return model
-    return get_peft_model(model, peft_config, adapter_name=name)
+    else:
+        model = get_peft_model(model, peft_config, adapter_name=name)
+    if odd := sorted(set(lora_layers(model, name)) ^ {*modules, *fused}):
+        raise ArtefactError(Problem("PEFT adapted other modules than asked", odd[:5]))
+    return model
 
 
 def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors) -> PeftModel:

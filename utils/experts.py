@@ -35,6 +35,12 @@ class Place:
     parts: int = 1
 
 
+def fused_parameters(model: torch.nn.Module) -> list[str]:
+    """Paths of the fused expert parameters, also of a model that already carries adapters."""
+    named = ((name.replace(".base_layer", ""), parameter) for name, parameter in model.named_parameters())
+    return [name for name, p in named if p.ndim == 3 and name.rpartition(".")[2] in FUSED]
+
+
 def to_peft(factors: ModuleFactors) -> tuple[torch.Tensor, torch.Tensor]:
     """(lora_A, lora_B) as PEFT stores them."""
     if not factors.is_experts:

@@ -13,11 +13,8 @@ from typing import Any
 from utils import files, shards
 from utils.composition import Factors, layer_of
 from utils.exceptions import ArtefactError, Problem
+from utils.planning import TRANSIENT_LAYERS
 from utils.shards import Checkpoint
-
-# memory beside the float32 weights, in layers: 0.8 while loading and 1.7 with an adapter on the experts were measured,
-# and peft makes every active adapter's update of a layer anew
-TRANSIENT_LAYERS = 3
 
 
 def choose(checkpoint: Checkpoint, factors: Factors, available_bytes: int) -> list[int]:

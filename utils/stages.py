@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import Config, LoraSection, TrainSection
-from utils import adapter_files, adapters, base_model, cards, checkpoints, files, logger, runs, training
+from utils import adapter_files, adapters, base_model, cards, checkpoints, files, logger, preflight, runs, training
 from utils.base_model import BaseModel
 from utils.composition import zero_modules
 from utils.exceptions import ConfigError, NonFiniteError, Problem
@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 EachStep = Callable[["PeftModel", "int | None"], None]
 
 
-def start(config: Config) -> BaseModel:
-    """Threads, seed and the base model; the main process fetches or builds it while the others wait."""
+def start(config: Config, *, loads_model: bool = True) -> BaseModel:
+    """Threads, seed and the base model; the main process fetches or builds it while the others wait.
+
+    A model that this machine cannot hold is refused before it is fetched, unless the script only streams its files.
+    """
     from accelerate import PartialState
 
+    preflight.check(config, loads_model=loads_model)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
@@ -81,7 +85,7 @@ def train_adapter(
         return _result(config, stage, run, reused=True)
     state.wait_for_everyone()
     if not state.is_main_process:
-        _train(config, stage, directory, build, each_step)
+        _train(config, stage, base, directory, build, each_step)
         state.wait_for_everyone()
         state.destroy_process_group()
         return {}
@@ -90,7 +94,8 @@ def train_adapter(
             runs.start(directory, identity)
             said = ", ".join(config.overrides) or "none"
             logger.event(f"training the {stage} adapter", path=directory, overrides=said)
-            model, outcome, data_facts = _train(config, stage, directory, build, each_step)
+            memory = preflight.predicted(config, stage, base)
+            model, outcome, data_facts = _train(config, stage, base, directory, build, each_step)
             factors = adapters.factors_of(model, stage)
             if len(zero_modules(factors)) == len(factors):
                 raise NonFiniteError(Problem(f"every B of the {stage} adapter is still zero after training"))
@@ -101,12 +106,14 @@ def train_adapter(
             )
             files.write_json(directory / "config.json", config.model_dump(mode="json"))
             logger.event(f"{stage} adapter saved", path=directory / "adapter", kept_step=outcome.kept_step)
+            peak = {"measured_bytes": outcome.peak_memory_bytes, "predicted_bytes": memory.total if memory else None}
+            logger.event("peak memory", **peak)
         manifest = runs.manifest(
             stage,
             identity,
             base=base.record(),
             parents=parents,
-            measured=asdict(outcome),
+            measured=asdict(outcome) | {"predicted_peak_memory_bytes": peak["predicted_bytes"]},
             data=data_facts,
             seed=config.run.seed,
             **facts,
@@ -119,9 +126,10 @@ def train_adapter(
 
 
 def _train(
-    config: Config, stage: str, directory: Path, build: Callable[[], Any], each_step: EachStep
+    config: Config, stage: str, base: BaseModel, directory: Path, build: Callable[[], Any], each_step: EachStep
 ) -> tuple[PeftModel, training.Outcome, dict[str, Any]]:
     model, data, dev, data_facts = build()
+    preflight.check_trainable(model, config, stage, base)
     accelerator = _accelerator(config, stage, directory)
     outcome = training.train(
         model,

@@ -1,0 +1,197 @@
+"""Before any weight is read: what the model is, whether it fits the memory there is, and what training will take."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from config import BaseModelSection, Config, is_minimax_m2
+from utils import adapters, base_model, files, known_models, plan_report, planning, sizes
+from utils.base_model import BaseModel
+from utils.exceptions import ArtefactError, Problem
+from utils.logger import event, warning
+from utils.planning import GIB, Dtype, ModelSizes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# smaller models are loaded without a word about their size
+WORTH_SAYING_BYTES = 16 * GIB
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process runs: `shards` processes hold the weights together, `local` run on this node."""
+
+    shards: int
+    local: int
+    gpu_bytes: int
+    host_bytes: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This process's launcher and memory."""
+        on_gpu = base_model.device().type == "cuda"
+        # on CPUs accelerate 1.15 replicates whatever the file says
+        sharded = on_gpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        return cls(
+            shards=int(os.environ.get("WORLD_SIZE", "1")) if sharded else 1,
+            local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            gpu_bytes=torch.cuda.get_device_properties(base_model.device()).total_memory if on_gpu else 0,
+            host_bytes=_host_bytes(),
+        )
+
+
+def check(config: Config, *, loads_model: bool = True) -> None:
+    """Say what is about to be loaded, and refuse (ArtefactError) what this machine cannot hold; nothing is fetched yet.
+
+    Models whose shapes are not known before they are here (wheels, foreign hub ids offline) pass.
+    """
+    found = _quick(config.base, config.run.models_dir)
+    if found is None:
+        return
+    dtype = loaded_dtype(config.base)
+    if planning.weight_bytes(found, dtype) < WORTH_SAYING_BYTES:
+        return
+    event(plan_report.headline(found, dtype))
+    if loads_model and (problems := refusals(found, dtype, Machine.here())):
+        raise ArtefactError(problems)
+
+
+def refusals(found: ModelSizes, dtype: Dtype, machine: Machine) -> list[Problem]:
+    """Why these weights cannot be loaded on this machine, with the numbers and what mends it."""
+    whole = planning.weight_bytes(found, dtype)
+    host = planning.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
+    places = [("main memory", host, machine.host_bytes)]
+    if machine.gpu_bytes:
+        places.append(("GPU memory per process", whole // machine.shards, machine.gpu_bytes))
+    fix = (
+        f"plan it: python scripts/plan.py {_preset(found)}--plan.gpus 8 --plan.gpu_memory_gib 80 names the launch file "
+        "for your GPUs; here take a smaller model: --preset smollm2_135m, or --base.source DIRECTORY"
+    )
+    if dtype == "float32" and planning.weight_bytes(found, "bfloat16") <= min(there for _, _, there in places):
+        fix = "--base.dtype bfloat16 halves it"
+    processes = f" for {machine.local} processes, each with its copy" if machine.local > 1 >= machine.shards else ""
+    return [
+        Problem(
+            f"{found.model_type} has {found.total:,} parameters: in {dtype} its weights take {needed / GIB:,.1f} GiB "
+            f"of {place}{processes}, {there / GIB:,.1f} GiB are there",
+            fix=fix,
+        )
+        for place, needed, there in places
+        if needed > there
+    ]
+
+
+def predicted(config: Config, stage: str, base: BaseModel) -> planning.Memory | None:
+    """What one training step of this stage takes here by arithmetic; None for an architecture that is not understood.
+
+    On a GPU that is what `torch.cuda.max_memory_allocated` will say; a CPU's figure has the libraries in it too.
+    """
+    found = _understood(files.read_object(base.directory / "config.json"))
+    if found is None:
+        return None
+    machine = Machine.here()
+    step = plan_report.step(config, stage, loaded_dtype(config.base))
+    memory = planning.training_memory(found, step, shards=machine.shards)
+    there = machine.gpu_bytes or machine.host_bytes
+    if memory.total > there:
+        asked = plan_report.Choice(stage, step, machine.shards, memory, memory, "no", 0.0)
+        warning(
+            f"the {stage} adapter's training step is predicted not to fit",
+            predicted_gib=memory.total / GIB,
+            there_gib=there / GIB,
+            instead="; ".join(plan_report.changes(config, found, asked)[:3]),
+        )
+    return memory
+
+
+def check_trainable(model: PeftModel, config: Config, stage: str, base: BaseModel) -> None:
+    """Raises ArtefactError when another number of parameters is trainable than the settings ask for.
+
+    PEFT widens some targets on mixtures of experts, and doubles ranks, without a word.
+    """
+    found = _understood(files.read_object(base.directory / "config.json"))
+    if found is None:
+        return
+    wanted = sum(planning.lora_parameters(found, plan_report.adapter(getattr(config, stage).lora)).values())
+    count = sum(p.numel() for p in adapters.trainable_parameters(model).values())
+    if count != wanted:
+        what = f"{count:,} parameters are trainable, the {stage} adapter's settings ask for {wanted:,}"
+        raise ArtefactError(Problem(what, fix=f"name leaf modules in --{stage}.lora.target_modules"))
+
+
+def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
+    """The shapes counted on the meta device, from config.json alone: of a directory, the hub, or what is built here.
+
+    MiniMax-M2's are known by heart where the hub cannot be reached. Raises ArtefactError for what cannot be counted.
+    """
+    try:
+        settings = _settings(section, models_dir, ask_hub=True)
+        if settings is None:
+            settings = files.read_object(base_model.fetch(section, models_dir).directory / "config.json")
+        return sizes.of_settings(settings)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"the architecture of {section.source} cannot be counted: {str(error).splitlines()[0]}"
+        raise ArtefactError(Problem(what, fix="give a causal language model that transformers knows")) from error
+
+
+def loaded_dtype(section: BaseModelSection) -> Dtype:
+    """What the frozen weights become in memory: an FP8 checkpoint is de-quantised."""
+    return "float32" if base_model.compute_dtype(section.dtype) == torch.float32 else "bfloat16"
+
+
+def _quick(section: BaseModelSection, models_dir: Path) -> ModelSizes | None:
+    settings = _settings(section, models_dir, ask_hub=not is_minimax_m2(section.source))
+    return _understood(settings) if settings else None
+
+
+def _understood(settings: dict[str, Any]) -> ModelSizes | None:
+    try:
+        if settings.get("model_type") == "minimax_m2":
+            return known_models.minimax_m2(settings)
+        return sizes.of_settings(settings)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+
+
+def _settings(section: BaseModelSection, models_dir: Path, *, ask_hub: bool) -> dict[str, Any] | None:
+    """config.json of a base model, without its weights; None when it can only be known after fetching or building."""
+    kind, _, rest = section.source.partition(":")
+    directory = models_dir / "base" / section.name if kind in ("wheel", "toy") and rest else Path(section.source)
+    if (directory / "config.json").is_file():
+        return files.read_object(directory / "config.json")
+    if directory.is_dir() or (kind in ("wheel", "toy") and rest):
+        return None
+    if not ask_hub:
+        return known_models.MINIMAX_M2
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    try:
+        return files.read_object(
+            Path(hf_hub_download(section.source, "config.json", revision=section.revision or None))
+        )
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not is_minimax_m2(section.source):
+            return None
+        reason = str(error).splitlines()[0]
+        warning("the hub cannot be reached: counting MiniMax-M2 as it was published", reason=reason)
+        return known_models.MINIMAX_M2
+
+
+def _host_bytes() -> int:
+    """Memory that can still be had, within the container's limit where there is one."""
+    available = psutil.virtual_memory().available
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(available, int(limit)) if limit.isdigit() else available
+
+
+def _preset(found: ModelSizes) -> str:
+    return "--preset minimax_m2 " if found.model_type == "minimax_m2" else ""
