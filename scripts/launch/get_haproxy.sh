@@ -14,7 +14,9 @@ if mkdir -p .haproxy && (
     for package in *.deb; do dpkg -x "$package" . && rm "$package"; done
     # shellcheck disable=SC2016
     printf '%s\n' '#!/bin/sh' 'here=$(dirname "$(readlink -f "$0")")' \
-        'for lib in "$here"/usr/lib/*/; do LD_LIBRARY_PATH="$lib:$LD_LIBRARY_PATH"; done; export LD_LIBRARY_PATH' \
+        '# no empty part: the loader would take it for the current directory' \
+        'for lib in "$here"/usr/lib/*/; do LD_LIBRARY_PATH="$lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"; done' \
+        'export LD_LIBRARY_PATH' \
         'exec "$here/usr/sbin/haproxy" "$@"' >haproxy
     chmod +x haproxy && ./haproxy -v >/dev/null
 ); then
