@@ -8,9 +8,9 @@ only from the task adapter. The held-out modules are in neither: perplexity is m
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
+from utils.corpus.built_in import BuiltIn
 from utils.corpus.python_docs import python_documents, python_qa, standard_modules
 from utils.corpus.splits import hash_share
 
@@ -22,18 +22,7 @@ MEAN_DOCUMENT_CHARACTERS = 300
 QUESTIONS = {"test": 200, "dev": 60, "train": 400, "heldout": 80}
 
 
-@dataclass(frozen=True)
-class Demo:
-    """Everything the demo needs: documents, held-out documents, labelled pairs by split, and the modules of each."""
-
-    documents: list[dict[str, str]]
-    heldout: list[dict[str, str]]
-    examples: dict[str, list[dict[str, Any]]]
-    modules: dict[str, list[str]]
-    dropped: dict[str, int]
-
-
-def python_demo(seed: int) -> Demo:
+def python_demo(seed: int) -> BuiltIn:
     """The demo of the running Python; the same on every machine with the same version and platform."""
     documents = list(python_documents(standard_modules()))
     questions = python_qa(standard_modules())
@@ -43,11 +32,11 @@ def python_demo(seed: int) -> Demo:
     clean = [q for q in examples["train"] if not {q["question"], *q["answers"]} & asked]
     dropped = {"train pairs with a sentence of dev or test": len(examples["train"]) - len(clean)}
     trained = {m for split in ("train", "dev", "test") for m in modules[split]}
-    return Demo(
+    return BuiltIn(
         documents=[d for d in documents if d["module"] in trained],
         heldout=[d for d in documents if d["module"] in modules["heldout"]],
         examples=examples | {"train": clean},
-        modules=modules,
+        groups=modules,
         dropped=dropped,
     )
 
