@@ -456,12 +456,17 @@ def _data_problems(data: DataSection) -> list[str]:
     for name in sorted(named):
         if len(data.corpus) > 1 or data.corpus_heldout:
             problems.append(f"data.corpus {name} stands alone and brings its own held-out documents")
+        if name.startswith("invented") and data.max_documents:
+            problems.append(
+                f"data.max_documents {data.max_documents} would drop facts that are asked about: set it to 0 and "
+                "choose the size with data.invented_towns and data.invented_attributes"
+            )
     expected = {BUILT_IN_TASKS[name] for name in named} or {data.task} - set(BUILT_IN_TASKS.values())
     if data.task not in expected and "none" not in (data.task, *data.corpus):
         problems.append(
-            f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: python_docs go together, invented "
-            "goes with invented or invented_shuffled; "
-            "give your own --data.task FILE (or none) with your own --data.corpus PATH (or none)"
+            f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: python_docs go together, "
+            "invented pairs with an invented or invented_shuffled corpus; give your own --data.task FILE (or none) "
+            "with your own --data.corpus PATH (or none)"
         )
     if data.task == "none" and data.corpus == ("none",):
         problems.append("data.corpus and data.task are both none: there is nothing to prepare")

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"config", "utils", "scripts", "tests"}
 PLUMBING = {"exceptions", "logger", "files", "runs", "cli", "progress"}
-PURE = {"composition", "statistics", "corpus.splits", "rollout", "answers"}
+PURE = {"composition", "statistics", "corpus.splits", "corpus.invented", "corpus.built_in", "rollout", "answers"}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "tokenizers"}
 
 

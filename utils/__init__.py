@@ -10,6 +10,7 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
            statistics   paired intervals over clusters
            rollout/     the canary as values: gate, controller, simulation
            answers      exact match, token F1, faults of an answer
+           corpus/invented   a domain of invented facts and its shuffled twin: the control with a known answer
 engines    base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
