@@ -26,6 +26,13 @@ ALL_LINEAR_LLAMA = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 _LEAF = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFUSED_FOR_ALL = ("all-linear", "lm_head", "embed_tokens", "gate")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# domains that need no files: what may stand for a corpus, and the labelled pairs that belong to it
+BUILT_IN_TASKS = {
+    "python_docs": "python_docs",
+    "python_docs_other": "none",
+    "invented": "invented",
+    "invented_shuffled": "invented",
+}
 
 
 class Section(BaseModel):
@@ -57,8 +64,8 @@ class DataSection(Section):
     """What the adapters are trained and judged on."""
 
     corpus: tuple[str, ...] = ("python_docs",)
-    """Documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, python_docs, none, or
-    python_docs_other (the documentation of other modules than python_docs, a wrong domain for it)."""
+    """Documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, none, or a built-in domain:
+    python_docs, python_docs_other (other modules' documentation: a wrong domain for it), invented, invented_shuffled."""
     corpus_heldout: tuple[str, ...] = ()
     """Documents for perplexity, outside the corpus; when empty a share of the corpus is held out by document."""
     corpus_revision: str = ""
@@ -68,7 +75,7 @@ class DataSection(Section):
     max_documents: NonNegative = 0
     """Use only this many documents of the corpus, chosen by hash of their id; 0 uses all."""
     task: str = "python_docs"
-    """Labelled pairs: jsonl, csv, parquet, a hub id, python_docs, or none; split unless dev/test are given."""
+    """Labelled pairs: jsonl, csv, parquet, a hub id, python_docs, invented or none; split unless dev/test are given."""
     task_dev: str = ""
     """Labelled pairs for choosing (checkpoints, weights)."""
     task_test: str = ""
@@ -85,6 +92,10 @@ class DataSection(Section):
     """Use only this many dev pairs, chosen by hash of their id; 0 uses all."""
     max_test_examples: NonNegative = 0
     """Use only this many test pairs, chosen by hash of their id; 0 uses all."""
+    invented_towns: Annotated[int, Field(ge=24, le=1000, multiple_of=8)] = 120
+    """Towns of the invented domain, in eights because every attribute has eight values."""
+    invented_attributes: Annotated[int, Field(ge=1, le=4)] = 4
+    """Facts about each town of the invented domain."""
 
 
 class LoraSection(Section):
@@ -511,19 +522,27 @@ def _data_problems(data: DataSection) -> list[str]:
         value = getattr(data, field)
         if value and not COMMIT.fullmatch(value):
             problems.append(f"data.{field} {value!r}: pin a commit of 40 hex digits, branches and tags can move")
-    for built_in in {"python_docs", "python_docs_other"}.intersection(data.corpus):
+    named = BUILT_IN_TASKS.keys() & set(data.corpus)
+    for name in sorted(named):
         if len(data.corpus) > 1 or data.corpus_heldout:
-            problems.append(f"data.corpus {built_in} stands alone and brings its own held-out documents")
-    if (data.task == "python_docs") != ("python_docs" in data.corpus) and "none" not in (data.task, *data.corpus):
+            problems.append(f"data.corpus {name} stands alone and brings its own held-out documents")
+        if name.startswith("invented") and data.max_documents:
+            problems.append(
+                f"data.max_documents {data.max_documents} would drop facts that are asked about: set it to 0 and "
+                "choose the size with data.invented_towns and data.invented_attributes"
+            )
+    expected = {BUILT_IN_TASKS[name] for name in named} or {data.task} - set(BUILT_IN_TASKS.values())
+    if data.task not in expected and "none" not in (data.task, *data.corpus):
         problems.append(
-            f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: python_docs go together; "
-            "give your own --data.task FILE (or none) with your own --data.corpus PATH (or none)"
+            f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: python_docs go together, "
+            "invented pairs with an invented or invented_shuffled corpus; give your own --data.task FILE (or none) "
+            "with your own --data.corpus PATH (or none)"
         )
     if data.task == "none" and data.corpus == ("none",):
         problems.append("data.corpus and data.task are both none: there is nothing to prepare")
-    if data.task in ("python_docs", "none") and (data.task_dev or data.task_test):
+    if data.task in (*BUILT_IN_TASKS.values(), "none") and (data.task_dev or data.task_test):
         problems.append(
-            "data.task python_docs brings its own dev and test: leave data.task_dev and data.task_test empty"
+            f"data.task {data.task} brings its own dev and test: leave data.task_dev and data.task_test empty"
         )
     return problems
 

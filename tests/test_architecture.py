@@ -30,6 +30,8 @@ PURE = {
     "statistics",
     "verdict",
     "corpus.splits",
+    "corpus.invented",
+    "corpus.built_in",
     "rollout",
     "answers",
     "overlap",

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 import config as settings
-from tests.support import ROOT, clean_environment, last_json, relative, temporary_directory
+from tests.support import ROOT, clean_environment, embedded_models, last_json, relative, temporary_directory
 from utils import adapter_files, adapters, base_model, files
 from utils.composition import Recipe, compose
-from utils.exceptions import ArtefactError
 from utils.runs import Run
 
 SHORT = (
@@ -44,12 +43,8 @@ class EmbeddedModel(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         cls.root = temporary_directory()
-        section = settings.smollm2_135m().base
-        try:
-            base_model.fetch(section, cls.root / "models")
-        except ArtefactError as error:
-            raise unittest.SkipTest(f"the embedded base model cannot be fetched here: {error}") from error
-        cls.flags = ["--run.data_dir", str(cls.root / "data"), "--run.models_dir", str(cls.root / "models")]
+        cls.models = embedded_models()
+        cls.flags = ["--run.data_dir", str(cls.root / "data"), "--run.models_dir", str(cls.models)]
         last_json(run("scripts/prepare_data.py", *cls.flags, *SHORT))
         cls.domain = last_json(launch("cpu", "scripts/train_domain_adapter.py", *cls.flags, *LIMITS))
         cls.task = last_json(launch("cpu", "scripts/train_task_adapter.py", *cls.flags, *LIMITS))
@@ -58,7 +53,7 @@ class EmbeddedModel(unittest.TestCase):
         command = [sys.executable, "scripts/train_domain_adapter.py", *self.flags, *LIMITS, "--run.name", "killed"]
         # the same number of threads throughout: sums are split over them, so another number rounds differently
         process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(THREADS), stderr=subprocess.DEVNULL)
-        checkpoints = self.root / "models" / "domain" / "killed" / "checkpoints"
+        checkpoints = self.models / "domain" / "killed" / "checkpoints"
         end = time.monotonic() + MINUTES
         while not list(checkpoints.glob("step-00000002/manifest.json")) and process.poll() is None:
             self.assertLess(time.monotonic(), end, "no checkpoint came")
@@ -86,7 +81,7 @@ class EmbeddedModel(unittest.TestCase):
         result = last_json(run("scripts/inference.py", *self.flags, "--merge_path", str(merged)))
         self.assertFalse((merged / "adapter_config.json").exists())
         self.assertGreater(result["adapter_effect_on_logits"], 100 * result["max_logit_difference"])
-        base = base_model.fetch(settings.smollm2_135m().base, self.root / "models")
+        base = base_model.fetch(settings.smollm2_135m().base, self.models)
         section = settings.smollm2_135m().base
         parts = [
             Run(Path(r["run"]), files.read_json(Path(r["run"]) / "manifest.json")) for r in (self.domain, self.task)

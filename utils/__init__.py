@@ -18,6 +18,7 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
            rollout/     the canary as values: gate, controller, simulation
            answers      exact match, token F1, faults of an answer
            overlap      text that stands in two places: shared n-grams, near duplicates
+           corpus/invented   a domain of invented facts and its shuffled twin: the control with a known answer
 engines    model_directory   what is refused in one before any library opens it
            base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size

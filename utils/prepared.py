@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DataSection
+from config import BUILT_IN_TASKS, DataSection
 from utils import chat, disk, files
 from utils.base_model import BaseModel, load_tokenizer
-from utils.corpus.demo import python_demo
+from utils.corpus.built_in import BuiltIn
+from utils.corpus.demo import other_modules, python_demo
 from utils.corpus.documents import read_documents
+from utils.corpus.invented import invented_domain
 from utils.corpus.splits import hash_share, leaks, split_by_document
 from utils.corpus.task_examples import read_task_examples
 from utils.exceptions import ArtefactError, DataError, Problem
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "dev", "test")
 Splits = dict[str, list[dict[str, Any]]]
-BUILT_IN = "python_docs"
-ELSEWHERE = "python_docs_other"
 NONE = "none"
 SAMPLED, SAMPLED_CHARACTERS = 256, 10_000
 # manifests, counts, labelled pairs
@@ -71,8 +70,9 @@ class Prepared:
 
 def identity(data: DataSection, base: BaseModel, seed: int) -> dict[str, Any]:
     """Everything that decides the prepared data: settings, contents of the sources, tokenizer, seed."""
+    domain = _built_in(data, seed)
     sources = {
-        name: _contents(value, seed)
+        name: _contents(value, domain)
         for name in ("corpus", "corpus_heldout", "task", "task_dev", "task_test")
         if (value := getattr(data, name))
     }
@@ -82,15 +82,15 @@ def identity(data: DataSection, base: BaseModel, seed: int) -> dict[str, Any]:
 def prepare(data: DataSection, base: BaseModel, seed: int, directory: Path) -> dict[str, Any]:
     """Read, clean, split, tokenise and write everything to `directory`; returns the counts for the manifest."""
     cache = directory / ".reading"
-    demo = python_demo(seed) if {BUILT_IN, ELSEWHERE}.intersection((data.task, *data.corpus)) else None
+    domain = _built_in(data, seed)
     try:
         counts: dict[str, Any] = {}
         if data.corpus != (NONE,):
-            counts["documents"] = _prepare_documents(data, demo, base, seed, directory, cache)
+            counts["documents"] = _prepare_documents(data, domain, base, seed, directory, cache)
         if data.task != NONE:
-            counts["examples"] = _prepare_examples(data, demo, base, seed, directory, cache)
-        if demo:
-            counts["python_modules"] = demo.modules
+            counts["examples"] = _prepare_examples(data, domain, base, seed, directory, cache)
+        if domain:
+            counts["groups"] = domain.groups
         return counts
     finally:
         shutil.rmtree(cache, ignore_errors=True)
@@ -111,14 +111,31 @@ def space_bytes(parts: Iterable[Dataset], tokenizer: Any) -> int:
     return 2 * total + SMALL_FILES
 
 
+def _built_in(data: DataSection, seed: int) -> BuiltIn | None:
+    """The domain that the settings name instead of files, or None."""
+    named = {data.task, *data.corpus}
+    if "python_docs" in named:
+        return python_demo(seed)
+    if "python_docs_other" in named:
+        return other_modules(seed)
+    if not named & {"invented", "invented_shuffled"}:
+        return None
+    return invented_domain(
+        towns=data.invented_towns,
+        attributes=data.invented_attributes,
+        dev_share=data.dev_share,
+        test_share=data.test_share,
+        shuffled="invented_shuffled" in named,
+        seed=seed,
+    )
+
+
 def _prepare_documents(
-    data: DataSection, demo: Any, base: BaseModel, seed: int, directory: Path, cache: Path
+    data: DataSection, domain: BuiltIn | None, base: BaseModel, seed: int, directory: Path, cache: Path
 ) -> dict[str, Any]:
     counts: dict[str, Any] = {}
-    if data.corpus == (BUILT_IN,):
-        corpus, report = _from_list(demo.documents), {"dropped": {}}
-    elif data.corpus == (ELSEWHERE,):
-        corpus, report = _from_list(demo.elsewhere), {"dropped": {}}
+    if data.corpus[0] in BUILT_IN_TASKS:
+        corpus, report = _from_list(domain.documents), {"dropped": {}}
     else:
         corpus, read = read_documents(data.corpus, cache_dir=cache, hub_revision=data.corpus_revision or None)
         report = read.to_json()
@@ -127,8 +144,8 @@ def _prepare_documents(
     if data.max_documents:
         counts["beyond_max_documents"] = max(0, len(order) - data.max_documents)
         order = order[: data.max_documents]
-    if data.corpus == (BUILT_IN,):
-        outside = _from_list(demo.heldout)
+    if data.corpus[0] in BUILT_IN_TASKS:
+        outside = _from_list(domain.heldout)
     elif data.corpus_heldout:
         outside, _ = read_documents(data.corpus_heldout, cache_dir=cache, hub_revision=data.corpus_revision or None)
     else:
@@ -165,11 +182,11 @@ def _prepare_documents(
 
 
 def _prepare_examples(
-    data: DataSection, demo: Any, base: BaseModel, seed: int, directory: Path, cache: Path
+    data: DataSection, domain: BuiltIn | None, base: BaseModel, seed: int, directory: Path, cache: Path
 ) -> dict[str, Any]:
     counts: dict[str, Any] = {}
-    if data.task == BUILT_IN:
-        splits, counts["dropped"] = demo.examples, dict(demo.dropped)
+    if data.task in BUILT_IN_TASKS:
+        splits, counts["dropped"] = domain.examples, dict(domain.dropped)
     else:
         splits, counts = _read_splits(data, seed, cache)
     limits = {"train": data.max_train_examples, "dev": data.max_dev_examples, "test": data.max_test_examples}
@@ -279,16 +296,14 @@ def _fresh(path: Path) -> Path:
     return path
 
 
-def _contents(value: str | Sequence[str], seed: int) -> Any:
-    """What identifies the contents of sources: digests of local files and of Python's documentation."""
+def _contents(value: str | Sequence[str], domain: BuiltIn | None) -> Any:
+    """What identifies the contents of sources: digests of local files and of the built-in domain."""
     found = []
     for source in [value] if isinstance(value, str) else value:
         path = Path(source).expanduser()
-        if source in (BUILT_IN, ELSEWHERE):
-            demo = python_demo(seed)
-            # not the version alone: what a Python documents depends on its platform and on how it was built
-            texts = demo.documents if source == BUILT_IN else demo.elsewhere
-            found.append({"python": sys.version.split()[0], "sha256": files.fingerprint(texts)})
+        if domain and source in BUILT_IN_TASKS:
+            # the texts and not a version: what a Python documents depends on its platform and on how it was built
+            found.append({"sha256": files.fingerprint([domain.documents, domain.heldout, domain.examples])})
         elif path.is_file():
             found.append({"sha256": files.sha256_file(path)})
         elif path.is_dir():

@@ -8,9 +8,9 @@ only from the task adapter. The held-out modules are in neither: perplexity is m
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
+from utils.corpus.built_in import BuiltIn
 from utils.corpus.python_docs import python_documents, python_qa, standard_modules
 from utils.corpus.splits import hash_share
 
@@ -19,25 +19,11 @@ QUESTIONS_PER_MODULE = range(6, 37)
 DOCUMENTS_PER_MODULE = range(6, 61)
 # short documents only, so that the demo trains within its minutes on two cores
 MEAN_DOCUMENT_CHARACTERS = 300
+HELD_OUT_SHARE = 0.05
 QUESTIONS = {"test": 200, "dev": 60, "train": 400, "heldout": 80}
 
 
-@dataclass(frozen=True)
-class Demo:
-    """Everything the demo needs: documents, held-out documents, labelled pairs by split, and the modules of each.
-
-    `elsewhere` is as much documentation of modules that are in no split: the wrong domain.
-    """
-
-    documents: list[dict[str, str]]
-    heldout: list[dict[str, str]]
-    elsewhere: list[dict[str, str]]
-    examples: dict[str, list[dict[str, Any]]]
-    modules: dict[str, list[str]]
-    dropped: dict[str, int]
-
-
-def python_demo(seed: int) -> Demo:
+def python_demo(seed: int) -> BuiltIn:
     """The demo of the running Python; the same on every machine with the same version and platform."""
     documents = list(python_documents(standard_modules()))
     questions = python_qa(standard_modules())
@@ -47,16 +33,23 @@ def python_demo(seed: int) -> Demo:
     clean = [q for q in examples["train"] if not {q["question"], *q["answers"]} & asked]
     dropped = {"train pairs with a sentence of dev or test": len(examples["train"]) - len(clean)}
     trained = {m for split in ("train", "dev", "test") for m in modules[split]}
-    own = [d for d in documents if d["module"] in trained]
-    others = [d for d in documents if d["module"] not in trained.union(modules["heldout"])]
-    return Demo(
-        documents=own,
-        elsewhere=_as_much(others, sum(len(d["text"]) for d in own), seed),
+    return BuiltIn(
+        documents=[d for d in documents if d["module"] in trained],
         heldout=[d for d in documents if d["module"] in modules["heldout"]],
         examples=examples | {"train": clean},
-        modules=modules,
+        groups=modules,
         dropped=dropped,
     )
+
+
+def other_modules(seed: int) -> BuiltIn:
+    """As much documentation of modules that are in no split of the demo: a wrong domain of the same form."""
+    demo = python_demo(seed)
+    ours = {module for modules in demo.groups.values() for module in modules}
+    others = [d for d in python_documents(standard_modules()) if d["module"] not in ours]
+    chosen = _as_much(others, sum(len(d["text"]) for d in demo.documents), seed)
+    held = max(2, round(HELD_OUT_SHARE * len(chosen)))
+    return BuiltIn(documents=chosen[held:], heldout=chosen[:held], examples={}, groups={}, dropped={})
 
 
 def _as_much(documents: list[dict[str, str]], characters: int, seed: int) -> list[dict[str, str]]:

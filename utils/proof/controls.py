@@ -29,6 +29,10 @@ from utils.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "controls"
+# built-in domains have a wrong one of the same form; for a person's own documents it is Python's documentation
+WRONG_FOR = {"python_docs": "python_docs_other", "invented": "invented_shuffled"}
+# what decides the built-in domains' sizes and splits
+SIZES = ("invented_towns", "invented_attributes", "dev_share", "test_share")
 
 
 class Trainer:
@@ -42,9 +46,9 @@ class Trainer:
         """Prepared documents of another domain than those that `of` (prepared data) holds."""
         corpus = self.config.evaluate.wrong_corpus
         if not corpus:
-            is_demo = prepared.BUILT_IN in of.manifest["identity"]["data"]["corpus"]
-            corpus = (prepared.ELSEWHERE if is_demo else prepared.BUILT_IN,)
-        section = {"corpus": corpus, "task": prepared.NONE}
+            corpus = (WRONG_FOR.get(of.manifest["identity"]["data"]["corpus"][0], "python_docs"),)
+        own = of.manifest["identity"]["data"]
+        section = {key: own[key] for key in SIZES if key in own} | {"corpus": corpus, "task": prepared.NONE}
         config = self._config({"data": section}, int(of.manifest["identity"]["seed"]))
         identity = prepared.identity(config.data, self.base, config.run.seed)
         return self._found_or_made("prepared", identity, config, ("data",), "the wrong domain's documents")
