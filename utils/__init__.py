@@ -14,7 +14,8 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
            verdict      four contrasts and the word that follows
            rollout/     the canary as values: gate, controller, simulation
            answers      exact match, token F1, faults of an answer
-engines    model_directory   what is refused in one before any library opens it
+engines    sizes, plan_report, plan_dry, preflight          a model counted; what fits where, in words; refusals
+           model_directory   what is refused in one before any library opens it
            base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
