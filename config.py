@@ -279,9 +279,9 @@ class EvaluateSection(Section):
 class BenchmarkSection(Section):
     """Speed and memory, always as ratios measured in one run."""
 
-    suite: tuple[Literal["inference", "training", "data", "merge"], ...] = ("inference",)
+    suite: tuple[Literal["inference", "training", "data", "merge", "evaluation"], ...] = ("inference",)
     """inference: base, two active, composed, merged; training: our loop against TRL; data: 0.1 to 1 GB of text;
-    merge: our merge of a synthetic checkpoint against cp and peft."""
+    merge: our merge of a synthetic checkpoint against cp and peft; evaluation: our scoring against lm-eval."""
     prompt_tokens: tuple[Positive, ...] = (32, 256)
     """Prompt lengths."""
     batch_sizes: tuple[Positive, ...] = (1, 4)
@@ -298,6 +298,10 @@ class BenchmarkSection(Section):
     """Size of the merge suite's checkpoint; below 2 its layers have a toy's width instead of MiniMax-M2's."""
     merge_experts: bool = False
     """The merge suite's adapter is on the experts too, not on the attention alone."""
+    evaluation_items: Annotated[int, Field(ge=5)] = 40
+    """Test questions of the evaluation suite, chosen by hash of their id; a fifth of them is a warm-up."""
+    evaluation_document_tokens: Positive = 20_000
+    """Tokens of the evaluation suite's documents, held-out ones first; a fifth of them is a warm-up."""
 
 
 class VerifySection(Section):
@@ -650,7 +654,13 @@ def tiny_minimax_m2() -> Config:
         inference=InferenceSection(max_new_tokens=8),
         evaluate=EvaluateSection(resamples=500, generated_answers=2, max_new_tokens=8, max_heldout_documents=8),
         benchmark=BenchmarkSection(
-            prompt_tokens=(16,), batch_sizes=(1,), new_tokens=4, repeats=2, merge_gigabytes=0.002
+            prompt_tokens=(16,),
+            batch_sizes=(1,),
+            new_tokens=4,
+            repeats=2,
+            merge_gigabytes=0.002,
+            evaluation_items=10,
+            evaluation_document_tokens=2000,
         ),
         run=RunSection(trackers=()),
     )

@@ -1,10 +1,10 @@
-"""Speed and memory: base, two active, composed and merged on the same prompts; our training loop; data; merging.
+"""Speed and memory: base, two active, composed and merged on the same prompts; training; data; merging; evaluation.
 
 Reads the newest task run and its domain run (random adapters of that shape when there are none); writes
 models/benchmark/<run>/ with results.json, summary.txt and a plot per suite. Interrupted, it goes on at the next suite.
 Measure on a machine that does nothing else: the ratios survive a loaded one, the times do not.
 
-    python scripts/benchmark.py --benchmark.suite inference,training,data,merge
+    python scripts/benchmark.py --benchmark.suite inference,training,data,merge,evaluation
 """
 
 from __future__ import annotations
@@ -30,24 +30,22 @@ def main(config: Config) -> dict[str, Any]:
     pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None
     identity = _identity(config, base, pair)
     directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, config.preset, identity)
-    run = runs.open_run(directory, identity)
-    if run is None:
-        with files.locked(directory, "the benchmark"):
-            with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
-                runs.start(directory, identity)
-                results = _measure(config, base, pair, directory)
-                files.write_json(directory / "results.json", results)
-                files.write_text(directory / "summary.txt", report.table(results) + "\n")
-                report.plot(results, directory)
-            parents, machine = list(pair) if pair else [], results["machine"]
-            facts = runs.manifest("benchmark", identity, base=base.record(), parents=parents, measured=machine)
-            files.seal(directory, facts)
-    else:
+
+    def fill() -> dict[str, Any]:
+        results = _measure(config, base, pair, directory)
+        files.write_json(directory / "results.json", results)
+        files.write_text(directory / "summary.txt", report.table(results) + "\n")
+        report.plot(results, directory)
+        parents, machine = list(pair) if pair else [], results["machine"]
+        return runs.manifest("benchmark", identity, base=base.record(), parents=parents, measured=machine)
+
+    _, is_there = runs.make(directory, identity, "the benchmark", fill)
+    if is_there:
         logger.event("this benchmark is already complete; give it another --run.name to repeat it", path=directory)
     results = files.read_json(directory / "results.json")
     runs.mark_latest(config.run.models_dir, "benchmark", directory)
     print(report.table(results))
-    return {"report": str(directory), "reused": run is not None, **report.headline(results)}
+    return {"report": str(directory), "reused": is_there, **report.headline(results)}
 
 
 def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
@@ -62,6 +60,7 @@ def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
         "adapters": [run.digest for run in pair] if pair else None,
         "compose": config.compose.model_dump(mode="json"),
         "benchmark": config.benchmark.model_dump(mode="json"),
+        "evaluate_batch_tokens": config.evaluate.batch_tokens,
         "domain": config.domain.model_dump(mode="json"),
         "task_lora": config.task.lora.model_dump(mode="json"),
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
@@ -80,7 +79,7 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
     import torch
 
     from utils import base_model, files
-    from utils.benchmarks import data, inference, inputs, merging, training
+    from utils.benchmarks import data, inference, inputs, merging, scoring, training
 
     def load() -> list[float] | None:
         return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
@@ -102,6 +101,8 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
                 found = training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
             elif suite == "data":
                 found = data.measure(config)
+            elif suite == "evaluation":
+                found = scoring.measure(config, base)
             else:
                 found = merging.measure(config)
             files.write_json(path, found)
@@ -120,6 +121,8 @@ def plan(config: Config) -> list[str]:
         "training": f"train on {wanted.training_tokens:,} tokens with our loop, a plain one, and TRL if it is there",
         "data": f"prepare synthetic corpora of {', '.join(map(str, wanted.corpus_megabytes))} MB and remove them",
         "merge": f"build a synthetic checkpoint of {wanted.merge_gigabytes:g} GB, copy and merge it, and remove all",
+        "evaluation": f"score {wanted.evaluation_items} test questions and {wanted.evaluation_document_tokens:,} "
+        "tokens of documents with our evaluation, and with lm-eval if it is there",
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
     size = plan_dry.lines(config, "benchmark")

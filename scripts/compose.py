@@ -24,7 +24,7 @@ SECTIONS = ("compose", "inputs", "hub", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Find the adapters, choose weights, compose, check, explain, save."""
-    from utils import composing, files, hub, lineage, logger, runs, stages
+    from utils import composing, hub, lineage, logger, runs, stages
     from utils.proof.lookup import evaluation_of
 
     hub.check(config.hub)
@@ -35,20 +35,16 @@ def main(config: Config) -> dict[str, Any]:
     identity = _identity(config, base, found, data)
     directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, config.preset, identity)
     composing.refuse_inside(directory, base, found)
-    run = runs.open_run(directory, identity)
-    if run is None:
-        parts = composing.load(found, base)
-        composing.refuse_recipe(composing.recipe_of(config), parts)  # what is refused leaves no half-made run behind
-        with files.locked(directory, "the composition"):
-            with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
-                runs.start(directory, identity)
-                facts = _make(config, base, found, parts, data, directory)
-            parents = [*found, *([data] if data else [])]
-            manifest = runs.manifest(
-                "composed", identity, base=base.record(), parents=parents, seed=config.run.seed, **facts
-            )
-            run = runs.Run(directory, files.seal(directory, manifest))
-    else:
+    parts = composing.load(found, base)
+    composing.refuse_recipe(composing.recipe_of(config), parts)  # what is refused leaves no half-made run behind
+
+    def fill() -> dict[str, Any]:
+        facts = _make(config, base, found, parts, data, directory)
+        parents = [*found, *([data] if data else [])]
+        return runs.manifest("composed", identity, base=base.record(), parents=parents, seed=config.run.seed, **facts)
+
+    run, is_there = runs.make(directory, identity, "the composition", fill)
+    if is_there:
         logger.event("this composition is already complete", path=directory)
     runs.mark_latest(config.run.models_dir, "composed", directory)
     recorded = run.manifest["composition"]

@@ -33,22 +33,19 @@ def main(config: Config) -> dict[str, Any]:
     parts = families.gather(config, base)
     identity = families.identity(config, base, parts)
     directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, config.preset, identity)
-    run = runs.open_run(directory, identity)
-    if run is None:
-        with files.locked(directory, "the evaluation"):
-            with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
-                runs.start(directory, identity)
-                results = comparison.compare(config, base, parts, directory)
-                files.write_json(directory / "results.json", results)
-                files.write_text(directory / "summary.txt", table(results) + "\n")
-                report.write(directory, results, parts.runs(), parts.composed.run if parts.composed else None)
-            measured, test = results["measured"], results["reads"]["test"]
-            parents = parts.runs()
-            facts = runs.manifest(
-                "evaluation", identity, base=base.record(), parents=parents, measured=measured, test=test
-            )
-            files.seal(directory, facts)
-    else:
+
+    def fill() -> dict[str, Any]:
+        results = comparison.compare(config, base, parts, directory)
+        files.write_json(directory / "results.json", results)
+        files.write_text(directory / "summary.txt", table(results) + "\n")
+        report.write(directory, results, parts.runs(), parts.composed.run if parts.composed else None)
+        measured, facts = results["measured"], {"test": results["reads"]["test"]}
+        return runs.manifest(
+            "evaluation", identity, base=base.record(), parents=parts.runs(), measured=measured, **facts
+        )
+
+    _, is_there = runs.make(directory, identity, "the evaluation", fill)
+    if is_there:
         logger.event("this comparison is already complete", path=directory)
     results = files.read_json(directory / "results.json")
     runs.mark_latest(config.run.models_dir, "evaluation", directory)
@@ -57,7 +54,7 @@ def main(config: Config) -> dict[str, Any]:
     return {
         "report": str(directory / "report.html"),
         "run": str(directory),
-        "reused": run is not None,
+        "reused": is_there,
         **{key: results[key] for key in shown if key in results},
         "cells": {
             cell: {key: value for key, value in numbers.items() if key not in ("meaning", "intervals", "seeds")}

@@ -21,23 +21,33 @@ SECTIONS = ("data", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Read, clean, split, tokenise, publish."""
-    from utils import files, logger, prepared, runs, stages
+    from utils import base_model, files, lm_eval_task, logger, prepared, runs, stages
 
-    base = stages.start(config, loads_model=False)
+    base, prompt = stages.start(config, loads_model=False), config.task.system_prompt
     identity = prepared.identity(config.data, base, config.run.seed)
     directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, config.preset, identity)
     run = runs.open_run(directory, identity)
     if reused := run is not None:
         logger.event("the data is already prepared", path=directory)
+        if config.data.task != prepared.NONE and not lm_eval_task.is_for(run.manifest["counts"], prompt):
+            logger.warning("its tasks for lm-evaluation-harness use another system prompt", path=directory)
     else:
-        with files.locked(config.run.data_dir / "prepared" / f".{directory.name}", "the run"):
-            counts: dict[str, Any] = {}
+        counts: dict[str, Any] = {}
 
-            def manifest() -> dict[str, Any]:
-                return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, counts=counts)
+        def manifest() -> dict[str, Any]:
+            return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, counts=counts)
 
-            with files.publish(directory, manifest) as temporary:
-                counts.update(prepared.prepare(config.data, base, config.run.seed, temporary))
+        with files.publish(directory, manifest) as temporary:
+            counts.update(prepared.prepare(config.data, base, config.run.seed, temporary))
+            if config.data.task != prepared.NONE:
+                counts[lm_eval_task.FOLDER] = lm_eval_task.write(
+                    temporary / lm_eval_task.FOLDER,
+                    prepared.Prepared(temporary).examples("test"),
+                    base_model.load_tokenizer(base.directory),
+                    prompt,
+                    max_tokens=config.evaluate.batch_tokens,
+                    max_new_tokens=config.evaluate.max_new_tokens,
+                )
         run = runs.Run(directory, files.verify(directory, hash_files=False))
         logger.event("data prepared", path=directory)
     runs.mark_latest(config.run.data_dir, "prepared", directory)

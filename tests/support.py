@@ -8,6 +8,7 @@ five seconds a call; it has its own pid, so it can be killed, and its exit code 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import logging
@@ -39,6 +40,7 @@ os.environ.update(
 )
 
 import torch  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
 from utils import base_model, toy  # noqa: E402
@@ -52,6 +54,10 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 PRESET = "tiny_minimax_m2"
 ARCHITECTURES = {"llama": toy.tiny_llama, "minimax_m2": toy.tiny_minimax_m2}
+PLAIN_TEMPLATE = (
+    "{%- for m in messages -%}{{- ']~b]' + m.role + '\n' + m.content + '[e~[\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- ']~b]ai\n' -}}{%- endif -%}"
+)
 PATIENCE = 120.0
 # in the environment of every script that a workspace runs; test_secrets looks for them in all that was written
 SECRETS = {
@@ -74,14 +80,19 @@ Completed = subprocess.CompletedProcess
 
 
 class Script:
-    """A script that runs in a forked process."""
+    """A script that runs in a forked process. `before` is called there first (to be sent, it must be picklable)."""
 
-    def __init__(self, name: str, *arguments: str, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ):
         self.command = [name, *map(str, arguments)]
         self.out = Path(temporary_directory())
-        self.process = _server().Process(
-            target=_as_main, args=(self.command, clean_environment(env), str(self.out)), daemon=True
-        )
+        arguments_there = (self.command, clean_environment(env), str(self.out), before)
+        self.process = _server().Process(target=_as_main, args=arguments_there, daemon=True)
         self.process.start()
 
     @property
@@ -89,7 +100,8 @@ class Script:
         return self.process.is_alive()
 
     def signal(self, number: int) -> None:
-        os.kill(self.process.pid or 0, number)
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended
+            os.kill(self.process.pid or 0, number)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Poll until the condition holds, or the script has ended."""
@@ -104,8 +116,16 @@ class Script:
         if self.process.is_alive():
             self.process.kill()
             raise AssertionError(f"{self.command} did not end")
-        texts = [(self.out / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess(self.command, self.process.exitcode or 0, *texts)
+        return subprocess.CompletedProcess(self.command, self.process.exitcode or 0, self._text("stdout"), self.stderr)
+
+    @property
+    def stderr(self) -> str:
+        """What it has written there so far."""
+        return self._text("stderr")
+
+    def _text(self, name: str) -> str:
+        path = self.out / name  # there only once the process has come so far
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def forked(name: str, *arguments: str, env: dict[str, str] | None = None) -> Completed[str]:
@@ -169,12 +189,12 @@ class Workspace:
     def run(self, name: str, *arguments: str) -> Completed[str]:
         return self.start(name, *arguments).wait()
 
-    def start(self, name: str, *arguments: str) -> Script:
+    def start(self, name: str, *arguments: str, **how: Any) -> Script:
         # the command of a script may be its first word, before any flag
         words = [*arguments[:1], *self.flags, *arguments[1:]]
         if not arguments or arguments[0].startswith("-"):
             words = [*self.flags, *arguments]
-        self.scripts.append(Script(name, *words, env=SECRETS))
+        self.scripts.append(Script(name, *words, **{"env": SECRETS, **how}))
         return self.scripts[-1]
 
     def prepare(self) -> dict[str, Any]:
@@ -201,6 +221,13 @@ def pair_row(number: int) -> dict[str, Any]:
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """The toy's tokenizer with a template that opens no think block."""
+    tokenizer = toy.tiny_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
 
 
 def saved_model(architecture: str, directory: Path | None = None, *, seed: int = 0) -> BaseModel:
@@ -279,7 +306,9 @@ def _server() -> Any:
     return context
 
 
-def _as_main(command: list[str], environment: dict[str, str], out: str) -> None:
+def _as_main(
+    command: list[str], environment: dict[str, str], out: str, before: Callable[[], None] | None = None
+) -> None:
     """In the forked process: what `python scripts/NAME.py ARGUMENTS` does, its output in files."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         handle = os.open(os.path.join(out, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -289,4 +318,6 @@ def _as_main(command: list[str], environment: dict[str, str], out: str) -> None:
     os.chdir(ROOT)
     script = ROOT / "scripts" / f"{command[0]}.py"
     sys.argv = [str(script), *command[1:]]
+    if before is not None:
+        before()
     runpy.run_path(str(script), run_name="__main__")

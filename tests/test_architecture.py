@@ -10,8 +10,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"config", "utils", "scripts", "tests"}
-PLUMBING = {"exceptions", "secrets", "manifests", "logger", "files", "runs", "cli", "progress"}
-PURE = {"composition", "planning", "known_models", "statistics", "verdict", "corpus.splits", "rollout", "answers"}
+PLUMBING = {
+    "exceptions",
+    "secrets",
+    "manifests",
+    "disk",
+    "logger",
+    "signals",
+    "locks",
+    "files",
+    "runs",
+    "cli",
+    "progress",
+}
+PURE = {
+    "composition",
+    "planning",
+    "known_models",
+    "statistics",
+    "verdict",
+    "corpus.splits",
+    "rollout",
+    "answers",
+    "overlap",
+}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "tokenizers"}
 
 

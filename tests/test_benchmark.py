@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import unittest
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection  # noqa: E402
+from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection, tiny_minimax_m2  # noqa: E402
+from tests.support import Workspace, last_json, temporary_directory  # noqa: E402
 from utils import frozen_lora, toy  # noqa: E402
-from utils.benchmarks import data, inference, inputs, merging, training  # noqa: E402
+from utils.benchmarks import data, inference, inputs, merging, scoring, training  # noqa: E402
 from utils.composition import Recipe, compose, scaled  # noqa: E402
 from utils.exceptions import ArtefactError  # noqa: E402
 
@@ -157,6 +162,55 @@ class Merging(unittest.TestCase):
             merging._refuse_too_small(size, Path(tempfile.gettempdir()))
         self.assertEqual(len(caught.exception.problems), 2)
         self.assertIn("--benchmark.merge_gigabytes", str(caught.exception))
+
+
+class Scoring(unittest.TestCase):
+    def test_ratio_is_of_the_same_slices_without_the_warm_up(self) -> None:
+        clock = [0.0]
+
+        def scorer(seconds: list[float], score: float) -> Callable[[int], list[float | None]]:
+            def score_part(part: int) -> list[float | None]:
+                clock[0] += seconds[part]
+                return [score, None if score == 10.0 else 5.0]
+
+            return score_part
+
+        def now() -> float:
+            return clock[0]
+
+        contenders = {"ours": scorer([50, 1, 2, 1], 10.0), "lm_eval": scorer([1, 3, 4, 8], 10.1)}
+        with mock.patch.object(scoring.time, "perf_counter", now):
+            found = scoring._race("x", contenders, range(4), [100, 10, 20, 30])["contenders"]
+        self.assertEqual((found["ours"]["per_second"], found["lm_eval"]["per_second"]), (15.0, 4.0))
+        self.assertEqual((found["lm_eval"]["time_to_ours"], found["lm_eval"]["median_time_to_ours"]), (3.75, 3.0))
+        self.assertAlmostEqual(found["lm_eval"]["largest_relative_difference"], 0.1 / 10.1, places=4)
+
+    def test_suite_scores_prepared_data_and_agrees_with_lm_eval_where_that_is_installed(self) -> None:
+        place = Workspace()
+        place.prepare()
+        done = place.run("benchmark", "--benchmark.suite", "evaluation")
+        found = json.loads((Path(last_json(done)["report"]) / "results.json").read_text())["evaluation"]
+        self.assertEqual({part["unit"] for part in found["parts"].values()}, {"items", "tokens"})
+        installed = importlib.util.find_spec("lm_eval") is not None
+        for part in found["parts"].values():
+            self.assertGreater(part["contenders"]["ours"]["per_second"], 0)
+            self.assertEqual("lm_eval" in part["contenders"], installed)
+            if installed:
+                self.assertLess(part["contenders"]["lm_eval"]["largest_relative_difference"], 1e-3)
+        self.assertIn(found["lm_eval"], done.stdout)
+        self.assertEqual(found["lm_eval"] == scoring.NO_LM_EVAL, not installed)
+
+    def test_too_little_data_is_told_before_a_model_is_loaded(self) -> None:
+        directory = temporary_directory()
+        (directory / "task_test.jsonl").write_text("")
+        run = SimpleNamespace(directory=directory)
+        with (
+            mock.patch.object(scoring.lineage, "prepared_run", return_value=run),
+            mock.patch.object(scoring.base_model, "load_tokenizer", return_value=toy.tiny_tokenizer()),
+            self.assertRaises(ArtefactError) as caught,
+        ):
+            scoring.measure(tiny_minimax_m2(), SimpleNamespace(directory=directory))
+        self.assertIn("needs 5 test pairs and 5 documents (got '0 pairs and 0 documents')", str(caught.exception))
 
 
 class Script(unittest.TestCase):

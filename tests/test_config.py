@@ -108,7 +108,7 @@ class Problems(unittest.TestCase):
 
     def test_all_problems_are_reported_together(self) -> None:
         found = self.problem("--task.lora.rank", "0", "--run.seed", "x", "--task.on", "bas")
-        for part in ("3 problems", "--task.lora.rank", "--run.seed", "--task.on", "'domain' or 'base'"):
+        for part in ("3 problems", "--task.lora.rank", "--run.seed", "--task.on", "'domain', 'base' or 'domain_ready'"):
             self.assertIn(part, found)
         found = self.problem("stray", "--foo.bar", "1", "--run.name", DTA_FOO="1")
         for part in ("4 problems", "'stray'", "'--foo.bar'", "--run.name needs a value", "'DTA_FOO'"):

@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub import ModelCard  # noqa: E402
 
 from tests.support import (  # noqa: E402
     Workspace,
@@ -31,7 +32,7 @@ from tests.support import (  # noqa: E402
     temporary_directory,
     write_jsonl,
 )
-from utils import cli, files, stages, toy  # noqa: E402
+from utils import cli, files, hub, stages, toy  # noqa: E402
 from utils.composition import norm, random_like  # noqa: E402
 from utils.composition.factors import ModuleFactors  # noqa: E402
 from utils.exceptions import Interrupted, PipelineError  # noqa: E402
@@ -65,9 +66,6 @@ def compared() -> tuple[Workspace, dict[str, Any], str]:
 
 def evaluated(place: Workspace, *flags: str) -> tuple[dict[str, Any], str]:
     """scripts/evaluate.py in this process, its trainings in forked ones: no interpreter is started for any."""
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def run(command: list[str], what: str) -> dict[str, Any]:
         at = next(i for i, part in enumerate(command) if part.endswith(".py"))
@@ -75,7 +73,15 @@ def evaluated(place: Workspace, *flags: str) -> tuple[dict[str, Any], str]:
 
     printed = io.StringIO()
     with mock.patch.object(controls, "_run", run), contextlib.redirect_stdout(printed):
-        return module.main(cli.resolve([*place.flags, *flags], {})), printed.getvalue()
+        return script("evaluate").main(cli.resolve([*place.flags, *flags], {})), printed.getvalue()
+
+
+def script(name: str) -> Any:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Protocol(unittest.TestCase):
@@ -157,6 +163,17 @@ class Protocol(unittest.TestCase):
         self.assertLessEqual(wanted, {parent["digest"] for parent in manifest["parents"]})
         self.assertRegex(manifest["test"], "[0-9a-f]{64}")
 
+    def test_report_is_part_of_the_sealed_evaluation_and_names_every_row_and_run(self) -> None:
+        listed = files.verify(Path(self.found["run"]))["files"]
+        self.assertLessEqual({"report.html", "results.json", "summary.txt"}, set(listed))
+        text = Path(self.found["report"]).read_text(encoding="utf-8")
+        for cell in self.results["cells"].values():
+            self.assertIn(f'<data value="{cell["answer_nll"]!r}">', text)
+        for run in self.results["lineage"]:
+            self.assertIn(f'title="{run["digest"]}"', text)
+        for role in ("wrong-domain adapter, seed 7", "random adapter in the domain adapter&#39;s place, seed 0"):
+            self.assertIn(role, text)
+
     def test_examples_are_the_largest_gains_and_losses(self) -> None:
         for kind, sign in (("won", 1), ("lost", -1)):
             gains = [sign * (e["nll"]["task"] - e["nll"]["composed"]) for e in self.results["examples"][kind]]
@@ -173,6 +190,32 @@ class Protocol(unittest.TestCase):
     def runs(self, *folders: str) -> list[dict[str, Any]]:
         found = [path for folder in folders for path in (self.place.models / folder).glob("*/manifest.json")]
         return [files.read_json(path) for path in found]
+
+
+class Cards(unittest.TestCase):
+    """A card is written after the evaluation only where it is published or merged; there it has the numbers."""
+
+    def setUp(self) -> None:
+        place, self.found, _ = compared()
+        self.root = temporary_directory()
+        shutil.copytree(place.models, self.root / "models")
+        flags = ["--preset", "tiny_minimax_m2", "--run.data_dir", str(place.data)]
+        self.flags = [*flags, "--run.models_dir", str(self.root / "models")]
+
+    def test_merged_model_has_the_evaluation_of_its_adapters_in_its_card(self) -> None:
+        target = self.root / "merged"
+        last_json(forked("inference", *self.flags, "--merge_path", str(target)))
+        measured = [one.metric_value for one in ModelCard.load(target / "README.md").data.eval_results]
+        self.assertIn(self.found["cells"]["composed"]["answer_nll"], measured)
+
+    def test_composed_adapter_is_pushed_with_its_evaluation(self) -> None:
+        push = ["--push_to_hub", "--hub_model_id", "owner/name"]
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with quiet, mock.patch.object(hub, "check"), mock.patch.object(hub, "push", return_value="url") as pushed:
+            script("compose").main(cli.resolve([*self.flags, *push], {}))
+        evaluation = pushed.call_args.kwargs["evaluation"]
+        self.assertEqual(evaluation.run.directory.name, Path(self.found["run"]).name)
+        self.assertEqual(evaluation.results["cells"]["composed"]["em"], self.found["cells"]["composed"]["em"])
 
 
 class Rows(unittest.TestCase):

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import LoraSection
-from utils import adapter_settings, experts, files
+from utils import adapter_settings, disk, experts, files, watching
 from utils.base_model import BaseModel
 from utils.composition import Factors, ModuleFactors, norm, zero_modules
 from utils.exceptions import ArtefactError, Problem
 from utils.model_directory import leads_out
-from utils.shards import Checkpoint
+from utils.shards import DTYPES, Checkpoint
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 _PREFIX = "base_model.model."
+_FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 
 
 def find(path: Path) -> Path:
@@ -144,10 +145,14 @@ def to_state(factors: Factors) -> dict[str, torch.Tensor]:
 def _write(directory: Path, peft_config: LoraConfig, state: Mapping[str, torch.Tensor], base: BaseModel) -> None:
     from safetensors.torch import save_file
 
+    watching.refuse_non_finite(state, f"the adapter for {directory}")
     files.make_directory(directory)
     peft_config.base_model_name_or_path, peft_config.revision = base.reference, base.revision or None
-    save_file(dict(state), directory / adapter_settings.WEIGHTS, metadata={"format": "pt"})
-    peft_config.save_pretrained(directory)
+    # the weights first: without its adapter_config.json no tool takes the directory for an adapter
+    with disk.errors(directory / adapter_settings.WEIGHTS):
+        save_file(dict(state), directory / adapter_settings.WEIGHTS, metadata={"format": "pt"})
+    with disk.errors(directory / adapter_settings.CONFIG):
+        peft_config.save_pretrained(directory)
     written = files.read_json(directory / adapter_settings.CONFIG)
     # PEFT keeps targets in sets, whose order changes from process to process: equal adapters, unequal bytes
     ordered = {k: sorted(written[k]) for k in ("target_modules", "target_parameters") if written.get(k)}
@@ -161,7 +166,7 @@ def _factors(
     problems = []
     for key, tensor in state.items():
         matched = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if not matched or tensor.ndim != 2 or not tensor.is_floating_point():
+        if not matched or tensor.ndim != 2 or tensor.dtype not in _FLOATS:
             problems.append(Problem(f"{directory}: unknown tensor", f"{key} {tuple(tensor.shape)}"))
         elif not torch.isfinite(tensor.float()).all():
             problems.append(Problem(f"{directory}: {key} holds NaN or infinity"))

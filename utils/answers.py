@@ -68,7 +68,7 @@ def is_repetitive(text: str) -> bool:
 
 
 def _f1(found: list[str], gold: list[str]) -> float:
-    if not found or not gold:
+    if not found or not gold:  # no words in both: 1, as in the script of SQuAD 2.0; that of 1.1 gives 0
         return float(found == gold)
     shared = sum((Counter(found) & Counter(gold)).values())
     return 2 * shared / (len(found) + len(gold))

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import BaseModelSection
-from utils import files, model_directory
-from utils.exceptions import ArtefactError, Problem
+from utils import chat, files, model_directory
+from utils.exceptions import ArtefactError, PipelineError, Problem, is_lost_process, is_out_of_memory
 from utils.logger import event
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         problems.append(Problem(f"the tokenizer in {directory} has no chat template", fix="use an instruct model"))
     if problems:
         raise ArtefactError(problems)
+    with _readable(directory):
+        chat.opens_thinking(tokenizer)  # a template that cannot be rendered is found here and not after hours
     return tokenizer
 
 
@@ -175,11 +177,13 @@ def _route_outside_autocast(model: PreTrainedModel) -> None:
 @contextmanager
 def _readable(directory: Path) -> Iterator[None]:
     """A damaged or foreign model directory is an artefact error, whichever library notices."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except PipelineError:
+        raise
+    except Exception as error:  # of a file that is not what they expect, libraries raise whatever their next line does
+        if is_out_of_memory(error) or is_lost_process(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtefactError(
             Problem(

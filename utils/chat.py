@@ -53,6 +53,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], s
     return [*ids, *_template_ids(tokenizer, pending)]
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> str:
+    """The prompt as the template renders it; a special token that a person wrote looks like a real one in it."""
+    return str(
+        tokenizer.apply_chat_template(messages(example, system_prompt), tokenize=False, add_generation_prompt=True)
+    )
+
+
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, reasoning: str | None = None) -> list[int]:
     """Token ids that the model should produce after the prompt, the end-of-turn token last."""
     # the closing and the answer are tokenised apart: together their white space could merge over the border
@@ -69,6 +76,11 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
 def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> int:
     """How many of `answer_ids` precede the answer itself (the closing of the think block)."""
     return len(_closing_ids(tokenizer, reasoning))
+
+
+def answer_opening(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> str:
+    """The text between prompt and answer: the closing of the think block where the template opens one."""
+    return f"{reasoning or ''}\n{THINK_END}\n\n" if opens_thinking(tokenizer) else ""
 
 
 def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> list[int]:

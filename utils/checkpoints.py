@@ -8,7 +8,7 @@ Random states are not saved: each step seeds the generator from (seed, step, ran
 
 from __future__ import annotations
 
-import os
+import itertools
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from utils import files
-from utils.exceptions import ArtefactError
+from utils import disk, files, watching
+from utils.exceptions import ArtefactError, Problem
 from utils.logger import warning
 
 Tensors = dict[str, torch.Tensor]
+# headers, state and manifest
+_SMALL_FILES = 1 << 17
 
 
 @dataclass
@@ -37,50 +39,89 @@ class Progressed:
     dev_losses: list[tuple[int, float]] = field(default_factory=list)
 
 
+def size_bytes(parameters: Tensors | dict[str, torch.nn.Parameter]) -> int:
+    """About what one checkpoint takes on the disk: adapter, best adapter and AdamW's two moments, all in float32."""
+    return sum(16 * p.numel() for p in parameters.values()) + _SMALL_FILES
+
+
+def require_space(root: Path, parameters: dict[str, torch.nn.Parameter], keep: int) -> None:
+    """Raises ArtefactError when the disk cannot hold the checkpoints of a run, and the one that is being written."""
+    there = len(_directories(root))
+    disk.require(root, size_bytes(parameters) * max(1, keep + 1 - there), f"training with {keep} kept checkpoints")
+
+
 def save(
-    root: Path, state: Progressed, adapter: Tensors, best: Tensors, optimizer: torch.optim.Optimizer, keep: int
+    root: Path,
+    state: Progressed,
+    adapter: Tensors,
+    best: Tensors,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    **facts: Any,
 ) -> None:
-    """Publish one checkpoint and remove all but the `keep` newest."""
+    """Publish one checkpoint and remove all but the `keep` newest; its manifest holds `facts`.
+
+    Raises NonFiniteError when a tensor is not finite, and ArtefactError when the disk is too small; then nothing of it
+    is there and the checkpoints before it are as they were.
+    """
     from safetensors.torch import save_file
 
     target = root / f"step-{state.step:08d}"
     if target.exists():  # a resumed run that stops again before its next step has nothing new to say
         return
-    with files.publish(target, lambda: {"kind": "checkpoint", "step": state.step, "run": _run(root)}) as temporary:
-        save_file(adapter, temporary / "adapter.safetensors")
-        save_file(best, temporary / "best.safetensors")
-        save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+    tensors = {"adapter": adapter, "best": best, "optimizer": _optimizer_tensors(optimizer)}
+    for name, group in tensors.items():
+        watching.refuse_non_finite(group, f"the {name} of the checkpoint after step {state.step}")
+    disk.require(root, sum(t.nbytes for group in tensors.values() for t in group.values()) + _SMALL_FILES, str(target))
+    about = {"kind": "checkpoint", "step": state.step, "run": _run(root), **facts}
+    with files.publish(target, lambda: about) as temporary:
+        for name, group in tensors.items():
+            save_file(group, temporary / f"{name}.safetensors")
         files.write_json(temporary / "state.json", _finite_json(asdict(state)))
     for old in _directories(root)[keep:]:
         _remove(old)
 
 
 def newest_valid(root: Path) -> Path | None:
-    """The valid checkpoint of the highest step (by name, never by time); damaged ones are set aside with a warning."""
+    """The valid checkpoint of the highest step (by name, never by time); damaged ones are set aside with a warning.
+
+    What a killed process left half-written or half-removed goes: the caller holds the lock of the run.
+    """
+    for hidden in root.glob(".*"):
+        shutil.rmtree(hidden, ignore_errors=True)
     for directory in _directories(root):
         try:
             manifest = files.verify(directory)
-            if (manifest.get("run"), f"step-{manifest.get('step'):08d}") == (_run(root), directory.name):
-                return directory
-            raise ArtefactError("it is a checkpoint of another run or step")
+            if manifest.get("step") != _step(directory) or manifest.get("run") != _run(root):
+                raise ArtefactError(Problem(f"{directory} is a checkpoint of another run or step"))
+            return directory
         except ArtefactError as error:
-            aside = directory.with_name(f"invalid-{directory.name}-{os.getpid()}")
+            aside = _unused(directory.with_name(f"invalid-{directory.name}"))
             directory.rename(aside)
-            warning("a damaged checkpoint was set aside", path=aside, reason=str(error).splitlines()[0])
+            reason = "; ".join(problem.what for problem in error.problems)
+            warning("a damaged checkpoint was set aside", path=aside, reason=reason)
     return None
 
 
 def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[Progressed, Tensors, Tensors]:
-    """State, current adapter and best adapter (empty before a dev loss); the optimiser is restored in place."""
+    """State, current adapter and best adapter (empty before a dev loss); the optimiser is restored in place.
+
+    Raises ArtefactError for one that is intact and was written by another version of this program.
+    """
     from safetensors.torch import load_file
 
-    saved = files.read_json(directory / "state.json")
-    saved["best_dev_loss"] = float("inf") if saved["best_dev_loss"] is None else saved["best_dev_loss"]
-    saved["dev_losses"] = [(int(step), float(loss)) for step, loss in saved["dev_losses"]]
-    _restore_optimizer(optimizer, load_file(directory / "optimizer.safetensors"))
-    adapter, best = [load_file(directory / f"{name}.safetensors") for name in ("adapter", "best")]
+    try:
+        saved = files.read_json(directory / "state.json")
+        saved["best_dev_loss"] = float("inf") if saved["best_dev_loss"] is None else saved["best_dev_loss"]
+        saved["dev_losses"] = [(int(step), float(loss)) for step, loss in saved["dev_losses"]]
+        progressed = Progressed(**saved)
+        _restore_optimizer(optimizer, load_file(directory / "optimizer.safetensors"))
+        adapter, best = [load_file(directory / f"{name}.safetensors") for name in ("adapter", "best")]
+    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        fix = f"remove {directory.parent} to start anew, or go on with the version that wrote it"
+        raise ArtefactError(Problem(f"{directory} was written by another version ({error!r})", fix=fix)) from error
     # without a dev measurement yet there is no best, and nothing may be published as if there were
-    return Progressed(**saved), adapter, best if saved["best_step"] else {}
+    return progressed, adapter, best if saved["best_step"] else {}
 
 
 def discard(root: Path) -> None:
@@ -98,7 +139,18 @@ def _run(root: Path) -> str:
 
 
 def _directories(root: Path) -> list[Path]:
-    return sorted((p for p in root.glob("step-*") if p.is_dir()), key=lambda p: p.name, reverse=True)
+    found = [path for path in root.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
+def _unused(path: Path) -> Path:
+    """This path or, when something is there, one with a number behind it."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
 def _remove(directory: Path) -> None:

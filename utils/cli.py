@@ -25,8 +25,17 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 import config as settings
-from utils import logger, secrets
-from utils.exceptions import ConfigError, PipelineError, Problem
+from utils import logger, secrets, signals
+from utils.exceptions import (
+    ArtefactError,
+    ConfigError,
+    Interrupted,
+    OutOfMemory,
+    PipelineError,
+    Problem,
+    is_lost_process,
+    is_out_of_memory,
+)
 
 ENV_PREFIX = "DTA_"
 SHORTCUTS = {
@@ -90,24 +99,39 @@ def _exit_code(
             print(_card(config, sections, plan(config)))
             result: dict[str, Any] = {"dry_run": True, "config": config.model_dump(mode="json")}
         else:
-            result = main(config)
+            with signals.terminable():
+                result = main(config)
         if logger.rank() == 0:
             print(logger.json_line(result), flush=True)
     except PipelineError as error:
-        if logger.rank() == 0:
+        if logger.rank() == 0 or isinstance(error, OutOfMemory):  # memory may be short on one process only
             print(logger.printable(str(error)), file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # what no stage foresaw about a file: still a message and not a traceback
-        reason = f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
-        print(logger.printable(reason), file=sys.stderr)
-        return 2
+    except signals.Terminated:
+        print("stopped by SIGTERM; nothing is half-written, run the same command again", file=sys.stderr)
+        return Interrupted.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:  # noqa: BLE001 - a bug: shown here, because the interpreter would show it with secrets in it
-        print(logger.printable(traceback.format_exc()), file=sys.stderr)
-        return 1
+    except Exception as error:  # noqa: BLE001 - shown here, because the interpreter would show it with secrets in it
+        explained = _explained(error)
+        print(logger.printable(str(explained) if explained else traceback.format_exc()), file=sys.stderr)
+        return explained.exit_code if explained else 1
     return 0 if dry_run else status(result)
+
+
+def _explained(error: Exception) -> PipelineError | None:
+    """What no stage foresaw about memory, a file or another process: still a message and not a traceback."""
+    said = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if is_out_of_memory(error):
+        problem = Problem(f"{said}; what was complete before is as it was", fix="use a machine with more memory")
+        return OutOfMemory(problem)
+    if is_lost_process(error):
+        what = f"another process of this run ended or cannot be reached: {said}"
+        return Interrupted(Problem(what, f"process {logger.rank()}", "see what it said; run the same command again"))
+    if isinstance(error, OSError):
+        return ArtefactError(Problem(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"))
+    return None
 
 
 def _prepare_process() -> None:

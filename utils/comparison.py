@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from utils import composing, files, runs, training
+from utils import composing, contamination, files, runs, training
 from utils.base_model import BaseModel
-from utils.logger import redact
+from utils.prepared import Prepared
 from utils.proof import cells, reads, results
 from utils.proof.cells import Material, Row
 from utils.proof.families import Participants
 from utils.runs import Run
+from utils.secrets import redact
 
 FEW_DOCUMENTS = 12
 NEVER_ENDS = 0.5
@@ -49,6 +50,7 @@ def compare(config: Config, base: BaseModel, parts: Participants, directory: Pat
         "reads": {**read, "sentence": reads.sentence(read)},
         "lineage": _lineage(base, parts),
         "dataset": _dataset(parts.data),
+        "contamination": _contamination(config, parts, rows, raw),
         "command": redact(shlex.join(sys.argv)),
         "versions": runs.versions(),
     }
@@ -87,6 +89,13 @@ def _examples(
             path, {kind: results.described(listed, by_name, scores, said) for kind, listed in chosen.items()}
         )
     return dict(files.read_json(path))
+
+
+def _contamination(config: Config, parts: Participants, rows: Sequence[Row], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Which test items stand in what was trained on, and the verdict without them."""
+    measured = contamination.report(Prepared(parts.data.directory))
+    rest = results.without(rows, raw, config.evaluate, config.run.seed, set(measured.flagged))
+    return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
 
 
 def cautions(found: Mapping[str, Any], parts: Participants) -> list[str]:

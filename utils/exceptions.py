@@ -14,6 +14,7 @@ A message names every problem at once, the offending value, and the command or e
 | RolledBack         | 5         | the candidate is worse, unsafe, or a person stopped it         |
 | Undecided          | 6         | rolled back at the deadline for want of trustworthy data       |
 | Incident           | 7         | rolled back at the deadline while production was failing       |
+| OutOfMemory        | 71        | memory ran out; what is finished is kept                       |
 | Interrupted        | 75        | stopped by a signal after writing a checkpoint; run it again   |
 """
 
@@ -21,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from utils.secrets import redact
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class PipelineError(Exception):
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
-            return f"{self.title}: {self.problems[0]}"
+            return redact(f"{self.title}: {self.problems[0]}")
         lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
-        return f"{self.title}: {len(self.problems)} problems\n{lines}"
+        return redact(f"{self.title}: {len(self.problems)} problems\n{lines}")
 
 
 class ConfigError(PipelineError):
@@ -83,6 +86,30 @@ class Interrupted(PipelineError):
     # 75 is EX_TEMPFAIL of sysexits.h: schedulers that requeue on it exist, and it cannot be mistaken for success
     exit_code = 75
     title = "interrupted"
+
+
+class OutOfMemory(PipelineError):
+    """The machine, not the input, was too small: what is finished is kept, and nothing half-written appears."""
+
+    # EX_OSERR of sysexits.h
+    exit_code = 71
+    title = "out of memory"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """MemoryError (numpy's and Arrow's too), torch's OutOfMemoryError, and the bare RuntimeErrors of its CPU side."""
+    said = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "failed to map segment")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in said))
+    )
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """What a process hears when another one of a distributed run ended: torch's DistError, or gloo's RuntimeError."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, RuntimeError) and ("DistError" in kinds or "gloo/transport" in str(error))
 
 
 class BalancerError(PipelineError):

@@ -1,29 +1,37 @@
 """Files on disk: atomic writes, digests, and the publish protocol of every artefact.
 
-An artefact is a directory. It is written under a sibling `.tmp-*` name, its files are fsynced, `manifest.json` with
-the sha256 and size of each file is written last, and the directory is renamed into place. So a manifest exists if and
-only if the artefact is complete, and a reader never sees half of one.
+An artefact is a directory with a `manifest.json` that names the sha256 and size of each of its files. The manifest is
+written last, atomically, after everything else is on the disk: it exists if and only if the artefact is complete, and
+readers take nothing without it. There are two ways to one:
+
+* `publish` fills a hidden sibling and renames it into place: prepared data, checkpoints, base and merged models.
+* a run directory is filled in place under its lock and then `seal`ed, because what is in it is what a killed run goes
+  on from (checkpoints, scored cells, measured points) and what a person watches (run.log): training, composing,
+  evaluating, benchmarks. Nobody writes into a sealed one: `runs.start` looks again once it has the lock.
+
+A killed process leaves its lock free, and beside its target `.NAME.tmp/` (rubbish, removed by the next `publish`),
+`.NAME.partial-*/` (kept: the same command goes on from it) or `.NAME.tmp-PID` (a small file, removed by `locks.sweep`).
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from utils import manifests
+from utils import disk, locks, manifests
+from utils.disk import make_directory
 from utils.exceptions import ArtefactError, Problem
+from utils.locks import LOCK, locked
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 # what a run directory holds only while it is being made: no part of the artefact
 SCRATCH = "checkpoints"
 _BLOCK = 1 << 22
@@ -51,17 +59,18 @@ def fingerprint(value: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader, or a crash, sees the old content or the new, never a mixture."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+    with disk.errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):  # below a regular file even the removal fails
+                temporary.unlink()
+            raise
         _fsync_directory(path.parent)
-    except OSError as error:
-        with suppress(OSError):  # below a regular file even the removal fails
-            temporary.unlink()
-        raise _disk_error(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -104,34 +113,30 @@ def publish(
     `manifest()` is called after the body, so it may hold what the body measured. Replaces nothing: `target` must not
     exist, or be empty. On any error the temporary directory is removed and `target` is as it was. With `resume` (a
     fingerprint of what is being made) it is kept instead, and the same call finds it again with what was in it.
-    `digests` (file name -> sha256, filled by the body) saves reading large files again.
+    `digests` (file name -> sha256, filled by the body) saves reading large files again. A second process that makes
+    the same is refused; what a killed one left is removed.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ArtefactError(
-            Problem(
-                "the output already exists and is not empty", str(target), "choose another path, or remove it first"
-            )
-        )
-    temporary = target.with_name(f".{target.name}.{f'partial-{resume[:12]}' if resume else f'tmp-{os.getpid()}'}")
-    try:
+    _refuse_taken(target)
+    temporary = target.with_name(f".{target.name}.{f'partial-{resume[:12]}' if resume else 'tmp'}")
+    with disk.errors(target):
         make_directory(target.parent)
-        if not resume:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        # only a name that another process would choose too needs a lock
-        with locked(temporary, "the output") if resume else nullcontext():
-            yield temporary
-            seal(temporary, manifest(), digests)
-            (temporary / LOCK).unlink(missing_ok=True)
-            if target.exists():
-                target.rmdir()
-            temporary.rename(target)
+        with locked(temporary, "the output"):
+            _refuse_taken(target)  # whoever held the lock may have finished it
+            if not resume:
+                _empty(temporary)
+            try:
+                yield temporary
+                seal(temporary, manifest(), digests)
+                temporary.rename(target)
+            except BaseException:
+                if not resume:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            # only now: without it another process could lock the directory just before it is renamed
+            (target / LOCK).unlink(missing_ok=True)
             _fsync_directory(target.parent)
-    except OSError as error:
-        raise _disk_error(target, error) from error
-    finally:
-        if not resume:
-            shutil.rmtree(temporary, ignore_errors=True)
+        for other in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
+            locks.remove_if_free(other)  # made with other settings: it can no longer become `target`
 
 
 def seal(directory: Path, manifest: dict[str, Any], digests: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -139,15 +144,18 @@ def seal(directory: Path, manifest: dict[str, Any], digests: Mapping[str, str] |
     known = digests or {}
     files: dict[str, dict[str, Any]] = {}
     for path in artefact_files(directory):
-        # safetensors writes mode 0600 (safetensors#782), which hides a published model from another user's server
-        path.chmod(0o666 & ~current_umask() | stat.S_IRUSR | stat.S_IWUSR)
-        _fsync_file(path)
+        with disk.errors(path):
+            # safetensors writes mode 0600 (safetensors#782), which hides a published model from another user's server
+            path.chmod(0o666 & ~current_umask() | stat.S_IRUSR | stat.S_IWUSR)
+            _fsync_file(path)
         name = path.relative_to(directory).as_posix()
         files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
     complete = {**manifest, "digest": fingerprint({name: f["sha256"] for name, f in files.items()}), "files": files}
     complete[manifests.SEAL] = manifests.seal(complete, fingerprint)
-    _fsync_directory(directory)
+    for inside in {parent for path in artefact_files(directory) for parent in path.relative_to(directory).parents}:
+        _fsync_directory(directory / inside)
     write_json(directory / MANIFEST, complete)
+    _fsync_directory(directory.parent)
     return complete
 
 
@@ -204,40 +212,6 @@ def verify(directory: Path, *, hash_files: bool = True) -> dict[str, Any]:
     return manifest
 
 
-@contextmanager
-def locked(directory: Path, what: str) -> Iterator[None]:
-    """Hold `directory` for this process; a second holder is refused. The kernel drops the lock when we die."""
-    make_directory(directory)
-    path = directory / LOCK
-    try:
-        handle = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise _disk_error(path, error) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise ArtefactError(
-                Problem(
-                    f"{what} {directory} is in use by {holder}", fix="wait for it, or give this run another --run.name"
-                )
-            ) from error
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()}")
-        handle.flush()
-        yield
-
-
-def make_directory(path: Path) -> None:
-    """mkdir -p whose failure names the path and the reason."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _disk_error(path, error) from error
-
-
 def current_umask() -> int:
     """The process's umask (reading it means setting it for a moment)."""
     mask = os.umask(0)
@@ -245,17 +219,23 @@ def current_umask() -> int:
     return mask
 
 
-def _disk_error(path: Path, error: OSError) -> ArtefactError:
-    reason = error.strerror or str(error)
-    if error.errno == errno.ENOSPC:
-        fix = f"free space on the disk that holds {path.parent}, then run the same command again"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        fix = "choose a writable place with --run.data_dir / --run.models_dir, or change its permissions"
-    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
-        fix = "a file stands where a directory is needed: remove it or choose another path"
-    else:
-        fix = "see the reason above"
-    return ArtefactError(Problem(f"cannot write {path}: {reason}", fix=fix))
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _refuse_taken(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ArtefactError(
+            Problem(
+                "the output already exists and is not empty", str(target), "choose another path, or remove it first"
+            )
+        )
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _fsync_file(path: Path) -> None:

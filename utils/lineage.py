@@ -98,7 +98,7 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
     problem = Problem(
         f"{directory} was made for another base model", f"{named} {revision}".strip(), f"this one is {base.source}"
     )
-    if named and isinstance(named, str) and (Path(named) / "config.json").is_file():
+    if is_model(named):
         other = base_model.fetch(BaseModelSection(source=str(named)), config.run.models_dir)
         if other.digest != base.digest:
             raise ArtefactError(problem)
@@ -208,6 +208,13 @@ def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
     with suppress(ArtefactError):
         return domain_run(config, base), task
     return None, task
+
+
+def is_model(named: str) -> bool:
+    """Whether an adapter's base model is a directory here; what it says may be any text."""
+    with suppress(OSError, ValueError):
+        return bool(named) and (Path(named) / "config.json").is_file()
+    return False
 
 
 def _own(path: Path) -> Path | None:

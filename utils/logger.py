@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from utils import disk
 from utils.secrets import redact
 
 _LOGGER = logging.getLogger("adapters")
@@ -82,6 +83,17 @@ class _JsonLines(logging.Formatter):
         return json_line(line | getattr(record, "facts", {}))
 
 
+class _RunLog(logging.Handler):
+    """Whole lines at the end of a file; a disk that refuses one ends the run with the file's name, not with silence."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        disk.append_line(self.path, self.format(record))
+
+
 def setup() -> None:
     """Log to standard error on rank 0; call once, at the start of a script."""
     _LOGGER.handlers.clear()
@@ -101,7 +113,7 @@ def to_file(path: Path) -> Iterator[None]:
     if rank() > 0:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _RunLog(path)
     handler.setFormatter(_JsonLines())
     _LOGGER.addHandler(handler)
     try:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from config import BaseModelSection, MergeSection
-from utils import experts, files, fp8, selfcheck, shards
+from utils import disk, experts, files, fp8, selfcheck, shards
 from utils.base_model import COMPANION_FILES, BaseModel
 from utils.composition import Factors, ModuleFactors, norm
 from utils.exceptions import ArtefactError, Problem, VerificationError
@@ -74,6 +74,7 @@ def merge(
     checks: dict[str, Any] = {}
     digests: dict[str, str] = {}
     with files.publish(target, lambda: manifest(checks), resume=fingerprint, digests=digests) as directory:
+        _mention_others(target, directory)
         try:
             found, sha256s = write(intended, directory, card)
             checks |= found | selfcheck.merged_equals_composed(base, factors, directory, section)
@@ -164,18 +165,21 @@ def _after(
     return shards.described(_SAFETENSORS_NAME[dtype], tensor.shape)
 
 
+def _mention_others(target: Path, directory: Path) -> None:
+    """An interrupted merge with other settings can still be gone on from, so it is kept, and may be large."""
+    for other in target.parent.glob(f".{target.name}.partial-*"):
+        if other != directory:
+            size = sum(path.stat().st_size for path in other.rglob("*") if path.is_file())
+            event(
+                "an interrupted merge with other settings is kept; remove it to free its bytes", path=other, bytes=size
+            )
+
+
 def _check_space(plan: Plan, directory: Path) -> None:
     companions = sum(path.stat().st_size for path in _companions(plan))
     there = [(directory / name, header.size) for name, header in plan.outputs.items() if (directory / name).exists()]
     needed = plan.size + companions - sum(min(path.stat().st_size, size) for path, size in there)
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise ArtefactError(
-            Problem(
-                f"merging needs {needed:,} more bytes under {directory.parent}, {free:,} are free",
-                fix="free some space, or choose another disk with --merge_path",
-            )
-        )
+    disk.require(directory.parent, needed, "merging")
 
 
 def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:

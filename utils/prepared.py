@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import DataSection
-from utils import chat, files
+from utils import chat, disk, files
 from utils.base_model import BaseModel, load_tokenizer
 from utils.corpus.demo import python_demo
 from utils.corpus.documents import read_documents
@@ -34,6 +34,9 @@ Splits = dict[str, list[dict[str, Any]]]
 BUILT_IN = "python_docs"
 ELSEWHERE = "python_docs_other"
 NONE = "none"
+SAMPLED, SAMPLED_CHARACTERS = 256, 10_000
+# manifests, counts, labelled pairs
+SMALL_FILES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,21 @@ def prepare(data: DataSection, base: BaseModel, seed: int, directory: Path) -> d
         shutil.rmtree(cache, ignore_errors=True)
 
 
+def space_bytes(parts: Iterable[Dataset], tokenizer: Any) -> int:
+    """About what tokenising these documents takes on the disk: texts and int32 ids, while they are made and once kept.
+
+    Tokens are counted on the beginnings of a sample of SAMPLED documents.
+    """
+    total = 0
+    for part in parts:
+        chosen = part.select(range(0, len(part), max(1, len(part) // SAMPLED)))
+        sample = [text[:SAMPLED_CHARACTERS] for text in chosen["text"]]
+        tokens = sum(len(ids) for ids in chat.document_ids(tokenizer, sample))
+        texts = part.data.column("text").nbytes * len(part) // max(1, part.data.num_rows)
+        total += texts + round(4 * tokens / max(1, sum(len(t.encode()) for t in sample)) * texts)
+    return 2 * total + SMALL_FILES
+
+
 def _prepare_documents(
     data: DataSection, demo: Any, base: BaseModel, seed: int, directory: Path, cache: Path
 ) -> dict[str, Any]:
@@ -124,6 +142,7 @@ def _prepare_documents(
         parts["dev_documents"] = outside.select(sorted(halves[:middle]))
         parts["heldout_documents"] = outside.select(sorted(halves[middle:]))
     tokenizer = load_tokenizer(base.directory)
+    disk.require(directory.parent, space_bytes(parts.values(), tokenizer), "preparing these documents")
     for name, part in parts.items():
         event(f"tokenising {name}", documents=len(part))
         tokenised = part.map(
@@ -136,6 +155,7 @@ def _prepare_documents(
             desc=f"tokenising {name}",
         )
         tokenised.save_to_disk(str(directory / name), max_shard_size="500MB")
+        (cache / f"{name}.arrow").unlink(missing_ok=True)
         counts[name] = {
             "documents": len(tokenised),
             "tokens": _total(tokenised, "num_tokens"),

@@ -15,17 +15,19 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import files, manifests
+from utils import disk, files, locks, logger, manifests
 from utils.exceptions import ArtefactError, Problem
-from utils.logger import event
+from utils.logger import event, warning
 from utils.secrets import redact
 
 FORMAT_VERSION = 1
 LATEST = ".latest.json"
+IDENTITY = "identity.json"
 STAGES = {
     "prepared": "python scripts/prepare_data.py",
     "domain": "accelerate launch scripts/train_domain_adapter.py",
@@ -76,17 +78,43 @@ def open_run(directory: Path, identity: dict[str, Any]) -> Run | None:
         run = _checked(directory, files.verify(directory))
         _refuse_other(directory, run.manifest["identity"], identity, run.manifest["fingerprint"], expected)
         return run
-    started = directory / "identity.json"
+    started = directory / IDENTITY
     if started.exists():
         found = files.read_json(started)
         _refuse_other(directory, found, identity, files.fingerprint(found), expected)
     return None
 
 
+def make(directory: Path, identity: dict[str, Any], what: str, fill: Callable[[], dict[str, Any]]) -> tuple[Run, bool]:
+    """The complete run in `directory` and whether it was there already; else `fill` makes it, under its lock.
+
+    `fill()` writes into the directory, goes on from what an interrupted call left there, and returns the manifest. Its
+    events are kept in run.log. Raises ArtefactError when the directory holds other settings, another process has it
+    (`what` says of what), or the disk refuses something.
+    """
+    if (run := open_run(directory, identity)) is not None:
+        return run, True
+    with files.locked(directory, what), disk.errors(directory):
+        if (run := open_run(directory, identity)) is not None:  # whoever held the lock may have finished it
+            return run, True
+        with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
+            start(directory, identity)
+            facts = fill()
+        return Run(directory, files.seal(directory, facts)), False
+
+
 def start(directory: Path, identity: dict[str, Any]) -> None:
-    """Create the directory and write down what it is going to hold, so that a resume can refuse a changed setting."""
+    """Write down what the directory (its lock is held) is going to hold, so that a resume can refuse other settings.
+
+    Raises ArtefactError when another process finished it, or started it with other settings, before the lock was free.
+    """
+    if open_run(directory, identity) is not None:
+        raise ArtefactError(Problem(f"{directory} was finished by another process", fix="run the same command again"))
+    if not (directory / IDENTITY).exists():
+        _mention_unfinished(directory, identity)
     files.make_directory(directory)
-    files.write_json(directory / "identity.json", identity)
+    locks.sweep(directory, held=True)
+    files.write_json(directory / IDENTITY, identity)
 
 
 def manifest(
@@ -127,14 +155,18 @@ def versions() -> dict[str, str]:
 
 
 def complete_runs(root: Path, stage: str) -> list[Run]:
-    """Every complete run of a stage: first the one made or asked for last, then by age, newest first."""
-    found = [
-        _checked(path.parent, files.read_manifest(path.parent))
-        for path in (root / stage).glob(f"*/{files.MANIFEST}")
-        if not path.parent.name.startswith(".")
-    ]
-    pointer = root / stage / LATEST
-    latest = files.read_object(pointer).get("run") if pointer.exists() else ""
+    """Every complete run of a stage: first the one made or asked for last, then by age, newest first.
+
+    One whose manifest cannot be read is passed over with a warning: it must not stand in the way of the others.
+    """
+    found = []
+    for path in (root / stage).glob(f"*/{files.MANIFEST}"):
+        if not path.parent.name.startswith("."):
+            try:
+                found.append(_checked(path.parent, files.read_manifest(path.parent)))
+            except ArtefactError as error:
+                warning("a run with an unreadable manifest is passed over", reason=error.problems[0].what)
+    latest = _latest(root, stage)
     return sorted(
         found, key=lambda run: (run.directory.name == latest, run.manifest.get("created_ns", 0)), reverse=True
     )
@@ -173,6 +205,7 @@ def parent(
 
 def mark_latest(root: Path, stage: str, directory: Path) -> None:
     """Remember the run that was made or asked for last: later stages take it when nothing pins another."""
+    locks.sweep(root / stage)
     files.write_json(root / stage / LATEST, {"run": directory.name})
 
 
@@ -183,6 +216,31 @@ def _checked(directory: Path, manifest: dict[str, Any]) -> Run:
         fix = "restore it, or remove the directory and make it anew"
         raise ArtefactError([Problem(f"{what}: {reason}", fix=fix) for reason in missing[:5]])
     return Run(directory, manifest)
+
+
+def _latest(root: Path, stage: str) -> str:
+    """The name in the pointer; a damaged pointer points nowhere, which is what a missing one does."""
+    with suppress(ArtefactError):
+        pointer = files.read_json(root / stage / LATEST)
+        return str(pointer.get("run", "")) if isinstance(pointer, dict) else ""
+    return ""
+
+
+def _mention_unfinished(directory: Path, identity: dict[str, Any]) -> None:
+    """Say so when this run starts from nothing although an interrupted one is there that differs in a few settings."""
+    unfinished = []
+    for path in directory.parent.glob(f"*/{IDENTITY}"):
+        if not (path.parent / files.MANIFEST).exists():
+            with suppress(ArtefactError):
+                unfinished.append((sorted(_differences(files.read_json(path), identity)), path.parent))
+    unfinished = [(changed, path) for changed, path in unfinished if changed]
+    if unfinished:
+        changed, kept = min(unfinished, key=lambda found: len(found[0]))
+        event(
+            "starting anew: the unfinished run that is most like this one has other settings and is kept",
+            unfinished=kept,
+            changed="; ".join(changed[:4]),
+        )
 
 
 def _refuse_other(directory: Path, found: dict, wanted: dict, found_print: str | None, wanted_print: str) -> None:

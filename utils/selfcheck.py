@@ -28,7 +28,7 @@ from config import BaseModelSection
 from utils import adapters, base_model, experts, fp8, layer_sample, shards
 from utils.base_model import BaseModel
 from utils.composition import Factors
-from utils.exceptions import ArtefactError, Problem, VerificationError
+from utils.exceptions import ArtefactError, OutOfMemory, Problem, VerificationError, is_out_of_memory
 from utils.logger import event
 from utils.shards import Checkpoint
 
@@ -179,11 +179,13 @@ def _reloaded(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Ten
     command = [sys.executable, "-c", _RELOAD, str(directory), str(asked), str(out)]
     with _frugal_loading():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        what = f"the process that reloads the merged model was ended by signal {-done.returncode}"
-        raise ArtefactError(Problem(what, fix="probably for memory: run the same command again where there is more"))
+    said = "".join(done.stderr.strip().splitlines()[-1:])
+    ended = f"it was ended by signal {-done.returncode}" if done.returncode < 0 else said
+    if done.returncode < 0 or is_out_of_memory(RuntimeError(said)) or "MemoryError" in said:
+        what = f"no memory to reload the merged model in a fresh process ({ended}); the written files are kept"
+        raise OutOfMemory(Problem(what, fix="run the same command again where there is more memory"))
     if done.returncode:
-        raise VerificationError(Problem(f"the merged model does not load: {done.stderr.strip().splitlines()[-1:]}"))
+        raise VerificationError(Problem(f"the merged model does not load: {said}"))
     return load_file(out)["logits"]
 
 

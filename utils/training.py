@@ -8,14 +8,12 @@ last where that is asked for.
 
 from __future__ import annotations
 
-import json
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import TrainSection
-from utils import adapters, checkpoints, files
-from utils.exceptions import DataError, Interrupted, NonFiniteError, Problem
-from utils.logger import event
+from utils import adapters, checkpoints, files, signals, watching
+from utils.exceptions import ArtefactError, DataError, Interrupted, OutOfMemory, Problem, is_out_of_memory
+from utils.logger import event, warning
 from utils.losses import NextTokenLoss, autocast
 from utils.progress import Progress
 from utils.training_data import IGNORED, Batch, MicroBatch, Step, TrainingData
@@ -70,7 +68,8 @@ def train(
     must follow from the number alone, or a resumed run would differ.
 
     Checkpoints go to `directory/checkpoints`, one line per step to `directory/metrics.jsonl`. Raises NonFiniteError
-    (naming the batch), Interrupted after a signal (a checkpoint is written), DataError when there is nothing to train.
+    and OutOfMemory (naming the batch), Interrupted after a signal (a checkpoint is written), ArtefactError when the
+    disk is too small, DataError when there is nothing to train.
     """
     total = sum(len(data.steps(epoch)) for epoch in range(settings.epochs))
     total = min(total, settings.max_steps or total)
@@ -81,7 +80,12 @@ def train(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loop = _Loop(model, data, dev, settings, total, seed, directory, accelerator, what, before_step)
     loop.resume()
-    loop.run()
+    try:
+        loop.run()
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise loop.out_of_memory() from error
+        raise
     return loop.finish()
 
 
@@ -149,22 +153,27 @@ class _Loop:
         self.best: checkpoints.Tensors = {}
         self.checkpoints = directory / files.SCRATCH
         self.metrics_path = directory / METRICS
+        self.frozen = watching.frozen_adapters(model)
+        self.names: list[str] = []  # what this process has in its batches of the current step
 
     def resume(self) -> None:
         """Go back to the newest valid checkpoint, the same one on every process."""
         newest = checkpoints.newest_valid(self.checkpoints) if self.accelerator.is_main_process else None
         newest = _from_main(self.accelerator, newest)
         if newest is not None:
+            self._refuse_other(newest)
             self.state, current, self.best = checkpoints.load(newest, self.optimizer.optimizer)
             _copy_into(self.parameters, current)
             event(f"{self.what}: resumed", step=self.state.step, checkpoint=newest)
-        self.metrics = _Metrics(self.metrics_path, self.state.step, self.accelerator)
+        if self.accelerator.is_main_process:
+            checkpoints.require_space(self.checkpoints, self.parameters, self.settings.keep_checkpoints)
+        self.metrics = watching.Metrics(self.metrics_path, self.state.step, self.accelerator)
 
     def run(self) -> None:
         """Every step that is left."""
         state = self.state
         with (
-            _signals() as signalled,
+            signals.stop_requested() as signalled,
             Progress(self.what, total=self.total, unit="step", done=state.step) as bar,
         ):
             for epoch, number, step, measures_dev in self._remaining():
@@ -200,6 +209,8 @@ class _Loop:
         if self.best and self.settings.keep == "best":
             _copy_into(self.parameters, self.best)
             kept_step = state.best_step
+        watching.refuse_non_finite(self.parameters, f"the {self.what} of step {kept_step}")
+        watching.refuse_changed(self.frozen, watching.frozen_adapters(self.model), self.what)
         self.model.eval()
         return Outcome(
             steps=state.step,
@@ -226,32 +237,46 @@ class _Loop:
                 ends = (number + 1) % interval == 0 or number + 1 == len(steps) or done == self.total
                 yield epoch, number, steps[number], ends
 
+    def out_of_memory(self) -> OutOfMemory:
+        """What to do about a step that does not fit."""
+        section = f"--{self.what.split()[0]}.train"
+        fix = f"lower {section}.micro_batch_tokens (now {self.settings.micro_batch_tokens}; the result stays the same)"
+        what = f"memory ran out in step {self.state.step + 1} of the {self.what}; the last checkpoint is kept"
+        return OutOfMemory(
+            Problem(what, ", ".join(self.names[: watching.NAMED]), f"{fix}, or set {section}.gradient_checkpointing")
+        )
+
     def _step(self, epoch: int, step: Step, signalled: Callable[[], bool]) -> tuple[float, float, bool]:
         """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
         accelerator, number = self.accelerator, self.state.step
         self.before_step(number)
         torch.manual_seed((self.seed * 1_000_003 + number) * 4096 + accelerator.process_index)
         labels = max(1, self.data.num_labels(epoch, step))
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64)
+        self.names, bad = [], []
         mine = _share_of(step, accelerator.process_index, accelerator.num_processes)
         for at, (rows, counts) in enumerate(mine):
             batch = self.data.batch(epoch, rows)
+            self.names += batch.names
             if not counts:  # keeps the number of backward passes equal on every process
                 batch = replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORED))
             with nullcontext() if at + 1 == len(mine) else accelerator.no_sync(self.loss_module):
                 loss = _loss(self.loss_module, batch, accelerator.device)
-                if not torch.isfinite(loss):
-                    raise NonFiniteError(_non_finite("loss", number, batch))
+                if not torch.isfinite(loss):  # the others have to hear of it, so this process may not stop alone
+                    bad += batch.names
                 # distributed wrappers average gradients over processes; the step's loss is a sum over all of them
                 accelerator.backward(loss * (accelerator.num_processes / labels))
             sums[0] += float(loss.detach())
-        sums[1] = float(signalled())
+        sums[1], sums[2] = float(signalled()), float(bool(bad))
         sums = accelerator.reduce(sums.to(accelerator.device), "sum")
+        if sums[2]:
+            raise watching.non_finite(f"loss of step {number + 1}", watching.from_every_process(accelerator, bad))
         norm = float(accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm))
         if not math.isfinite(norm):
-            raise NonFiniteError(_non_finite("gradient norm", number, batch))
+            names = watching.from_every_process(accelerator, self.names)
+            raise watching.non_finite(f"gradient norm of step {number + 1}", names)
         if number == 0:
-            _check_gradients(self.parameters)
+            watching.refuse_without_gradient(self.parameters)
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = learning_rate(number, self.total, self.settings)
         self.optimizer.step()
@@ -262,6 +287,8 @@ class _Loop:
         state = self.state
         self.before_step(None)
         loss = mean_loss(self.loss_module, self.dev, self.accelerator)
+        if not math.isfinite(loss):
+            raise watching.non_finite(f"dev loss after step {state.step}", [n for b in self.dev for n in b.names])
         state.dev_losses.append((state.step, loss))
         self.metrics.write(step=state.step, epoch=epoch, dev_loss=loss)
         event(f"{self.what}: dev", step=state.step, loss=loss, perplexity=math.exp(min(loss, 50)))
@@ -271,10 +298,39 @@ class _Loop:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            current = _copy_of(self.parameters)
-            optimizer, keep = self.optimizer.optimizer, self.settings.keep_checkpoints
-            checkpoints.save(self.checkpoints, self.state, current, self.best, optimizer, keep)
+            self.metrics.sync()
+            checkpoints.save(
+                self.checkpoints,
+                self.state,
+                _copy_of(self.parameters),
+                self.best,
+                self.optimizer.optimizer,
+                self.settings.keep_checkpoints,
+                frozen=self.frozen,
+                conditions=self._conditions(),
+            )
         self.accelerator.wait_for_everyone()
+
+    def _conditions(self) -> dict[str, Any]:
+        """What decides the last bits of a step besides the settings."""
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "processes": self.accelerator.num_processes,
+        }
+
+    def _refuse_other(self, newest: Path) -> None:
+        """Raises ArtefactError when a checkpoint was made on other frozen adapters; warns of other conditions."""
+        made = files.read_manifest(newest)
+        if made.get("frozen", self.frozen) != self.frozen:
+            what = f"{newest} was trained on another frozen adapter than the one that is loaded"
+            raise ArtefactError(Problem(what, fix=f"restore that adapter, or remove {newest.parent} to start anew"))
+        before, now = made.get("conditions", {}), self._conditions()
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in before if before[name] != now.get(name)]
+        if changed:
+            warning(
+                "resumed under other conditions: the result may differ in its last bits", changed=", ".join(changed)
+            )
 
 
 def _share_of(step: Step, process: int, processes: int) -> list[tuple[MicroBatch, bool]]:
@@ -287,25 +343,6 @@ def _share_of(step: Step, process: int, processes: int) -> list[tuple[MicroBatch
 def _loss(module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
     with autocast(module, device):
         return module(batch.input_ids_BT.to(device), batch.position_ids_BT.to(device), batch.labels_BT.to(device))
-
-
-def _check_gradients(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """After the first backward: a tensor without a gradient would silently stay as it is (FP8 experts do that)."""
-    without = [name for name, p in parameters.items() if p.grad is None]
-    idle = [name for name, p in parameters.items() if "lora_B" in name and p.grad is not None and not p.grad.any()]
-    if without or idle:
-        raise NonFiniteError(
-            [Problem("trainable, but the first backward gave no gradient", name) for name in without[:5]]
-            + [Problem("the first gradient of this B is all zero", name) for name in idle[:5]]
-        )
-
-
-def _non_finite(what: str, step: int, batch: Batch) -> Problem:
-    return Problem(
-        f"the {what} of step {step + 1} is NaN or infinite; the last checkpoint is kept",
-        ", ".join(batch.names[:8]),
-        "look at these documents or examples, or lower the learning rate",
-    )
 
 
 def _copy_of(parameters: dict[str, torch.nn.Parameter]) -> checkpoints.Tensors:
@@ -325,44 +362,3 @@ def _from_main(accelerator: Accelerator, value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT ask for a checkpoint and a stop after the current step; a second SIGINT stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        event(
-            "stopping after this step; press again to stop at once"
-            if number == signal.SIGINT
-            else "stopping after this step"
-        )
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class _Metrics:
-    """metrics.jsonl, cut back to the step a run is resumed from, and accelerate's trackers."""
-
-    def __init__(self, path: Path, step: int, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.path = path if accelerator.is_main_process else None
-        if self.path is not None:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            path.write_text("".join(whole), encoding="utf-8")
-
-    def write(self, **values: Any) -> None:
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(values) + "\n")
-        self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils import adapter_files, adapter_settings, base_model, files, manifests, model_directory, runs
+from utils import adapter_files, adapter_settings, base_model, files, lineage, manifests, model_directory, runs
 from utils.base_model import BaseModel
 from utils.exceptions import ArtefactError, PipelineError, Problem
 from utils.logger import event
@@ -215,9 +215,8 @@ def _foreign(verdict: Verdict, directory: Path) -> str:
     verdict.checked.append(str(directory))
     settings = adapter_settings.read(directory)
     named = settings.get("base_model_name_or_path") or ""
-    place = Path(named)
-    if named and (place / model_directory.CONFIG).is_file():
-        adapter_files.load(directory, base_model.identify(place, named, "", None))
+    if lineage.is_model(named):
+        adapter_files.load(directory, base_model.identify(Path(named), named, "", None))
         verdict.checked.append(named)
     else:
         adapter_files.load(directory)

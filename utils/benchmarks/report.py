@@ -16,13 +16,20 @@ COLOURS = {
     "cp": "#7f7f7f",
     "self-check": "#2ca02c",
     "peft": "#d62728",
+    "lm_eval": "#d62728",
 }
 SIZE_INCHES, DOTS_PER_INCH = (8, 4.5), 120
 
 
 def table(results: dict[str, Any]) -> str:
     """Every suite that was run, for a terminal."""
-    parts = {"inference": _inference_table, "training": _training_table, "data": _data_table, "merge": _merge_table}
+    parts = {
+        "inference": _inference_table,
+        "training": _training_table,
+        "data": _data_table,
+        "merge": _merge_table,
+        "evaluation": _evaluation_table,
+    }
     lines = [_machine_line(results["machine"])]
     for suite, make in parts.items():
         if suite in results:
@@ -46,6 +53,11 @@ def headline(results: dict[str, Any]) -> dict[str, Any]:
         found["data"] = {key: results["data"][key] for key in keys if key in results["data"]}
     if "merge" in results:
         found["merge_to_cp"] = {name: c["to_cp"] for name, c in results["merge"]["contenders"].items()}
+    if "evaluation" in results:
+        parts = results["evaluation"]["parts"].items()
+        found["evaluation_per_second"] = {
+            name: {contender: c["per_second"] for contender, c in part["contenders"].items()} for name, part in parts
+        }
     return found
 
 
@@ -54,7 +66,13 @@ def plot(results: dict[str, Any], directory: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    makers = {"inference": _plot_inference, "training": _plot_training, "data": _plot_data, "merge": _plot_merge}
+    makers = {
+        "inference": _plot_inference,
+        "training": _plot_training,
+        "data": _plot_data,
+        "merge": _plot_merge,
+        "evaluation": _plot_evaluation,
+    }
     written = []
     for suite, draw in makers.items():
         if suite not in results:
@@ -159,6 +177,22 @@ def _merge_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _evaluation_table(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"scoring in {found['dtype']}, up to {found['batch_tokens']} padded tokens a forward pass; {found['lm_eval']}",
+        f"  {'what':<11}{'counted':>9} {'unit':<8}{'scorer':<9}{'per second':>11}{'time to ours':>14}"
+        f"{'median of slices':>18}{'largest difference':>20}",
+    ]
+    for name, part in found["parts"].items():
+        for contender, n in part["contenders"].items():
+            line = f"  {name:<11}{part['counted']:>9,} {part['unit']:<8}{contender:<9}{n['per_second']:>11,.2f}"
+            if "time_to_ours" in n:
+                line += f"{n['time_to_ours']:>14.2f}{n['median_time_to_ours']:>18.2f}"
+                line += f"{n['largest_relative_difference']:>20.1e}"
+            lines.append(line)
+    return lines
+
+
 def _plot_inference(figure: Any, found: dict[str, Any]) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     models = [name for name in found["cells"][0]["models"] if name != "base"]
@@ -208,3 +242,12 @@ def _plot_merge(figure: Any, found: dict[str, Any]) -> None:
     time_axis.set_ylabel("seconds")
     memory_axis.axhline(found["checkpoint"]["largest_file_bytes"] / 1e6, color="black", linewidth=0.8)
     memory_axis.set_ylabel("peak MB without mapped files; line: largest file")
+
+
+def _plot_evaluation(figure: Any, found: dict[str, Any]) -> None:
+    for axis, (name, part) in zip(figure.subplots(1, len(found["parts"])), found["parts"].items(), strict=True):
+        for contender, numbers in part["contenders"].items():
+            bar = axis.bar(contender, numbers["per_second"], color=COLOURS[contender])
+            axis.bar_label(bar, [f"{numbers['time_to_ours']:.1f} x our time" if "time_to_ours" in numbers else ""])
+        axis.set_title(name)
+        axis.set_ylabel(f"{part['unit']} per second")

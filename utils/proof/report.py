@@ -28,7 +28,10 @@ WORDS = {
         "Composed keeps the domain and answers no worse than the task adapter alone; more than that is not shown.",
     ),
     "interferes": ("bad", "One adapter spoils the other: composed is shown to be worse, or to have lost the domain."),
-    "undecided": ("warn", "These data cannot tell. More test questions about more documents, or more seeds, would."),
+    "undecided": (
+        "warn",
+        "These data cannot tell; more of them would: test questions about more documents, held-out documents, seeds.",
+    ),
 }
 NATS = "gain in answer NLL, nats per token; above 0 when composed is the better"
 STYLES = {"domain": "domain", "task": "task", "composed": "composed"}
@@ -55,12 +58,20 @@ class Measure:
 
 
 NO_HELDOUT = "the prepared data has no held-out documents"
+NO_CORPUS = "the prepared data has no corpus"
 NO_CHOICES = "the test questions come without choices"
 NO_ANSWERS = "no answers were generated (--evaluate.generated_answers is 0)"
 LIKELIHOODS = (
     Measure("answer_nll", "answer NLL", "loss of the gold answer, nats per token", numbers.nats),
     Measure("choice_accuracy", "choice accuracy", "the right choice is likeliest", numbers.share, "high", NO_CHOICES),
-    Measure("choice_accuracy_per_token", "by token", "likeliest per token", numbers.share, "high", NO_CHOICES),
+    Measure(
+        "choice_accuracy_per_token",
+        "choice accuracy by token",
+        "the same by loss per token",
+        numbers.share,
+        "high",
+        NO_CHOICES,
+    ),
     Measure("domain_ppl", "held-out perplexity", "documents nobody trained on", numbers.perplexity, "low", NO_HELDOUT),
     Measure(
         "corpus_ppl",
@@ -68,7 +79,7 @@ LIKELIHOODS = (
         "the domain adapter trained on these",
         numbers.perplexity,
         "low",
-        "the prepared data has no corpus",
+        NO_CORPUS,
     ),
     Measure("general_ppl", "general perplexity", "ordinary prose: forgetting", numbers.perplexity),
 )
@@ -83,7 +94,7 @@ ANSWERS = (
 LOSSES = (
     Measure("domain_nll", "held-out NLL", "nats per token", numbers.nats, "low", NO_HELDOUT),
     Measure("domain_nll_per_byte", "held-out NLL per byte", "nats per byte", numbers.nats, "low", NO_HELDOUT),
-    Measure("corpus_nll", "corpus NLL", "nats per token", numbers.nats),
+    Measure("corpus_nll", "corpus NLL", "nats per token", numbers.nats, "low", NO_CORPUS),
     Measure("general_nll", "general NLL", "nats per token", numbers.nats),
     Measure("end_of_turn_nll", "end of turn", "loss of ending there, nats", numbers.nats),
 )
@@ -164,7 +175,7 @@ def untested(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         why = "whether more rank alone would have done it"
         yield {"what": "a task adapter of the ranks together", "why": why, "command": controls}
     if len(results["seeds"]) < 2:
-        why = "everything was trained once: intervals are about other questions, not about another training run"
+        why = "everything was trained once, so what another training run would give is not known"
         yield {"what": "other seeds", "why": why, "command": command(results, "--evaluate.seeds 1,2")}
 
 

@@ -37,9 +37,7 @@ FORMAT = ("ended", "repetitive", "thinking_left")
 
 def assemble(rows: Sequence[Row], raw: Mapping[str, Any], settings: EvaluateSection, seed: int) -> dict[str, Any]:
     """Cells with intervals, the verdict with its contrasts, and composed against every other cell."""
-    by_cell = {
-        cell: [raw[row.name] for row in rows if row.cell == cell] for cell in dict.fromkeys(r.cell for r in rows)
-    }
+    by_cell = _by_cell(rows, raw)
     common: dict[str, Any] = {"resamples": settings.resamples, "seed": seed}
     judged = judge(by_cell, settings, seed)
     return {
@@ -63,6 +61,29 @@ def assemble(rows: Sequence[Row], raw: Mapping[str, Any], settings: EvaluateSect
         },
         "by_seed": by_seed(by_cell),
         "margin": settings.margin,
+    }
+
+
+def without(
+    rows: Sequence[Row], raw: Mapping[str, Any], settings: EvaluateSection, seed: int, flagged: set[str]
+) -> dict[str, Any] | None:
+    """The verdict on the test items that are not flagged; None when all are, or none is."""
+    by_cell = _by_cell(rows, raw)
+    names = {item["name"] for item in next(iter(by_cell.values()))[0]["items"]}
+    kept = names - flagged
+    if not kept or kept == names:
+        return None
+    judged = judge(by_cell, settings, seed, kept)
+    return {
+        "items": len(kept),
+        "verdict": judged.verdict,
+        "sentence": judged.sentence,
+        "contrasts": judged.to_json(),
+        "answer_nll": {
+            cell: float(scored.nll_SN.sum() / (len(scored.nll_SN) * sum(scored.tokens)))
+            for cell, scores in by_cell.items()
+            for scored in [_answers(scores, kept)]
+        },
     }
 
 
@@ -157,6 +178,10 @@ def described(
 def plain(found: Interval) -> dict[str, Any]:
     """An interval as JSON values: what is infinite is null."""
     return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(found).items()}
+
+
+def _by_cell(rows: Sequence[Row], raw: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {cell: [raw[row.name] for row in rows if row.cell == cell] for cell in dict.fromkeys(r.cell for r in rows)}
 
 
 def _answers(scores: Sequence[Mapping[str, Any]], names: set[str] | None = None) -> Scores:

@@ -34,6 +34,9 @@ def table(results: dict[str, Any]) -> str:
     for name, why in results["untested"].items():
         lines.append(f"  {name} not tested: {why}")
     lines += ["", *textwrap.wrap(results["sentence"], 110)]
+    lines += ["", *results["contamination"]["lines"]]
+    if rest := results["contamination"]["without_flagged"]:
+        lines += textwrap.wrap(f"Without the flagged items ({rest['items']} are left): {rest['sentence']}", 110)
     for caution in results["cautions"]:
         lines += textwrap.wrap(caution, 110, initial_indent="  * ", subsequent_indent="    ")
     for sample in (results["examples"].get("won") or [])[:SAMPLES]:

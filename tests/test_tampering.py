@@ -1,0 +1,515 @@
+"""Nobody is let in: damaged, foreign and hostile artefacts are refused by name, before anything is made from them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import shutil
+import signal
+import sys
+import unittest
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from config import BaseModelSection, Config, RolloutSection  # noqa: E402
+from tests.support import (  # noqa: E402
+    PRESET,
+    Completed,
+    Script,
+    forked,
+    last_json,
+    saved_model,
+    temporary_directory,
+    write_jsonl,
+)
+from tests.whole_pipeline import Whole, whole  # noqa: E402
+from utils import adapter_settings, base_model, checkpoints, cli, files, lineage  # noqa: E402
+from utils.base_model import BaseModel  # noqa: E402
+from utils.canary import sides  # noqa: E402
+from utils.exceptions import PipelineError  # noqa: E402
+
+CONFIG, WEIGHTS = adapter_settings.CONFIG, adapter_settings.WEIGHTS
+COMMIT = "a" * 40
+DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "truncated": lambda content, other: content[: len(content) // 2],
+    "bit-flipped": lambda content, other: flipped(content),
+    "zero-filled": lambda content, other: bytes(len(content)),
+    "swapped with another's": lambda content, other: other,
+}
+
+
+class Tampering(unittest.TestCase):
+    @contextmanager
+    def refused(self, *parts: object) -> Iterator[None]:
+        with self.assertRaises(PipelineError) as caught:
+            yield
+        self.assertEqual(caught.exception.exit_code, 2)
+        for part in parts:
+            self.assertIn(str(part), str(caught.exception))
+
+    def assert_refused(self, completed: Completed[str], *parts: object) -> None:
+        self.assertEqual(completed.returncode, 2, completed.stderr[-2000:])
+        self.assertNotIn("Traceback", completed.stderr)
+        for part in parts:
+            self.assertIn(str(part), completed.stderr)
+
+
+class Files(Tampering):
+    """Every file of an artefact, damaged in every way, is refused with its name."""
+
+    def each_damage(self, artefact: Path, other: Path) -> Iterator[tuple[str, Path]]:
+        """Damages one file after the other, and mends it afterwards; its times are as they were."""
+        tried = 0
+        for path in sorted(p for p in artefact.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            sound, stat = path.read_bytes(), path.stat()
+            counterpart = other / path.relative_to(artefact)
+            foreign = counterpart.read_bytes() if counterpart.is_file() else b"another file"
+            for how, damage in DAMAGES.items():
+                content = damage(sound, foreign)
+                if content == sound:
+                    continue
+                path.write_bytes(content)
+                os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+                with self.subTest(f"{path.relative_to(artefact)} {how}"):
+                    yield how, path
+                tried += 1
+            path.write_bytes(sound)
+        self.assertGreater(tried, 10)
+
+    def test_of_a_checkpoint_and_resuming_falls_back_to_the_one_before(self) -> None:
+        root = temporary_directory() / "checkpoints"
+        save_checkpoints(root, (4, 8))
+        before, newest = (root / f"step-{step:08d}" for step in (4, 8))
+        kept = temporary_directory() / "kept"
+        shutil.copytree(newest, kept)
+        for _, path in self.each_damage(newest, before):
+            with self.assertLogs("adapters", "WARNING") as logged:
+                self.assertEqual(checkpoints.newest_valid(root), before)
+            self.assertIn(named(path), logged.records[0].facts["reason"])
+            shutil.rmtree(logged.records[0].facts["path"])
+            shutil.copytree(kept, newest)
+        self.assertEqual(checkpoints.newest_valid(root), newest)
+
+    def test_of_an_adapter_and_of_a_composition(self) -> None:
+        copy, base = whole()[0].copy(), toy_base()
+        for kind, other in (("domain", "task"), ("composed", "domain")):
+            for _, path in self.each_damage(copy[kind], copy[other]):
+                with self.refused(named(path)):
+                    lineage.any_run(config_for(copy), base, copy[kind], flag="--domain_adapter")
+        self.assertEqual(lineage.any_run(config_for(copy), base, copy["domain"], flag="").manifest["kind"], "domain")
+
+    def test_of_a_merged_model_also_when_its_digest_is_remembered_and_the_file_has_the_same_size_and_time(self) -> None:
+        copy = whole()[0].copy()
+        section = BaseModelSection(source=str(copy["merged"]))
+        fetched = base_model.fetch(section, copy.roots[1])
+        for _, path in self.each_damage(copy["merged"], copy["base"]):
+            with self.refused(named(path)):
+                base_model.fetch(section, copy.roots[1])
+        self.assertEqual(base_model.fetch(section, copy.roots[1]), fetched)
+
+    def test_of_prepared_data(self) -> None:
+        copy = whole()[0].copy()
+        for _, path in self.each_damage(copy["prepared"], copy["domain"]):
+            with self.refused(named(path)):
+                lineage.prepared_run(config_for(copy, "--inputs.prepared", str(copy["prepared"])), toy_base())
+
+    def test_a_whole_checkpoint_of_another_run_or_step_is_not_gone_on_from(self) -> None:
+        mine, theirs = (temporary_directory() / name for name in ("mine", "theirs"))
+        for run in (mine, theirs):
+            run.mkdir()
+            files.write_json(run / "identity.json", {"name": run.name})
+            save_checkpoints(run / "checkpoints", (4,))
+        shutil.copytree(theirs / "checkpoints" / "step-00000004", mine / "checkpoints" / "step-00000008")
+        shutil.copytree(mine / "checkpoints" / "step-00000004", mine / "checkpoints" / "step-00000012")
+        with self.assertLogs("adapters", "WARNING") as logged:
+            found = checkpoints.newest_valid(mine / "checkpoints")
+        self.assertEqual(found, mine / "checkpoints" / "step-00000004")
+        self.assertEqual(len(logged.records), 2)
+        self.assertIn("another run or step", logged.records[0].facts["reason"])
+
+
+class OtherBase(Tampering):
+    """The same shapes and another model, revision or tokenizer: refused before training, composing or merging."""
+
+    def variants(self) -> dict[str, tuple[BaseModel, str]]:
+        """Base models that everything would fit, and what is said about each."""
+        same = whole()[0]["base"]
+
+        def changed(name: str, change: Callable[[dict[str, Any]], object]) -> BaseModel:
+            directory = temporary_directory() / "other"
+            shutil.copytree(same, directory)
+            (directory / files.MANIFEST).unlink()
+            settings = files.read_json(directory / name)
+            change(settings)
+            files.write_json(directory / name, settings)
+            return fetched(directory)
+
+        revision = changed("config.json", lambda settings: settings.update(rms_norm_eps=1e-3))
+        tokenizer = changed("tokenizer.json", lambda settings: settings["model"]["merges"].reverse())
+        template = changed("tokenizer_config.json", lambda settings: settings.update(clean_up_tokenization_spaces=True))
+        return {
+            "weights": (saved_model("minimax_m2", seed=1), "made for another base model"),
+            "revision": (revision, "made for another base model"),
+            "tokenizer": (tokenizer, "made with another tokenizer or chat template"),
+            "tokenizer settings": (template, "made with another tokenizer or chat template"),
+        }
+
+    def test_no_stage_uses_an_adapter_of_another_base_revision_or_tokenizer(self) -> None:
+        place, _ = whole()
+        pinned, newest = config_for(place), cli.resolve(["--preset", PRESET, *place.flags[:4]], {})
+        for name, (base, reason) in self.variants().items():
+            for config in (pinned, newest):
+                with self.subTest(name):
+                    with self.refused(reason):
+                        lineage.domain_run(config, base)  # what the task adapter is trained on
+                    with self.refused(reason):
+                        lineage.adapter_runs(config, base)  # what is composed and merged
+            if name.startswith("tokenizer"):
+                with self.subTest(name), self.refused("prepared with another tokenizer"):
+                    lineage.prepared_run(newest, base)
+
+    def test_the_scripts_refuse_it_and_write_nothing(self) -> None:
+        copy = whole()[0].copy()
+        other = saved_model("minimax_m2", seed=1).directory
+        before = listed(copy.root)
+        flags = ["--preset", PRESET, "--base.source", str(other), "--base.dtype", "float32", *copy.flags]
+        for script, more in (
+            ("train_task_adapter", ()),
+            ("compose", ()),
+            ("inference", ("--merge_path", str(copy.root / "never"))),
+        ):
+            self.assert_refused(forked(script, *flags, *more), "made for another base model")
+        self.assertEqual(listed(copy.root), before)
+
+
+class OurAdapter(Tampering):
+    def test_an_edited_setting_is_refused_by_digest_whatever_it_is(self) -> None:
+        for change in (
+            {"lora_alpha": 800},
+            {"r": 2},
+            {"target_modules": ["q_proj"]},
+            {"base_model_name_or_path": "../../etc"},
+            {"auto_mapping": {"base_model_class": "X", "parent_library": "os"}},
+        ):
+            copy = whole()[0].copy()
+            path = copy["domain"] / "adapter" / CONFIG
+            files.write_json(path, {**files.read_json(path), **change})
+            with self.subTest(change), self.refused(path, "restore"):
+                lineage.adapter_runs(config_for(copy), toy_base())
+
+    def test_a_link_out_of_a_run_is_refused(self) -> None:
+        copy = whole()[0].copy()
+        outside = temporary_directory() / "outside"
+        shutil.move(copy["domain"] / "adapter", outside)
+        (copy["domain"] / "adapter").symlink_to(outside)
+        with self.refused("leads out of"):
+            lineage.adapter_runs(config_for(copy), toy_base())
+
+    def test_merged_weights_with_a_leftover_adapter_are_refused_where_they_are_served_and_adapted(self) -> None:
+        copy = whole()[0].copy()
+        for name in (CONFIG, WEIGHTS):
+            shutil.copy(copy["domain"] / "adapter" / name, copy["merged"])
+        with self.refused(CONFIG, "no part of the artefact"):
+            sides.open_side(
+                str(copy["merged"]), "", slots=copy.root, slot="canary", known=None, section=RolloutSection()
+            )
+        with self.refused(CONFIG, "remove it: a base model has none"):
+            base_model.fetch(BaseModelSection(source=str(copy["merged"])), copy.roots[1])
+        done = forked(
+            "inference", "--preset", PRESET, *copy.flags, "--merge_path", str(copy["merged"]), "--weights=1,0.5"
+        )
+        self.assert_refused(done, CONFIG, "no part of the artefact")
+
+
+class ForeignAdapter(Tampering):
+    """An adapter of another tool has no digest: what does not fit is refused, what cannot be known is said."""
+
+    def foreign(self, **settings: Any) -> Path:
+        directory = temporary_directory() / "foreign"
+        shutil.copytree(whole()[0]["domain"] / "adapter", directory)
+        files.write_json(directory / CONFIG, {**files.read_json(directory / CONFIG), **settings})
+        return directory
+
+    def use(self, directory: Path) -> None:
+        lineage.foreign_run(config_for(whole()[0]), toy_base(), "domain", directory)
+
+    def test_settings_that_do_not_fit_the_factors_are_refused(self) -> None:
+        for settings, parts in (
+            ({"r": 2}, ("rank 4, its config says 2",)),
+            ({"r": 8}, ("rank 4, its config says 8",)),
+            ({"target_modules": ["q_proj"]}, ("which its targets do not name",)),
+            ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate"]}, ("no factors for",)),
+            ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, ("auto_mapping", "runs no code")),
+            (
+                {"auto_mapping": {"base_model_class": "X", "parent_library": "transformers.models.x; os"}},
+                ("runs no code",),
+            ),
+            ({"megatron_core": "my_module"}, ("megatron_core",)),
+            ({"megatron_config": {"a": 1}}, ("megatron_config",)),
+        ):
+            with self.subTest(settings), self.refused(*parts):
+                self.use(self.foreign(**settings))
+
+    def test_an_alpha_a_hundred_times_too_large_is_remarked_and_the_right_one_is_not(self) -> None:
+        remark = "unusually large beside the weights"
+        with self.assertLogs("adapters", "INFO") as logged:
+            self.use(self.foreign())
+        self.assertNotIn(remark, " ".join(logged.output))
+        with self.assertLogs("adapters", "WARNING") as logged:
+            self.use(self.foreign(lora_alpha=800))
+        self.assertIn(remark, " ".join(logged.output))
+
+    def test_a_base_path_that_leads_anywhere_is_only_read_and_compared(self) -> None:
+        for named in ("../../etc", "/etc", "/proc/self", "a" * 5000, "\x00", "https://example.org/model"):
+            with self.subTest(named[:20]), self.assertLogs("adapters", "WARNING") as logged:
+                self.use(self.foreign(base_model_name_or_path=named))
+            self.assertIn("cannot be verified", logged.output[0])
+        with self.refused("made for another base model"):
+            self.use(self.foreign(base_model_name_or_path=str(saved_model("minimax_m2", seed=1).directory)))
+
+    def test_links_out_of_the_folder_are_refused_and_those_of_a_hub_cache_are_not(self) -> None:
+        for name in (CONFIG, WEIGHTS):
+            directory = self.foreign()
+            outside = temporary_directory() / name
+            shutil.move(directory / name, outside)
+            (directory / name).symlink_to(outside)
+            with self.refused(f"{name} leads out of"):
+                self.use(directory)
+            blob = temporary_directory() / "models--org--name" / "blobs" / "0123"
+            blob.parent.mkdir(parents=True)
+            shutil.move(outside, blob)
+            (directory / name).unlink()
+            (directory / name).symlink_to(blob)
+            self.use(directory)
+        root = temporary_directory() / "root"
+        root.mkdir()
+        (root / "adapter").symlink_to(self.foreign())
+        with self.refused("no adapter in PEFT's format"):
+            self.use(root)
+
+    def test_an_expression_that_never_ends_is_stopped(self) -> None:
+        endless = r"(.*.*)*(.*.*)*(.*.*)*x\d"
+        for settings in ({"target_modules": endless}, {"rank_pattern": {endless: 4}}, {"alpha_pattern": {endless: 4}}):
+            with (
+                self.subTest(settings),
+                mock.patch.object(adapter_settings, "PATIENCE_S", 0.3),
+                self.refused("longer than 0.3 s"),
+            ):
+                self.use(self.foreign(**settings))
+        self.assertEqual(signal.getitimer(signal.ITIMER_REAL), (0.0, 0.0))
+
+
+class Pickles(Tampering):
+    """A pickle that would create a file: it is refused wherever it stands, and the file does not exist."""
+
+    def setUp(self) -> None:
+        self.victim = temporary_directory() / "created"
+        self.payload = pickle.dumps(Payload(self.victim))
+        self.addCleanup(lambda: self.assertFalse(self.victim.exists(), "the pickle was run"))
+
+    def test_the_payload_works(self) -> None:
+        pickle.loads(self.payload)
+        self.assertTrue(self.victim.exists())
+        self.victim.unlink()
+
+    def test_as_the_weights_of_an_adapter(self) -> None:
+        for name in ("adapter_model.bin", WEIGHTS):
+            directory = temporary_directory() / "foreign"
+            shutil.copytree(whole()[0]["domain"] / "adapter", directory)
+            (directory / WEIGHTS).unlink()
+            (directory / name).write_bytes(self.payload)
+            completed = forked("compose", "--preset", PRESET, *whole()[0].flags, "--compose.also", str(directory))
+            self.assert_refused(completed, directory, "pickled weights" if name != WEIGHTS else "is damaged")
+
+    def test_as_the_weights_of_a_base_model(self) -> None:
+        for name in ("pytorch_model.bin", "model.pt", "model.safetensors"):
+            directory = temporary_directory() / "base"
+            shutil.copytree(whole()[0]["base"], directory)
+            (directory / files.MANIFEST).unlink()
+            (directory / "model.safetensors").unlink()
+            (directory / name).write_bytes(self.payload)
+            with self.subTest(name), self.refused(directory):
+                base = fetched(directory)
+                base_model.load_model(base, BaseModelSection(source=str(directory), dtype="float32"))
+
+    def test_in_a_checkpoint_whose_manifest_was_forged_for_it(self) -> None:
+        root = temporary_directory() / "checkpoints"
+        save_checkpoints(root, (4,))
+        directory = root / "step-00000004"
+        (directory / "optimizer.safetensors").write_bytes(self.payload)
+        files.seal(directory, {"kind": "checkpoint", "step": 4, "run": ""})
+        self.assertEqual(checkpoints.newest_valid(root), directory, "the forged manifest is consistent")
+        with self.assertRaises(Exception) as caught:
+            checkpoints.load(directory, torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+        self.assertIn("header", str(caught.exception).lower())
+
+
+class ModelDirectory(Tampering):
+    """A base model from elsewhere: no code, no path out of it, no weight made up."""
+
+    def setUp(self) -> None:
+        self.directory = temporary_directory() / "base"
+        shutil.copytree(whole()[0]["base"], self.directory)
+        (self.directory / files.MANIFEST).unlink()
+
+    def change(self, name: str, **settings: Any) -> None:
+        path = self.directory / name
+        files.write_json(path, {**(files.read_json(path) if path.exists() else {}), **settings})
+
+    def test_as_it_is_it_is_accepted(self) -> None:
+        fetched(self.directory)
+
+    def test_a_config_that_names_code_on_a_hub_is_refused(self) -> None:
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+            for settings in ({key: "org/kernel"}, {"text_config": {key: "org/kernel@v1:layer"}}):
+                self.setUp()
+                self.change("config.json", **settings)
+                with self.subTest(settings), self.refused("names code on a hub", "org/kernel"):
+                    fetched(self.directory)
+        self.setUp()
+        self.change("config.json", attn_implementation="sdpa")
+        fetched(self.directory)
+
+    def test_code_that_a_model_brings_is_not_run(self) -> None:
+        victim = self.directory.parent / "created"
+        (self.directory / "evil.py").write_text(f"open({str(victim)!r}, 'w')\nclass Evil: ...\n")
+        section = BaseModelSection(source=str(self.directory), dtype="float32")
+        auto_map = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
+        self.change("config.json", auto_map=auto_map)
+        self.change("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+        base_model.load_model(fetched(self.directory), section)
+        base_model.load_tokenizer(self.directory)
+        self.change("config.json", model_type="evil")
+        with self.refused(self.directory):
+            base_model.load_model(fetched(self.directory), section)
+        self.assertFalse(victim.exists())
+
+    def test_paths_that_lead_out_are_refused(self) -> None:
+        outside = self.directory.parent / "outside"
+        outside.mkdir()
+        shutil.copy(self.directory / "tokenizer.json", outside / "tokenizer.9.json")
+        self.change("tokenizer_config.json", fast_tokenizer_files=["../outside/tokenizer.9.json"])
+        with self.refused("fast_tokenizer_files leads out of"):
+            fetched(self.directory)
+        self.change("tokenizer_config.json", fast_tokenizer_files=None)
+        self.change("model.safetensors.index.json", weight_map={"a": "../outside/model.safetensors"})
+        with self.refused("weight_map leads out of"):
+            fetched(self.directory)
+        (self.directory / "model.safetensors.index.json").unlink()
+        secret = outside / "secret.txt"
+        secret.write_text("secret")
+        (self.directory / "merges.txt").symlink_to(secret)  # a merge would copy it into its result
+        with self.refused("merges.txt leads out of"):
+            fetched(self.directory)
+
+    def test_missing_weights_are_not_made_up(self) -> None:
+        state = load_file(self.directory / "model.safetensors")
+        lost = "model.layers.1.self_attn.o_proj.weight"
+        del state[lost]
+        save_file(state, self.directory / "model.safetensors", metadata={"format": "pt"})
+        with self.refused("lack 1 tensors", lost):
+            base_model.load_model(
+                fetched(self.directory), BaseModelSection(source=str(self.directory), dtype="float32")
+            )
+
+    def test_a_model_built_here_and_changed_since_is_refused_before_it_is_used(self) -> None:
+        copy = whole()[0].copy()
+        section = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
+        base_model.fetch(section, copy.roots[1])
+        path = copy["base"] / "model.safetensors"
+        stat = path.stat()
+        path.write_bytes(flipped(path.read_bytes()))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        with self.refused("model.safetensors was changed after it was written"):
+            base_model.fetch(section, copy.roots[1])
+
+
+class Data(Tampering):
+    def test_data_that_changed_between_run_and_resume_is_refused_and_the_right_data_goes_on(self) -> None:
+        copy = whole()[0].copy()
+        places = ["--preset", PRESET, *copy.flags[:4]]
+        run = [*places, "--run.name", "stopped", "--domain.train.epochs", "40", "--inputs.prepared"]
+        script = Script("train_domain_adapter", *run, str(copy["prepared"]))
+        made = copy.roots[1] / "domain" / "stopped"
+        script.wait_until(lambda: any((made / "checkpoints").glob("step-*/manifest.json")))
+        script.signal(signal.SIGTERM)
+        self.assertEqual(script.wait().returncode, 75)
+        arrow = next((copy["prepared"] / "corpus").glob("*.arrow"))
+        sound = arrow.read_bytes()
+        arrow.write_bytes(flipped(sound))
+        self.assert_refused(forked("train_domain_adapter", *run, str(copy["prepared"])), arrow, "was changed after")
+        arrow.write_bytes(sound)
+        corpus = write_jsonl(
+            copy.root / "other.jsonl", [{"id": f"o{i}", "text": f"Other text {i}."} for i in range(12)]
+        )
+        other = last_json(forked("prepare_data", *places, "--data.corpus", str(corpus), "--data.task", "none"))["run"]
+        refused = forked("train_domain_adapter", *run, other)
+        self.assert_refused(refused, "holds a run with other settings: data was", "give this run its own --run.name")
+        self.assertTrue(any((made / "checkpoints").glob("step-*")), "what was done is kept")
+
+
+class Payload:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.victim,)
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit of the byte in the middle."""
+    changed = bytearray(content)
+    changed[len(changed) // 2] ^= 1
+    return bytes(changed)
+
+
+def named(path: Path) -> str:
+    """What has to be said: the file; of a manifest of something else, that these files are not its own."""
+    return str(path.parent if path.name == files.MANIFEST else path)
+
+
+def save_checkpoints(root: Path, steps: tuple[int, ...]) -> None:
+    parameter = torch.nn.Parameter(torch.ones(64))
+    optimizer = torch.optim.AdamW([parameter])
+    for step in steps:
+        parameter.grad = torch.full((64,), float(step))
+        optimizer.step()
+        weights = {"w": parameter.detach().clone()}
+        checkpoints.save(root, checkpoints.Progressed(step=step), weights, weights, optimizer, keep=2)
+
+
+def config_for(place: Whole, *more: str) -> Config:
+    return cli.resolve(["--preset", PRESET, *place.flags, *more], {})
+
+
+def fetched(directory: Path) -> BaseModel:
+    return base_model.fetch(BaseModelSection(source=str(directory), dtype="float32"), directory.parent / "models")
+
+
+@functools.cache
+def toy_base() -> BaseModel:
+    section = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
+    return base_model.fetch(section, whole()[0].roots[1])
+
+
+def listed(root: Path) -> list[tuple[str, str]]:
+    """Every file but locks and remembered digests, with its digest."""
+    found = [p for p in sorted(root.rglob("*")) if p.is_file() and ".digests" not in p.parts and p.name != files.LOCK]
+    return [(str(p), files.sha256_file(p)) for p in found]
+
+
+if __name__ == "__main__":
+    unittest.main()
