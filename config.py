@@ -65,7 +65,7 @@ class DataSection(Section):
 
     corpus: tuple[str, ...] = ("python_docs",)
     """Documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, none, or a built-in domain:
-    python_docs, python_docs_other (other modules' documentation: a wrong domain for it), invented, invented_shuffled."""
+    python_docs, python_docs_other (other modules': a wrong domain for it), invented, invented_shuffled."""
     corpus_heldout: tuple[str, ...] = ()
     """Documents for perplexity, outside the corpus; when empty a share of the corpus is held out by document."""
     corpus_revision: str = ""

@@ -19,7 +19,8 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
            answers      exact match, token F1, faults of an answer
            overlap      text that stands in two places: shared n-grams, near duplicates
            corpus/invented   a domain of invented facts and its shuffled twin: the control with a known answer
-engines    model_directory   what is refused in one before any library opens it
+engines    sizes, plan_report, plan_dry, preflight          a model counted; what fits where, in words; refusals
+           model_directory   what is refused in one before any library opens it
            base_model   fetched or built once, identified by digest, loaded frozen
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
