@@ -33,7 +33,7 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
     from utils.base_model import FLOAT32_ROUTER, quiet_transformers
 
     with quiet_transformers(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     text = settings.get_text_config()
     parameters, layers = Counter(), Counter()
     for name, parameter in model.named_parameters():
