@@ -135,13 +135,19 @@ class Untrusted(unittest.TestCase):
 
         self.assertIn("the manifest of the domain run is not the one that", self.seen(forged))
 
-        def unsealed(copy: Whole) -> None:
-            manifest = files.read_json(copy["merged"] / files.MANIFEST)
-            files.write_json(
-                copy["merged"] / files.MANIFEST, {k: v for k, v in manifest.items() if k != manifests.SEAL}
-            )
+        def unsealed(kind: str) -> Callable[[Whole], None]:
+            def change(copy: Whole) -> None:
+                path = copy[kind] / files.MANIFEST
+                files.write_json(path, {k: v for k, v in files.read_json(path).items() if k != manifests.SEAL})
 
-        self.assertIn("has no seal", self.seen(unsealed))
+            return change
+
+        self.assertIn("the manifest of the domain run is not the one that", self.seen(unsealed("domain")))
+        copy = whole()[0].copy()
+        unsealed("merged")(copy)
+        found = verification.verify(copy["merged"], copy.roots)
+        self.assertTrue(found.trusted, "nobody recorded anything about it")
+        self.assertIn("has no seal", found.notes[0])
 
     def test_a_forged_adapter_with_another_alpha_is_not_the_one_that_its_children_were_made_from(self) -> None:
         def forged(copy: Whole) -> None:

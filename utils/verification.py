@@ -79,7 +79,8 @@ class _Lineage:
         if self.verdict.kind == "unknown":
             self.verdict.kind = kind
         if manifests.SEAL not in manifest:
-            self._problem(f"{directory / files.MANIFEST} has no seal: whether it was edited cannot be known")
+            note = "has no seal (an earlier version made it): whether it was edited cannot be known"
+            self.verdict.notes.append(f"{directory / files.MANIFEST} {note}")
         for reason in manifests.missing(manifest):
             self._problem(f"{directory / files.MANIFEST}: {reason}")
         if manifest.get("fingerprint", "") != files.fingerprint(manifest.get("identity")) and "identity" in manifest:
