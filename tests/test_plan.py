@@ -159,7 +159,7 @@ class Refusals(unittest.TestCase):
         ):
             adapters.attach(toy.tiny_minimax_m2()[0], "task", lora)
         router = LoraSection(rank=2, target_modules=("gate",))
-        with self.assertRaisesRegex(ArtefactError, "gate: the base model has no such linear module"):
+        with self.assertRaisesRegex(ArtefactError, "gate: the base model has no such module"):
             adapters.attach(toy.tiny_minimax_m2()[0], "task", router)
         with self.assertRaisesRegex(ArtefactError, "no fused experts"):
             adapters.attach(toy.tiny_llama()[0], "task", LoraSection(experts=True))

@@ -33,7 +33,7 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = [n for n, m in inner.named_modules() if n.rpartition(".")[2] in lora.target_modules and _is_linear(m)]
     problems = [
-        Problem(f"lora.target_modules {target}: the base model has no such linear module", fix="see its config.json")
+        Problem(f"lora.target_modules {target}: the base model has no such module", fix="see its config.json")
         for target in lora.target_modules
         if not any(module.rpartition(".")[2] == target for module in modules)
     ]
