@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from config import ATTENTION, PRESETS, BaseModelSection, Config  # noqa: E402
+import torch  # noqa: E402
+
+from config import ATTENTION, PRESETS, BaseModelSection, Config, LoraSection  # noqa: E402
 from tests.support import (  # noqa: E402  (sets the environment before torch comes in)
     Workspace,
     forked,
@@ -24,7 +26,7 @@ from tests.support import (  # noqa: E402  (sets the environment before torch co
     temporary_directory,
     toy,
 )
-from utils import cli, files, known_models, plan_dry, plan_report, preflight, stages  # noqa: E402
+from utils import adapters, cli, files, known_models, plan_dry, plan_report, preflight, stages  # noqa: E402
 from utils.exceptions import ArtefactError, ConfigError  # noqa: E402
 from utils.planning import GIB  # noqa: E402
 from utils.preflight import Machine  # noqa: E402
@@ -141,6 +143,27 @@ class Refusals(unittest.TestCase):
         (problem,) = preflight.refusals(M2, "float32", machine)
         self.assertIn("--base.dtype bfloat16", problem.fix)
 
+    def test_peft_adapting_more_than_asked_and_a_router_by_name_are_refused(self) -> None:
+        import peft
+
+        real = peft.get_peft_model
+
+        def widened(model: torch.nn.Module, settings: peft.LoraConfig, **names: str) -> torch.nn.Module:
+            settings.target_parameters = ["mlp.gate.weight"]
+            return real(model, settings, **names)
+
+        lora = LoraSection(rank=2, target_modules=("q_proj",))
+        with (
+            mock.patch("peft.get_peft_model", widened),
+            self.assertRaisesRegex(ArtefactError, "other modules than asked"),
+        ):
+            adapters.attach(toy.tiny_minimax_m2()[0], "task", lora)
+        router = LoraSection(rank=2, target_modules=("gate",))
+        with self.assertRaisesRegex(ArtefactError, "gate: the base model has no such module"):
+            adapters.attach(toy.tiny_minimax_m2()[0], "task", router)
+        with self.assertRaisesRegex(ArtefactError, "no fused experts"):
+            adapters.attach(toy.tiny_llama()[0], "task", LoraSection(experts=True))
+
     def test_more_trainable_parameters_than_asked_for_stop_the_run(self) -> None:
         model, _ = toy.tiny_minimax_m2()
         base = saved_model("minimax_m2")
@@ -227,11 +250,14 @@ class LaunchFiles(unittest.TestCase):
 
     def test_every_file_is_read_by_accelerate(self) -> None:
         from accelerate.commands.config.config_args import load_config_from_file
+        from accelerate.commands.launch import launch_command_parser
 
+        known = vars(launch_command_parser().parse_args(["script.py"])).keys()
         for path in sorted(LAUNCH.glob("*.yaml")):
             with self.subTest(path.name):
                 found = load_config_from_file(str(path))
                 self.assertEqual(found.mixed_precision, "no")
+                self.assertLessEqual(found.fsdp_config.keys(), known)  # accelerate ignores a key it does not know
                 self.assertIn("scripts/launch/" + path.name, path.read_text(encoding="utf-8"))
 
     def test_sharded_files_wrap_the_decoder_layer_and_load_one_copy_a_node(self) -> None:

@@ -44,7 +44,10 @@ TABLE = {
 
 class Counts(unittest.TestCase):
     def test_the_real_classes_on_the_meta_device_have_the_known_counts(self) -> None:
-        remote = {"auto_map": {"AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM"}, "num_mtp_modules": 3}
+        remote = {
+            "auto_map": {"AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM"},
+            "num_mtp_modules": 3,
+        }
         counted = sizes.of_settings(known_models.MINIMAX_M2 | remote)  # as published; no remote code is asked for
         self.assertEqual(counted, M2)  # what dry runs know by heart is what transformers builds
         self.assertEqual(counted.total, 228_689_748_992)

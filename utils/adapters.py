@@ -31,7 +31,7 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> 
     from peft import LoraConfig, PeftModel, get_peft_model
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    modules = [n for n, m in inner.named_modules() if n.rpartition(".")[2] in lora.target_modules]
+    modules = [n for n, m in inner.named_modules() if n.rpartition(".")[2] in lora.target_modules and _is_linear(m)]
     problems = [
         Problem(f"lora.target_modules {target}: the base model has no such module", fix="see its config.json")
         for target in lora.target_modules
@@ -138,6 +138,11 @@ def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
             else ModuleFactors(lora_A, lora_B, scale)
         )
     return found
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """A router is none, though PEFT would adapt its weight."""
+    return isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
 
 
 def refuse_misfits(model: torch.nn.Module, factors: Factors) -> None:
