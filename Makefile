@@ -7,7 +7,7 @@ CORES  := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml --num_cpu_threads_per_process $(CORES)
 READY  := $(VENV)/.ready
 
-.PHONY: demo rollout-demo rollout-test test format
+.PHONY: demo rollout-demo rollout-test fault-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -36,6 +36,10 @@ rollout-demo: $(READY)
 rollout-test: $(READY)
 	sh scripts/launch/get_haproxy.sh
 	ROLLOUT_PROCESS_TESTS=1 $(BIN)/python -m unittest tests.test_rollout_edges tests.test_rollout_faults tests.test_rollout_serving
+
+# Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
+fault-test: $(READY)
+	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_faults_kill tests.test_faults_signals
 
 test: $(READY)
 	$(BIN)/python -m black --check .
