@@ -277,7 +277,6 @@ class LaunchFiles(unittest.TestCase):
                     "processes": "16" if "2x8" in path.name else "8",
                 }
                 self.assertEqual({name: told.get(name) for name in expected}, expected)
-        self.assertEqual(M2.layer_class, preflight.exact(resolve().base, temporary_directory()).layer_class)
 
     def test_the_plan_names_files_that_exist_and_flags_that_accelerate_takes(self) -> None:
         named = set()
