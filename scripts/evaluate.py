@@ -65,6 +65,8 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils import plan_dry
+
     name = config.run.name or config.preset + "-<fingerprint>"
     settings = config.evaluate
     made = [f"train what is missing for seeds {', '.join(map(str, settings.seeds))}"] if settings.seeds else []
@@ -74,6 +76,7 @@ def plan(config: Config) -> list[str]:
             "task adapter of the ranks together, the baseline on the base"
         )
     return [
+        *plan_dry.lines(config, "evaluate"),
         *made,
         f"load {config.base.source} once and attach the newest domain, task and base-trained task adapters",
         "score every cell on the test pairs, the held-out documents and general text",

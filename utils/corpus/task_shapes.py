@@ -188,9 +188,8 @@ def _choices(row: Columns) -> tuple[list[str] | None, int | None]:
         return texts, _in_range(index, texts)
     if key in (None, ""):
         return texts, None
-    names = (
-        [str(label) for label in labels] if isinstance(labels, list) else [chr(ord("A") + i) for i in range(len(texts))]
-    )
+    letters = [chr(ord("A") + i) for i in range(len(texts))]
+    names = [str(label) for label in labels] if isinstance(labels, list) and labels else letters
     if str(key).strip() not in names or len(names) != len(texts):
         raise RowError("answerKey is not one of the choice labels", key, f"the labels are {names}")
     return texts, names.index(str(key).strip())

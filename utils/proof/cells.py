@@ -7,6 +7,7 @@ loaded one after the other. A cell is written whole or not at all, so an interru
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +208,15 @@ def _general(config: Config, tokenizer: Any, pad_id: int, scratch: Path) -> Pack
     path = Path(config.evaluate.general_text or GENERAL)
     if not path.exists():
         raise DataError(Problem("evaluate.general_text: no such file or folder", str(path)))
-    texts, _ = read_documents((str(path),), cache_dir=scratch)
-    tokenised = texts.map(
+    try:
+        texts, _ = read_documents((str(path),), cache_dir=scratch)
+        return PackedDocuments(_tokenised(texts, tokenizer), _window(config), 0, pad_id)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _tokenised(texts: Any, tokenizer: Any) -> Any:
+    return texts.map(
         lambda batch: {
             "input_ids": (ids := chat.document_ids(tokenizer, batch["text"])),
             "num_tokens": [len(tokens) for tokens in ids],
@@ -218,7 +226,6 @@ def _general(config: Config, tokenizer: Any, pad_id: int, scratch: Path) -> Pack
         keep_in_memory=True,
         desc="tokenising general text",
     )
-    return PackedDocuments(tokenised, _window(config), 0, pad_id)
 
 
 def _window(config: Config) -> TrainSection:
