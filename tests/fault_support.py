@@ -186,7 +186,7 @@ class SlowWriting:
         safetensors.torch.save_file = in_halves
         shards._pieces = slow_pieces
         checkpoints._remove = lambda directory: (self.wait(), remove(directory))
-        for where in ("utils.files.seal", "utils.files.write_json", "datasets.Dataset.save_to_disk"):
+        for where in ("os.fsync", "utils.files.seal", "datasets.Dataset.save_to_disk"):
             At(where, self.wait, call=0)()
 
     def wait(self) -> None:
@@ -320,6 +320,18 @@ def within(seconds: float) -> Callable[[Script, random.Random], None]:
     def wait(script: Script, generator: random.Random) -> None:
         end = time.monotonic() + generator.uniform(0.05, seconds)
         script.wait_until(lambda: time.monotonic() >= end)
+
+    return wait
+
+
+def while_writing(directory: Path, seconds: float) -> Callable[[Script, random.Random], None]:
+    """Any moment of the first seconds or, every other time, while a small file of the directory is written."""
+
+    def wait(script: Script, generator: random.Random) -> None:
+        within(seconds)(script, generator)
+        if generator.random() < 0.5:
+            script.wait_until(lambda: any(directory.glob(".*.tmp-*")))
+            time.sleep(generator.uniform(0.0, 0.1))
 
     return wait
 

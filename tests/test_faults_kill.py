@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import unittest
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,13 +31,14 @@ from tests.fault_support import (  # noqa: E402
     rubbish,
     trained,
     training_flags,
+    while_writing,
     with_both_adapters,
     within,
 )
 from tests.support import Script, clean_environment, last_json  # noqa: E402
 from utils import files, runs  # noqa: E402
 
-SLOW = SlowWriting(0.03)
+SLOW = SlowWriting(0.02)
 
 
 def metrics(directory: Path) -> list[dict[str, float]]:
@@ -53,6 +55,16 @@ def resumed_at(stderr: str) -> int | None:
 
 def newest_checkpoint(directory: Path) -> int:
     return max((int(path.name[5:]) for path in directory.glob("checkpoints/step-*")), default=0)
+
+
+def processes_about(text: str) -> list[str]:
+    """The numbers of processes with this in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if text.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
 
 
 def absent_or_whole(directory: Path) -> None:
@@ -225,18 +237,28 @@ class Merge(unittest.TestCase):
             self.assertEqual([p.name for p in place.root.iterdir() if p.name.startswith(".")], [])
             killed.rename(killed.with_name(f"killed-{killer.left}"))
 
+    def test_a_killed_merge_leaves_no_process_that_goes_on_loading_its_model(self) -> None:
+        place = with_both_adapters()
+        script = place.start("inference", "--merge_path", str(place.root / "orphaned"))
+        script.wait_until(lambda: bool(processes_about("orphaned.partial")))
+        time.sleep(0.3)
+        script.signal(signal.SIGKILL)
+        self.assertEqual(script.wait().returncode, -signal.SIGKILL)
+        time.sleep(0.3)
+        self.assertEqual(processes_about("orphaned.partial"), [])
+
 
 class Evaluation(unittest.TestCase):
     def test_killed_evaluation_goes_on_at_the_next_cell_and_ends_in_the_same_numbers(self) -> None:
         place = with_both_adapters()
         whole = last_json(place.run("evaluate", "--run.name", "whole"))
         directory = place.run_of("killed", "evaluation")
-        killer = Killer(8, 20 if LONG else 4)
+        killer = Killer(8, 20 if LONG else 6)
         while killer.left:
             found = last_json(
                 killer.run(
                     lambda: place.start("evaluate", "--run.name", "killed", before=SLOW),
-                    within(1.8),
+                    while_writing(directory, 1.5),
                     lambda: absent_or_whole(directory) if (directory / files.MANIFEST).exists() else None,
                 )
             )

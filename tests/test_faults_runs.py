@@ -32,7 +32,7 @@ from tests.fault_support import (  # noqa: E402
     trained,
     with_both_adapters,
 )
-from tests.support import Script, last_json, temporary_directory  # noqa: E402
+from tests.support import Script, last_json, saved_model, temporary_directory  # noqa: E402
 from utils import checkpoints, files, locks, runs  # noqa: E402
 from utils.exceptions import ArtefactError  # noqa: E402
 
@@ -114,7 +114,12 @@ class Changed(unittest.TestCase):
         data = place.train("changed").wait()
         last_json(place.run("prepare_data", *place.sources))
         seed = place.train("changed", "--run.seed=5").wait()
-        for done, said in ((data, r"data was '\w{64}', now '\w{64}'"), (seed, "seed was 0, now 5")):
+        base = place.train("changed", "--base.source", str(saved_model("minimax_m2", seed=1).directory)).wait()
+        for done, said in (
+            (data, r"data was '\w{64}', now '\w{64}'"),
+            (base, r"base was '\w{64}', now '\w{64}'"),
+            (seed, "seed was 0, now 5"),
+        ):
             self.assertEqual(done.returncode, REFUSED, done.stderr)
             self.assertRegex(done.stderr, said)
             self.assertIn("remove that directory to start anew", done.stderr)

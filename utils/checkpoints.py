@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,7 @@ def newest_valid(root: Path) -> Path | None:
 
     What a killed process left half-written or half-removed goes: the caller holds the lock of the run.
     """
-    for hidden in root.glob(".*"):
-        shutil.rmtree(hidden, ignore_errors=True)
+    _remove_hidden(root)
     for directory in _directories(root):
         try:
             if (step := files.verify(directory).get("step")) != _step(directory):
@@ -125,7 +125,8 @@ def discard(root: Path) -> None:
     """Remove the checkpoints of a finished run; what was set aside as damaged stays for a person to look at."""
     for directory in _directories(root):
         _remove(directory)
-    if root.is_dir() and not any(root.iterdir()):
+    _remove_hidden(root)
+    with suppress(OSError):  # not there, or not empty
         root.rmdir()
 
 
@@ -147,8 +148,14 @@ def _unused(path: Path) -> Path:
 def _remove(directory: Path) -> None:
     # renamed first: a half-removed checkpoint must not look like a damaged one
     doomed = directory.with_name(f".removing-{directory.name}")
-    directory.rename(doomed)
+    with suppress(FileNotFoundError):  # two commands that find a run complete tidy it up at once
+        directory.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_hidden(root: Path) -> None:
+    for hidden in root.glob(".*"):
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
