@@ -248,6 +248,16 @@ class Merge(unittest.TestCase):
         time.sleep(0.3)
         self.assertEqual(processes_about("orphaned.partial"), [])
 
+    def test_a_killed_merge_leaves_no_process_that_goes_on_loading_its_model(self) -> None:
+        place = with_both_adapters()
+        script = place.start("inference", "--merge_path", str(place.root / "orphaned"))
+        script.wait_until(lambda: bool(processes_about("orphaned.partial")))
+        time.sleep(0.3)
+        script.signal(signal.SIGKILL)
+        self.assertEqual(script.wait().returncode, -signal.SIGKILL)
+        time.sleep(0.3)
+        self.assertEqual(processes_about("orphaned.partial"), [])
+
 
 class Evaluation(unittest.TestCase):
     def test_killed_evaluation_goes_on_at_the_next_cell_and_ends_in_the_same_numbers(self) -> None:

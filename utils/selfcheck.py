@@ -43,7 +43,10 @@ PROBE_ROWS, PROBE_TOKENS = 2, 48
 SCRATCH = ".selfcheck"
 FRUGAL = "HF_DEACTIVATE_ASYNC_LOAD"
 _RELOAD = """
-import sys, torch
+import ctypes, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: killed with the process that asked, or two would fill the memory
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 directory, probe, out = sys.argv[1:]
