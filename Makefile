@@ -33,11 +33,7 @@ rollout-demo: $(READY)
 	$(BIN)/python scripts/rollout.py demo
 
 # Real balancers, servers and kills: twelve minutes, so they are asked for; `make test` has the rest.
-rollout-# Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
-fault-test: $(READY)
-	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_faults_kill tests.test_faults_signals
-
-test: $(READY)
+rollout-test: $(READY)
 	sh scripts/launch/get_haproxy.sh
 	ROLLOUT_PROCESS_TESTS=1 $(BIN)/python -m unittest tests.test_rollout_edges tests.test_rollout_faults tests.test_rollout_serving
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 import subprocess
 import sys
@@ -145,8 +144,9 @@ class Composing(unittest.TestCase):
         self.assertIn("per_layer of 2 adapters takes 4 weights, got 3", layers.stderr)
 
     def test_a_push_without_a_token_is_refused_before_any_work(self) -> None:
-        with mock.patch.dict(os.environ, HF_TOKEN="", HF_HOME=str(temporary_directory())):
-            done = self.place.run("compose", "--push_to_hub", "--hub_model_id", "me/mine", "--run.name", "pushed")
+        flags = ["--push_to_hub", "--hub_model_id", "me/mine", "--run.name", "pushed"]
+        nobody = {"HF_TOKEN": "", "HF_HOME": str(temporary_directory())}
+        done = self.place.start("compose", *flags, env=nobody).wait()
         self.assertEqual(done.returncode, 2, done.stderr)
         self.assertIn("needs a token", done.stderr)
         self.assertFalse((self.place.models / "composed" / "pushed").exists())
