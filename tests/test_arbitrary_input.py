@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import logging
+import os
 import shutil
 import struct
 import sys
@@ -67,7 +68,12 @@ SETTINGS = (
     *("base_model_name_or_path", "revision", "auto_mapping", "megatron_core", "task_type", "peft_type"),
     *("eva_config", "runtime_config", "modules_to_save"),
 )
-QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+# the same cases every time: a new one that fails belongs to who looks for it (FAULT_TESTS=long), not to a passer-by
+QUICK = {
+    "derandomize": os.environ.get("FAULT_TESTS") != "long",
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 
 
 def setUpModule() -> None:

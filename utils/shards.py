@@ -85,6 +85,23 @@ class Header:
         return self.data_start + sum(tensor.size for tensor in self.tensors.values())
 
 
+def _block(directory: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale in an FP8 checkpoint."""
+    quantization = config.get("quantization_config") or {}
+    size = (quantization.get("weight_block_size") if isinstance(quantization, dict) else None) or (128, 128)
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ArtefactError(Problem(f"{directory / 'config.json'}: weight_block_size is not two sizes", size))
+    return size[0], size[1]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index says. Raises ArtefactError when it is anything else."""
+    found = files.read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise ArtefactError(Problem(f"{index}: weight_map does not name a file for each tensor", fix="restore it"))
+    return found
+
+
 class Checkpoint:
     """The safetensors files of a model directory and its config.json, read on demand.
 
@@ -96,10 +113,9 @@ class Checkpoint:
         self.config: dict[str, Any] = files.read_object(directory / "config.json")
         self.headers = {path: read_header(path) for path in sorted(directory.glob("*.safetensors"))}
         self.homes = {name: path for path, header in self.headers.items() for name in header.tensors}
-        size = (self.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-        self.block: tuple[int, int] = (int(size[0]), int(size[1]))
+        self.block = _block(directory, self.config)
         index = directory / "model.safetensors.index.json"
-        self.weight_map: dict[str, str] = files.read_json(index)["weight_map"] if index.is_file() else {}
+        self.weight_map = _weight_map(index) if index.is_file() else {}
         have = {path.name: header.tensors for path, header in self.headers.items()}
         missing = [f"{name} in {file}" for name, file in self.weight_map.items() if name not in have.get(file, ())]
         if missing:
