@@ -116,7 +116,8 @@ class EmbeddedModel(unittest.TestCase):
         answer = last_json(run("scripts/inference.py", *self.flags, "--prompt", "What does `gc.collect` do?"))
         self.assertTrue(answer["answer"].strip())
         result = last_json(run("scripts/evaluate.py", *self.flags, "--evaluate.generated_answers", "1"))
-        self.assertEqual(set(result["cells"]), {"base", "domain", "composed"})  # no control: the task row is left out
+        # no adapter was trained on the base: the task row is left out
+        self.assertEqual(set(result["cells"]), {"base", "domain", "composed", "task_without_domain"})
         self.assertIn("--task.on base", result["finding"])
         # a few steps on the corpus must already show on held-out modules
         self.assertLess(result["cells"]["domain"]["domain_nll"], result["cells"]["base"]["domain_nll"])
