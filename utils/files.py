@@ -160,10 +160,14 @@ def seal(directory: Path, manifest: dict[str, Any], digests: Mapping[str, str] |
 
 
 def artefact_files(directory: Path) -> list[Path]:
-    """Files that a manifest covers: everything but the manifest, the checkpoints and what is hidden."""
+    """Files that a manifest covers: not itself, no checkpoints, nothing hidden, nothing that Python cached there."""
     outside = (directory / MANIFEST, directory / SCRATCH)
     found = (p for p in sorted(directory.rglob("*")) if p.is_file() and not {p, *p.parents}.intersection(outside))
-    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
+    return [
+        p
+        for p in found
+        if not any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(directory).parts)
+    ]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
