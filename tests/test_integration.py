@@ -115,10 +115,13 @@ class EmbeddedModel(unittest.TestCase):
     def test_it_answers_and_evaluates(self) -> None:
         answer = last_json(run("scripts/inference.py", *self.flags, "--prompt", "What does `gc.collect` do?"))
         self.assertTrue(answer["answer"].strip())
-        result = last_json(run("scripts/evaluate.py", *self.flags, "--evaluate.generated_answers", "1"))
+        completed = run("scripts/evaluate.py", *self.flags, "--evaluate.generated_answers", "1")
+        result = last_json(completed)
         # no adapter was trained on the base: the task row is left out
         self.assertEqual(set(result["cells"]), {"base", "domain", "composed", "task_without_domain"})
-        self.assertIn("--task.on base", result["finding"])
+        self.assertIn("--task.on base", completed.stderr)
+        self.assertIn("--evaluate.controls", result["untested"]["H4"])
+        self.assertEqual(result["verdict"], "undecided")
         # a few steps on the corpus must already show on held-out modules
         self.assertLess(result["cells"]["domain"]["domain_nll"], result["cells"]["base"]["domain_nll"])
 
