@@ -91,14 +91,14 @@ def fp8(config: Config, stage: str) -> Choice:
     )
 
 
-def stays_fp8(config: Config, stage: str, base: BaseModel) -> bool:
-    """Whether this base model's weights stay FP8 while this adapter is trained. Raises ArtefactError as `fp8` does."""
+def form(config: Config, stage: str, base: BaseModel) -> Choice:
+    """As `fp8`, for a base model that is here; one that is not stored in FP8 is loaded as it is, for no reason."""
     if base_model.is_fp8(files.read_object(base.directory / "config.json")):
-        return fp8(config, stage).native
+        return fp8(config, stage)
     if config.base.fp8 == "native":
         what = f"--base.fp8 native: {base.source} is no FP8 checkpoint"
         raise ArtefactError(Problem(what, fix="leave out --base.fp8"))
-    return False
+    return Choice(False, "")
 
 
 def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -> list[Problem]:
@@ -142,7 +142,7 @@ def predicted(config: Config, stage: str, base: BaseModel) -> planning.Memory | 
     if found is None:
         return None
     machine = Machine.here()
-    dtype: Dtype = "fp8" if stays_fp8(config, stage, base) else loaded_dtype(config.base)
+    dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
     step = plan_report.step(config, stage, dtype)
     memory = planning.training_memory(found, step, shards=machine.shards)
     there = machine.gpu_bytes or machine.host_bytes

@@ -56,17 +56,17 @@ def training_identity(config: Config, stage: str, base: BaseModel, data: Run, **
         "seed": config.run.seed,
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
         "attention": config.base.attention,
-        **({"fp8": "native"} if preflight.stays_fp8(config, stage, base) else {}),
+        **({"fp8": "native"} if preflight.form(config, stage, base).native else {}),
         **facts,
     }
 
 
 def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
     """The frozen base model for training an adapter; an FP8 checkpoint stays FP8 where that can be."""
-    native = preflight.stays_fp8(config, stage, base)
-    if native:
-        logger.event("the checkpoint stays FP8", why=preflight.fp8(config, stage).why)
-    return base_model.load_model(base, config.base, native_fp8=native)
+    form = preflight.form(config, stage, base)
+    if form.why:
+        logger.event(f"the FP8 checkpoint {'stays FP8' if form.native else 'is de-quantised'}", why=form.why)
+    return base_model.load_model(base, config.base, native_fp8=form.native)
 
 
 def train_adapter(
