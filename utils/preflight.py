@@ -63,9 +63,8 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     if found.stored == "fp8":
         choice = fp8(config, stage) if stage else Choice(False, "only training can keep it FP8")
         dtype, why = ("fp8" if choice.native else dtype), choice.why
-    if planning.weight_bytes(found, dtype) < WORTH_SAYING_BYTES:
-        return
-    event(plan_report.headline(found, dtype))
+    if planning.weight_bytes(found, dtype) >= WORTH_SAYING_BYTES:
+        event(plan_report.headline(found, dtype))
     if loads_model and (problems := refusals(found, dtype, Machine.here(), why)):
         raise ArtefactError(problems)
 
