@@ -77,7 +77,7 @@ class Route:
 
 SOME = [
     Route("fp8", "domain", ("task",)),
-    Route("bfloat16", "domain_ready", ("domain",), evaluated=False),
+    Route("bfloat16", "domain_ready", ("domain", "task"), evaluated=False),
     Route("fp8", "base", merged="fp8", evaluated=False),
 ]
 GRID = [

@@ -182,7 +182,8 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
     """PEFT adds an update to FP8 codes without their block factors, and gives it no gradient: neither with an error."""
-    codes = [name for name in fused if model.get_parameter(name).dtype == torch.float8_e4m3fn]
+    dtypes = {name.replace(".base_layer", ""): parameter.dtype for name, parameter in model.named_parameters()}
+    codes = [name for name in fused if dtypes[name] == torch.float8_e4m3fn]
     fix = "--base.fp8 dequantise"
     return [Problem("an adapter on FP8 experts would be silently wrong", codes[:3], fix)] if codes else []
 
