@@ -77,12 +77,12 @@ class Route:
 
 SOME = [
     Route("fp8", "domain", ("task",)),
-    Route("bfloat16", "domain_ready", ("domain", "task"), evaluated=False),
+    Route("bfloat16", "domain_ready", ("domain", "task"), merged="bfloat16", evaluated=False),
     Route("fp8", "base", merged="fp8", evaluated=False),
 ]
 GRID = [
     Route(kind, on, experts, merged=merged)
-    for kind, merged in (("bfloat16", "base"), ("fp8", "fp8"))
+    for kind, merged in (("bfloat16", "bfloat16"), ("fp8", "fp8"))
     for on in REGIMES
     for experts in ((), ("domain", "task"))
 ]
@@ -225,7 +225,7 @@ class Serving(unittest.TestCase):
         return Path(finished(route)["merged"]["merged"])
 
     def test_what_we_publish_is_what_vllm_loads(self) -> None:
-        for kind, dtype, stored in (("bfloat16", "base", None), ("fp8", "base", None), ("fp8", "fp8", "fp8")):
+        for kind, dtype, stored in (("bfloat16", "bfloat16", None), ("fp8", "base", None), ("fp8", "fp8", "fp8")):
             with self.subTest(kind, dtype=dtype):
                 directory = self.merged(kind, dtype)
                 self.assertEqual(vllm_rules.problems_of_model(directory), [])
