@@ -1,6 +1,6 @@
 """A tiny MiniMax-M2 through every script: bfloat16 and FP8, all regimes, with and without experts; vLLM's rules.
 
-`make test` goes three ways through the grid; all twelve take about three minutes: `make minimax-test`.
+`make test` goes three ways through the grid; all twelve take about five minutes: `make minimax-test`.
 """
 
 from __future__ import annotations
@@ -184,9 +184,9 @@ class Scripts(unittest.TestCase):
                 before = model(ids, use_cache=False).logits
                 wanted = adapters.add(model, "composed", composed)(ids, use_cache=False).logits
             self.assertGreater(relative(before, wanted), 0.05, "the adapters do nothing")
-            # rounded weights, and here and there another expert for it: measured 0.1 to 0.2, in FP8 up to 0.6
+            # what rounding takes of the adapters' effect: measured 0.010 to 0.013 in bfloat16, 0.16 to 0.50 in FP8
             off = float((reloaded[targets[route]] - wanted).norm() / (before - wanted).norm())
-            self.assertLess(off, 0.8 if route.merged == "fp8" else 0.4)
+            self.assertLess(off, 0.7 if route.merged == "fp8" else 0.03)
             for path in Path(targets[route]).glob("*.safetensors"):
                 for name, tensor in load_file(path).items():
                     if name.endswith(FLOAT32):
