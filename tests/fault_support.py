@@ -222,7 +222,7 @@ class LimitFiles:
 
 @dataclass(frozen=True)
 class LimitMemory:
-    """From now on this process may map only this many bytes more than it has."""
+    """From now on this process may map only this many bytes more than it has; with none, malloc has no reserve either."""
 
     more: int
 
@@ -230,6 +230,11 @@ class LimitMemory:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         size = pages * resource.getpagesize() + self.more
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+        for reserve in () if self.more else (1 << 24, 1 << 20, 1 << 16, 1 << 13):
+            while libc.malloc(ctypes.c_size_t(reserve)):
+                pass
 
 
 @dataclass(frozen=True)

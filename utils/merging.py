@@ -23,7 +23,7 @@ from config import BaseModelSection, MergeSection
 from utils import disk, experts, files, fp8, selfcheck, shards
 from utils.base_model import COMPANION_FILES, BaseModel
 from utils.composition import Factors, ModuleFactors, norm
-from utils.exceptions import ArtefactError, Problem, VerificationError
+from utils.exceptions import ArtefactError, NonFiniteError, Problem, VerificationError
 from utils.logger import event
 from utils.progress import Progress
 from utils.shards import Checkpoint, Header, Tensor
@@ -66,7 +66,8 @@ def merge(
 
     `fingerprint` says what is being made: a call with the same one goes on where an interrupted one stopped. Raises
     ArtefactError when the target is in the way, the disk is too small, the base is damaged or a delta fits no tensor,
-    and VerificationError when a number is not finite or the reloaded model is not the composed one.
+    NonFiniteError when a merged weight is not finite, and VerificationError when the reloaded model is not the
+    composed one.
     """
     refuse_target(target)
     intended = plan(base, factors, settings.dtype)
@@ -78,7 +79,7 @@ def merge(
         try:
             found, sha256s = write(intended, directory, card)
             checks |= found | selfcheck.merged_equals_composed(base, factors, directory, section)
-        except VerificationError:
+        except (NonFiniteError, VerificationError):
             shutil.rmtree(directory)  # going on from files that failed their check would only fail again
             raise
         digests |= sha256s
@@ -246,7 +247,7 @@ def _computed(plan: Plan, path: Path, name: str, squares: dict[str, list[float]]
         yield shards.as_bytes(written_RI)
     if name in plan.updates:
         if not math.isfinite(error + size):
-            raise VerificationError(Problem(f"{name} is not finite after merging", fix="look at the adapters' weights"))
+            raise NonFiniteError(Problem(f"{name} is not finite after merging", fix="look at the adapters' weights"))
         squares[name] = [error, size, norm(plan.updates[name]) ** 2]
 
 
