@@ -222,7 +222,7 @@ class LimitFiles:
 
 @dataclass(frozen=True)
 class LimitMemory:
-    """From now on this process may map only this many bytes more than it has; with none, malloc has no reserve either."""
+    """From now on this process may map only this many bytes more than it has; with 0, malloc has no reserve."""
 
     more: int
 

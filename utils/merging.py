@@ -187,7 +187,11 @@ def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
     """Write what is not finished; returns file name -> sha256, bytes and the changed tensors' squared norms."""
     record = _finished(plan, directory)
     done = sum(entry["bytes"] for entry in record.values())
-    with Progress("merging", total=plan.size, unit="B", done=done) as bar, shards.one_thread():
+    with (
+        Progress("merging", total=plan.size, unit="B", done=done) as bar,
+        shards.one_thread(),
+        shards.one_more_thread() as thread,
+    ):
         for path in plan.checkpoint.headers:
             if path.name in record:
                 continue
@@ -197,7 +201,7 @@ def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
             def content(name: str, path: Path = path, squares: dict[str, list[float]] = squares) -> Iterator[Any]:
                 return _content(plan, path, name, squares)
 
-            digest = shards.write(directory / path.name, header, content, bar.advance)
+            digest = shards.write(directory / path.name, header, content, bar.advance, thread)
             record[path.name] = {"sha256": digest, "bytes": header.size, "squares": squares}
             files.write_json(directory / RECORD, record)
     return record
