@@ -223,6 +223,37 @@ class Spoilt:
 
 
 @dataclass(frozen=True)
+class InHead:
+    """One weight of the loaded model's head is NaN, so every logit of one token is."""
+
+    def __call__(self) -> None:
+        from utils import base_model
+
+        original = base_model.load_model
+
+        def load(*arguments: Any, **settings: Any) -> Any:
+            model = original(*arguments, **settings)
+            model.get_output_embeddings().weight.data[3, 1] = NAN
+            return model
+
+        base_model.load_model = load
+
+
+class Evaluation(unittest.TestCase):
+    def test_logits_that_are_not_finite_give_no_number_but_the_name_of_their_cell(self) -> None:
+        place = with_both_adapters()
+        done = place.start("evaluate", "--run.name", "nan-head", before=InHead()).wait()
+        self.assertEqual(done.returncode, NON_FINITE, done.stderr)
+        self.assertIn("the model gives NaN or infinite log-likelihoods (got 'base')", done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        self.assertEqual(done.stdout, "")
+        directory = place.run_of("nan-head", "evaluation")
+        self.assertFalse((directory / files.MANIFEST).exists())
+        self.assertEqual(list(directory.glob("cell_*.json")), [])
+        self.assertIn("verdict", last_json(place.start("evaluate", "--run.name", "nan-head").wait()))
+
+
+@dataclass(frozen=True)
 class LimitReload:
     """The fresh process that reloads the merged model may map only this many bytes."""
 
