@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # smaller models are loaded without a word about their size
 WORTH_SAYING_BYTES = 16 * GIB
+# how long the hub may take to say that it is there
+HUB_SECONDS = 5
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -171,15 +173,19 @@ def _settings(section: BaseModelSection, models_dir: Path, *, ask_hub: bool) -> 
         return None
     if not ask_hub:
         return known_models.MINIMAX_M2
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, get_session, hf_hub_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
+    known = is_minimax_m2(section.source)
     try:
+        if known and not constants.HF_HUB_OFFLINE:
+            # one look first: a download tries again for half a minute before it says that there is no network
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
         return files.read_object(
             Path(hf_hub_download(section.source, "config.json", revision=section.revision or None))
         )
     except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if not is_minimax_m2(section.source):
+        if not known:
             return None
         reason = str(error).splitlines()[0]
         warning("the hub cannot be reached: counting MiniMax-M2 as it was published", reason=reason)
