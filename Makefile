@@ -7,7 +7,7 @@ CORES  := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml --num_cpu_threads_per_process $(CORES)
 READY  := $(VENV)/.ready
 
-.PHONY: demo rollout-demo rollout-test fault-test test format
+.PHONY: demo rollout-demo rollout-test fault-test minimax-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -40,6 +40,10 @@ rollout-test: $(READY)
 # Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
 fault-test: $(READY)
 	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_faults_kill tests.test_faults_signals
+
+# The tiny MiniMax-M2 in bfloat16 and FP8, every regime, with and without experts, through every script: five minutes.
+minimax-test: $(READY)
+	MINIMAX_TESTS=all $(BIN)/python -m unittest tests.test_minimax_m2
 
 # The same tests as `python -m unittest discover tests`, a file for each core at a time, the longest first.
 test: $(READY)

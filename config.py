@@ -58,6 +58,10 @@ class BaseModelSection(Section):
     """Compute dtype of the frozen weights; auto takes bfloat16 where the hardware multiplies it natively."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation handed to transformers."""
+    fp8: Literal["auto", "native", "dequantise"] = "auto"
+    """An FP8 checkpoint while adapters are trained: native keeps it FP8 (compute capability 8.9, the `kernels` package,
+    attention adapters in bfloat16), dequantise takes twice the memory, auto is native where that can be. Everything
+    else de-quantises."""
 
 
 class DataSection(Section):
@@ -505,6 +509,8 @@ def _base_problems(base: BaseModelSection) -> list[str]:
         problems.append(f"base.source {base.source!r}: the only toy is toy:minimax_m2")
     if base.revision and not COMMIT.fullmatch(base.revision):
         problems.append(f"base.revision {base.revision!r}: pin a commit of 40 hex digits, branches and tags can move")
+    if base.fp8 == "native" and base.dtype == "float32":
+        problems.append("base.fp8 native computes in bfloat16: --base.dtype bfloat16, or --base.fp8 dequantise")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base.name):
         problems.append(f"base.name {base.name!r}: a directory name of letters, digits, '.', '_' or '-'")
     return problems
@@ -624,6 +630,11 @@ def _mixture_problems(stage: str, lora: LoraSection, base: BaseModelSection) -> 
         problems.append(
             f"{stage}.lora.dropout {lora.dropout:g} with {stage}.lora.experts: fused experts take no dropout, because "
             f"their update is added to the weights; --{stage}.lora.dropout 0"
+        )
+    if lora.experts and base.fp8 == "native":
+        problems.append(
+            f"{stage}.lora.experts with base.fp8 native: the update would be added to FP8 codes without their block "
+            "factors, and get no gradient; --base.fp8 dequantise"
         )
     if not is_minimax_m2(base.source):
         return problems

@@ -27,6 +27,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.logger import event
 
     sizes, base = preflight.exact(config.base, config.run.models_dir), preflight.loaded_dtype(config.base)
+    base = plan_report.trained_in(config, sizes, base)
     tokens = plan_report.planned_tokens(config)
     prepared = runs.complete_runs(config.run.data_dir, "prepared")
     if prepared and not config.plan.domain_tokens:

@@ -26,7 +26,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.prepared import Prepared
     from utils.training_data import PackedDocuments
 
-    base = stages.start(config)
+    base = stages.start(config, stage="domain")
     data = lineage.prepared_run(config, base)
     identity = stages.training_identity(config, "domain", base, data)
 
@@ -37,7 +37,7 @@ def main(config: Config) -> dict[str, Any]:
         dev = []
         if (data.directory / "dev_documents").is_dir():
             dev = stages.dev_batches(PackedDocuments(source.documents("dev_documents"), settings, 0, pad), settings)
-        model = base_model.load_model(base, config.base)
+        model = stages.load_base(config, "domain", base)
         model = stages.new_adapter(model, "domain", config.domain.lora, seed)
         return model, documents, dev, data.manifest["counts"].get("documents", {})
 

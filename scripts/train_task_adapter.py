@@ -28,7 +28,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.prepared import Prepared
     from utils.training_data import BucketedPairs, check_usable, tokenise_pairs
 
-    base = stages.start(config)
+    base = stages.start(config, stage="task")
     data = lineage.prepared_run(config, base)
     domain = lineage.domain_run(config, base) if config.task.on != "base" else None
     shared = stages.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)
@@ -43,7 +43,7 @@ def main(config: Config) -> dict[str, Any]:
         check_usable(report, config.task.max_unusable_share, longest)
         dev_pairs, _ = tokenise_pairs(source.examples("dev"), tokenizer, prompt, longest)
         dev = stages.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings)
-        model, frozen = base_model.load_model(base, config.base), []
+        model, frozen = stages.load_base(config, "task", base), []
         if domain:
             model, frozen = adapters.add(model, "domain", adapter_files.load(domain.adapter, base)), ["domain"]
         model = stages.new_adapter(model, "task", config.task.lora, seed, frozen)
@@ -54,10 +54,12 @@ def main(config: Config) -> dict[str, Any]:
         }
         return model, BucketedPairs(pairs, settings, seed, pad), dev, facts
 
-    def each_step(model: Any, step: int | None) -> None:
+    def each_step(model: Any, step: int | None) -> list[str]:
         if config.task.on == "domain_ready":
-            on = stages.domain_is_on(config.run.seed, step)
-            adapters.activate(model, ["domain", "task"] if on else ["task"], trainable="task")
+            on = ["domain", "task"] if stages.domain_is_on(config.run.seed, step) else ["task"]
+            adapters.activate(model, on, trainable="task")
+            return on
+        return ["domain", "task"] if domain else ["task"]
 
     parents = [data, domain] if domain else [data]
     facts = {"system_prompt": config.task.system_prompt}

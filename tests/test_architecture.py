@@ -26,6 +26,7 @@ PLUMBING = {
 PURE = {
     "composition",
     "planning",
+    "fp8_choice",
     "known_models",
     "statistics",
     "verdict",

@@ -13,6 +13,7 @@ plumbing   exceptions   what can go wrong, and the exit codes
            cli          flags and environment -> Config; exceptions -> message and exit code
 pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weight search, interference
            planning, known_models     sizes, memory, disk and time as arithmetic; MiniMax-M2 by heart
+           fp8_choice   whether an FP8 checkpoint stays FP8 while an adapter is trained
            statistics   paired intervals over clusters and seeds
            verdict      four contrasts and the word that follows
            rollout/     the canary as values: gate, controller, simulation
@@ -22,6 +23,7 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
 engines    sizes, plan_report, plan_dry, preflight          a model counted; what fits where, in words; refusals
            model_directory   what is refused in one before any library opens it
            base_model   fetched or built once, identified by digest, loaded frozen
+           misloaded    what a library gets wrong without a word while it loads one
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk

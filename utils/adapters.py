@@ -15,7 +15,7 @@ import torch
 from config import LoraSection
 from utils import adapter_settings, experts
 from utils.composition import Factors, ModuleFactors
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import ArtefactError, Problem, VerificationError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,6 +40,7 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> 
     fused = experts.fused_parameters(inner) if lora.experts else []
     if lora.experts and not fused:
         problems.append(Problem("lora.experts: the base model has no fused experts", fix="leave out --*.lora.experts"))
+    problems += _on_fp8(inner, fused)
     if problems:
         raise ArtefactError(problems)
     peft_config = LoraConfig(
@@ -66,6 +67,8 @@ def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors) -> Peft
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     refuse_misfits(inner, factors)
+    if problems := _on_fp8(inner, [name for name, f in factors.items() if f.is_experts]):
+        raise ArtefactError(problems)
     peft_config = adapter_settings.config_for(factors)
     # full paths: a leaf name would also take layers that the adapter leaves out
     peft_config.target_modules = {name for name, f in factors.items() if not f.is_experts}
@@ -107,6 +110,38 @@ def activate(model: PeftModel, names: Sequence[str], *, trainable: str = "") -> 
         raise ArtefactError(Problem(f"active adapters are {model.active_adapters}, not {list(names)}"))
 
 
+def refuse_other_state(model: PeftModel, active: Sequence[str], *, trainable: str) -> None:
+    """Raises VerificationError unless exactly these adapters take part in the forward pass and exactly one is trained.
+
+    Asked of the layers themselves: PEFT's `set_adapter` makes every adapter it switches on trainable, a trainer's
+    resume switches on the first one only, and merging one takes the others out, each without an error.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    problems = []
+    carried = {name for layer in model.modules() if isinstance(layer, LoraLayer) for name in layer.lora_A}
+    if missing := sorted({*active, trainable} - carried):
+        problems.append(Problem(f"the model does not carry the adapter {' and '.join(missing)}", sorted(carried)))
+    wrong: dict[str, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            on = set() if layer.disable_adapters else set(layer.active_adapters) & set(layer.lora_A)
+            for name in on ^ (set(active) & set(layer.lora_A)):
+                said = f"{name} is {'on' if name in on else 'off'} and should not be"
+                wrong[said] = wrong.get(said, 0) + 1
+            for name in layer.merged_adapters:
+                wrong[f"{name} is merged into the weights"] = wrong.get(f"{name} is merged into the weights", 0) + 1
+    problems += [Problem(f"adapter {said}, in {count} modules") for said, count in wrong.items()]
+    trained = set(trainable_parameters(model))
+    own = {name for name, _ in model.named_parameters() if "lora_" in name and f".{trainable}." in name}
+    if others := sorted(trained - own):
+        problems.append(Problem(f"{len(others)} tensors are trained beside the {trainable} adapter", others[:3]))
+    if frozen := sorted(own - trained):
+        problems.append(Problem(f"{len(frozen)} tensors of the {trainable} adapter are not trained", frozen[:3]))
+    if problems:
+        raise VerificationError(problems)
+
+
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Name -> parameter of everything that is trained, in a fixed order."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
@@ -143,6 +178,14 @@ def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
 def _is_linear(module: torch.nn.Module) -> bool:
     """A router is none, though PEFT would adapt its weight."""
     return isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
+
+
+def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
+    """PEFT adds an update to FP8 codes without their block factors, and gives it no gradient: neither with an error."""
+    dtypes = {name.replace(".base_layer", ""): parameter.dtype for name, parameter in model.named_parameters()}
+    codes = [name for name in fused if dtypes[name] == torch.float8_e4m3fn]
+    fix = "--base.fp8 dequantise"
+    return [Problem("an adapter on FP8 experts would be silently wrong", codes[:3], fix)] if codes else []
 
 
 def refuse_misfits(model: torch.nn.Module, factors: Factors) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import BaseModelSection
-from utils import chat, files, model_directory
+from utils import chat, files, misloaded, model_directory
 from utils.exceptions import ArtefactError, PipelineError, Problem, is_lost_process, is_out_of_memory
 from utils.logger import event
 
@@ -108,15 +108,20 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The frozen base model on this process's device, in eval mode. `dtype` overrides the section's."""
+def load_model(
+    base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype | None = None, native_fp8: bool = False
+) -> PreTrainedModel:
+    """The frozen base model on this process's device, in eval mode. `dtype` overrides the section's.
+
+    An FP8 checkpoint is de-quantised unless `native_fp8` says that its weights stay FP8 (utils/fp8_choice.py). Raises
+    ArtefactError for files that do not load, or load as something else than they say.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _readable(base.directory):
         model_config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
     extra: dict[str, Any] = {}
-    quantisation = getattr(model_config, "quantization_config", None)
-    if quantisation and _field(quantisation, "quant_method") == "fp8":
+    if is_fp8(model_config.to_dict()) and not native_fp8:
         from transformers import FineGrainedFP8Config
 
         event("the checkpoint is FP8: de-quantising it while loading")
@@ -143,8 +148,15 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
     if extra and (dtype or compute_dtype(section.dtype)) == torch.float32:
         model = model.float()  # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
     model.requires_grad_(False)
+    if problems := misloaded.problems(model, base.directory, native_fp8=native_fp8):
+        raise ArtefactError(problems)
     _route_outside_autocast(model)
     return model.to(device()).eval()
+
+
+def is_fp8(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that its weights are FP8."""
+    return (settings.get("quantization_config") or {}).get("quant_method") == "fp8"
 
 
 def device() -> torch.device:
@@ -353,7 +365,3 @@ def _publish(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     with files.publish(directory, lambda: {"kind": "base", **facts}) as temporary, quiet_transformers():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def _field(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)

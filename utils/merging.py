@@ -33,6 +33,8 @@ RECORD = ".shards.json"
 INDEX = "model.safetensors.index.json"
 # float32 in MiniMax-M2: rounding them sends tokens to other experts
 ROUTERS = (".gate.weight", "e_score_correction_bias")
+# they name Python files of the base's repository, which are neither fetched nor run
+NAMES_CODE = ("auto_map", "custom_pipelines")
 _SAFETENSORS_NAME = {"bfloat16": "BF16", "float32": "F32"}
 
 
@@ -291,8 +293,9 @@ def _share(error: float, whole: float) -> float:
 
 
 def _write_companions(plan: Plan, directory: Path, card: str) -> None:
-    """config.json as the base has it, but for the dtype and a quantisation that no longer holds; tokenizer and all."""
-    settings = dict(plan.checkpoint.config)
+    """config.json as the base has it, but for the dtype, a quantisation that no longer holds, and code that is not
+    copied; tokenizer and all."""
+    settings = {key: value for key, value in plan.checkpoint.config.items() if key not in NAMES_CODE}
     dtype = "bfloat16" if plan.dtype == "base" and _is_fp8(plan.checkpoint) else plan.dtype
     if dtype in _SAFETENSORS_NAME:
         spellings = {"dtype", "torch_dtype"} & settings.keys() or {"dtype"}

@@ -5,7 +5,7 @@ Reads names and the JSON files only. A hub cache keeps its files as links into i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def problems(directory: Path) -> list[Problem]:
         for path in _opened(directory)
         if leads_out(path, directory)
     ]
-    return found or [*_named_code(directory), *_named_paths(directory)]
+    return found or [*_named_code(directory), *_named_paths(directory), *_rotation(directory)]
 
 
 def leads_out(path: Path, root: Path) -> bool:
@@ -42,6 +42,16 @@ def leads_out(path: Path, root: Path) -> bool:
     target = path.resolve()
     is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     return not is_blob and not target.is_relative_to(root.resolve())
+
+
+def rotated_share(settings: Mapping[str, Any]) -> float | None:
+    """The share of each head that RoPE rotates, as config.json says it; None where it does not."""
+    for place in (settings, settings.get("rope_parameters") or {}):
+        if place.get("partial_rotary_factor") is not None:
+            return float(place["partial_rotary_factor"])
+    if settings.get("rotary_dim") is not None and settings.get("head_dim"):
+        return settings["rotary_dim"] / settings["head_dim"]
+    return None
 
 
 def _opened(directory: Path) -> Iterator[Path]:
@@ -66,6 +76,14 @@ def _named_paths(directory: Path) -> Iterator[Problem]:
             yield Problem(f"{directory / name}: {key} leads out of {directory}", elsewhere[:3], "restore the file")
         if name == INDEX and (directory / name).is_file() and not isinstance(named, dict):
             yield Problem(f"{directory / name} has no {key}", fix="fetch it again")
+
+
+def _rotation(directory: Path) -> Iterator[Problem]:
+    """A MiniMax-M2 whose config.json does not say how much of a head is rotated is rotated whole, without a word."""
+    settings = files.read_object(directory / CONFIG)
+    if settings.get("model_type") == "minimax_m2" and rotated_share(settings) is None:
+        what = f"{directory / CONFIG} has no rotary_dim: whole heads would be rotated, and every answer be wrong"
+        yield Problem(what, fix='restore it: MiniMax-M2 has "rotary_dim": 64 beside "head_dim": 128')
 
 
 def _entries(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:

@@ -30,6 +30,7 @@ def lines(config: Config, script: str) -> list[str]:
 
 def _training(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
     def described(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+        base = plan_report.trained_in(config, sizes, base)
         asked = plan_report.choice(sizes, config.plan, stage, plan_report.step(config, stage, base))
         tokens = plan_report.planned_tokens(config)[stage]
         takes = plan_report.hours(config, stage, asked.tokens_per_second, tokens)
@@ -105,7 +106,7 @@ def _verify(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
 
 
 def _whole(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
-    tokens = plan_report.planned_tokens(config)
+    tokens, base = plan_report.planned_tokens(config), plan_report.trained_in(config, sizes, base)
     return [line for line in plan_report.report(config, sizes, base, tokens)[0][1:] if line]
 
 

@@ -69,6 +69,11 @@ def step(config: Config, stage: str, base: Dtype) -> Step:
     )
 
 
+def trained_in(config: Config, sizes: ModelSizes, base: Dtype) -> Dtype:
+    """The form of the frozen weights in training, as far as the settings alone say it."""
+    return "fp8" if config.base.fp8 == "native" and sizes.stored == "fp8" else base
+
+
 def usable(plan: PlanSection) -> float:
     """Bytes of one GPU that tensors may take."""
     return (plan.gpu_memory_gib - plan.headroom_gib) * GIB
@@ -244,8 +249,12 @@ def report(config: Config, sizes: ModelSizes, base: Dtype, tokens: dict[str, int
         lines += ["", EXPECT_LESS]
     lines += ["", *loading(config, sizes, base, sharded=sharded), *stored(config, sizes)]
     if sizes.stored == "fp8":
-        lines.append("fp8 rows hold where the weights stay FP8 (compute capability 8.9, FP8 kernels, attention only);")
-        lines.append("otherwise the checkpoint becomes bfloat16 while it is loaded")
+        lines.append(
+            "fp8 rows hold where training keeps the weights FP8 (compute capability 8.9, the `kernels` package,"
+        )
+        lines.append(
+            "adapters on the attention alone; --base.fp8); everything else becomes bfloat16 while it is loaded"
+        )
     return lines, facts
 
 
@@ -291,7 +300,7 @@ def _alternatives(config: Config, sizes: ModelSizes, found: Choice) -> Iterator[
     if what.below and what.below.experts:
         yield "merge the domain adapter into the base, then --task.on base", plan, replace(what, below=None)
     if sizes.stored == "fp8" and what.base != "fp8" and not what.adapter.experts:
-        yield "a base that stays FP8", plan, replace(what, base="fp8")
+        yield "--base.fp8 native", plan, replace(what, base="fp8")
     if plan.gpu_memory_gib < LARGE_GPU_GIB:
         yield "GPUs of 141 GB", plan.model_copy(update={"gpu_memory_gib": 141.0}), what
     for nodes in (2, 4, 8):

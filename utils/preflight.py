@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import psutil
 import torch
 
 from config import BaseModelSection, Config, is_minimax_m2
-from utils import adapters, base_model, files, known_models, plan_report, planning, sizes
+from utils import adapters, base_model, files, fp8_choice, known_models, plan_report, planning, sizes
 from utils.base_model import BaseModel
 from utils.exceptions import ArtefactError, Problem
+from utils.fp8_choice import Choice
 from utils.logger import event, warning
 from utils.planning import GIB, Dtype, ModelSizes
 
@@ -50,24 +52,61 @@ class Machine:
         )
 
 
-def check(config: Config, *, loads_model: bool = True) -> None:
+def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     """Say what is about to be loaded, and refuse (ArtefactError) what this machine cannot hold; nothing is fetched yet.
 
-    Models whose shapes are not known before they are here (wheels, foreign hub ids offline) pass.
+    `stage` is the adapter that will be trained. Models whose shapes are not known before they are here (wheels, foreign
+    hub ids offline) pass.
     """
     found = _quick(config.base, config.run.models_dir)
     if found is None:
         return
-    dtype = loaded_dtype(config.base)
-    if planning.weight_bytes(found, dtype) < WORTH_SAYING_BYTES:
-        return
-    event(plan_report.headline(found, dtype))
-    if loads_model and (problems := refusals(found, dtype, Machine.here())):
+    dtype, why = loaded_dtype(config.base), ""
+    if found.stored == "fp8":
+        choice = fp8(config, stage) if stage else Choice(False, "only training can keep it FP8")
+        dtype, why = ("fp8" if choice.native else dtype), choice.why
+    if planning.weight_bytes(found, dtype) >= WORTH_SAYING_BYTES:
+        event(plan_report.headline(found, dtype))
+    if loads_model and (problems := refusals(found, dtype, Machine.here(), why)):
         raise ArtefactError(problems)
 
 
-def refusals(found: ModelSizes, dtype: Dtype, machine: Machine) -> list[Problem]:
-    """Why these weights cannot be loaded on this machine, with the numbers and what mends it."""
+def fp8(config: Config, stage: str) -> Choice:
+    """Whether an FP8 checkpoint stays FP8 while this adapter is trained here, and why. Raises ArtefactError when it
+    has to (`base.fp8` native) and cannot."""
+    on_experts = getattr(config, stage).lora.experts
+    if stage == "task" and config.task.on != "base":
+        on_experts = on_experts or config.domain.lora.experts
+    on_gpu = base_model.device().type == "cuda"
+    capability = torch.cuda.get_device_capability(base_model.device()) if on_gpu else None
+    can = capability is not None and capability >= fp8_choice.LEAST_CAPABILITY and config.base.fp8 != "dequantise"
+    narrow = base_model.compute_dtype(config.base.dtype) == torch.bfloat16
+    return fp8_choice.choose(
+        config.base.fp8,
+        fp8_choice.Facts(
+            capability=capability,
+            kernels=_missing_kernels() if can else "",
+            on_experts=on_experts,
+            computes_in="bfloat16" if narrow else "float32",
+        ),
+    )
+
+
+def form(config: Config, stage: str, base: BaseModel) -> Choice:
+    """As `fp8`, for a base model that is here; one that is not stored in FP8 is loaded as it is, for no reason."""
+    if base_model.is_fp8(files.read_object(base.directory / "config.json")):
+        return fp8(config, stage)
+    if config.base.fp8 == "native":
+        what = f"--base.fp8 native: {base.source} is no FP8 checkpoint"
+        raise ArtefactError(Problem(what, fix="leave out --base.fp8"))
+    return Choice(False, "")
+
+
+def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -> list[Problem]:
+    """Why these weights cannot be loaded on this machine, with the numbers and what mends it.
+
+    `why` is the reason for which an FP8 checkpoint is de-quantised.
+    """
     whole = planning.weight_bytes(found, dtype)
     host = planning.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
     places = [("main memory", host, machine.host_bytes)]
@@ -79,11 +118,15 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine) -> list[Problem]
     )
     if dtype == "float32" and planning.weight_bytes(found, "bfloat16") <= min(there for _, _, there in places):
         fix = "--base.dtype bfloat16 halves it"
+    stored = ""
+    if found.stored == "fp8" and dtype != "fp8":
+        size = plan_report.gib(planning.weight_bytes(found, "fp8"))
+        stored = f"; it is stored in FP8 ({size}) and de-quantised{f', because {why}' if why else ''}"
     processes = f" for {machine.local} processes, each with its copy" if machine.local > 1 >= machine.shards else ""
     return [
         Problem(
             f"{found.model_type} has {found.total:,} parameters: in {dtype} its weights take {needed / GIB:,.1f} GiB "
-            f"of {place}{processes}, {there / GIB:,.1f} GiB are there",
+            f"of {place}{processes}, {there / GIB:,.1f} GiB are there{stored}",
             fix=fix,
         )
         for place, needed, there in places
@@ -100,7 +143,8 @@ def predicted(config: Config, stage: str, base: BaseModel) -> planning.Memory | 
     if found is None:
         return None
     machine = Machine.here()
-    step = plan_report.step(config, stage, loaded_dtype(config.base))
+    dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
+    step = plan_report.step(config, stage, dtype)
     memory = planning.training_memory(found, step, shards=machine.shards)
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
@@ -145,8 +189,20 @@ def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
 
 
 def loaded_dtype(section: BaseModelSection) -> Dtype:
-    """What the frozen weights become in memory: an FP8 checkpoint is de-quantised."""
+    """What the frozen weights become in memory, where an FP8 checkpoint is de-quantised."""
     return "float32" if base_model.compute_dtype(section.dtype) == torch.float32 else "bfloat16"
+
+
+@functools.cache
+def _missing_kernels() -> str:
+    """Why transformers' FP8 kernels are not there, asked of transformers itself; empty when they are."""
+    from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+
+    try:
+        load_finegrained_fp8_kernel()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # the hub's and the driver's errors too
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def _quick(section: BaseModelSection, models_dir: Path) -> ModelSizes | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -21,18 +21,21 @@ from utils.training_data import Batch, TrainingData
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
-EachStep = Callable[["PeftModel", "int | None"], None]
+# switches adapters for a step, or for dev (None), and returns the names of those that are on
+EachStep = Callable[["PeftModel", "int | None"], Sequence[str]]
 
 
-def start(config: Config, *, loads_model: bool = True) -> BaseModel:
+def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseModel:
     """Threads, seed and the base model; the main process fetches or builds it while the others wait.
 
     A model that this machine cannot hold is refused before it is fetched, unless the script only streams its files.
+    `stage` is the adapter that the script trains, if it does.
     """
     from accelerate import PartialState
 
-    preflight.check(config, loads_model=loads_model)
+    preflight.check(config, loads_model=loads_model, stage=stage)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
@@ -53,8 +56,17 @@ def training_identity(config: Config, stage: str, base: BaseModel, data: Run, **
         "seed": config.run.seed,
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
         "attention": config.base.attention,
+        **({"fp8": "native"} if preflight.form(config, stage, base).native else {}),
         **facts,
     }
+
+
+def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
+    """The frozen base model for training an adapter; an FP8 checkpoint stays FP8 where that can be."""
+    form = preflight.form(config, stage, base)
+    if form.why:
+        logger.event(f"the FP8 checkpoint {'stays FP8' if form.native else 'is de-quantised'}", why=form.why)
+    return base_model.load_model(base, config.base, native_fp8=form.native)
 
 
 def train_adapter(
@@ -64,14 +76,15 @@ def train_adapter(
     identity: dict[str, Any],
     parents: list[Run],
     build: Callable[[], tuple[PeftModel, TrainingData, list[Batch], dict[str, Any]]],
-    each_step: EachStep = lambda model, step: None,
+    each_step: EachStep | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Train, save and record one adapter; a complete run with this identity is reused, a started one goes on.
 
     `build` gives the model with the adapter `stage` active and trainable, the data, the dev batches and facts about
     the data. `each_step` is called with the model and the step's number, or None before dev is measured; it must follow
-    from these alone. Returns the stage's result for the last line of stdout.
+    from these alone, and says which adapters are on (without it, the trained one alone); the model is held to that.
+    Returns the stage's result for the last line of stdout.
     """
     from accelerate import PartialState
 
@@ -126,11 +139,16 @@ def train_adapter(
 
 
 def _train(
-    config: Config, stage: str, base: BaseModel, directory: Path, build: Callable[[], Any], each_step: EachStep
+    config: Config, stage: str, base: BaseModel, directory: Path, build: Callable[[], Any], each_step: EachStep | None
 ) -> tuple[PeftModel, training.Outcome, dict[str, Any]]:
     model, data, dev, data_facts = build()
     preflight.check_trainable(model, config, stage, base)
     accelerator = _accelerator(config, stage, directory)
+
+    def before_step(step: int | None) -> None:
+        active = each_step(model, step) if each_step else [stage]
+        adapters.refuse_other_state(model, active, trainable=stage)
+
     outcome = training.train(
         model,
         data,
@@ -140,7 +158,7 @@ def _train(
         directory=directory,
         accelerator=accelerator,
         what=f"{stage} adapter",
-        before_step=lambda step: each_step(model, step),
+        before_step=before_step,
     )
     # not end_training(): it also takes the process group down, and the processes still have to meet
     for tracker in accelerator.trackers:

@@ -52,21 +52,26 @@ def tiny_tokenizer(vocabulary: int = 768) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, model_max_length=512, **SPECIAL)
 
 
-def tiny_minimax_m2(seed: int = 0, *, layers: int = 2) -> tuple[MiniMaxM2ForCausalLM, PreTrainedTokenizerFast]:
-    """MiniMax-M2's architecture: whole-vector qk-norm, partial RoPE, sigmoid top-2 routing over 4 fused experts."""
+def tiny_minimax_m2(
+    seed: int = 0, *, layers: int = 2, hidden: int = 64, head: int = 16
+) -> tuple[MiniMaxM2ForCausalLM, PreTrainedTokenizerFast]:
+    """MiniMax-M2's architecture: whole-vector qk-norm, partial RoPE, sigmoid top-2 routing over 4 fused experts.
+
+    With `hidden` 128 and `head` 64 every matrix consists of whole FP8 blocks of 128 x 128.
+    """
     from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
     tokenizer = tiny_tokenizer()
     shape = MiniMaxM2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head,
         # without rotary_dim the class builds full RoPE; M2 rotates half of each head
-        rotary_dim=8,
+        rotary_dim=head // 2,
         num_local_experts=4,
         num_experts_per_tok=2,
         max_position_embeddings=512,

@@ -154,6 +154,7 @@ class _Loop:
         self.checkpoints = directory / files.SCRATCH
         self.metrics_path = directory / METRICS
         self.frozen = watching.frozen_adapters(model)
+        self.had_gradients = False  # looked at in the first step of this process, so in a resumed run too
         self.names: list[str] = []  # what this process has in its batches of the current step
 
     def resume(self) -> None:
@@ -271,12 +272,13 @@ class _Loop:
         sums = accelerator.reduce(sums.to(accelerator.device), "sum")
         if sums[2]:
             raise watching.non_finite(f"loss of step {number + 1}", watching.from_every_process(accelerator, bad))
+        if not self.had_gradients:
+            watching.refuse_without_gradient(self.parameters)
+            self.had_gradients = True
         norm = float(accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm))
         if not math.isfinite(norm):
             names = watching.from_every_process(accelerator, self.names)
             raise watching.non_finite(f"gradient norm of step {number + 1}", names)
-        if number == 0:
-            watching.refuse_without_gradient(self.parameters)
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = learning_rate(number, self.total, self.settings)
         self.optimizer.step()

@@ -32,14 +32,28 @@ def refuse_non_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 
 
 def refuse_without_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """After the first backward: a tensor without a gradient would silently stay as it is (FP8 experts do that)."""
-    without = [name for name, p in parameters.items() if p.grad is None]
-    idle = [name for name, p in parameters.items() if "lora_B" in name and p.grad is not None and not p.grad.any()]
-    if without or idle:
-        raise NonFiniteError(
-            [Problem("trainable, but the first backward gave no gradient", name) for name in without[:5]]
-            + [Problem("the first gradient of this B is all zero", name) for name in idle[:5]]
-        )
+    """After the first backward: every trained tensor has a finite gradient, and every B one that is not zero.
+
+    A tensor without a gradient would silently stay as it is (FP8 experts do that). A's gradient is zero while B is.
+    Raises NonFiniteError that names the tensors.
+    """
+    faults = {
+        "are trainable and got no gradient": [name for name, p in parameters.items() if p.grad is None],
+        "got a gradient with NaN or infinity": [
+            name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()
+        ],
+        "are a B whose gradient is all zero": [
+            name for name, p in parameters.items() if "lora_B" in name and p.grad is not None and not p.grad.any()
+        ],
+    }
+    fix = "nothing was trained; this is a defect of the base model's files or of a library"
+    problems = [
+        Problem(f"after the first backward pass {len(names)} of {len(parameters)} tensors {what}", names[:5], fix)
+        for what, names in faults.items()
+        if names
+    ]
+    if problems:
+        raise NonFiniteError(problems)
 
 
 def non_finite(what: str, names: Sequence[str]) -> NonFiniteError:
