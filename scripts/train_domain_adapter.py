@@ -22,7 +22,7 @@ SECTIONS = ("domain", "base", "inputs", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Base model, fresh adapter, packed documents, training loop, artefact."""
-    from utils import base_model, lineage, stages
+    from utils import base_model, lineage, sharding, stages
     from utils.prepared import Prepared
     from utils.training_data import PackedDocuments
 
@@ -37,7 +37,7 @@ def main(config: Config) -> dict[str, Any]:
         dev = []
         if (data.directory / "dev_documents").is_dir():
             dev = stages.dev_batches(PackedDocuments(source.documents("dev_documents"), settings, 0, pad), settings)
-        model = base_model.load_model(base, config.base)
+        model = sharding.load_model(base, config.base)
         model = stages.new_adapter(model, "domain", config.domain.lora, seed)
         return model, documents, dev, data.manifest["counts"].get("documents", {})
 

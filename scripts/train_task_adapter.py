@@ -24,7 +24,7 @@ SECTIONS = ("task", "base", "inputs", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Base model, frozen domain adapter, fresh task adapter, bucketed pairs, training loop, artefact."""
-    from utils import adapter_files, adapters, base_model, lineage, stages
+    from utils import adapter_files, adapters, base_model, lineage, sharding, stages
     from utils.prepared import Prepared
     from utils.training_data import BucketedPairs, check_usable, tokenise_pairs
 
@@ -43,7 +43,7 @@ def main(config: Config) -> dict[str, Any]:
         check_usable(report, config.task.max_unusable_share, longest)
         dev_pairs, _ = tokenise_pairs(source.examples("dev"), tokenizer, prompt, longest)
         dev = stages.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings)
-        model, frozen = base_model.load_model(base, config.base), []
+        model, frozen = sharding.load_model(base, config.base), []
         if domain:
             model, frozen = adapters.add(model, "domain", adapter_files.load(domain.adapter, base)), ["domain"]
         model = stages.new_adapter(model, "task", config.task.lora, seed, frozen)
