@@ -66,6 +66,8 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine) -> list[Problem]
     """Why these weights cannot be loaded on this machine, with the numbers and what mends it."""
     whole = planning.weight_bytes(found, dtype)
     host = planning.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
+    if machine.shards > 1 and not machine.gpu_bytes:
+        host += whole * machine.local // machine.shards  # on CPUs the parts are in main memory too
     places = [("main memory", host, machine.host_bytes)]
     if machine.gpu_bytes:
         places.append(("GPU memory per process", whole // machine.shards, machine.gpu_bytes))

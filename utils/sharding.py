@@ -92,16 +92,16 @@ def deal_out(module: torch.nn.Module) -> None:
     _refuse_unlike(module)
     mesh = init_device_mesh(base_model.device().type, (dist.get_world_size(),))
     wanted = _layer_classes(module)
-    layers = [layer for layer in module.modules() if type(layer).__name__ in wanted]
-    inside = {id(part) for layer in layers for part in layer.modules()}
-    rest = [part for part in module.modules() if id(part) not in inside]
+    layers = {name: part for name, part in module.named_modules() if type(part).__name__ in wanted}
+    inside = {id(part) for layer in layers.values() for part in layer.modules()}
+    rest = {name: part for name, part in module.named_modules() if id(part) not in inside}
     sums: dict[str, int] = {}
     with Progress("dealing out the model", total=len(layers) + 1, unit="layer") as bar:
-        for number, layer in enumerate(layers):
-            _deal(layer, list(layer.modules()), f"layer {number}", mesh, sums)
+        for name, layer in layers.items():
+            _deal(layer, dict(layer.named_modules(prefix=name)), mesh, sums)
             bar.advance(1)
-        _deal(module, rest, "outside of the layers", mesh, sums)
-    refuse_unequal(sums, "the base model, while it was dealt out,")
+        _deal(module, rest, mesh, sums)
+    refuse_unequal(sums, "the model, while it was dealt out,")
     parts = sum(own(p).nbytes for p in module.parameters())
     event("the model is dealt out", layers=len(layers), processes=dist.get_world_size(), part_gib=parts / 2**30)
 
@@ -201,18 +201,16 @@ def _refuse_unlike(module: torch.nn.Module) -> None:
     refuse_unequal({name: (tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors}, "the model")
 
 
-def _deal(
-    layer: torch.nn.Module, parts: list[torch.nn.Module], where: str, mesh: DeviceMesh, sums: dict[str, int]
-) -> None:
-    """Put the tensors of `parts` on the device, with the main process's values, and cut the parameters."""
+def _deal(layer: torch.nn.Module, parts: Mapping[str, torch.nn.Module], mesh: DeviceMesh, sums: dict[str, int]) -> None:
+    """Put the tensors of `parts` on the device, with the main process's values, and cut the parameters of `layer`."""
     from torch.distributed.fsdp import fully_shard
 
-    for number, tensor in enumerate(_placed(parts)):
+    for name, tensor in _placed(parts).items():
         as_bytes = tensor.detach().reshape(-1).view(torch.uint8)  # gloo and NCCL do not know every dtype
         _from_main(as_bytes)
         # a plain sum of 4-byte words: it tells bytes that did not arrive, at the speed of the memory
         words = as_bytes.view(torch.int32) if as_bytes.numel() % 4 == 0 else as_bytes
-        sums[f"{where}, tensor {number}"] = int(words.sum(dtype=torch.int64))
+        sums[name] = int(words.sum(dtype=torch.int64))
     fully_shard(layer, mesh=mesh, reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false")
 
 
@@ -220,20 +218,20 @@ def _from_main(as_bytes: torch.Tensor) -> None:
     dist.broadcast(as_bytes, 0)
 
 
-def _placed(parts: list[torch.nn.Module]) -> list[torch.Tensor]:
+def _placed(parts: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
     """Move parameters and buffers to the device, without values where they have none; tied ones stay tied."""
-    from torch.distributed.tensor import DTensor
-
-    device, done = base_model.device(), {}
-    for part in parts:
+    done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    placed = {}
+    for path, part in parts.items():
         for held in (part._parameters, part._buffers):
             for name, old in held.items():
-                if old is None or isinstance(old, DTensor):
+                if old is None:
                     continue
                 if id(old) not in done:
-                    done[id(old)] = (old, _moved(old, device))  # the old one stays, so that its id is not given again
+                    placed[f"{path}.{name}"] = new = _moved(old, base_model.device())
+                    done[id(old)] = old, new  # the old one stays, so that its id is not given to another
                 held[name] = done[id(old)][1]
-    return [new for _, new in done.values()]
+    return placed
 
 
 def _moved(old: torch.Tensor, device: torch.device) -> torch.Tensor:
