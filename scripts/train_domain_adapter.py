@@ -26,7 +26,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.prepared import Prepared
     from utils.training_data import PackedDocuments
 
-    base = stages.start(config)
+    base = stages.start(config, trains=True)
     data = lineage.prepared_run(config, base)
     identity = stages.training_identity(config, "domain", base, data)
 

@@ -28,7 +28,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.prepared import Prepared
     from utils.training_data import BucketedPairs, check_usable, tokenise_pairs
 
-    base = stages.start(config)
+    base = stages.start(config, trains=True)
     data = lineage.prepared_run(config, base)
     domain = lineage.domain_run(config, base) if config.task.on != "base" else None
     shared = stages.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)

@@ -148,7 +148,7 @@ class Asked(unittest.TestCase):
     def test_the_launch_files_ask_for_what_is_done_and_the_others_for_nothing(self) -> None:
         for path in sorted(LAUNCH.glob("*.yaml")):
             with self.subTest(path.name), self.told("--config_file", str(path), WORLD_SIZE="2"):
-                sharding.check()
+                sharding.check(trains=True)
                 self.assertEqual(sharding.asked(), path in [*SHARDED, FSDP_FILE])
         with self.told("--config_file", str(FSDP_FILE), WORLD_SIZE="1"):
             self.assertFalse(sharding.asked(), "there is nobody to deal out to")
@@ -156,10 +156,14 @@ class Asked(unittest.TestCase):
     def test_what_would_be_ignored_is_refused_all_at_once(self) -> None:
         more = {"FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
         with self.told("--config_file", str(FSDP_FILE), **more), self.assertRaises(ConfigError) as caught:
-            sharding.check()
+            sharding.check(trains=True)
         text = str(caught.exception)
         for said in ("3 problems", "fsdp_version has to be 2 (got '1')", "fsdp_offload_params", "DeepSpeed"):
             self.assertIn(said, text)
+
+    def test_a_script_that_does_not_train_is_not_started_in_several_processes_that_share_a_model(self) -> None:
+        with self.told("--config_file", str(FSDP_FILE), WORLD_SIZE="2"), self.assertRaisesRegex(ConfigError, "python"):
+            sharding.check(trains=False)
 
     def test_a_layer_that_the_model_does_not_have_is_refused_before_weights_are_read(self) -> None:
         base = saved_model("llama")

@@ -22,6 +22,7 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
 engines    sizes, plan_report, plan_dry, preflight          a model counted; what fits where, in words; refusals
            model_directory   what is refused in one before any library opens it
            base_model   fetched or built once, identified by digest, loaded frozen
+           sharding     one model dealt out to several processes; whether they still hold the same
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk

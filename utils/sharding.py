@@ -48,14 +48,22 @@ def asked() -> bool:
     return _says(ASKED) and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def check() -> None:
-    """Raises ConfigError for what the launcher's file asks and this program does not do; nothing is ignored."""
+def is_alone() -> bool:
+    """Whether there is no other process to agree with."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def check(*, trains: bool) -> None:
+    """Raises ConfigError for what the launcher's file asks and the script does not do; nothing is ignored."""
     fix = "use a file of scripts/launch/, or change these lines of yours as they are there"
     problems = [
         Problem(f"the launcher asks for {what}, which is not done here", os.environ[name], fix)
         for name, what in _REFUSED.items()
         if _says(name) or (name == "FSDP_IGNORED_MODULES" and os.environ.get(name))
     ]
+    if asked() and not trains:
+        alone = "start it with python, or with a launch file for one process"
+        problems.append(Problem("only the training scripts deal a model out to several processes", fix=alone))
     if _says(ASKED):
         for name, key, wanted in (
             ("FSDP_VERSION", "fsdp_version", "2"),
@@ -141,7 +149,7 @@ def held_whole(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def refuse_unequal(found: Mapping[str, Any], what: str) -> None:
     """Raises VerificationError, in every process, when `found` is not the same in all of them."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, dict(found))

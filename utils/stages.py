@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 EachStep = Callable[["PeftModel", "int | None"], None]
 
 
-def start(config: Config, *, loads_model: bool = True) -> BaseModel:
+def start(config: Config, *, loads_model: bool = True, trains: bool = False) -> BaseModel:
     """Threads, seed and the base model; the main process fetches or builds it while the others wait.
 
     A model that this machine cannot hold is refused before it is fetched, unless the script only streams its files.
     """
     from accelerate import PartialState
 
-    sharding.check()
+    sharding.check(trains=trains)
     preflight.check(config, loads_model=loads_model)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)

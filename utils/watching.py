@@ -81,6 +81,8 @@ def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
     An average of gradients keeps adapters equal only as long as nothing else touches one of them; what is published is
     the first process's, so the others would have trained for nothing, or it on gradients of something else.
     """
+    if sharding.is_alone():
+        return
     held = {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in sharding.held_whole(module)}
     sharding.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
 
