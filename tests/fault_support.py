@@ -65,12 +65,18 @@ class Place(Workspace):
         return self.models / stage / name
 
     def pair(self, name: str, *more: str, before: Any = (None, None)) -> list[Script]:
-        """The two processes of one run of the domain adapter, with what a launcher sets in their environment."""
+        """The two processes of one run of the domain adapter."""
+        return self.two("train_domain_adapter", "--run.name", name, *training_flags("domain"), *more, before=before)
+
+    def two(
+        self, script: str, *flags: str, before: Any = (None, None), told: dict[str, str] | None = None
+    ) -> list[Script]:
+        """Two processes of a script, with what a launcher sets in their environment, and what else it told them."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **there} for rank in (0, 1)]
-        return [self.train(name, *more, env=env, before=fault) for env, fault in zip(ranks, before, strict=True)]
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **there, **(told or {})} for rank in (0, 1)]
+        return [self.start(script, *flags, env=env, before=fault) for env, fault in zip(ranks, before, strict=True)]
 
 
 def training_flags(stage: str) -> list[str]:

@@ -164,7 +164,7 @@ class Training(unittest.TestCase):
                 self.resumes(name, 4)
 
     def test_a_weight_that_is_not_finite_is_in_no_checkpoint_and_in_no_adapter(self) -> None:
-        done = self.failed("nan-weight", InWeight(NAN, "utils.training._copy_of", 2))
+        done = self.failed("nan-weight", InWeight(NAN, "utils.training._Loop._save", 2))
         self.assertIn("of the checkpoint after step 8", done.stderr)
         self.assertIn("1 tensors hold NaN or infinity", done.stderr)
         done = self.failed("inf-weight", InWeight(INF, "utils.training._Loop.finish", 1), "--domain.train.keep=last")

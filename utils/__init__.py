@@ -24,6 +24,7 @@ engines    sizes, plan_report, plan_dry, preflight          a model counted; wha
            model_directory   what is refused in one before any library opens it
            base_model   fetched or built once, identified by digest, loaded frozen
            misloaded    what a library gets wrong without a word while it loads one
+           sharding     one model dealt out to several processes; whether they still hold the same
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk

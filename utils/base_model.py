@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import BaseModelSection
-from utils import chat, files, misloaded, model_directory
+from utils import chat, files, misloaded, model_directory, shards
 from utils.exceptions import ArtefactError, PipelineError, Problem, is_lost_process, is_out_of_memory
 from utils.logger import event
 
@@ -109,12 +109,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype | None = None, native_fp8: bool = False
+    base: BaseModel,
+    section: BaseModelSection,
+    *,
+    dtype: torch.dtype | None = None,
+    native_fp8: bool = False,
+    place: torch.device | None = None,
 ) -> PreTrainedModel:
     """The frozen base model on this process's device, in eval mode. `dtype` overrides the section's.
 
-    An FP8 checkpoint is de-quantised unless `native_fp8` says that its weights stay FP8 (utils/fp8_choice.py). Raises
-    ArtefactError for files that do not load, or load as something else than they say.
+    An FP8 checkpoint is de-quantised unless `native_fp8` says that its weights stay FP8 (utils/fp8_choice.py). `place`
+    is another device; on "meta" it is the same model without values, and the weights are not read. Raises ArtefactError
+    for files that do not load, or load as something else than they say.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -131,16 +137,19 @@ def load_model(
 
         MiniMaxM2ForCausalLM._keep_in_fp32_modules_strict = FLOAT32_ROUTER
     with quiet_transformers(), _readable(base.directory):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            base.directory,
-            output_loading_info=True,
-            dtype=dtype or compute_dtype(section.dtype),
-            attn_implementation=section.attention,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
+        how = {
+            "output_loading_info": True,
+            "dtype": dtype or compute_dtype(section.dtype),
+            "attn_implementation": section.attention,
+            "trust_remote_code": False,
+            "use_safetensors": True,
+            "local_files_only": True,
             **extra,
-        )
+        }
+        if place is not None and place.type == "meta":
+            model, found = _without_values(base, **how)
+        else:
+            model, found = AutoModelForCausalLM.from_pretrained(base.directory, **how)
     if lost := sorted(found["missing_keys"]):
         # transformers makes them up at random, with a warning
         what = f"the files of {base.directory} lack {len(lost)} tensors that its config.json asks for"
@@ -151,7 +160,34 @@ def load_model(
     if problems := misloaded.problems(model, base.directory, native_fp8=native_fp8):
         raise ArtefactError(problems)
     _route_outside_autocast(model)
-    return model.to(device()).eval()
+    return model.to(place or device()).eval()
+
+
+def skeleton(base: BaseModel) -> PreTrainedModel:
+    """The model's modules on the meta device, from its config.json alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _readable(base.directory), torch.device("meta"):
+        settings = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+
+
+def _without_values(base: BaseModel, **how: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What `from_pretrained` would give, on the meta device: only the headers of the files are read.
+
+    It goes through the same loading, because that fuses experts, keeps routers in float32 and de-quantises.
+    """
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
+    headers = shards.Checkpoint(base.directory).headers.values()
+    state = {
+        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
+        for header in headers
+        for name, tensor in header.tensors.items()
+    }
+    architecture = type(skeleton(base))
+    return architecture.from_pretrained(None, config=settings, state_dict=state, device_map={"": "meta"}, **how)
 
 
 def is_fp8(settings: Mapping[str, Any]) -> bool:

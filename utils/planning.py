@@ -197,6 +197,8 @@ def training_memory(
     frozen = sum(lora_parameters(sizes, step.below).values()) if step.below else 0
     layer = _share(weight_bytes(sizes, step.base) * sizes.layer_parameters, sizes.total)
     layer += _share(4 * (trained + frozen), sizes.num_layers)
+    # embeddings and head are gathered with the loss and stay until it is done
+    outside = (sizes.parameters["embeddings"] + sizes.parameters["head"]) * (4 if step.base == "float32" else 2)
     saved, working = _layer_activations(sizes, step)
     width, hidden = step.activation_bytes, sizes.hidden
     # the last norm keeps its input in float32
@@ -207,7 +209,7 @@ def training_memory(
     passing = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
     return Memory(
         weights=_share(weight_bytes(sizes, step.base), shards),
-        gathered=layer * (2 if careful else 1) if shards > 1 else 0,
+        gathered=layer * (2 if careful else 1) + outside if shards > 1 else 0,
         adapters=_share(TRAINED_BYTES * trained + 4 * frozen, shards),
         kept=kept + _share(casts, shards),
         passing=max(_loss(sizes, step, whole_logits), passing),
@@ -222,7 +224,7 @@ def inference_memory(sizes: ModelSizes, dtype: Dtype, *, tokens: int, shards: in
 
 
 def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: bool) -> int:
-    """Host memory of one node while loading: a copy per process, or one that rank 0 deals out."""
+    """Host memory of one node while loading: a copy per process, or one that the first process deals out."""
     return weight_bytes(sizes, dtype) * (1 if sharded else processes)
 
 

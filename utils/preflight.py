@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from config import BaseModelSection, Config, is_minimax_m2
-from utils import adapters, base_model, files, fp8_choice, known_models, plan_report, planning, sizes
+from utils import adapters, base_model, files, fp8_choice, known_models, plan_report, planning, sharding, sizes
 from utils.base_model import BaseModel
 from utils.exceptions import ArtefactError, Problem
 from utils.fp8_choice import Choice
@@ -42,10 +42,8 @@ class Machine:
     def here(cls) -> Machine:
         """This process's launcher and memory."""
         on_gpu = base_model.device().type == "cuda"
-        # on CPUs accelerate 1.15 replicates whatever the file says
-        sharded = on_gpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
         return cls(
-            shards=int(os.environ.get("WORLD_SIZE", "1")) if sharded else 1,
+            shards=int(os.environ.get("WORLD_SIZE", "1")) if sharding.asked() else 1,
             local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             gpu_bytes=torch.cuda.get_device_properties(base_model.device()).total_memory if on_gpu else 0,
             host_bytes=_host_bytes(),
@@ -109,6 +107,8 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
     """
     whole = planning.weight_bytes(found, dtype)
     host = planning.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
+    if machine.shards > 1 and not machine.gpu_bytes:
+        host += whole * machine.local // machine.shards  # on CPUs the parts are in main memory too
     places = [("main memory", host, machine.host_bytes)]
     if machine.gpu_bytes:
         places.append(("GPU memory per process", whole // machine.shards, machine.gpu_bytes))
