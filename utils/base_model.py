@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     ),
     *("vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
+UNNAMED_PAD = "]!p~["
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 # float32 routing: a bfloat16 router sent 3% of tokens to other experts, and servers keep it in float32
 FLOAT32_ROUTER = {"mlp.gate", "e_score_correction_bias"}
@@ -91,11 +92,16 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer with an end-of-turn token; padding is by position here, so its pad token does not matter."""
+    """The tokenizer with an end-of-turn token; padding is by position here, so any pad token will do.
+
+    MiniMax-M2 has one that its settings do not name; other programs that mask by id would lose the end-of-turn label.
+    """
     from transformers import AutoTokenizer
 
     with _readable(directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if tokenizer.pad_token_id is None and UNNAMED_PAD in tokenizer.get_vocab():
+        tokenizer.pad_token = UNNAMED_PAD
     problems = []
     if tokenizer.eos_token_id is None:
         problems.append(Problem(f"the tokenizer in {directory} has no eos token", fix="set eos_token in its config"))
