@@ -56,6 +56,8 @@ class BaseModelSection(Section):
     """Directory name under models/base/ for a source that is converted or built here."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype of the frozen weights; auto takes bfloat16 where the hardware multiplies it natively."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """bitsandbytes' 4 or 8 bits for the linear modules of a dense base; adapters then belong to that base alone."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation handed to transformers."""
 
@@ -505,6 +507,12 @@ def _base_problems(base: BaseModelSection) -> list[str]:
         problems.append(f"base.source {base.source!r}: the only toy is toy:minimax_m2")
     if base.revision and not COMMIT.fullmatch(base.revision):
         problems.append(f"base.revision {base.revision!r}: pin a commit of 40 hex digits, branches and tags can move")
+    if base.quantization != "none" and is_minimax_m2(base.source):
+        problems.append(
+            f"base.quantization {base.quantization}: MiniMax-M2 keeps 98% of its weights in fused experts, which "
+            "bitsandbytes does not quantise (nf4 would leave 422.4 of 426.1 GiB), and its checkpoint is FP8, which "
+            "bitsandbytes refuses; --base.quantization none"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base.name):
         problems.append(f"base.name {base.name!r}: a directory name of letters, digits, '.', '_' or '-'")
     return problems

@@ -25,6 +25,11 @@ def main(config: Config) -> dict[str, Any]:
     """Find the adapters, run the suites that were asked for, write down, show."""
     from utils import files, logger, runs, stages
     from utils.benchmarks import inputs, report
+    from utils.exceptions import ConfigError, Problem
+
+    if config.base.quantization != "none":
+        what = "the suites measure a base whose weights they merge and copy; in 4 or 8 bits they cannot"
+        raise ConfigError(Problem(what, f"--base.quantization {config.base.quantization}", "leave it out"))
 
     base = stages.start(config)
     pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None

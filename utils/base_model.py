@@ -13,14 +13,14 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from config import BaseModelSection
-from utils import chat, files, model_directory
+from utils import chat, files, model_directory, quantization
 from utils.exceptions import ArtefactError, PipelineError, Problem, is_lost_process, is_out_of_memory
 from utils.logger import event
 
@@ -52,11 +52,14 @@ class BaseModel:
     revision: str
     digest: str
     tokenizer_digest: str
+    quantization: str = quantization.PLAIN
+    """Into what the directory's weights are loaded; they are what these bits mean."""
 
     @property
     def reference(self) -> str:
         """What other tools load it by: the hub id, or its directory."""
-        return str(self.directory) if Path(self.source).is_dir() or not self.revision else self.source
+        is_here = Path(self.source).is_dir() or not self.revision or self.quantization != quantization.PLAIN
+        return str(self.directory) if is_here else self.source
 
     @property
     def model_type(self) -> str:
@@ -88,7 +91,15 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
         directory = Path(section.source)
     else:
         directory = _download(section)
-    return identify(directory, section.source, section.revision, models_dir / "base" / ".digests")
+    cache = models_dir / "base" / ".digests"
+    found = identify(directory, section.source, section.revision, cache)
+    if section.quantization == quantization.PLAIN:
+        return found
+    name = section.name if kind in ("wheel", "toy") and rest else Path(section.source).name
+    with _readable(directory):
+        directory = quantization.make(found, section.quantization, models_dir, name)
+    made = identify(directory, section.source, section.revision, cache)
+    return replace(made, quantization=section.quantization)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -115,12 +126,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The frozen base model on this process's device, in eval mode. `dtype` overrides the section's."""
+    """The frozen base model on this process's device, in eval mode, in its bits where it is quantised.
+
+    `dtype` overrides the section's.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _readable(base.directory):
         model_config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
     extra: dict[str, Any] = {}
+    in_bits = base.quantization != quantization.PLAIN
+    if in_bits:
+        bits = quantization.settings(base.quantization, dtype or compute_dtype(section.dtype), base.directory)
+        extra |= {"quantization_config": bits, "device_map": {"": device()}}
     quantisation = getattr(model_config, "quantization_config", None)
     if quantisation and _field(quantisation, "quant_method") == "fp8":
         from transformers import FineGrainedFP8Config
@@ -146,10 +164,14 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
         # transformers makes them up at random, with a warning
         what = f"the files of {base.directory} lack {len(lost)} tensors that its config.json asks for"
         raise ArtefactError(Problem(what, lost[:3], "fetch the model again"))
-    if extra and (dtype or compute_dtype(section.dtype)) == torch.float32:
+    if extra and not in_bits and (dtype or compute_dtype(section.dtype)) == torch.float32:
         model = model.float()  # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
     model.requires_grad_(False)
     _route_outside_autocast(model)
+    if in_bits:
+        quantization.check_loaded(model, base.directory)
+        quantization.keep_differentiable(model)
+        return model.eval()
     return model.to(device()).eval()
 
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from config import BaseModelSection, Config, is_minimax_m2
-from utils import adapters, base_model, files, known_models, plan_report, planning, sizes
+from utils import adapters, base_model, files, known_models, plan_report, planning, quantization, sizes
 from utils.base_model import BaseModel
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
@@ -57,6 +57,8 @@ def check(config: Config, *, loads_model: bool = True) -> None:
     if found is None:
         return
     dtype = loaded_dtype(config.base)
+    if config.base.quantization != quantization.PLAIN and (cannot := quantization.refusals(found, dtype)):
+        raise ArtefactError(cannot)
     if planning.weight_bytes(found, dtype) < WORTH_SAYING_BYTES:
         return
     event(plan_report.headline(found, dtype))
@@ -144,6 +146,8 @@ def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
 
 def loaded_dtype(section: BaseModelSection) -> Dtype:
     """What the frozen weights become in memory: an FP8 checkpoint is de-quantised."""
+    if section.quantization != quantization.PLAIN:
+        return section.quantization
     return "float32" if base_model.compute_dtype(section.dtype) == torch.float32 else "bfloat16"
 
 

@@ -15,6 +15,7 @@ from utils import adapter_files, adapters, base_model, cards, checkpoints, files
 from utils.base_model import BaseModel
 from utils.composition import zero_modules
 from utils.exceptions import ConfigError, NonFiniteError, Problem
+from utils.quantization import PLAIN
 from utils.runs import Run
 from utils.training_data import Batch, TrainingData
 
@@ -53,8 +54,14 @@ def training_identity(config: Config, stage: str, base: BaseModel, data: Run, **
         "seed": config.run.seed,
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
         "attention": config.base.attention,
+        **quantisation(base),
         **facts,
     }
+
+
+def quantisation(base: BaseModel) -> dict[str, str]:
+    """What an identity says about a base in 4 or 8 bits; another run may have the same weights de-quantised."""
+    return {} if base.quantization == PLAIN else {"quantization": base.quantization}
 
 
 def train_adapter(
