@@ -292,9 +292,10 @@ class EvaluateSection(Section):
 class BenchmarkSection(Section):
     """Speed and memory, always as ratios measured in one run."""
 
-    suite: tuple[Literal["inference", "training", "data", "merge", "evaluation"], ...] = ("inference",)
+    suite: tuple[Literal["inference", "training", "data", "merge", "evaluation", "gpu"], ...] = ("inference",)
     """inference: base, two active, composed, merged; training: our loop against TRL; data: 0.1 to 1 GB of text;
-    merge: our merge of a synthetic checkpoint against cp and peft; evaluation: our scoring against lm-eval."""
+    merge: our merge of a synthetic checkpoint against cp and peft; evaluation: our scoring against lm-eval;
+    gpu: MiniMax-M2's layers at their own width and a dense model, random weights, on one GPU."""
     prompt_tokens: tuple[Positive, ...] = (32, 256)
     """Prompt lengths."""
     batch_sizes: tuple[Positive, ...] = (1, 4)
@@ -313,6 +314,10 @@ class BenchmarkSection(Section):
     """The merge suite's adapter is on the experts too, not on the attention alone."""
     evaluation_items: Annotated[int, Field(ge=5)] = 40
     """Test questions of the evaluation suite, chosen by hash of their id; a fifth of them is a warm-up."""
+    gpu_steps: Annotated[int, Field(ge=2)] = 6
+    """Counted training steps of the gpu suite, after a warm-up."""
+    gpu_toy: bool = False
+    """Run the gpu suite at a toy's width, on a CPU too: shows that its whole path works and measures nothing."""
     evaluation_document_tokens: Positive = 20_000
     """Tokens of the evaluation suite's documents, held-out ones first; a fifth of them is a warm-up."""
 

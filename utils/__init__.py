@@ -42,5 +42,5 @@ engines    sizes, plan_report, plan_dry, preflight          a model counted; wha
            cards, model_index, gguf, hub                    its README, with an evaluation; other formats; publishing
            pages/       self-contained HTML pages: escaping, figures, charts
            canary/      the canary at the edge: balancer, log, probes, journal, loop, report
-           benchmarks/  speed and memory as ratios of one run
+           benchmarks/  speed and memory as ratios of one run; the gpu suite
 """

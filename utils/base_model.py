@@ -167,7 +167,7 @@ def load_model(base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype
     if extra and not in_bits and (dtype or compute_dtype(section.dtype)) == torch.float32:
         model = model.float()  # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
     model.requires_grad_(False)
-    _route_outside_autocast(model)
+    route_outside_autocast(model)
     if in_bits:
         quantization.check_loaded(model, base.directory)
         quantization.keep_differentiable(model)
@@ -195,7 +195,7 @@ def compute_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _route_outside_autocast(model: PreTrainedModel) -> None:
+def route_outside_autocast(model: PreTrainedModel) -> None:
     """Routers compute in the dtype of their weights: autocast would take a float32 router back to bfloat16."""
     for module in model.modules():
         if type(module).__name__.endswith("TopKRouter"):

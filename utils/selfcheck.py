@@ -117,6 +117,11 @@ def in_float32(base: BaseModel, section: BaseModelSection) -> Any:
     with _frugal_loading():
         base = replace(base, quantization=quantization.PLAIN)
         model = base_model.load_model(base, section, dtype=torch.float32)
+    return visiting_every_expert(model)
+
+
+def visiting_every_expert(model: Any) -> Any:
+    """The model, whose routers now choose all experts for every token."""
     for module in model.modules():
         if hasattr(module, "top_k") and hasattr(module, "num_experts"):
             module.top_k = module.num_experts
