@@ -192,6 +192,8 @@ def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
 def refuse_misfits(model: torch.nn.Module, factors: Factors) -> None:
     """Raises ArtefactError when the model has no weight of the right shape for an update."""
     shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in model.named_parameters()}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes |= {name: (m.out_features, m.in_features) for name, m in linear.items()}  # in 4 bits a weight is packed
     shapes = {name.replace(".base_layer", ""): shape for name, shape in shapes.items()}
     odd = [name for name, f in factors.items() if shapes.get(name) != f.shape][:5]
     if odd:

@@ -12,7 +12,18 @@ import psutil
 import torch
 
 from config import BaseModelSection, Config, is_minimax_m2
-from utils import adapters, base_model, files, fp8_choice, known_models, plan_report, planning, sharding, sizes
+from utils import (
+    adapters,
+    base_model,
+    files,
+    fp8_choice,
+    known_models,
+    plan_report,
+    planning,
+    quantization,
+    sharding,
+    sizes,
+)
 from utils.base_model import BaseModel
 from utils.exceptions import ArtefactError, Problem
 from utils.fp8_choice import Choice
@@ -60,6 +71,8 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     if found is None:
         return
     dtype, why = loaded_dtype(config.base), ""
+    if config.base.quantization != quantization.PLAIN and (cannot := quantization.refusals(found, dtype)):
+        raise ArtefactError(cannot)
     if found.stored == "fp8":
         choice = fp8(config, stage) if stage else Choice(False, "only training can keep it FP8")
         dtype, why = ("fp8" if choice.native else dtype), choice.why
@@ -190,6 +203,8 @@ def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
 
 def loaded_dtype(section: BaseModelSection) -> Dtype:
     """What the frozen weights become in memory, where an FP8 checkpoint is de-quantised."""
+    if section.quantization != quantization.PLAIN:
+        return section.quantization
     return "float32" if base_model.compute_dtype(section.dtype) == torch.float32 else "bfloat16"
 
 

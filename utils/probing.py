@@ -210,7 +210,8 @@ class Probe:
             def measure(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> None:
                 x = inputs[0].reshape(-1, inputs[0].shape[-1]).to(a_d.dtype)
                 d, t = (x @ a_d.mT) @ b_d, (x @ a_t.mT) @ b_t
-                w = torch.nn.functional.linear(inputs[0], module.base.weight).float()
+                w = module.base(inputs[0]).float()
+                w = w if module.base.bias is None else w - module.base.bias.float()
                 found = torch.stack([(d * d).sum(), (t * t).sum(), (d * t).sum(), (w * w).sum()]).double().cpu()
                 sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + found
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from config import BaseModelSection
-from utils import base_model
+from utils import base_model, quantization
 from utils.base_model import BaseModel
 from utils.exceptions import ConfigError, Problem, VerificationError
 from utils.logger import event
@@ -81,6 +81,9 @@ def load_model(base: BaseModel, section: BaseModelSection, *, native_fp8: bool =
     """
     if not asked():
         return base_model.load_model(base, section, native_fp8=native_fp8)
+    if base.quantization != quantization.PLAIN:
+        fix = "launch it with a file that deals nothing out, or leave out --base.quantization"
+        raise ConfigError(Problem("a base in 4 or 8 bits cannot be dealt out", base.quantization, fix))
     with unseen():
         _layer_classes(base_model.skeleton(base))  # a wrong name is found before the weights are read
         if dist.get_rank() == 0:

@@ -27,6 +27,7 @@ from utils import (
 from utils.base_model import BaseModel
 from utils.composition import ModuleFactors, zero_modules
 from utils.exceptions import ConfigError, NonFiniteError, Problem
+from utils.quantization import PLAIN
 from utils.runs import Run
 from utils.training_data import Batch, TrainingData
 
@@ -70,6 +71,7 @@ def training_identity(config: Config, stage: str, base: BaseModel, data: Run, **
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
         "attention": config.base.attention,
         **({"fp8": "native"} if preflight.form(config, stage, base).native else {}),
+        **quantisation(base),
         **facts,
     }
 
@@ -80,6 +82,11 @@ def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
     if form.why:
         logger.event(f"the FP8 checkpoint {'stays FP8' if form.native else 'is de-quantised'}", why=form.why)
     return sharding.load_model(base, config.base, native_fp8=form.native)
+
+
+def quantisation(base: BaseModel) -> dict[str, str]:
+    """What an identity says about a base in 4 or 8 bits; another run may have the same weights de-quantised."""
+    return {} if base.quantization == PLAIN else {"quantization": base.quantization}
 
 
 def train_adapter(

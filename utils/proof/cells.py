@@ -121,10 +121,7 @@ def answers_to(
     tokenizer = base_model.load_tokenizer(base.directory)
     how = InferenceSection(max_new_tokens=config.evaluate.max_new_tokens)
     return {
-        row.cell: [
-            chat.spoken(given.text)
-            for given in generation.answer_all(model, tokenizer, examples, on.system_prompt, how)
-        ]
+        row.cell: [given.spoken for given in generation.answer_all(model, tokenizer, examples, on.system_prompt, how)]
         for row, model in _models(config, base, wanted)
     }
 
