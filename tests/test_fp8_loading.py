@@ -19,17 +19,19 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, MiniMaxM2Config  # noqa: E402
 
-from config import Config, minimax_m2  # noqa: E402
+from config import ATTENTION, Config, LoraSection, minimax_m2  # noqa: E402
 from tests import minimax_support  # noqa: E402
 from tests.support import relative, saved_model, temporary_directory  # noqa: E402
 from utils import adapters, base_model, cli, fp8_choice, known_models, preflight, stages  # noqa: E402
 from utils.exceptions import ArtefactError, ConfigError  # noqa: E402
 from utils.fp8_choice import Facts, choose  # noqa: E402
+from utils.losses import NextTokenLoss, autocast  # noqa: E402
 from utils.planning import GIB  # noqa: E402
 from utils.preflight import Machine  # noqa: E402
 
 H100 = Facts(capability=(9, 0), kernels="", on_experts=False, computes_in="bfloat16")
 M2 = known_models.minimax_m2(known_models.MINIMAX_M2)
+LORA = LoraSection(rank=4, alpha=8, target_modules=ATTENTION)
 IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -178,6 +180,33 @@ class Loaded(unittest.TestCase):
             with torch.no_grad():
                 found = [m(IDS, use_cache=False).logits.float() for m in (kept, plain)]
         self.assertLess(relative(*found), 0.1)
+
+    def test_attention_adapters_learn_over_fp8_as_over_bfloat16_and_recomputing_changes_nothing(self) -> None:
+        def losses(*, native: bool, recomputes: bool) -> list[float]:
+            loaded = minimax_support.load_native_fp8() if native else base_model.load_model(base, section)
+            model = stages.new_adapter(loaded, "task", LORA, 0).train()
+            if recomputes:
+                model.enable_input_require_grads()
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            optimizer = torch.optim.AdamW(adapters.trainable_parameters(model).values(), lr=1e-2)
+            positions, found = torch.arange(IDS.shape[1]).expand_as(IDS), []
+            for _ in range(5):
+                with autocast(model, torch.device("cpu")):
+                    loss = NextTokenLoss(model)(IDS, positions, IDS) / IDS.numel()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append(float(loss.detach()))
+            return found
+
+        base, section = minimax_support.fetched("fp8"), minimax_support.section("fp8")
+        with minimax_support.fp8_on_this_cpu():
+            native, again = (losses(native=True, recomputes=recomputes) for recomputes in (False, True))
+            plain = losses(native=False, recomputes=False)
+        self.assertEqual(native, again)
+        self.assertLess(native[-1], 0.8 * native[0], "nothing was learnt")
+        for one, other in zip(native, plain, strict=True):
+            self.assertAlmostEqual(one / other, 1, delta=0.01)
 
     def test_attention_adapters_of_the_real_shape_have_exactly_their_parameters(self) -> None:
         """On the meta device: what PEFT attaches to all 62 layers, not what arithmetic says."""
