@@ -57,8 +57,10 @@ def check(config: Config, *, loads_model: bool = True) -> None:
     if found is None:
         return
     dtype = loaded_dtype(config.base)
-    if config.base.quantization != quantization.PLAIN and (cannot := quantization.refusals(found, dtype)):
-        raise ArtefactError(cannot)
+    if config.base.quantization != quantization.PLAIN:
+        dealt_out = loads_model and Machine.here().shards > 1
+        if cannot := quantization.refusals(found, dtype, dealt_out=dealt_out):
+            raise ArtefactError(cannot)
     if planning.weight_bytes(found, dtype) < WORTH_SAYING_BYTES:
         return
     event(plan_report.headline(found, dtype))
