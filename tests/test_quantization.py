@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -34,7 +35,17 @@ from tests.support import (  # noqa: E402
     temporary_directory,
     toy,
 )
-from utils import adapters, base_model, frozen_lora, known_models, planning, preflight, quantization  # noqa: E402
+from utils import (  # noqa: E402
+    adapters,
+    base_model,
+    files,
+    frozen_lora,
+    known_models,
+    planning,
+    preflight,
+    quantization,
+    sizes,
+)
 from utils.base_model import BaseModel  # noqa: E402
 from utils.composition import Recipe, compose  # noqa: E402
 from utils.exceptions import ArtefactError, VerificationError  # noqa: E402
@@ -117,6 +128,17 @@ class Bits(unittest.TestCase):
             self.assertLess(relative(logits[f"{way} True"], logits["two False"]), 1e-5)
         self.assertGreater(relative(logits["two True"], logits["base True"]), 0.1)
 
+    def test_the_planner_knows_the_bytes_that_are_held(self) -> None:
+        shapes = sizes.of_settings(files.read_object(self.plain.directory / "config.json"))
+        for kind in KINDS:
+            settings = BaseModelSection(source=str(self.source), quantization=kind, dtype="bfloat16")
+            model = base_model.load_model(self.base(kind), settings)
+            held = sum(p.numel() * p.element_size() for p in model.parameters())
+            for module in filter(quantization.is_quantised, model.modules()):
+                scales = module.weight.quant_state.absmax if kind == "nf4" else module.weight.SCB
+                held += scales.numel() * scales.element_size()
+            self.assertEqual(held, planning.weight_bytes(shapes, preflight.loaded_dtype(settings)))
+
     def test_in_eight_bits_only_the_rounding_of_activations_is_left(self) -> None:
         with torch.no_grad():
             in_bits, plain = (self.loaded("int8", in_bits=value)(IDS).logits for value in (True, False))
@@ -164,12 +186,21 @@ class Refusals(unittest.TestCase):
     def test_minimax_m2_is_refused_by_its_settings_with_the_numbers_that_the_plan_has(self) -> None:
         with self.assertRaises(ValidationError) as caught:
             Config(base=minimax_m2().base.model_copy(update={"quantization": "nf4"}))
-        sizes = known_models.minimax_m2(known_models.MINIMAX_M2)
-        kept, whole = (planning.weight_bytes(sizes, dtype) / planning.GIB for dtype in ("nf4", "bfloat16"))
+        shapes = known_models.minimax_m2(known_models.MINIMAX_M2)
+        kept, whole = (planning.weight_bytes(shapes, dtype) / planning.GIB for dtype in ("nf4", "bfloat16"))
         self.assertIn(f"nf4 would leave {kept:.1f} of {whole:.1f} GiB", str(caught.exception))
-        (problem,) = quantization.refusals(sizes, "nf4")
+        (problem,) = quantization.refusals(shapes, "nf4")
         self.assertIn(f"{kept:.1f} of {whole:.1f} GiB", problem.what)
         self.assertIn("FP8", problem.what)
+
+    def test_processes_that_would_deal_the_weights_out_are_refused(self) -> None:
+        source = dense(temporary_directory() / "llama")
+        wanted = Config(base=section(source, "nf4"))
+        preflight.check(wanted)
+        machine = preflight.Machine(shards=8, local=8, gpu_bytes=2**36, host_bytes=2**40)
+        with mock.patch.object(preflight.Machine, "here", return_value=machine), self.assertRaises(ArtefactError) as no:
+            preflight.check(wanted)
+        self.assertIn("FSDP does not deal out", str(no.exception))
 
     def test_a_mixture_of_experts_is_refused_before_anything_is_loaded_or_written(self) -> None:
         base = saved_model("minimax_m2")

@@ -71,8 +71,10 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     if found is None:
         return
     dtype, why = loaded_dtype(config.base), ""
-    if config.base.quantization != quantization.PLAIN and (cannot := quantization.refusals(found, dtype)):
-        raise ArtefactError(cannot)
+    if config.base.quantization != quantization.PLAIN:
+        dealt_out = loads_model and Machine.here().shards > 1
+        if cannot := quantization.refusals(found, dtype, dealt_out=dealt_out):
+            raise ArtefactError(cannot)
     if found.stored == "fp8":
         choice = fp8(config, stage) if stage else Choice(False, "only training can keep it FP8")
         dtype, why = ("fp8" if choice.native else dtype), choice.why

@@ -40,9 +40,15 @@ PLAIN = "none"
 LOAD_TOLERANCE = 2**-7
 
 
-def refusals(found: ModelSizes, kind: Dtype) -> list[Problem]:
-    """Why a model of these shapes cannot be quantised, with the numbers; empty for one that can."""
+def refusals(found: ModelSizes, kind: Dtype, *, dealt_out: bool = False) -> list[Problem]:
+    """Why a model of these shapes cannot be quantised, with the numbers; empty for one that can.
+
+    `dealt_out`: the launcher would have FSDP deal the weights out to its processes.
+    """
     fix = "leave out --base.quantization"
+    if dealt_out:  # accelerate leaves bytes out of sharding, so each process would hold all of them
+        what = "FSDP does not deal out weights in 4 or 8 bits"
+        return [Problem(what, kind, f"{fix}, or launch with scripts/launch/one_gpu.yaml")]
     if found.experts:
         whole, kept = weight_bytes(found, "bfloat16") / GIB, weight_bytes(found, kind) / GIB
         what = (
