@@ -24,11 +24,19 @@ import torch  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
 from tests.fault_support import At, Place, Send, resolve  # noqa: E402
-from tests.support import Completed, clean_environment, last_json, relative, saved_model  # noqa: E402
+from tests.support import (
+    Completed,
+    clean_environment,
+    last_json,
+    relative,
+    saved_model,
+    temporary_directory,
+    toy,
+)  # noqa: E402
 from tests.test_merging import fp8_checkpoint  # noqa: E402
 from tests.test_plan import LAUNCH, SHARDED, told_by  # noqa: E402
 from tests.test_training import losses, metrics, newest_checkpoint  # noqa: E402
-from utils import adapter_files, base_model, files, sharding  # noqa: E402
+from utils import adapter_files, base_model, files, shards, sharding  # noqa: E402
 from utils.exceptions import ConfigError  # noqa: E402
 
 FSDP_FILE = LAUNCH / "cpu_two_processes_fsdp.yaml"
@@ -42,10 +50,12 @@ STOPPED, UNEQUAL = 75, 4
 
 class SameAsOneProcess(unittest.TestCase):
     def assert_same(self, found: Path, expected: Path, loss_tolerance: float = 1e-4) -> None:
-        """The same losses of steps and dev, and the same adapter."""
+        """The same losses of steps and dev, the same gradients (AdamW forgets their scale), and the same adapter."""
         self.assertEqual([m["step"] for m in metrics(found)], [m["step"] for m in metrics(expected)])
         for one, two in zip(all_losses(expected), all_losses(found), strict=True):
             self.assertAlmostEqual(one, two, delta=loss_tolerance)
+        for one, two in zip(metrics(expected), metrics(found), strict=True):
+            self.assertAlmostEqual(two["grad_norm"] / one["grad_norm"], 1, delta=1e-3)
         self.assertEqual(files.read_manifest(found)["measured"]["kept_step"], kept_step(expected))
         alone, both = (adapter_files.load(run / "adapter") for run in (expected, found))
         self.assertEqual(alone.keys(), both.keys())
@@ -91,6 +101,20 @@ class SameAsOneProcess(unittest.TestCase):
         self.assertEqual([done.returncode for done in ended], [0, 0], ended[0].stderr)
         self.assertIn("the model is dealt out", ended[0].stderr)
         self.assert_same(place.run_of("two", "task"), place.run_of("one", "task"))
+
+    def test_a_llama_whose_embeddings_are_its_output_head(self) -> None:
+        place, base = reference(), temporary_directory() / "tied"
+        model, tokenizer = toy.tiny_llama()
+        model.config.tie_word_embeddings, model.lm_head.weight = True, model.model.embed_tokens.weight
+        with base_model.quiet_transformers():
+            model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        self.assertNotIn("lm_head.weight", shards.Checkpoint(base).homes)
+        flags = [*FLAGS, f"--base.source={base}", "--domain.train.max_steps=3"]
+        last_json(place.start("train_domain_adapter", "--run.name", "tied-one", *flags).wait())
+        ended = together(place, "train_domain_adapter", "--run.name", "tied-two", *flags)
+        self.assertEqual([done.returncode for done in ended], [0, 0], ended[0].stderr)
+        self.assert_same(place.run_of("tied-two"), place.run_of("tied-one"))
 
 
 class Unequal(unittest.TestCase):
@@ -165,6 +189,12 @@ class Asked(unittest.TestCase):
     def test_a_script_that_does_not_train_is_not_started_in_several_processes_that_share_a_model(self) -> None:
         with self.told("--config_file", str(FSDP_FILE), WORLD_SIZE="2"), self.assertRaisesRegex(ConfigError, "python"):
             sharding.check(trains=False)
+
+    def test_quantised_weights_are_refused(self) -> None:
+        model = torch.nn.Linear(4, 4)
+        model.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+        with self.assertRaisesRegex(ConfigError, r"quantised weights cannot be dealt out \(got \['weight'\]\)"):
+            sharding._refuse_unlike(model)
 
     def test_a_layer_that_the_model_does_not_have_is_refused_before_weights_are_read(self) -> None:
         base = saved_model("llama")

@@ -151,6 +151,16 @@ def held_whole(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers()
 
 
+def checksum(tensor: torch.Tensor) -> int:
+    """The sum of a tensor's 4-byte words as integers: at the speed of the memory, where it is.
+
+    It tells numbers that changed or did not arrive, not ones that changed places.
+    """
+    as_bytes = _bytes(tensor.contiguous())
+    words = as_bytes.view(torch.int32) if as_bytes.numel() % 4 == 0 else as_bytes
+    return int(words.sum(dtype=torch.int64))
+
+
 def refuse_unequal(found: Mapping[str, Any], what: str) -> None:
     """Raises VerificationError, in every process, when `found` is not the same in all of them."""
     if is_alone():
@@ -218,12 +228,14 @@ def _deal(layer: torch.nn.Module, parts: Mapping[str, torch.nn.Module], mesh: De
     from torch.distributed.fsdp import fully_shard
 
     for name, tensor in _placed(parts).items():
-        as_bytes = tensor.detach().reshape(-1).view(torch.uint8)  # gloo and NCCL do not know every dtype
-        _from_main(as_bytes)
-        # a plain sum of 4-byte words: it tells bytes that did not arrive, at the speed of the memory
-        words = as_bytes.view(torch.int32) if as_bytes.numel() % 4 == 0 else as_bytes
-        sums[name] = int(words.sum(dtype=torch.int64))
+        _from_main(_bytes(tensor))
+        sums[name] = checksum(tensor)
     fully_shard(layer, mesh=mesh, reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as bytes: gloo and NCCL do not know every dtype."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def _from_main(as_bytes: torch.Tensor) -> None:

@@ -79,7 +79,8 @@ def frozen_adapters(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in frozen:
         digest.update(name.encode() + b"\0")
-        digest.update(_bytes(sharding.whole(parameter)))
+        whole = sharding.whole(parameter).detach().cpu().contiguous()
+        digest.update(whole.flatten().view(torch.uint8).numpy())
     return digest.hexdigest() if frozen else ""
 
 
@@ -91,12 +92,8 @@ def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
     """
     if sharding.is_alone():
         return
-    held = {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in sharding.held_whole(module)}
+    held = {name: sharding.checksum(tensor) for name, tensor in sharding.held_whole(module)}
     sharding.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def refuse_changed(before: str, after: str, what: str) -> None:
