@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
 from tests.fault_support import At, Place, Send, resolve  # noqa: E402
-from tests.support import (
+from tests.support import (  # noqa: E402
     Completed,
     clean_environment,
     last_json,
@@ -32,11 +32,11 @@ from tests.support import (
     saved_model,
     temporary_directory,
     toy,
-)  # noqa: E402
+)
 from tests.test_merging import fp8_checkpoint  # noqa: E402
 from tests.test_plan import LAUNCH, SHARDED, told_by  # noqa: E402
 from tests.test_training import losses, metrics, newest_checkpoint  # noqa: E402
-from utils import adapter_files, base_model, files, shards, sharding  # noqa: E402
+from utils import adapter_files, base_model, files, sharding, shards  # noqa: E402
 from utils.exceptions import ConfigError  # noqa: E402
 
 FSDP_FILE = LAUNCH / "cpu_two_processes_fsdp.yaml"
