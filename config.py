@@ -56,6 +56,8 @@ class BaseModelSection(Section):
     """Directory name under models/base/ for a source that is converted or built here."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype of the frozen weights; auto takes bfloat16 where the hardware multiplies it natively."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """bitsandbytes' 4 or 8 bits for the linear modules of a dense base; adapters then belong to that base alone."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation handed to transformers."""
     fp8: Literal["auto", "native", "dequantise"] = "auto"
@@ -294,9 +296,10 @@ class EvaluateSection(Section):
 class BenchmarkSection(Section):
     """Speed and memory, always as ratios measured in one run."""
 
-    suite: tuple[Literal["inference", "training", "data", "merge", "evaluation"], ...] = ("inference",)
+    suite: tuple[Literal["inference", "training", "data", "merge", "evaluation", "gpu"], ...] = ("inference",)
     """inference: base, two active, composed, merged; training: our loop against TRL; data: 0.1 to 1 GB of text;
-    merge: our merge of a synthetic checkpoint against cp and peft; evaluation: our scoring against lm-eval."""
+    merge: our merge of a synthetic checkpoint against cp and peft; evaluation: our scoring against lm-eval;
+    gpu: MiniMax-M2's layers at their own width and a dense model, random weights, on one GPU."""
     prompt_tokens: tuple[Positive, ...] = (32, 256)
     """Prompt lengths."""
     batch_sizes: tuple[Positive, ...] = (1, 4)
@@ -315,6 +318,10 @@ class BenchmarkSection(Section):
     """The merge suite's adapter is on the experts too, not on the attention alone."""
     evaluation_items: Annotated[int, Field(ge=5)] = 40
     """Test questions of the evaluation suite, chosen by hash of their id; a fifth of them is a warm-up."""
+    gpu_steps: Annotated[int, Field(ge=2)] = 6
+    """Counted training steps of the gpu suite, after a warm-up."""
+    gpu_toy: bool = False
+    """Run the gpu suite at a toy's width, on a CPU too: shows that its whole path works and measures nothing."""
     evaluation_document_tokens: Positive = 20_000
     """Tokens of the evaluation suite's documents, held-out ones first; a fifth of them is a warm-up."""
 
@@ -511,6 +518,12 @@ def _base_problems(base: BaseModelSection) -> list[str]:
         problems.append(f"base.revision {base.revision!r}: pin a commit of 40 hex digits, branches and tags can move")
     if base.fp8 == "native" and base.dtype == "float32":
         problems.append("base.fp8 native computes in bfloat16: --base.dtype bfloat16, or --base.fp8 dequantise")
+    if base.quantization != "none" and is_minimax_m2(base.source):
+        problems.append(
+            f"base.quantization {base.quantization}: MiniMax-M2 keeps 98% of its weights in fused experts, which "
+            "bitsandbytes does not quantise (nf4 would leave 422.4 of 426.1 GiB), and its checkpoint is FP8, which "
+            "bitsandbytes refuses; --base.quantization none"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base.name):
         problems.append(f"base.name {base.name!r}: a directory name of letters, digits, '.', '_' or '-'")
     return problems

@@ -1,10 +1,11 @@
-"""Speed and memory: base, two active, composed and merged on the same prompts; training; data; merging; evaluation.
+"""Speed and memory: base, two active, composed, merged on the same prompts; training; data; merging; evaluation; GPU.
 
 Reads the newest task run and its domain run (random adapters of that shape when there are none); writes
 models/benchmark/<run>/ with results.json, summary.txt and a plot per suite. Interrupted, it goes on at the next suite.
 Measure on a machine that does nothing else: the ratios survive a loaded one, the times do not.
 
     python scripts/benchmark.py --benchmark.suite inference,training,data,merge,evaluation
+    python scripts/benchmark.py --preset tiny_minimax_m2 --benchmark.suite gpu --plan.gpu_tflops 989
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import Config
 from utils import cli
 
-SECTIONS = ("benchmark", "compose", "domain", "inputs", "base", "run")
+SECTIONS = ("benchmark", "compose", "domain", "inputs", "base", "plan", "run")
 
 
 def main(config: Config) -> dict[str, Any]:
     """Find the adapters, run the suites that were asked for, write down, show."""
     from utils import files, logger, runs, stages
-    from utils.benchmarks import inputs, report
+    from utils.benchmarks import gpu, inputs, report
+    from utils.exceptions import ConfigError, Problem
 
+    if config.base.quantization != "none":
+        what = "the suites measure a base whose weights they merge and copy; in 4 or 8 bits they cannot"
+        raise ConfigError(Problem(what, f"--base.quantization {config.base.quantization}", "leave it out"))
+
+    if "gpu" in config.benchmark.suite:
+        gpu.refuse(config)
     base = stages.start(config)
     pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None
     identity = _identity(config, base, pair)
@@ -66,6 +74,7 @@ def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
         "attention": config.base.attention,
         "device": base_model.device().type,
+        "gpu_tflops": config.plan.gpu_tflops if "gpu" in config.benchmark.suite else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "seed": config.run.seed,
@@ -79,7 +88,7 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
     import torch
 
     from utils import base_model, files
-    from utils.benchmarks import data, inference, inputs, merging, scoring, training
+    from utils.benchmarks import data, gpu, inference, inputs, merging, scoring, training
 
     def load() -> list[float] | None:
         return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
@@ -103,6 +112,8 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
                 found = data.measure(config)
             elif suite == "evaluation":
                 found = scoring.measure(config, base)
+            elif suite == "gpu":
+                found = gpu.measure(config)
             else:
                 found = merging.measure(config)
             files.write_json(path, found)
@@ -123,6 +134,8 @@ def plan(config: Config) -> list[str]:
         "merge": f"build a synthetic checkpoint of {wanted.merge_gigabytes:g} GB, copy and merge it, and remove all",
         "evaluation": f"score {wanted.evaluation_items} test questions and {wanted.evaluation_document_tokens:,} "
         "tokens of documents with our evaluation, and with lm-eval if it is there",
+        "gpu": "train as many layers of a random MiniMax-M2 as fit, with attention and with expert adapters, then "
+        "train, compose, merge and ask a random dense model" + (" (at toy size)" if wanted.gpu_toy else ""),
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
     size = plan_dry.lines(config, "benchmark")

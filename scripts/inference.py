@@ -68,14 +68,21 @@ def main(config: Config) -> dict[str, Any]:
     answer = _streaming(config, model, tokenizer, system_prompt)
     if interactive:
         return _interactive(answer)
-    return {"prompt": wanted.prompt, "answer": answer(wanted.prompt), "adapters": adapters}
+    return {"prompt": wanted.prompt, **answer(wanted.prompt), "adapters": adapters}
 
 
-def _streaming(config: Config, model: Any, tokenizer: Any, system_prompt: str) -> Callable[[str], str]:
+def _streaming(config: Config, model: Any, tokenizer: Any, system_prompt: str) -> Callable[[str], dict[str, str]]:
+    """Answers as they are made: the answer to stdout, what stands in the template's think block to stderr."""
     from utils import chat, generation
+    from utils.logger import warning
 
-    def answer(question: str) -> str:
+    def answer(question: str) -> dict[str, str]:
         ids = chat.prompt_ids(tokenizer, {"question": question}, system_prompt)
+        parting = generation.Parting(
+            lambda text: print(text, end="", flush=True, file=sys.stderr),
+            lambda text: print(text, end="", flush=True),
+            opened=chat.opens_thinking(tokenizer),
+        )
         (given,) = generation.answer(
             model,
             tokenizer,
@@ -83,15 +90,26 @@ def _streaming(config: Config, model: Any, tokenizer: Any, system_prompt: str) -
             max_new_tokens=config.inference.max_new_tokens,
             temperature=config.inference.temperature,
             top_p=config.inference.top_p,
-            stream=lambda text: print(text, end="", flush=True),
+            stream=parting,
         )
+        parting.end()
         print(flush=True)
-        return chat.spoken(given.text)
+        if given.opened:
+            print(file=sys.stderr)
+            if not given.ended and not given.spoken:
+                tokens = config.inference.max_new_tokens
+                warning("cut while still thinking: raise --inference.max_new_tokens", max_new_tokens=tokens)
+        return _parts(given)
 
     return answer
 
 
-def _interactive(answer: Callable[[str], str]) -> dict[str, Any]:
+def _parts(given: Any) -> dict[str, str]:
+    """The answer, and its reasoning where the template has a place for it."""
+    return {"answer": given.spoken} | ({"reasoning": given.reasoning} if given.opened else {})
+
+
+def _interactive(answer: Callable[[str], dict[str, str]]) -> dict[str, Any]:
     print("Ask a question; an empty line or Ctrl-D ends.", file=sys.stderr)
     asked = 0
     while True:
@@ -134,13 +152,13 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
 def _answer_file(
     config: Config, model: Any, tokenizer: Any, examples: list[dict[str, Any]], system_prompt: str
 ) -> dict[str, Any]:
-    from utils import chat, files, generation
+    from utils import files, generation
     from utils.progress import Progress
 
     with Progress("answers", total=len(examples), unit="prompt") as bar:
         answers = generation.answer_all(model, tokenizer, examples, system_prompt, config.inference, bar.advance)
     rows = [
-        {"id": example["id"], "prompt": example["question"], "answer": chat.spoken(answer.text)}
+        {"id": example["id"], "prompt": example["question"], **_parts(answer)}
         for example, answer in zip(examples, answers, strict=True)
     ]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)

@@ -65,12 +65,18 @@ class Place(Workspace):
         return self.models / stage / name
 
     def pair(self, name: str, *more: str, before: Any = (None, None)) -> list[Script]:
-        """The two processes of one run of the domain adapter, with what a launcher sets in their environment."""
+        """The two processes of one run of the domain adapter."""
+        return self.two("train_domain_adapter", "--run.name", name, *training_flags("domain"), *more, before=before)
+
+    def two(
+        self, script: str, *flags: str, before: Any = (None, None), told: dict[str, str] | None = None
+    ) -> list[Script]:
+        """Two processes of a script, with what a launcher sets in their environment, and what else it told them."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **there} for rank in (0, 1)]
-        return [self.train(name, *more, env=env, before=fault) for env, fault in zip(ranks, before, strict=True)]
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **there, **(told or {})} for rank in (0, 1)]
+        return [self.start(script, *flags, env=env, before=fault) for env, fault in zip(ranks, before, strict=True)]
 
 
 def training_flags(stage: str) -> list[str]:
@@ -222,7 +228,7 @@ class LimitFiles:
 
 @dataclass(frozen=True)
 class LimitMemory:
-    """From now on this process may map only this many bytes more than it has."""
+    """From now on this process may map only this many bytes more than it has; with 0, malloc has no reserve."""
 
     more: int
 
@@ -230,6 +236,11 @@ class LimitMemory:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         size = pages * resource.getpagesize() + self.more
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+        for reserve in () if self.more else (1 << 24, 1 << 20, 1 << 16, 1 << 13):
+            while libc.malloc(ctypes.c_size_t(reserve)):
+                pass
 
 
 @dataclass(frozen=True)

@@ -620,6 +620,15 @@ class Gguf(unittest.TestCase):
         self.model = odd
         self.assertEqual(gguf.convert(odd, "f16"), self.root / "{a}-f16.gguf")
 
+    def test_what_a_killed_conversion_left_is_removed_by_the_next_one_and_a_running_one_is_left_alone(self) -> None:
+        self.converter(GOOD)
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        (self.root / f".gguf.tmp-{ended.pid}").write_bytes(b"half")
+        (self.root / f".gguf.tmp-{os.getppid()}").write_bytes(b"of another one")
+        gguf.convert(self.model, "f16")
+        self.assertEqual(self.beside(), [f".gguf.tmp-{os.getppid()}", "merged model-f16.gguf"])
+
     def test_an_existing_file_is_never_overwritten_and_the_check_says_so_beforehand(self) -> None:
         self.converter("raise SystemExit('was started')")
         target = self.root / "merged model-f16.gguf"

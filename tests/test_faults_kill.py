@@ -53,6 +53,12 @@ def resumed_at(stderr: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def last_written(directory: Path) -> int:
+    """When the metrics were written to, in nanoseconds; 0 before."""
+    path = directory / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def newest_checkpoint(directory: Path) -> int:
     return max((int(path.name[5:]) for path in directory.glob("checkpoints/step-*")), default=0)
 
@@ -148,10 +154,12 @@ class TwoProcesses(unittest.TestCase):
         while kills:
             directory = place.run_of(f"two-{number}")
             while True:
-                newest = newest_checkpoint(directory)
+                newest, written = newest_checkpoint(directory), last_written(directory)
                 scripts = place.pair(f"two-{number}", before=(SLOW, None))
                 if kills:
                     wanted = newest + generator.randint(1, 12)
+                    # a new line: before the two have met, only their launcher could tell one that the other is gone
+                    scripts[0].wait_until(lambda d=directory, old=written: last_written(d) != old)
                     scripts[0].wait_until(lambda wanted=wanted, d=directory: len(metrics(d)) >= wanted)
                     time.sleep(generator.uniform(0.0, 0.2))
                     victim = generator.randint(0, 1)

@@ -164,7 +164,7 @@ class Training(unittest.TestCase):
                 self.resumes(name, 4)
 
     def test_a_weight_that_is_not_finite_is_in_no_checkpoint_and_in_no_adapter(self) -> None:
-        done = self.failed("nan-weight", InWeight(NAN, "utils.training._copy_of", 2))
+        done = self.failed("nan-weight", InWeight(NAN, "utils.training._Loop._save", 2))
         self.assertIn("of the checkpoint after step 8", done.stderr)
         self.assertIn("1 tensors hold NaN or infinity", done.stderr)
         done = self.failed("inf-weight", InWeight(INF, "utils.training._Loop.finish", 1), "--domain.train.keep=last")
@@ -223,6 +223,37 @@ class Spoilt:
 
 
 @dataclass(frozen=True)
+class InHead:
+    """One weight of the loaded model's head is NaN, so every logit of one token is."""
+
+    def __call__(self) -> None:
+        from utils import base_model
+
+        original = base_model.load_model
+
+        def load(*arguments: Any, **settings: Any) -> Any:
+            model = original(*arguments, **settings)
+            model.get_output_embeddings().weight.data[3, 1] = NAN
+            return model
+
+        base_model.load_model = load
+
+
+class Evaluation(unittest.TestCase):
+    def test_logits_that_are_not_finite_give_no_number_but_the_name_of_their_cell(self) -> None:
+        place = with_both_adapters()
+        done = place.start("evaluate", "--run.name", "nan-head", before=InHead()).wait()
+        self.assertEqual(done.returncode, NON_FINITE, done.stderr)
+        self.assertIn("the model gives NaN or infinite log-likelihoods (got 'base')", done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        self.assertEqual(done.stdout, "")
+        directory = place.run_of("nan-head", "evaluation")
+        self.assertFalse((directory / files.MANIFEST).exists())
+        self.assertEqual(list(directory.glob("cell_*.json")), [])
+        self.assertIn("verdict", last_json(place.start("evaluate", "--run.name", "nan-head").wait()))
+
+
+@dataclass(frozen=True)
 class LimitReload:
     """The fresh process that reloads the merged model may map only this many bytes."""
 
@@ -242,7 +273,8 @@ class Merge(unittest.TestCase):
         target = place.root / "large"
         flags = ["--merge_path", str(target)]
         for name, fault in (
-            ("writing", At("utils.merging._content", Raise("builtins.MemoryError", ""), 5)),
+            ("writing", At("utils.merging._content", LimitMemory(0), 5)),
+            ("writing its first file", At("utils.shards.write", LimitMemory(0), 1)),
             ("comparing", At("utils.selfcheck._compare", LimitMemory(0), 1)),
             ("reloading", LimitReload(200 << 20)),
         ):
@@ -250,6 +282,7 @@ class Merge(unittest.TestCase):
                 done = place.start("inference", *flags, before=fault).wait()
                 self.assertEqual(done.returncode, NO_MEMORY, done.stderr[-3000:])
                 self.assertIn("out of memory", done.stderr)
+                self.assertEqual("reloading the merged model" in done.stderr, not name.startswith("writing"))
                 self.assertNotIn("Traceback", done.stderr)
                 self.assertFalse(target.exists())
                 self.assertTrue(list(place.root.glob(".large.partial-*")))

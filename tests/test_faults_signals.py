@@ -121,7 +121,7 @@ class Training(unittest.TestCase):
         for kind in ("cpu", "cpu_two_processes"):
             directory = place.run_of(f"launched-{kind}")
             script = [str(ROOT / "scripts" / "train_domain_adapter.py"), *place.flags, "--run.name", directory.name]
-            launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
             command = [*launch, str(ROOT / "scripts" / "launch" / f"{kind}.yaml"), *script, *training_flags("domain")]
             process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stderr=subprocess.DEVNULL)
             while process.poll() is None and not (directory / "checkpoints" / "step-00000008").exists():

@@ -713,7 +713,7 @@ class Scripts(unittest.TestCase):
         self.assertGreater(relative(expected, by_hand(self.base, parts[1])), AN_EFFECT)
         self.assertLess(relative(logits(plain), expected), ROUNDING)
         answered = self.place.run("inference", *flags, "--prompt", "x")
-        self.assertEqual(set(last_json(answered)), {"prompt", "answer", "adapters"})
+        self.assertEqual(set(last_json(answered)), {"prompt", "answer", "reasoning", "adapters"})
         self.assertEqual(last_json(answered)["adapters"], found["adapters"])
         self.assertIn("using the newest composed run of these adapters", answered.stderr)
 

@@ -32,7 +32,7 @@ LIMITS = (
     *("--task.train.max_steps", "3", "--task.train.batch_tokens", "256", "--task.train.micro_batch_tokens", "256"),
     *("--task.train.max_dev_tokens", "512", "--run.trackers", ""),
 )
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
 THREADS = {"OMP_NUM_THREADS": "2"}
 MINUTES = 600
 

@@ -32,7 +32,7 @@ from tests.support import ARCHITECTURES, random_factors, relative, temporary_dir
 from utils import adapters, base_model, fp8, layer_sample, merging, selfcheck, shards  # noqa: E402
 from utils.base_model import BaseModel  # noqa: E402
 from utils.composition import Factors, ModuleFactors, delta  # noqa: E402
-from utils.exceptions import ArtefactError, VerificationError  # noqa: E402
+from utils.exceptions import ArtefactError, NonFiniteError, VerificationError  # noqa: E402
 
 SECTION = BaseModelSection(dtype="float32")
 ROUTERS = ("block_sparse_moe.gate.weight", "block_sparse_moe.e_score_correction_bias")
@@ -572,7 +572,7 @@ class Refused(unittest.TestCase):
             factors = on_attention(base)
             factors[name].b_Or[3, 1] = value
             target = temporary_directory() / "merged"
-            with self.assertRaisesRegex(VerificationError, name), mock.patch.object(selfcheck, "refuse_too_large"):
+            with self.assertRaisesRegex(NonFiniteError, name), mock.patch.object(selfcheck, "refuse_too_large"):
                 merged(base, factors, target)
             self.assertEqual(list(target.parent.iterdir()), [])
 

@@ -31,7 +31,7 @@ from tests.support import (  # noqa: E402
 )
 from utils import files, prepared  # noqa: E402
 
-ANSWERED = {"prompt", "answer", "adapters"}
+ANSWERED = {"prompt", "answer", "reasoning", "adapters"}
 TRAINED = {"stage", "run", "adapter", "digest", "reused", "steps", "seconds", "tokens_per_second", "best_dev_loss"}
 LOAD_MERGED = """
 import sys
@@ -110,9 +110,11 @@ class Pipeline(unittest.TestCase):
         self.assertEqual((found["answered"], found["output_file"]), (11, str(output)))
         answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
         self.assertEqual([a["id"] for a in answers], [row["id"] for row in rows])
-        self.assertEqual([set(a) for a in answers], [{"id", "prompt", "answer"}] * 11)
+        self.assertEqual([set(a) for a in answers], [{"id", "prompt", "answer", "reasoning"}] * 11)
         one = last_json(self.place.run("inference", "--prompt", rows[3]["prompt"]))
-        self.assertEqual(one["answer"], answers[3]["answer"], "batched and alone differ")
+        for key in ("answer", "reasoning"):
+            self.assertEqual(one[key], answers[3][key], "batched and alone differ")
+        self.assertTrue(one["reasoning"], "the toy never closes its think block, so all it says stands there")
 
     def test_adapters_are_chosen_by_name(self) -> None:
         expected = {

@@ -237,17 +237,19 @@ class DryRun(unittest.TestCase):
         self.assertRegex(found[0], r"minimax_m2: \d{2,3},\d{3} parameters")
 
 
+def told_by(*arguments: str) -> dict[str, str]:
+    """What `accelerate launch` tells the processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    parsed = launch_command_parser().parse_args([*arguments, "scripts/train_domain_adapter.py"])
+    # another test may be launching something just now
+    with mock.patch.dict(os.environ), mock.patch("accelerate.utils.launch.is_port_in_use", return_value=False):
+        parsed, _, _ = _validate_launch_command(parsed)
+        return prepare_multi_gpu_env(parsed) | {"processes": str(parsed.num_processes)}
+
+
 class LaunchFiles(unittest.TestCase):
-    def environment(self, *arguments: str) -> dict[str, str]:
-        """What `accelerate launch` tells the processes."""
-        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-        from accelerate.utils.launch import prepare_multi_gpu_env
-
-        parsed = launch_command_parser().parse_args([*arguments, "scripts/train_domain_adapter.py"])
-        with mock.patch.dict(os.environ):
-            parsed, _, _ = _validate_launch_command(parsed)
-            return prepare_multi_gpu_env(parsed) | {"processes": str(parsed.num_processes)}
-
     def test_every_file_is_read_by_accelerate(self) -> None:
         from accelerate.commands.config.config_args import load_config_from_file
         from accelerate.commands.launch import launch_command_parser
@@ -264,7 +266,7 @@ class LaunchFiles(unittest.TestCase):
         self.assertEqual(len(SHARDED), 3)
         for path in SHARDED:
             with self.subTest(path.name):
-                told = self.environment("--config_file", str(path))
+                told = told_by("--config_file", str(path))
                 expected = {
                     "ACCELERATE_USE_FSDP": "true",
                     "FSDP_VERSION": "2",
@@ -295,7 +297,7 @@ class LaunchFiles(unittest.TestCase):
                     words = command[2 : command.index("scripts/train_domain_adapter.py")]
                     words = ["0" if word == "RANK" else word for word in words]
                     self.assertTrue((ROOT / words[1]).is_file(), words)
-                    told = self.environment(*words)
+                    told = told_by(*words)
                     self.assertEqual(int(told["processes"]), config.plan.nodes * config.plan.gpus, command)
                     if sharded:
                         self.assertEqual(told["FSDP_TRANSFORMER_CLS_TO_WRAP"], sizes.layer_class)
@@ -322,7 +324,7 @@ class LaunchFiles(unittest.TestCase):
         lines = done.stdout.splitlines()
         self.assertEqual(len(lines), 2)
         for node, line in enumerate(lines):
-            told = self.environment(*(str(ROOT / w) if w.endswith(".yaml") else w for w in line.split()[1:-4]))
+            told = told_by(*(str(ROOT / w) if w.endswith(".yaml") else w for w in line.split()[1:-4]))
             self.assertEqual(
                 (told["processes"], f"--machine_rank {node} --main_process_ip first" in line), ("16", True)
             )

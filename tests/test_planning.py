@@ -234,7 +234,7 @@ def measure(
     """Peak bytes of the second optimiser step of the real loss, adapters and autocast."""
     with base_model.quiet_transformers():
         model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    base_model._route_outside_autocast(model)
+    base_model.route_outside_autocast(model)
     lora = LoraSection(rank=8, target_modules=targets, experts=experts)
     model = stages.new_adapter(model.requires_grad_(False), "task", lora, 0).train()
     if checkpoint:

@@ -6,6 +6,7 @@ import math
 import sys
 import unittest
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +20,7 @@ from config import TrainSection  # noqa: E402
 from tests.support import ARCHITECTURES, document_text, expert_factors, random_factors, relative  # noqa: E402
 from utils import adapters, evaluation, frozen_lora, interference, probing, stages, toy  # noqa: E402
 from utils.composition import Factors, Recipe, compose  # noqa: E402
-from utils.composition.search import Choice, Point, kept, paired, pareto, search  # noqa: E402
+from utils.composition.search import SURE, Choice, Keeping, Point, paired, pareto, search  # noqa: E402
 from utils.training_data import PackedDocuments, tokenise_pairs  # noqa: E402
 
 ITEMS, DOCUMENTS, TOKENS = 60, 12, 5
@@ -38,13 +39,19 @@ def losses(
     def evaluate(method: str, weights: tuple[float, ...]) -> Point:
         moved = [tuple(w + o for w, o in zip(weights, offsets, strict=False)) for offsets in own]
         nlls = tuple(TOKENS * answer(method, at) for at in moved)
-        return Point(method, weights, nlls, (TOKENS,) * ITEMS, documents, domain(weights) if domain else None)
+        of_documents = (domain(weights),) if domain else ()
+        return Point(method, weights, nlls, (TOKENS,) * ITEMS, documents, of_documents, (1,) * len(of_documents))
 
     return evaluate
 
 
 def bowl(a_d: float, a_t: float) -> Callable[[str, tuple[float, ...]], float]:
     return lambda method, weights: 2.0 + (weights[0] - a_d) ** 2 + 0.5 * (weights[1] - a_t) ** 2
+
+
+def documents_at(nlls: Sequence[float]) -> Point:
+    """Losses of dev documents of one token each."""
+    return Point("sum", (0.0, 0.0), (1.0,), (1,), ("d",), tuple(float(n) for n in nlls), (1,) * len(nlls))
 
 
 def find(evaluate: Callable[[str, tuple[float, ...]], Point], retention: float = 0.8, adapters: int = 2) -> Choice:
@@ -116,7 +123,7 @@ class Search(unittest.TestCase):
                 return point
             # perfect on what it was fitted to, useless elsewhere: over-fitting in its purest form
             nlls = tuple(0.0 if c in fitted[weights] else 50.0 for c in point.clusters)
-            return Point(method, weights, nlls, point.tokens, point.clusters, None)
+            return Point(method, weights, nlls, point.tokens, point.clusters)
 
         found = search(evaluate, 2, ("sum", "per_layer"), retention=0.8, fit_per_layer=fit)
         self.assertEqual(found.chosen.method, "sum")
@@ -125,15 +132,55 @@ class Search(unittest.TestCase):
 
     def test_the_pareto_front_is_what_no_other_point_beats_twice(self) -> None:
         def point(domain: float, answer: float) -> Point:
-            return Point("sum", (domain, answer), (answer,), (1,), ("d",), domain)
+            return Point("sum", (domain, answer), (answer,), (1,), ("d",), (domain,), (1,))
 
         points = [point(1, 5), point(2, 3), point(2, 4), point(3, 3), point(4, 1), point(5, 2)]
         self.assertEqual([p.weights for p in pareto(points)], [(1, 5), (2, 3), (4, 1)])
 
     def test_share_of_the_domain_gain(self) -> None:
-        base, half = (Point("sum", (0.0, 0.0), (1.0,), (1,), ("d",), nll) for nll in (3.0, 2.5))
-        self.assertEqual(kept(half, base, 1.0), 0.5)
-        self.assertEqual(kept(half, base, -0.1), math.inf)
+        base, domain, half = (documents_at(nlls) for nlls in ((3.0, 6.0), (2.0, 4.0), (2.5, 5.0)))
+        self.assertEqual(Keeping(base, domain, 0.5).share(half), (0.5, 0.0))
+        self.assertEqual(Keeping(domain, base, 0.5).share(half)[0], math.inf)
+        self.assertEqual(Keeping(base, domain, 0.5).gain, 1.5)
+
+    def test_the_lower_limit_of_the_share_is_that_of_resampled_documents(self) -> None:
+        generator = np.random.default_rng(5)
+        gains = generator.gamma(4.0, 0.25, 300)
+        kept = gains * (0.85 + 0.3 * generator.normal(size=300))
+        base = documents_at(np.full(300, 4.0))
+        keeping = Keeping(base, documents_at(4.0 - gains), 0.8)
+        share, error = keeping.share(documents_at(4.0 - kept))
+        drawn = generator.integers(0, 300, (4000, 300))
+        resampled = kept[drawn].sum(1) / gains[drawn].sum(1)
+        self.assertAlmostEqual(share, kept.sum() / gains.sum())
+        self.assertAlmostEqual(share - SURE * error, float(np.quantile(resampled, 0.05)), delta=0.1 * error)
+
+    def test_what_is_kept_has_to_be_sure_where_anything_is(self) -> None:
+        """Half of the documents lose all that the domain's weight gives up, the other half nothing."""
+
+        def evaluate(method: str, weights: tuple[float, ...]) -> Point:
+            point = losses(bowl(0.0, 1.0))(method, weights)
+            lost = 2.0 * max(0.0, 1.0 - weights[0])
+            nlls = tuple(2.0 + (lost if i % 2 else 0.0) if weights[0] else 3.0 for i in range(10))
+            return replace(point, document_nlls=nlls, document_tokens=(1,) * 10)
+
+        # a share s has the standard error (1 - s) / 3 here, so s - 1.645 (1 - s) / 3 >= 0.8 from 0.871 on
+        surely = find(evaluate)
+        self.assertEqual(surely.chosen.weights[0], 0.875)
+        self.assertIn("with 95% confidence over 10 documents", surely.reason)
+
+    def test_where_nothing_is_sure_the_value_decides_and_the_reason_says_so(self) -> None:
+        def evaluate(method: str, weights: tuple[float, ...]) -> Point:
+            point = losses(bowl(0.0, 1.0))(method, weights)
+            one_adapter = weights[1] == 0.0
+            gains = (1.0, 1.0) if one_adapter else (1.3, 0.4)
+            return replace(
+                point, document_nlls=tuple(3.0 - g * min(1.0, weights[0]) for g in gains), document_tokens=(1, 1)
+            )
+
+        found = find(evaluate)
+        self.assertGreaterEqual(found.chosen.weights[0], 0.8 / 0.85)
+        self.assertIn("are no proof", found.reason)
 
     def test_standard_error_is_that_of_whole_documents(self) -> None:
         """Against a cluster bootstrap; items of one document move together, so counting items would halve it."""

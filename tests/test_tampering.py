@@ -572,7 +572,9 @@ def save_checkpoints(root: Path, steps: tuple[int, ...]) -> None:
         parameter.grad = torch.full((64,), float(step))
         optimizer.step()
         weights = {"w": parameter.detach().clone()}
-        checkpoints.save(root, checkpoints.Progressed(step=step), weights, weights, optimizer, keep=2)
+        checkpoints.save(
+            root, checkpoints.Progressed(step=step), weights, weights, checkpoints.optimizer_tensors(optimizer), keep=2
+        )
 
 
 def config_for(place: Whole, *more: str) -> Config:

@@ -69,7 +69,14 @@ class Trusted(unittest.TestCase):
         files.write_json(run / "identity.json", {"stage": "domain"})
         weights = {"w": torch.ones(2)}
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-        checkpoints.save(run / "checkpoints", checkpoints.Progressed(step=4), weights, weights, optimizer, keep=2)
+        checkpoints.save(
+            run / "checkpoints",
+            checkpoints.Progressed(step=4),
+            weights,
+            weights,
+            checkpoints.optimizer_tensors(optimizer),
+            keep=2,
+        )
         step = run / "checkpoints" / "step-00000004"
         self.assertTrue(verification.verify(step, ()).trusted)
         step.rename(step.with_name("step-00000008"))

@@ -24,12 +24,14 @@ engines    sizes, plan_report, plan_dry, preflight          a model counted; wha
            model_directory   what is refused in one before any library opens it
            base_model   fetched or built once, identified by digest, loaded frozen
            misloaded    what a library gets wrong without a word while it loads one
+           sharding     one model dealt out to several processes; whether they still hold the same
            toy          real architectures at toy size
            corpus/      documents, labelled pairs, splits, the demo's domain
            prepared     prepared data on disk
            contamination   which test items stand in the corpus or in the training pairs
            chat         prompt and answer as token ids
            training_data, losses, watching, checkpoints, training     the loop over one adapter
+           quantization a dense base in 4 or 8 bits, and the model directory of what these mean
            experts      fused experts: their spellings, and where a checkpoint's tensors sit in the model
            adapter_settings, adapter_files                  adapters on disk: what their settings say, their factors
            adapters, frozen_lora                            adapters on a model: to train, to infer
@@ -43,5 +45,5 @@ engines    sizes, plan_report, plan_dry, preflight          a model counted; wha
            cards, model_index, gguf, hub                    its README, with an evaluation; other formats; publishing
            pages/       self-contained HTML pages: escaping, figures, charts
            canary/      the canary at the edge: balancer, log, probes, journal, loop, report
-           benchmarks/  speed and memory as ratios of one run
+           benchmarks/  speed and memory as ratios of one run; the gpu suite
 """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import LoraSection
-from utils import adapter_settings, disk, experts, files, watching
+from utils import adapter_settings, disk, experts, files, quantization, watching
 from utils.base_model import BaseModel
 from utils.composition import Factors, ModuleFactors, norm, zero_modules
 from utils.exceptions import ArtefactError, Problem
@@ -147,7 +147,8 @@ def _write(directory: Path, peft_config: LoraConfig, state: Mapping[str, torch.T
 
     watching.refuse_non_finite(state, f"the adapter for {directory}")
     files.make_directory(directory)
-    peft_config.base_model_name_or_path, peft_config.revision = base.reference, base.revision or None
+    peft_config.base_model_name_or_path = base.reference
+    peft_config.revision = (base.revision or None) if base.quantization == quantization.PLAIN else None
     # the weights first: without its adapter_config.json no tool takes the directory for an adapter
     with disk.errors(directory / adapter_settings.WEIGHTS):
         save_file(dict(state), directory / adapter_settings.WEIGHTS, metadata={"format": "pt"})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import LoraSection
-from utils import adapter_settings, experts
+from utils import adapter_settings, experts, sharding
 from utils.composition import Factors, ModuleFactors
 from utils.exceptions import ArtefactError, Problem, VerificationError
 
@@ -161,10 +161,11 @@ def lora_layers(model: PeftModel, name: str) -> dict[str, Any]:
 
 
 def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
-    """A detached float32 copy of an adapter on the model."""
+    """A detached float32 copy of an adapter on the model; of one that is dealt out, every process has to ask for it."""
     found = {}
     for path, layer in lora_layers(model, name).items():
-        lora_A, lora_B = (side[name].weight.detach().float().cpu().clone() for side in (layer.lora_A, layer.lora_B))
+        sides = (sharding.whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
+        lora_A, lora_B = (side.detach().float().cpu().clone() for side in sides)
         scale = float(layer.scaling[name])
         is_experts = getattr(layer, "num_experts", 1) > 1
         found[path] = (
@@ -191,6 +192,8 @@ def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
 def refuse_misfits(model: torch.nn.Module, factors: Factors) -> None:
     """Raises ArtefactError when the model has no weight of the right shape for an update."""
     shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in model.named_parameters()}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes |= {name: (m.out_features, m.in_features) for name, m in linear.items()}  # in 4 bits a weight is packed
     shapes = {name.replace(".base_layer", ""): shape for name, shape in shapes.items()}
     odd = [name for name, f in factors.items() if shapes.get(name) != f.shape][:5]
     if odd:

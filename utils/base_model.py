@@ -13,14 +13,14 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from config import BaseModelSection
-from utils import chat, files, misloaded, model_directory
+from utils import chat, files, misloaded, model_directory, quantization, shards
 from utils.exceptions import ArtefactError, PipelineError, Problem, is_lost_process, is_out_of_memory
 from utils.logger import event
 
@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     ),
     *("vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
+UNNAMED_PAD = "]!p~["
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 # float32 routing: a bfloat16 router sent 3% of tokens to other experts, and servers keep it in float32
 FLOAT32_ROUTER = {"mlp.gate", "e_score_correction_bias"}
@@ -51,11 +52,14 @@ class BaseModel:
     revision: str
     digest: str
     tokenizer_digest: str
+    quantization: str = quantization.PLAIN
+    """Into what the directory's weights are loaded; they are what these bits mean."""
 
     @property
     def reference(self) -> str:
         """What other tools load it by: the hub id, or its directory."""
-        return str(self.directory) if Path(self.source).is_dir() or not self.revision else self.source
+        is_here = Path(self.source).is_dir() or not self.revision or self.quantization != quantization.PLAIN
+        return str(self.directory) if is_here else self.source
 
     @property
     def model_type(self) -> str:
@@ -87,15 +91,28 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
         directory = Path(section.source)
     else:
         directory = _download(section)
-    return identify(directory, section.source, section.revision, models_dir / "base" / ".digests")
+    cache = models_dir / "base" / ".digests"
+    found = identify(directory, section.source, section.revision, cache)
+    if section.quantization == quantization.PLAIN:
+        return found
+    name = section.name if kind in ("wheel", "toy") and rest else Path(section.source).name
+    with _readable(directory):
+        directory = quantization.make(found, section.quantization, models_dir, name)
+    made = identify(directory, section.source, section.revision, cache)
+    return replace(made, quantization=section.quantization)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer with an end-of-turn token; padding is by position here, so its pad token does not matter."""
+    """The tokenizer with an end-of-turn token; padding is by position here, so any pad token will do.
+
+    MiniMax-M2 has one that its settings do not name; other programs that mask by id would lose the end-of-turn label.
+    """
     from transformers import AutoTokenizer
 
     with _readable(directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if tokenizer.pad_token_id is None and UNNAMED_PAD in tokenizer.get_vocab():
+        tokenizer.pad_token = UNNAMED_PAD
     problems = []
     if tokenizer.eos_token_id is None:
         problems.append(Problem(f"the tokenizer in {directory} has no eos token", fix="set eos_token in its config"))
@@ -109,18 +126,28 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    base: BaseModel, section: BaseModelSection, *, dtype: torch.dtype | None = None, native_fp8: bool = False
+    base: BaseModel,
+    section: BaseModelSection,
+    *,
+    dtype: torch.dtype | None = None,
+    native_fp8: bool = False,
+    place: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The frozen base model on this process's device, in eval mode. `dtype` overrides the section's.
+    """The frozen base model on this process's device, in eval mode, in its bits where it is quantised.
 
-    An FP8 checkpoint is de-quantised unless `native_fp8` says that its weights stay FP8 (utils/fp8_choice.py). Raises
-    ArtefactError for files that do not load, or load as something else than they say.
+    `dtype` overrides the section's. An FP8 checkpoint is de-quantised unless `native_fp8` says that it stays FP8
+    (utils/fp8_choice.py). `place` is another device; on "meta" it is the same model without values, and the weights are
+    not read. Raises ArtefactError for files that do not load, or load as something else than they say.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _readable(base.directory):
         model_config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
     extra: dict[str, Any] = {}
+    in_bits = base.quantization != quantization.PLAIN
+    if in_bits:
+        bits = quantization.settings(base.quantization, dtype or compute_dtype(section.dtype), base.directory)
+        extra |= {"quantization_config": bits, "device_map": {"": device()}}
     if is_fp8(model_config.to_dict()) and not native_fp8:
         from transformers import FineGrainedFP8Config
 
@@ -131,27 +158,61 @@ def load_model(
 
         MiniMaxM2ForCausalLM._keep_in_fp32_modules_strict = FLOAT32_ROUTER
     with quiet_transformers(), _readable(base.directory):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            base.directory,
-            output_loading_info=True,
-            dtype=dtype or compute_dtype(section.dtype),
-            attn_implementation=section.attention,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
+        how = {
+            "output_loading_info": True,
+            "dtype": dtype or compute_dtype(section.dtype),
+            "attn_implementation": section.attention,
+            "trust_remote_code": False,
+            "use_safetensors": True,
+            "local_files_only": True,
             **extra,
-        )
+        }
+        if place is not None and place.type == "meta":
+            model, found = _without_values(base, **how)
+        else:
+            model, found = AutoModelForCausalLM.from_pretrained(base.directory, **how)
     if lost := sorted(found["missing_keys"]):
         # transformers makes them up at random, with a warning
         what = f"the files of {base.directory} lack {len(lost)} tensors that its config.json asks for"
         raise ArtefactError(Problem(what, lost[:3], "fetch the model again"))
-    if extra and (dtype or compute_dtype(section.dtype)) == torch.float32:
+    if extra and not in_bits and (dtype or compute_dtype(section.dtype)) == torch.float32:
         model = model.float()  # transformers 5.23 leaves what is not quantised in an FP8 checkpoint in its own dtype
     model.requires_grad_(False)
     if problems := misloaded.problems(model, base.directory, native_fp8=native_fp8):
         raise ArtefactError(problems)
-    _route_outside_autocast(model)
-    return model.to(device()).eval()
+    route_outside_autocast(model)
+    if in_bits:
+        quantization.check_loaded(model, base.directory)
+        quantization.keep_differentiable(model)
+        return model.eval()
+    return model.to(place or device()).eval()
+
+
+def skeleton(base: BaseModel) -> PreTrainedModel:
+    """The model's modules on the meta device, from its config.json alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _readable(base.directory), torch.device("meta"):
+        settings = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+
+
+def _without_values(base: BaseModel, **how: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What `from_pretrained` would give, on the meta device: only the headers of the files are read.
+
+    It goes through the same loading, because that fuses experts, keeps routers in float32 and de-quantises.
+    """
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
+    headers = shards.Checkpoint(base.directory).headers.values()
+    state = {
+        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
+        for header in headers
+        for name, tensor in header.tensors.items()
+    }
+    architecture = type(skeleton(base))
+    return architecture.from_pretrained(None, config=settings, state_dict=state, device_map={"": "meta"}, **how)
 
 
 def is_fp8(settings: Mapping[str, Any]) -> bool:
@@ -175,11 +236,12 @@ def compute_dtype(name: str) -> torch.dtype:
     if device().type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    # avx512_bf16 without matrix units multiplies half as fast in bfloat16 as in float32 (decision_document.md)
+    native = capabilities.get("amx_bf16") or capabilities.get("bf16")
     return torch.bfloat16 if native else torch.float32
 
 
-def _route_outside_autocast(model: PreTrainedModel) -> None:
+def route_outside_autocast(model: PreTrainedModel) -> None:
     """Routers compute in the dtype of their weights: autocast would take a float32 router back to bfloat16."""
     for module in model.modules():
         if type(module).__name__.endswith("TopKRouter"):

@@ -15,6 +15,7 @@ import yaml
 
 from utils.base_model import BaseModel
 from utils.composition import METHODS
+from utils.quantization import PLAIN
 from utils.runs import Run
 
 TRAINED = {
@@ -208,6 +209,8 @@ def _self_check(check: str) -> list[str]:
 def _lineage(base: BaseModel, parents: Sequence[Run]) -> list[str]:
     made_from = f", made from `{base.source}`" if base.source.startswith(("wheel:", "toy:")) else ""
     commit = f" at `{base.revision}`" if _is_on_hub(base) else ""
+    if base.quantization != PLAIN:
+        made_from += f", quantised to {base.quantization} by bitsandbytes: its de-quantised weights are the base"
     return [
         "",
         "## Lineage",

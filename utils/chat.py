@@ -6,6 +6,9 @@ data has reasoning, because their generation prompt is not a prefix of the rende
 
 What a person wrote is text: a special token that stands in it (`<|im_end|>`) is spelled out in ordinary tokens. The
 template and this module alone put real ones; the marks of a think block in a conversation stay what templates cut at.
+
+The reasoning of earlier turns is handed to the template beside their content (`reasoning_content`), and the template
+decides: MiniMax-M2's shows that of turns after the last question alone, so in a prompt it shows none.
 """
 
 from __future__ import annotations
@@ -17,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THINK_END = "</think>"
-THINK_MARKS = ("<think>", THINK_END)
+THINK_START, THINK_END = THINK_MARKS = ("<think>", "</think>")
 # stands for a special token that a person wrote while a template is rendered; private use, so in no template
 _STAND_IN = 0xF0000
 
@@ -96,12 +98,28 @@ def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template's generation prompt leaves a think block open."""
     probe = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
-    return str(rendered).rstrip().endswith("<think>")
+    return str(rendered).rstrip().endswith(THINK_START)
 
 
-def spoken(text: str) -> str:
+def parted(text: str, *, opened: bool) -> tuple[str, str]:
+    """(reasoning, answer) of a generated text; `opened`: its prompt left a think block open.
+
+    What a block that is never closed holds is reasoning: servers return it as such, beside an empty answer.
+    """
+    before, mark, after = text.rpartition(THINK_END)
+    thoughts, answer = (before, after) if mark else (text, "") if opened else ("", text)
+    return thoughts.strip().removeprefix(THINK_START).strip(), answer.strip()
+
+
+def spoken(text: str, *, opened: bool = False) -> str:
     """A generated text without its reasoning, as it is scored and shown."""
-    return text.rpartition(THINK_END)[2].strip() if THINK_END in text else text.strip()
+    return parted(text, opened=opened)[1]
+
+
+def shown_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Generated ids without special tokens but for the think marks, which tell reasoning from answer."""
+    known = tokenizer.added_tokens_decoder
+    return [i for i in ids if i not in known or not known[i].special or str(known[i]) in THINK_MARKS]
 
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -115,12 +133,17 @@ def _with_stand_ins(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]
 ) -> tuple[list[dict[str, str]], dict[str, str]]:
     """The turns with a character in place of each special token that stands in them, and what each stands for."""
-    pattern, said = _special_tokens(tokenizer), "".join(turn["content"] for turn in turns)
+    texts = ("content", "reasoning_content")
+    pattern, said = _special_tokens(tokenizer), "".join(turn.get(key, "") for turn in turns for key in texts)
     tokens = sorted({found for found in pattern.findall(said)})
     free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in said)
     stand_ins = dict(zip(tokens, free, strict=False))
-    replaced = [{**turn, "content": pattern.sub(lambda found: stand_ins[found[0]], turn["content"])} for turn in turns]
-    return replaced, {character: token for token, character in stand_ins.items()}
+
+    def replaced(value: str) -> str:
+        return pattern.sub(lambda found: stand_ins[found[0]], value)
+
+    turns = [{key: replaced(value) if key in texts else value for key, value in turn.items()} for turn in turns]
+    return turns, {character: token for token, character in stand_ins.items()}
 
 
 def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -3,13 +3,15 @@
     checkpoints/step-00000020/   adapter.safetensors  best.safetensors  optimizer.safetensors
                                  state.json  manifest.json
 
-Random states are not saved: each step seeds the generator from (seed, step, rank), so they are a function of the step.
+Tensors are whole, so a run goes on with any number of processes. Random states are not saved: each micro-batch seeds
+the generator from (seed, step, its number), so they are a function of the step.
 """
 
 from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from utils import disk, files, watching
+from utils import disk, files, sharding, watching
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import warning
 
@@ -56,12 +58,13 @@ def save(
     state: Progressed,
     adapter: Tensors,
     best: Tensors,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Tensors,
     keep: int,
     **facts: Any,
 ) -> None:
     """Publish one checkpoint and remove all but the `keep` newest; its manifest holds `facts`.
 
+    `adapter` and `best` are whole tensors, `optimizer` is what `optimizer_tensors` says.
     Raises NonFiniteError when a tensor is not finite, and ArtefactError when the disk is too small; then nothing of it
     is there and the checkpoints before it are as they were.
     """
@@ -70,7 +73,7 @@ def save(
     target = root / f"step-{state.step:08d}"
     if target.exists():  # a resumed run that stops again before its next step has nothing new to say
         return
-    tensors = {"adapter": adapter, "best": best, "optimizer": _optimizer_tensors(optimizer)}
+    tensors = {"adapter": adapter, "best": best, "optimizer": optimizer}
     for name, group in tensors.items():
         watching.refuse_non_finite(group, f"the {name} of the checkpoint after step {state.step}")
     disk.require(root, sum(t.nbytes for group in tensors.values() for t in group.values()) + _SMALL_FILES, str(target))
@@ -81,6 +84,21 @@ def save(
         files.write_json(temporary / "state.json", _finite_json(asdict(state)))
     for old in _directories(root)[keep:]:
         _remove(old)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """AdamW's state, by number of the parameter and name."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": torch.as_tensor(value) for index, s in state.items() for key, value in s.items()}
+
+
+def whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> Tensors:
+    """The tensors, whole, in main memory; nothing where they are not to be kept.
+
+    Of a model that is dealt out, every process has to call it: they make one tensor whole after the other.
+    """
+    named = ((name, sharding.whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in named if keep}
 
 
 def newest_valid(root: Path) -> Path | None:
@@ -104,7 +122,7 @@ def newest_valid(root: Path) -> Path | None:
 
 
 def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[Progressed, Tensors, Tensors]:
-    """State, current adapter and best adapter (empty before a dev loss); the optimiser is restored in place.
+    """State, current adapter and best adapter (empty before a dev loss), whole; the optimiser is restored in place.
 
     Raises ArtefactError for one that is intact and was written by another version of this program.
     """
@@ -167,18 +185,12 @@ def _remove_hidden(root: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{key}": torch.as_tensor(value).contiguous() for index, s in state.items() for key, value in s.items()
-    }
-
-
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        state.setdefault(int(index), {})[key] = sharding.like(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.exceptions import ArtefactError, PipelineError, Problem
+from utils.exceptions import ArtefactError, PipelineError, Problem, is_out_of_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -27,7 +27,7 @@ def errors(target: Path) -> Iterator[None]:
     except PipelineError:
         raise
     except Exception as error:
-        if (found := _of_the_system(error)) is None:
+        if is_out_of_memory(error) or (found := _of_the_system(error)) is None:
             raise
         raise error_for(target, found) from error
 

@@ -166,7 +166,7 @@ def answered(
     thinks = chat.opens_thinking(tokenizer)
     found = []
     for example, answer in zip(examples, given, strict=True):
-        text = chat.spoken(answer.text)
+        text = answer.spoken
         left_over = "<think>" in text or (chat.THINK_END in answer.text) != thinks
         found.append(
             {
@@ -175,7 +175,7 @@ def answered(
                 "text": text,
                 "tokens": answer.tokens,
                 "ended": answer.ended,
-                "repetitive": answers.is_repetitive(text),
+                "repetitive": answers.is_repetitive(text or answer.text),
                 "thinking_left": left_over if answer.ended else "<think>" in text,
                 "exact_match": answers.exact_match(text, example["answers"]),
                 "f1": answers.token_f1(text, example["answers"]),

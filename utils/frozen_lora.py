@@ -35,6 +35,7 @@ from utils import experts
 from utils.adapters import refuse_misfits
 from utils.composition import Factors, ModuleFactors
 from utils.exceptions import ArtefactError, Problem
+from utils.quantization import is_quantised
 
 # rows up to which float32 factors are the faster on a CPU; above, its float32 products lose to bfloat16 units
 FEW_ROWS = 8
@@ -56,7 +57,8 @@ def attach(model: torch.nn.Module, adapters: Mapping[str, Factors]) -> torch.nn.
     for name, parameters in owners.items():
         module = model.get_submodule(name)
         if isinstance(module, torch.nn.Linear):
-            model.set_submodule(name, FrozenLoraLinear(module, parameters["weight"]))
+            kind = FrozenLoraQuantised if is_quantised(module) else FrozenLoraLinear
+            model.set_submodule(name, kind(module, parameters["weight"]))
         elif _is_plain_experts(module):
             model.set_submodule(name, FrozenLoraExperts(module, parameters))
         else:
@@ -141,6 +143,22 @@ class FrozenLoraLinear(torch.nn.Module):
         h_Nr = F.linear(x.reshape(-1, x.shape[-1]).to(update.dtype), update.a_rI)
         y.view(-1, y.shape[-1]).add_(torch.mm(h_Nr, update.b_rO))
         return y
+
+
+class FrozenLoraQuantised(FrozenLoraLinear):
+    """A linear module in 4 or 8 bits plus frozen low-rank updates: the module multiplies as only it can."""
+
+    def __init__(self, base: torch.nn.Linear, parts: Mapping[str, ModuleFactors]):
+        torch.nn.Module.__init__(self)
+        self.base = base
+        self.update = Update(parts, torch.empty(0, device=base.weight.device))  # float32: the weight's dtype is bits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, update = self.base(x), self.update
+        if not update.is_on:
+            return y
+        h_Nr = F.linear(x.reshape(-1, x.shape[-1]).to(update.dtype), update.a_rI)
+        return y + torch.mm(h_Nr, update.b_rO).view_as(y).to(y.dtype)
 
 
 class FrozenLoraExperts(torch.nn.Module):

@@ -19,11 +19,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, its reasoning included, in how many tokens, and whether it ended by itself."""
+    """A generated text, its reasoning included, in how many tokens, and whether it ended by itself.
+
+    `opened`: the prompt left a think block open, so that the text begins in it.
+    """
 
     text: str
     tokens: int
     ended: bool
+    opened: bool
+
+    @property
+    def reasoning(self) -> str:
+        """What stands in the think block."""
+        return chat.parted(self.text, opened=self.opened)[0]
+
+    @property
+    def spoken(self) -> str:
+        """The answer without its reasoning; empty when the tokens ran out in it."""
+        return chat.spoken(self.text, opened=self.opened)
+
+
+class Parting:
+    """A text that is streamed: what stands in the think block goes to one place, the answer to another."""
+
+    def __init__(self, thoughts: Callable[[str], None], answer: Callable[[str], None], *, opened: bool):
+        self._thoughts, self._answer, self._inside, self._held = thoughts, answer, opened, ""
+
+    def __call__(self, piece: str) -> None:
+        if not self._inside:
+            self._answer(piece)
+            return
+        before, mark, after = (self._held + piece).partition(chat.THINK_END)
+        if mark:
+            self._inside, self._held = False, ""
+            self._thoughts(before)
+            self._answer(after.lstrip("\n"))
+            return
+        # the beginning of what may become the mark waits for the next piece
+        kept = next((n for n in range(len(chat.THINK_END) - 1, 0, -1) if before.endswith(chat.THINK_END[:n])), 0)
+        self._held = before[len(before) - kept :]
+        self._thoughts(before[: len(before) - kept])
+
+    def end(self) -> None:
+        """Give out what was held back."""
+        self._thoughts(self._held)
+        self._held = ""
 
 
 def answer(
@@ -53,11 +94,17 @@ def answer(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
     class Streamer(TextStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            if not self.next_tokens_are_prompt:
+                value = torch.tensor(chat.shown_ids(tokenizer, value.tolist()))
+            if len(value):
+                super().put(value)
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if stream is not None:
                 stream(printable(text))
 
-    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream and len(prompts) == 1 else None
+    streamer = Streamer(tokenizer, skip_prompt=True) if stream and len(prompts) == 1 else None
     with torch.no_grad(), autocast(model, device):
         made = model.generate(
             input_ids=ids,
@@ -68,11 +115,13 @@ def answer(
             streamer=streamer,
             **sampling,
         )
+    opened = chat.opens_thinking(tokenizer)
     found = []
     for row in made[:, length:].tolist():
         ended = end in row
         kept = row[: row.index(end)] if ended else row
-        found.append(Answer(printable(tokenizer.decode(kept, skip_special_tokens=True)), len(kept) + ended, ended))
+        text = printable(tokenizer.decode(chat.shown_ids(tokenizer, kept)))
+        found.append(Answer(text, len(kept) + ended, ended, opened))
     return found
 
 

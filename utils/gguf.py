@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from utils.exceptions import ArtefactError, Problem
+from utils.locks import sweep
 from utils.logger import event
 from utils.secrets import redact
 
@@ -45,8 +46,9 @@ def convert(directory: Path, out_type: str) -> Path | None:
     if find_converter() is None:
         event(f"no GGUF converter is installed; get it with: {GET_IT}; then run: {shlex.join(run)}")
         return None
+    sweep(target.parent)
     # no part of the model's name: the converter fills in {placeholders} in a file name
-    temporary = target.with_name(f".converting-{os.getpid()}.gguf")
+    temporary = target.with_name(f".gguf.tmp-{os.getpid()}")
     event("converting to GGUF", type=out_type, target=target)
     try:
         _run(command(directory, out_type, temporary), run)

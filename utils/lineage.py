@@ -11,6 +11,7 @@ from utils import adapter_files, adapter_settings, base_model, files, prepared, 
 from utils.base_model import BaseModel
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
+from utils.quantization import PLAIN
 from utils.runs import Run
 
 ELSEWHERE = "elsewhere"
@@ -99,7 +100,9 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
         f"{directory} was made for another base model", f"{named} {revision}".strip(), f"this one is {base.source}"
     )
     if is_model(named):
-        other = base_model.fetch(BaseModelSection(source=str(named)), config.run.models_dir)
+        is_this = Path(named).resolve() == base.directory.resolve()
+        as_ours = BaseModelSection(source=str(named), quantization=PLAIN if is_this else base.quantization)
+        other = base_model.fetch(as_ours, config.run.models_dir)
         if other.digest != base.digest:
             raise ArtefactError(problem)
     elif named and base.revision and (named != base.source or revision not in ("", "main", base.revision)):
@@ -228,6 +231,11 @@ def _own(path: Path) -> Path | None:
 def _for_base(base: BaseModel) -> Callable[[Run], str]:
     def fits(run: Run) -> str:
         found = run.manifest["base"]
+        trained_on = found.get("quantization", PLAIN)
+        if found["digest"] != base.digest and trained_on != base.quantization:
+            says = {PLAIN: "the base model as it is"}
+            ours, theirs = (says.get(kind, f"the base model in {kind}") for kind in (base.quantization, trained_on))
+            return f"trained on {theirs}, this is {ours} (say --base.quantization {trained_on})"
         if found["digest"] != base.digest:
             other, ours = found["digest"][:12], base.digest[:12]
             return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"

@@ -23,7 +23,7 @@ from config import BaseModelSection, MergeSection
 from utils import disk, experts, files, fp8, selfcheck, shards
 from utils.base_model import COMPANION_FILES, BaseModel
 from utils.composition import Factors, ModuleFactors, norm
-from utils.exceptions import ArtefactError, Problem, VerificationError
+from utils.exceptions import ArtefactError, NonFiniteError, Problem, VerificationError
 from utils.logger import event
 from utils.progress import Progress
 from utils.shards import Checkpoint, Header, Tensor
@@ -68,7 +68,8 @@ def merge(
 
     `fingerprint` says what is being made: a call with the same one goes on where an interrupted one stopped. Raises
     ArtefactError when the target is in the way, the disk is too small, the base is damaged or a delta fits no tensor,
-    and VerificationError when a number is not finite or the reloaded model is not the composed one.
+    NonFiniteError when a merged weight is not finite, and VerificationError when the reloaded model is not the
+    composed one.
     """
     refuse_target(target)
     intended = plan(base, factors, settings.dtype)
@@ -80,7 +81,7 @@ def merge(
         try:
             found, sha256s = write(intended, directory, card)
             checks |= found | selfcheck.merged_equals_composed(base, factors, directory, section)
-        except VerificationError:
+        except (NonFiniteError, VerificationError):
             shutil.rmtree(directory)  # going on from files that failed their check would only fail again
             raise
         digests |= sha256s
@@ -188,7 +189,11 @@ def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
     """Write what is not finished; returns file name -> sha256, bytes and the changed tensors' squared norms."""
     record = _finished(plan, directory)
     done = sum(entry["bytes"] for entry in record.values())
-    with Progress("merging", total=plan.size, unit="B", done=done) as bar, shards.one_thread():
+    with (
+        Progress("merging", total=plan.size, unit="B", done=done) as bar,
+        shards.one_thread(),
+        shards.one_more_thread() as thread,
+    ):
         for path in plan.checkpoint.headers:
             if path.name in record:
                 continue
@@ -198,7 +203,7 @@ def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
             def content(name: str, path: Path = path, squares: dict[str, list[float]] = squares) -> Iterator[Any]:
                 return _content(plan, path, name, squares)
 
-            digest = shards.write(directory / path.name, header, content, bar.advance)
+            digest = shards.write(directory / path.name, header, content, bar.advance, thread)
             record[path.name] = {"sha256": digest, "bytes": header.size, "squares": squares}
             files.write_json(directory / RECORD, record)
     return record
@@ -248,7 +253,7 @@ def _computed(plan: Plan, path: Path, name: str, squares: dict[str, list[float]]
         yield shards.as_bytes(written_RI)
     if name in plan.updates:
         if not math.isfinite(error + size):
-            raise VerificationError(Problem(f"{name} is not finite after merging", fix="look at the adapters' weights"))
+            raise NonFiniteError(Problem(f"{name} is not finite after merging", fix="look at the adapters' weights"))
         squares[name] = [error, size, norm(plan.updates[name]) ** 2]
 
 

@@ -259,10 +259,12 @@ def report(config: Config, sizes: ModelSizes, base: Dtype, tokens: dict[str, int
 
 
 def loading(config: Config, sizes: ModelSizes, base: Dtype, *, sharded: bool) -> list[str]:
-    """Host memory of a node while the weights are loaded."""
+    """Host memory of a node, of the first if the model is dealt out, while the weights are loaded."""
     plan = config.plan
     needed = planning.loading_bytes(sizes, base, processes=plan.gpus, sharded=sharded)
-    how = "one copy a node, dealt out by its first process" if sharded else f"a copy for each of {plan.gpus} processes"
+    how = (
+        "one copy in the first process, which deals it out" if sharded else f"a copy for each of {plan.gpus} processes"
+    )
     enough = "fits" if needed <= plan.host_memory_gib * GIB else "does NOT fit"
     return [f"host memory while loading: {gib(needed)} of {plan.host_memory_gib:g} a node ({how}): {enough}"]
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 GIB = 2**30
-Dtype = Literal["float32", "bfloat16", "fp8"]
+Dtype = Literal["float32", "bfloat16", "fp8", "nf4", "int8"]
 # an FP8 checkpoint has one float32 scale for every block of this many rows and columns
 FP8_BLOCK = 128
+# bitsandbytes' nf4 has a float32 scale for this many weights, its int8 one for every row
+NF4_BLOCK = 64
 # positions whose logits exist at a time (utils/losses.py)
 LOSS_POSITIONS = 128
 # float32: value, gradient and AdamW's two moments
@@ -171,10 +173,17 @@ def lora_parameters(sizes: ModelSizes, adapter: Adapter) -> dict[str, int]:
 
 
 def weight_bytes(sizes: ModelSizes, dtype: Dtype) -> int:
-    """Bytes of the whole model with its weights in this dtype; FP8 is for matrices alone, the rest stays bfloat16."""
+    """Bytes of the whole model with its weights in this dtype.
+
+    FP8 is for matrices alone, nf4 and int8 for those that are no experts; the rest stays bfloat16.
+    """
     plain = 4 if dtype == "float32" else 2
     router = sizes.parameters["router"] * (4 if sizes.float32_router else plain)
     rest = sizes.total - sizes.parameters["router"]
+    if dtype in ("nf4", "int8"):
+        linear = [matrix for matrix in sizes.matrices if not matrix.is_experts]
+        bits = sum(_quantised_bytes(matrix, dtype) for matrix in linear)
+        return bits + (rest - sum(matrix.parameters for matrix in linear)) * plain + router
     if dtype != "fp8":
         return rest * plain + router
     quantised = sum(matrix.parameters for matrix in sizes.matrices)
@@ -197,6 +206,8 @@ def training_memory(
     frozen = sum(lora_parameters(sizes, step.below).values()) if step.below else 0
     layer = _share(weight_bytes(sizes, step.base) * sizes.layer_parameters, sizes.total)
     layer += _share(4 * (trained + frozen), sizes.num_layers)
+    # embeddings and head are gathered with the loss and stay until it is done
+    outside = (sizes.parameters["embeddings"] + sizes.parameters["head"]) * (4 if step.base == "float32" else 2)
     saved, working = _layer_activations(sizes, step)
     width, hidden = step.activation_bytes, sizes.hidden
     # the last norm keeps its input in float32
@@ -205,9 +216,11 @@ def training_memory(
     )
     casts = 2 * trained if step.base != "float32" else 0  # autocast keeps the factors in bfloat16 too
     passing = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
+    if step.base in ("nf4", "int8"):  # a matrix is de-quantised whole for each product
+        passing += max(width * m.out_features * m.in_features for m in sizes.matrices if not m.is_experts)
     return Memory(
         weights=_share(weight_bytes(sizes, step.base), shards),
-        gathered=layer * (2 if careful else 1) if shards > 1 else 0,
+        gathered=layer * (2 if careful else 1) + outside if shards > 1 else 0,
         adapters=_share(TRAINED_BYTES * trained + 4 * frozen, shards),
         kept=kept + _share(casts, shards),
         passing=max(_loss(sizes, step, whole_logits), passing),
@@ -222,7 +235,7 @@ def inference_memory(sizes: ModelSizes, dtype: Dtype, *, tokens: int, shards: in
 
 
 def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: bool) -> int:
-    """Host memory of one node while loading: a copy per process, or one that rank 0 deals out."""
+    """Host memory of one node while loading: a copy per process, or one that the first process deals out."""
     return weight_bytes(sizes, dtype) * (1 if sharded else processes)
 
 
@@ -321,6 +334,12 @@ def _expert_weights(sizes: ModelSizes, step: Step, careful: bool) -> int:
     gradient = 1.0 if careful else ONE_EXPERT_ADAPTER - 1
     second = TWO_EXPERT_ADAPTERS - (0 if careful else ONE_EXPERT_ADAPTER) if len(updated) > 1 else 0
     return int(layer * (kept + gradient + second))
+
+
+def _quantised_bytes(matrix: Matrix, dtype: Dtype) -> int:
+    if dtype == "nf4":
+        return matrix.parameters // 2 + 4 * math.ceil(matrix.parameters / NF4_BLOCK)
+    return matrix.parameters + 4 * matrix.out_features * matrix.copies
 
 
 def _share(amount: int, parts: int) -> int:

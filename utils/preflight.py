@@ -12,7 +12,18 @@ import psutil
 import torch
 
 from config import BaseModelSection, Config, is_minimax_m2
-from utils import adapters, base_model, files, fp8_choice, known_models, plan_report, planning, sizes
+from utils import (
+    adapters,
+    base_model,
+    files,
+    fp8_choice,
+    known_models,
+    plan_report,
+    planning,
+    quantization,
+    sharding,
+    sizes,
+)
 from utils.base_model import BaseModel
 from utils.exceptions import ArtefactError, Problem
 from utils.fp8_choice import Choice
@@ -24,6 +35,8 @@ if TYPE_CHECKING:
 
 # smaller models are loaded without a word about their size
 WORTH_SAYING_BYTES = 16 * GIB
+# how long the hub may take to say that it is there
+HUB_SECONDS = 5
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -40,10 +53,8 @@ class Machine:
     def here(cls) -> Machine:
         """This process's launcher and memory."""
         on_gpu = base_model.device().type == "cuda"
-        # on CPUs accelerate 1.15 replicates whatever the file says
-        sharded = on_gpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
         return cls(
-            shards=int(os.environ.get("WORLD_SIZE", "1")) if sharded else 1,
+            shards=int(os.environ.get("WORLD_SIZE", "1")) if sharding.asked() else 1,
             local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             gpu_bytes=torch.cuda.get_device_properties(base_model.device()).total_memory if on_gpu else 0,
             host_bytes=_host_bytes(),
@@ -60,6 +71,10 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     if found is None:
         return
     dtype, why = loaded_dtype(config.base), ""
+    if config.base.quantization != quantization.PLAIN:
+        dealt_out = loads_model and Machine.here().shards > 1
+        if cannot := quantization.refusals(found, dtype, dealt_out=dealt_out):
+            raise ArtefactError(cannot)
     if found.stored == "fp8":
         choice = fp8(config, stage) if stage else Choice(False, "only training can keep it FP8")
         dtype, why = ("fp8" if choice.native else dtype), choice.why
@@ -107,6 +122,8 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
     """
     whole = planning.weight_bytes(found, dtype)
     host = planning.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
+    if machine.shards > 1 and not machine.gpu_bytes:
+        host += whole * machine.local // machine.shards  # on CPUs the parts are in main memory too
     places = [("main memory", host, machine.host_bytes)]
     if machine.gpu_bytes:
         places.append(("GPU memory per process", whole // machine.shards, machine.gpu_bytes))
@@ -188,6 +205,8 @@ def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
 
 def loaded_dtype(section: BaseModelSection) -> Dtype:
     """What the frozen weights become in memory, where an FP8 checkpoint is de-quantised."""
+    if section.quantization != quantization.PLAIN:
+        return section.quantization
     return "float32" if base_model.compute_dtype(section.dtype) == torch.float32 else "bfloat16"
 
 
@@ -227,15 +246,19 @@ def _settings(section: BaseModelSection, models_dir: Path, *, ask_hub: bool) -> 
         return None
     if not ask_hub:
         return known_models.MINIMAX_M2
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, get_session, hf_hub_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
+    known = is_minimax_m2(section.source)
     try:
+        if known and not constants.HF_HUB_OFFLINE:
+            # one look first: a download tries again for half a minute before it says that there is no network
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
         return files.read_object(
             Path(hf_hub_download(section.source, "config.json", revision=section.revision or None))
         )
     except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if not is_minimax_m2(section.source):
+        if not known:
             return None
         reason = str(error).splitlines()[0]
         warning("the hub cannot be reached: counting MiniMax-M2 as it was published", reason=reason)

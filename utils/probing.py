@@ -102,10 +102,10 @@ def search(probe: Probe | None, section: ComposeSection, remembered: Path) -> Ch
 
 
 def _points(path: Path) -> list[Point]:
-    """Points that were measured before; a line that a kill cut short is measured again."""
+    """Points that were measured before; what a kill cut short or an older version wrote is measured again."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
+        with suppress(json.JSONDecodeError, TypeError):
             values = json.loads(line)
             found.append(Point(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
     return found
@@ -139,17 +139,17 @@ class Probe:
         common = {"batch_tokens": data.batch_tokens, "device": self.device}
         what = f"{method} {', '.join(f'{w:g}' for w in weights[:4])}"
         items = evaluation.score_questions(self.model, data.questions, pad_id=data.pad_id, what=what, **common)
-        domain = None
+        documents = []
         if data.documents is not None:
-            found = evaluation.score_documents(self.model, data.documents, what=what, **common)
-            domain = sum(d.nll for d in found) / sum(d.tokens for d in found)
+            documents = evaluation.score_documents(self.model, data.documents, what=what, **common)
         return Point(
             method,
             weights,
             tuple(item.answer_nll for item in items),
             tuple(item.answer_tokens for item in items),
             tuple(item.document for item in items),
-            domain,
+            tuple(d.nll for d in documents),
+            tuple(d.tokens for d in documents),
         )
 
     def gradient(self, weights_kL: torch.Tensor, batches: Sequence[Batch]) -> tuple[float, torch.Tensor]:
@@ -210,7 +210,8 @@ class Probe:
             def measure(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> None:
                 x = inputs[0].reshape(-1, inputs[0].shape[-1]).to(a_d.dtype)
                 d, t = (x @ a_d.mT) @ b_d, (x @ a_t.mT) @ b_t
-                w = torch.nn.functional.linear(inputs[0], module.base.weight).float()
+                w = module.base(inputs[0]).float()
+                w = w if module.base.bias is None else w - module.base.bias.float()
                 found = torch.stack([(d * d).sum(), (t * t).sum(), (d * t).sum(), (w * w).sum()]).double().cpu()
                 sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + found
 

@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from config import BaseModelSection
-from utils import adapters, base_model, experts, fp8, layer_sample, shards
+from utils import adapters, base_model, experts, fp8, layer_sample, quantization, shards
 from utils.base_model import BaseModel
 from utils.composition import Factors
 from utils.exceptions import ArtefactError, OutOfMemory, Problem, VerificationError, is_out_of_memory
@@ -108,14 +108,20 @@ def refuse_too_large(checkpoint: Checkpoint, factors: Factors) -> None:
 
 
 def in_float32(base: BaseModel, section: BaseModelSection) -> Any:
-    """The base model in float32, with every expert visited by every token.
+    """The base model in float32, with every expert visited by every token; of a quantised one what its bits mean.
 
     The choice of a few experts is a step at which errors of 1e-7 become visible.
     """
     # float32 has no flash attention
     section = section.model_copy(update={"attention": "sdpa"})
     with _frugal_loading():
+        base = replace(base, quantization=quantization.PLAIN)
         model = base_model.load_model(base, section, dtype=torch.float32)
+    return visiting_every_expert(model)
+
+
+def visiting_every_expert(model: Any) -> Any:
+    """The model, whose routers now choose all experts for every token."""
     for module in model.modules():
         if hasattr(module, "top_k") and hasattr(module, "num_experts"):
             module.top_k = module.num_experts

@@ -14,8 +14,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -232,13 +232,15 @@ def write(
     header: Header,
     content: Callable[[str], Iterable[Buffer]],
     advance: Callable[[int], None] = lambda _: None,
+    thread: Executor | None = None,
 ) -> str:
     """Write a planned file tensor by tensor and fsync it; returns its sha256, taken on the way.
 
-    `content(name)` yields the tensor's bytes in pieces that are not changed afterwards; `advance` hears of each.
+    `content(name)` yields the tensor's bytes in pieces that are not changed afterwards; `advance` hears of each;
+    `thread` (of `one_more_thread`) does the hashing.
     """
     digest = hashlib.sha256()
-    with path.open("wb") as handle, ThreadPoolExecutor(1) as pool:
+    with path.open("wb") as handle, nullcontext(thread) if thread else one_more_thread() as pool:
         hashed = pool.submit(digest.update, b"")
         for data in _pieces(header, content):
             # hashing is the slowest step and runs without the interpreter's lock: beside writing this, reading the next
@@ -250,6 +252,14 @@ def write(
         handle.flush()
         os.fsync(handle.fileno())
     return digest.hexdigest()
+
+
+@contextmanager
+def one_more_thread() -> Iterator[Executor]:
+    """A thread that runs already: CPython 3.11 waits for ever for one that dies of want of memory while it starts."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        yield pool
 
 
 def raw(path: Path, header: Header, name: str) -> Iterator[bytearray]:

@@ -11,10 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import Config, LoraSection, TrainSection
-from utils import adapter_files, adapters, base_model, cards, checkpoints, files, logger, preflight, runs, training
+from utils import (
+    adapter_files,
+    adapters,
+    base_model,
+    cards,
+    checkpoints,
+    files,
+    logger,
+    preflight,
+    runs,
+    sharding,
+    training,
+)
 from utils.base_model import BaseModel
-from utils.composition import zero_modules
+from utils.composition import ModuleFactors, zero_modules
 from utils.exceptions import ConfigError, NonFiniteError, Problem
+from utils.quantization import PLAIN
 from utils.runs import Run
 from utils.training_data import Batch, TrainingData
 
@@ -35,11 +48,12 @@ def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseM
     """
     from accelerate import PartialState
 
+    sharding.check(trains=bool(stage))
     preflight.check(config, loads_model=loads_model, stage=stage)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    state = PartialState(cpu=base_model.device().type == "cpu")
+    state = PartialState(cpu=base_model.device().type == "cpu", timeout=sharding.PATIENCE)
     with state.main_process_first():
         return base_model.fetch(config.base, config.run.models_dir)
 
@@ -57,6 +71,7 @@ def training_identity(config: Config, stage: str, base: BaseModel, data: Run, **
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
         "attention": config.base.attention,
         **({"fp8": "native"} if preflight.form(config, stage, base).native else {}),
+        **quantisation(base),
         **facts,
     }
 
@@ -66,7 +81,12 @@ def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
     form = preflight.form(config, stage, base)
     if form.why:
         logger.event(f"the FP8 checkpoint {'stays FP8' if form.native else 'is de-quantised'}", why=form.why)
-    return base_model.load_model(base, config.base, native_fp8=form.native)
+    return sharding.load_model(base, config.base, native_fp8=form.native)
+
+
+def quantisation(base: BaseModel) -> dict[str, str]:
+    """What an identity says about a base in 4 or 8 bits; another run may have the same weights de-quantised."""
+    return {} if base.quantization == PLAIN else {"quantization": base.quantization}
 
 
 def train_adapter(
@@ -108,8 +128,7 @@ def train_adapter(
             said = ", ".join(config.overrides) or "none"
             logger.event(f"training the {stage} adapter", path=directory, overrides=said)
             memory = preflight.predicted(config, stage, base)
-            model, outcome, data_facts = _train(config, stage, base, directory, build, each_step)
-            factors = adapters.factors_of(model, stage)
+            factors, outcome, data_facts = _train(config, stage, base, directory, build, each_step)
             if len(zero_modules(factors)) == len(factors):
                 raise NonFiniteError(Problem(f"every B of the {stage} adapter is still zero after training"))
             adapter_files.save(directory / "adapter", factors, base, lora=getattr(config, stage).lora)
@@ -140,7 +159,7 @@ def train_adapter(
 
 def _train(
     config: Config, stage: str, base: BaseModel, directory: Path, build: Callable[[], Any], each_step: EachStep | None
-) -> tuple[PeftModel, training.Outcome, dict[str, Any]]:
+) -> tuple[dict[str, ModuleFactors], training.Outcome, dict[str, Any]]:
     model, data, dev, data_facts = build()
     preflight.check_trainable(model, config, stage, base)
     accelerator = _accelerator(config, stage, directory)
@@ -163,7 +182,7 @@ def _train(
     # not end_training(): it also takes the process group down, and the processes still have to meet
     for tracker in accelerator.trackers:
         tracker.finish()
-    return model, outcome, data_facts
+    return adapters.factors_of(model, stage), outcome, data_facts
 
 
 def new_adapter(model: Any, stage: str, lora: LoraSection, seed: int, frozen: list[str] | None = None) -> PeftModel:
@@ -207,12 +226,13 @@ def _accelerator(config: Config, stage: str, directory: Path) -> Accelerator:
 
     project = ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory / "tracking"))
     try:
-        accelerator = Accelerator(
-            mixed_precision="no",  # autocast is ours: the frozen weights are loaded in the compute dtype
-            cpu=base_model.device().type == "cpu",
-            log_with=list(config.run.trackers) or None,
-            project_config=project,
-        )
+        with sharding.unseen():  # dealing the model out is ours too
+            accelerator = Accelerator(
+                mixed_precision="no",  # autocast is ours: the frozen weights are loaded in the compute dtype
+                cpu=base_model.device().type == "cpu",
+                log_with=list(config.run.trackers) or None,
+                project_config=project,
+            )
         if config.run.trackers:
             accelerator.init_trackers(f"{stage}-adapter")
     except (ValueError, ImportError) as error:

@@ -1,9 +1,9 @@
 """The training loop: one for both adapters, on accelerate, small because the details decide.
 
 What it promises: the same adapter bit for bit when killed anywhere and started again (CPU, one process); the loss is
-the mean over the trained tokens of the whole step, whatever the number of processes and micro-batches; only the named
-adapter changes; a non-finite number stops the run within one step; the adapter that is kept is the best on dev, or the
-last where that is asked for.
+the mean over the trained tokens of the whole step, whatever the number of processes and micro-batches, and whether the
+model is whole in each process or dealt out to them; only the named adapter changes; a non-finite number stops the run
+within one step; the adapter that is kept is the best on dev, or the last where that is asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import TrainSection
-from utils import adapters, checkpoints, files, signals, watching
+from utils import adapters, checkpoints, files, sharding, signals, watching
 from utils.exceptions import ArtefactError, DataError, Interrupted, OutOfMemory, Problem, is_out_of_memory
 from utils.logger import event, warning
 from utils.losses import NextTokenLoss, autocast
 from utils.progress import Progress
-from utils.training_data import IGNORED, Batch, MicroBatch, Step, TrainingData
+from utils.training_data import IGNORED, Batch, Step, TrainingData
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,6 +48,7 @@ class Outcome:
     dev_losses: list[tuple[int, float]]
     peak_memory_bytes: int
     world_size: int
+    is_dealt_out: bool
 
 
 def train(
@@ -106,9 +107,10 @@ def mean_loss(loss_module: torch.nn.Module, batches: list[Batch], accelerator: A
     loss_module.eval()
     inner = accelerator.unwrap_model(loss_module)
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-        sums[0] += float(_loss(inner, batch, accelerator.device))
-        sums[1] += batch.num_labels
+    for batch, counts in _share_of(batches, accelerator.process_index, accelerator.num_processes):
+        loss = float(_loss(inner, batch, accelerator.device))
+        if counts:
+            sums += torch.tensor([loss, batch.num_labels], dtype=torch.float64)
     sums = accelerator.reduce(sums.to(accelerator.device), "sum")
     loss_module.train(was_training)
     return float(sums[0] / sums[1])
@@ -141,6 +143,10 @@ class _Loop:
         self.model, self.data, self.dev, self.settings = model.train(), data, dev, settings
         self.total, self.seed, self.accelerator, self.what = total, seed, accelerator, what
         self.before_step = before_step
+        module = NextTokenLoss(model)
+        self.is_dealt_out = sharding.asked()
+        if self.is_dealt_out:
+            sharding.deal_out(module)  # the parameters are others after it
         self.parameters = adapters.trainable_parameters(model)
         optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -148,7 +154,8 @@ class _Loop:
             betas=(0.9, 0.95),
             weight_decay=settings.weight_decay,
         )
-        self.loss_module, self.optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
+        self.loss_module = module if self.is_dealt_out else accelerator.prepare(module)
+        self.optimizer = accelerator.prepare(optimizer)
         self.state = checkpoints.Progressed()
         self.best: checkpoints.Tensors = {}
         self.checkpoints = directory / files.SCRATCH
@@ -163,8 +170,9 @@ class _Loop:
         newest = _from_main(self.accelerator, newest)
         if newest is not None:
             self._refuse_other(newest)
-            self.state, current, self.best = checkpoints.load(newest, self.optimizer.optimizer)
+            self.state, current, best = checkpoints.load(newest, self.optimizer.optimizer)
             _copy_into(self.parameters, current)
+            self.best = {name: sharding.like(tensor, self.parameters[name]) for name, tensor in best.items()}
             event(f"{self.what}: resumed", step=self.state.step, checkpoint=newest)
         if self.accelerator.is_main_process:
             checkpoints.require_space(self.checkpoints, self.parameters, self.settings.keep_checkpoints)
@@ -207,6 +215,7 @@ class _Loop:
         """Put the state that is kept on the model: the best on dev, unless the last is wanted or there is no dev."""
         state = self.state
         kept_step = state.step
+        watching.refuse_diverged(self.model, state.step, self.what)
         if self.best and self.settings.keep == "best":
             _copy_into(self.parameters, self.best)
             kept_step = state.best_step
@@ -223,6 +232,7 @@ class _Loop:
             dev_losses=state.dev_losses,
             peak_memory_bytes=peak_memory_bytes(),
             world_size=self.accelerator.num_processes,
+            is_dealt_out=self.is_dealt_out,
         )
 
     def _remaining(self) -> Iterator[tuple[int, int, Step, bool]]:
@@ -251,12 +261,14 @@ class _Loop:
         """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
         accelerator, number = self.accelerator, self.state.step
         self.before_step(number)
-        torch.manual_seed((self.seed * 1_000_003 + number) * 4096 + accelerator.process_index)
         labels = max(1, self.data.num_labels(epoch, step))
         sums = torch.zeros(3, dtype=torch.float64)
         self.names, bad = [], []
         mine = _share_of(step, accelerator.process_index, accelerator.num_processes)
         for at, (rows, counts) in enumerate(mine):
+            # by the place in the step and not by process: dropout does not depend on the number of processes
+            place = at * accelerator.num_processes + accelerator.process_index
+            torch.manual_seed((self.seed * 1_000_003 + number) * 4096 + place)
             batch = self.data.batch(epoch, rows)
             self.names += batch.names
             if not counts:  # keeps the number of backward passes equal on every process
@@ -275,7 +287,8 @@ class _Loop:
         if not self.had_gradients:
             watching.refuse_without_gradient(self.parameters)
             self.had_gradients = True
-        norm = float(accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm))
+        clipped = accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        norm = float(sharding.whole(clipped))
         if not math.isfinite(norm):
             names = watching.from_every_process(accelerator, self.names)
             raise watching.non_finite(f"gradient norm of step {number + 1}", names)
@@ -299,14 +312,21 @@ class _Loop:
             self.best = _copy_of(self.parameters)
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
+        watching.refuse_diverged(self.model, self.state.step, self.what)
+        is_main = self.accelerator.is_main_process
+        # of a model that is dealt out, all have to take part in making a tensor whole, one at a time
+        adapter, best, optimizer = (
+            checkpoints.whole(tensors, keep=is_main)
+            for tensors in (self.parameters, self.best, checkpoints.optimizer_tensors(self.optimizer.optimizer))
+        )
+        if is_main:
             self.metrics.sync()
             checkpoints.save(
                 self.checkpoints,
                 self.state,
-                _copy_of(self.parameters),
-                self.best,
-                self.optimizer.optimizer,
+                adapter,
+                best,
+                optimizer,
                 self.settings.keep_checkpoints,
                 frozen=self.frozen,
                 conditions=self._conditions(),
@@ -319,6 +339,7 @@ class _Loop:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "processes": self.accelerator.num_processes,
+            "dealt out": self.is_dealt_out,
         }
 
     def _refuse_other(self, newest: Path) -> None:
@@ -335,11 +356,14 @@ class _Loop:
             )
 
 
-def _share_of(step: Step, process: int, processes: int) -> list[tuple[MicroBatch, bool]]:
-    """This process's micro-batches, and whether each counts; short processes repeat one that does not count."""
-    mine = [(rows, True) for rows in step[process::processes]]
-    missing = math.ceil(len(step) / processes) - len(mine)
-    return mine + [(step[0], False)] * missing
+def _share_of(items: Sequence[Any], process: int, processes: int) -> list[tuple[Any, bool]]:
+    """This process's micro-batches, and whether each counts; short processes repeat one that does not count.
+
+    The passes through the model have to be as many in every process: each is a conversation between them.
+    """
+    mine = [(rows, True) for rows in items[process::processes]]
+    missing = math.ceil(len(items) / processes) - len(mine)
+    return mine + [(items[0], False)] * missing
 
 
 def _loss(module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -354,7 +378,7 @@ def _copy_of(parameters: dict[str, torch.nn.Parameter]) -> checkpoints.Tensors:
 def _copy_into(parameters: dict[str, torch.nn.Parameter], tensors: checkpoints.Tensors) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(sharding.like(tensors[name], parameter))
 
 
 def _from_main(accelerator: Accelerator, value: Any) -> Any:

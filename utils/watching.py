@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils import disk, files
+from utils import disk, files, sharding
 from utils.exceptions import NonFiniteError, Problem, VerificationError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ NAMED = 8
 
 def refuse_non_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
     """Raises NonFiniteError that names the tensors holding NaN or infinity; for before something is published."""
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(sharding.own(tensor)).all()]
     if bad:
         fix = "lower the learning rate; run the same command again to go on from the last checkpoint"
         raise NonFiniteError(Problem(f"{what}: {len(bad)} tensors hold NaN or infinity", bad[:NAMED], fix))
@@ -35,16 +35,13 @@ def refuse_without_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> Non
     """After the first backward: every trained tensor has a finite gradient, and every B one that is not zero.
 
     A tensor without a gradient would silently stay as it is (FP8 experts do that). A's gradient is zero while B is.
-    Raises NonFiniteError that names the tensors.
+    Every process has to call it. Raises NonFiniteError that names the tensors.
     """
+    gradients = {name: sharding.whole(p.grad) for name, p in parameters.items() if p.grad is not None}
     faults = {
-        "are trainable and got no gradient": [name for name, p in parameters.items() if p.grad is None],
-        "got a gradient with NaN or infinity": [
-            name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()
-        ],
-        "are a B whose gradient is all zero": [
-            name for name, p in parameters.items() if "lora_B" in name and p.grad is not None and not p.grad.any()
-        ],
+        "are trainable and got no gradient": [name for name in parameters if name not in gradients],
+        "got a gradient with NaN or infinity": [n for n, g in gradients.items() if not torch.isfinite(g).all()],
+        "are a B whose gradient is all zero": [n for n, g in gradients.items() if "lora_B" in n and not g.any()],
     }
     fix = "nothing was trained; this is a defect of the base model's files or of a library"
     problems = [
@@ -82,8 +79,21 @@ def frozen_adapters(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in frozen:
         digest.update(name.encode() + b"\0")
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        whole = sharding.whole(parameter).detach().cpu().contiguous()
+        digest.update(whole.flatten().view(torch.uint8).numpy())
     return digest.hexdigest() if frozen else ""
+
+
+def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
+    """Raises VerificationError, in every process, when what all of them hold is no longer the same in each.
+
+    An average of gradients keeps adapters equal only as long as nothing else touches one of them; what is published is
+    the first process's, so the others would have trained for nothing, or it on gradients of something else.
+    """
+    if sharding.is_alone():
+        return
+    held = {name: sharding.checksum(tensor) for name, tensor in sharding.held_whole(module)}
+    sharding.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
 
 
 def refuse_changed(before: str, after: str, what: str) -> None:

@@ -29,6 +29,7 @@ def table(results: dict[str, Any]) -> str:
         "data": _data_table,
         "merge": _merge_table,
         "evaluation": _evaluation_table,
+        "gpu": _gpu_table,
     }
     lines = [_machine_line(results["machine"])]
     for suite, make in parts.items():
@@ -58,6 +59,10 @@ def headline(results: dict[str, Any]) -> dict[str, Any]:
         found["evaluation_per_second"] = {
             name: {contender: c["per_second"] for contender, c in part["contenders"].items()} for name, part in parts
         }
+    if "gpu" in results:
+        runs = {name: run for name, run in results["gpu"]["minimax_m2"].items() if "skipped" not in run}
+        found["gpu_tokens_per_second"] = {name: run["tokens_per_second"] for name, run in runs.items()}
+        found["gpu_62_layers_tokens_per_second"] = results["gpu"]["extrapolation"]["tokens_per_second"]
     return found
 
 
@@ -191,6 +196,41 @@ def _evaluation_table(found: dict[str, Any]) -> list[str]:
                 line += f"{n['largest_relative_difference']:>20.1e}"
             lines.append(line)
     return lines
+
+
+def _gpu_table(found: dict[str, Any]) -> list[str]:
+    lines = [f"MiniMax-M2's layers on one GPU{', at toy size: these numbers mean nothing' if found['toy'] else ''}"]
+    lines.append(f"  {'base, adapter':<14}{'layers':>7}{'tokens/s':>10}{'MFU':>7}{'peak GiB':>10}{'predicted GiB':>16}")
+    for name, n in found["minimax_m2"].items():
+        if "skipped" in n:
+            lines.append(f"  {name:<14} not measured: {n['skipped']}")
+            continue
+        predicted = " to ".join(f"{size / 2**30:.1f}" for size in n["predicted_bytes"])
+        lines.append(
+            f"  {name:<14}{n['layers']:>7}{n['tokens_per_second']:>10,.1f}{n['model_utilisation']:>7.1%}"
+            f"{n['peak_memory_bytes'] / 2**30:>10.1f}{predicted:>16}"
+        )
+    n, merge = found["extrapolation"], found["merge"]
+    rates, memory = n["tokens_per_second"], " to ".join(map(str, n["predicted_gib_per_gpu"]))
+    lines += [
+        f"  extrapolated to {n['layers']} layers on {n['gpus']} GPUs: {rates['hidden']:,.0f} tokens/s if gathering "
+        f"weights is hidden, {rates['not_hidden']:,.0f} if not; {memory} GiB each predicted",
+        "  assumed: a layer runs as fast there, embeddings and head as efficiently, weights gathered twice over NVLink",
+        f"  float32 parity, parts active to composed: MiniMax-M2 {_parity(found['parity_minimax_m2'])}, dense "
+        f"{_parity(found['parity_dense'])}; merged and reloaded {merge['max_logit_difference']:.1e} of a largest logit "
+        f"{merge['largest_logit']:.3g}, in {merge['seconds']} s",
+        *("", "the dense model:", *_training_table(found["training"]), "", *_inference_table(found["inference"])),
+    ]
+    steps = {name: c["step_memory_bytes"] for name, c in found["training"]["contenders"].items()}
+    if any(steps.values()):
+        lines.append(
+            "  memory of a step: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in steps.items())
+        )
+    return lines
+
+
+def _parity(found: dict[str, float]) -> str:
+    return f"{found['parts_active_to_composed']:.1e}"
 
 
 def _plot_inference(figure: Any, found: dict[str, Any]) -> None:

@@ -70,14 +70,16 @@ def measure(config: Config, base: BaseModel, stream: TokenStream) -> dict[str, A
         )
     contenders = {"ours": _ours(config, base, rows), "plain": _plain(config, base, rows)}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    grown: dict[str, int] = dict.fromkeys(contenders, 0)
 
     def others(step: int) -> None:
         names = list(contenders)
         for name in names if step % 2 else names[::-1]:
-            began = time.perf_counter()
+            before, began = _allocated(), time.perf_counter()
             contenders[name](step)
             _synchronise()
             seconds[name].append(time.perf_counter() - began)
+            grown[name] = max(grown[name], _grown(before))
         event(f"training step {step + 1} of {rows.steps}", **{name: own[-1] for name, own in seconds.items()})
 
     trl_note = ""
@@ -89,9 +91,9 @@ def measure(config: Config, base: BaseModel, stream: TokenStream) -> dict[str, A
         for step in range(rows.steps):
             others(step)
     else:
-        seconds["trl"] = []
+        seconds["trl"], grown["trl"] = [], 0
         trl_note = f"trl {trl.__version__}"
-        _with_trl(config, base, rows, others, seconds["trl"])
+        grown["trl"] = _with_trl(config, base, rows, others, seconds["trl"])
     model = base_model.load_model(base, config.base)
     flops = flops_per_token(model, adapters.attach(model, "probe", config.domain.lora))
     tokens = rows.per_step * rows.ids_NT.shape[1]
@@ -106,7 +108,8 @@ def measure(config: Config, base: BaseModel, stream: TokenStream) -> dict[str, A
         "flops_per_token": flops,
         "matmul_peak_flops": peak,
         "contenders": {
-            name: _summary(own[1:], seconds["ours"][1:], tokens, flops, peak) for name, own in seconds.items()
+            name: _summary(own[1:], seconds["ours"][1:], tokens, flops, peak) | {"step_memory_bytes": grown[name]}
+            for name, own in seconds.items()
         },
     }
 
@@ -206,8 +209,8 @@ def _stepper(model: Any, rows: Rows, loss: Callable[[slice], torch.Tensor], sett
     return step
 
 
-def _with_trl(config: Config, base: BaseModel, rows: Rows, others: Step, seconds: list[float]) -> None:
-    """Run TRL's trainer; after each of its steps the others do theirs, outside its clock."""
+def _with_trl(config: Config, base: BaseModel, rows: Rows, others: Step, seconds: list[float]) -> int:
+    """Run TRL's trainer; after each of its steps the others do theirs, outside its clock. Returns its steps' memory."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback, TrainerCallback
@@ -217,17 +220,18 @@ def _with_trl(config: Config, base: BaseModel, rows: Rows, others: Step, seconds
     low = base_model.compute_dtype(config.base.dtype) == torch.bfloat16
 
     class Clock(TrainerCallback):
-        began = 0.0
+        began, before, grown = 0.0, 0, 0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            self.before, self.began = _allocated(), time.perf_counter()
 
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             _synchronise()
             # from the end of the last callback: fetching, collating and bookkeeping are a part of its loop
             seconds.append(time.perf_counter() - self.began)
+            self.grown = max(self.grown, _grown(self.before))
             others(state.global_step - 1)
-            self.began = time.perf_counter()
+            self.before, self.began = _allocated(), time.perf_counter()
 
     with tempfile.TemporaryDirectory(prefix="trl-") as scratch, base_model.quiet_transformers():
         arguments = SFTConfig(
@@ -262,10 +266,11 @@ def _with_trl(config: Config, base: BaseModel, rows: Rows, others: Step, seconds
                 lora_dropout=lora.dropout,
                 target_modules=list(lora.target_modules),
             ),
-            callbacks=[Clock()],
+            callbacks=[clock := Clock()],
         )
         trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
         trainer.train()
+    return clock.grown
 
 
 def _summary(own: list[float], ours: list[float], tokens: int, flops: float, peak: float) -> dict[str, float]:
@@ -276,6 +281,18 @@ def _summary(own: list[float], ours: list[float], tokens: int, flops: float, pea
         "time_to_ours": round(statistics.median(a / b for a, b in zip(own, ours, strict=True)), 3),
         "share_of_peak": round(tokens / median * flops / peak, 4),
     }
+
+
+def _allocated() -> int:
+    """Bytes on the GPU now, from where the peak is counted anew; 0 on a CPU, whose processes cannot tell."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return int(torch.cuda.memory_allocated())
+
+
+def _grown(before: int) -> int:
+    return int(torch.cuda.max_memory_allocated()) - before if torch.cuda.is_available() else 0
 
 
 def _synchronise() -> None:

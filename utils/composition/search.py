@@ -1,7 +1,8 @@
 """Choosing the weights on dev: grid, local refinement, Pareto front, and the simplest method within one standard error.
 
 Pure: losses come from a function that is called with a method and weights. The objective is answer NLL per token, among
-the weights that keep a given share of the domain adapter's gain on held-out documents.
+the weights that keep a given share of the domain adapter's gain on dev documents. That share is an estimate, and the
+best answers lie at the border of what is allowed: so its lower confidence limit has to be enough, where any is.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 COARSE = (0.0, 0.5, 1.0, 1.5)
@@ -17,22 +18,29 @@ STEPS = (0.25, 0.125)
 # a refinement that still improves after so many evaluations has left what a dev split can tell
 MAX_REFINEMENTS = 32
 FOLDS = 2
+# one-sided 95% of a normal distribution
+SURE = 1.645
 
 
 @dataclass(frozen=True)
 class Point:
-    """Losses at one setting: NLL sum and token count of each dev item, its document, and NLL per token of documents."""
+    """Losses at one setting: NLL sum and token count of each dev item, its document; the same of each dev document."""
 
     method: str
     weights: tuple[float, ...]
     nlls: tuple[float, ...]
     tokens: tuple[int, ...]
     clusters: tuple[str, ...]
-    domain_nll: float | None = None
+    document_nlls: tuple[float, ...] = ()
+    document_tokens: tuple[int, ...] = ()
 
     @property
     def answer_nll(self) -> float:
         return sum(self.nlls) / sum(self.tokens)
+
+    @property
+    def domain_nll(self) -> float | None:
+        return sum(self.document_nlls) / sum(self.document_tokens) if self.document_tokens else None
 
 
 @dataclass(frozen=True)
@@ -80,14 +88,12 @@ def search(
 
     ones, nothing = (1.0,) * adapters, (0.0,) * adapters
     base, domain = measure("sum", nothing), measure("sum", (1.0, *nothing[1:]))
-    gain = None
-    if base.domain_nll is not None and domain.domain_nll is not None:
-        gain = base.domain_nll - domain.domain_nll
-
-    def feasible(point: Point) -> bool:
-        return kept(point, base, gain) >= retention
-
-    best = _refined(measure, "sum", _coarse(measure, adapters, feasible), feasible)
+    keeping = Keeping(base, domain, retention)
+    grid = _grid(measure, adapters)
+    # where nothing is surely enough, what is enough by its value; where nothing is, everything
+    feasible = next((rule for rule in (keeping.surely, keeping.likely) if any(map(rule, grid))), keeping.likely)
+    start = _best([p for p in grid if feasible(p)] or grid)
+    best = _refined(measure, "sum", start, feasible)
     candidates = [("sum at 1", measure("sum", ones)), ("sum", best)]
     if "depth_gate" in methods:
         start = measure("depth_gate", tuple(w for weight in best.weights for w in (weight, weight)))
@@ -96,14 +102,45 @@ def search(
     if "per_layer" in methods and fit_per_layer is not None:
         crossed, final["per_layer"] = _per_layer(measure, fit_per_layer, best)
         candidates.append(("per_layer", crossed))
-    return _choose(candidates, final, tuple(seen.values()), feasible, gain, retention)
+    return _choose(candidates, final, tuple(seen.values()), feasible, keeping)
 
 
-def kept(point: Point, base: Point, gain: float | None) -> float:
-    """Share of the domain adapter's gain that is kept; everything when there is no gain to keep."""
-    if gain is None or gain <= 0 or base.domain_nll is None or point.domain_nll is None:
-        return math.inf
-    return (base.domain_nll - point.domain_nll) / gain
+@dataclass(frozen=True)
+class Keeping:
+    """What has to be left of the domain adapter's gain on dev documents."""
+
+    base: Point
+    domain: Point
+    retention: float
+
+    @property
+    def gain(self) -> float | None:
+        """Nats per token that the domain adapter gains; None without documents."""
+        if self.base.domain_nll is None or self.domain.domain_nll is None:
+            return None
+        return self.base.domain_nll - self.domain.domain_nll
+
+    def share(self, point: Point) -> tuple[float, float]:
+        """(share of the gain that is kept, its standard error over documents); infinite when there is none to keep.
+
+        The error is that of a ratio of sums, linearised as in `paired`; zero with a single document.
+        """
+        if not self.gain or self.gain <= 0 or not point.document_nlls:
+            return math.inf, 0.0
+        gains = [b - d for b, d in zip(self.base.document_nlls, self.domain.document_nlls, strict=True)]
+        kept = [b - p for b, p in zip(self.base.document_nlls, point.document_nlls, strict=True)]
+        share = sum(kept) / sum(gains)
+        residuals = [k - share * g for k, g in zip(kept, gains, strict=True)]
+        return share, _error_of_sum(residuals) / sum(gains) if len(residuals) > 1 else 0.0
+
+    def surely(self, point: Point) -> bool:
+        """The lower limit of the share (one-sided, 95%) is enough."""
+        share, error = self.share(point)
+        return share - SURE * error >= self.retention
+
+    def likely(self, point: Point) -> bool:
+        """The share itself is enough."""
+        return self.share(point)[0] >= self.retention
 
 
 def paired(point: Point, other: Point) -> tuple[float, float]:
@@ -116,10 +153,9 @@ def paired(point: Point, other: Point) -> tuple[float, float]:
     residuals: dict[str, float] = {}
     for a, b, tokens, cluster in zip(point.nlls, other.nlls, point.tokens, point.clusters, strict=True):
         residuals[cluster] = residuals.get(cluster, 0.0) + (a - b) - difference * tokens
-    count = len(residuals)
-    if count < 2:
+    if len(residuals) < 2:
         return difference, math.inf
-    return difference, math.sqrt(count / (count - 1) * sum(r * r for r in residuals.values())) / total
+    return difference, _error_of_sum(list(residuals.values())) / total
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:
@@ -162,11 +198,9 @@ def to_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _coarse(measure: Evaluate, adapters: int, feasible: Callable[[Point], bool]) -> Point:
-    """The best of a grid over two weights; with more adapters, the others stay at 1 and refinement moves them."""
-    grid = itertools.product(COARSE, COARSE[1:])
-    points = [measure("sum", (a, b) + (1.0,) * (adapters - 2)) for a, b in grid]
-    return _best([p for p in points if feasible(p)] or points)
+def _grid(measure: Evaluate, adapters: int) -> list[Point]:
+    """A grid over two weights; with more adapters, the others stay at 1 and refinement moves them."""
+    return [measure("sum", (a, b) + (1.0,) * (adapters - 2)) for a, b in itertools.product(COARSE, COARSE[1:])]
 
 
 def _refined(measure: Evaluate, method: str, start: Point, feasible: Callable[[Point], bool]) -> Point:
@@ -198,11 +232,8 @@ def _per_layer(measure: Evaluate, fit: FitPerLayer, start: Point) -> tuple[Point
     fold = {document: i for i, half in enumerate(halves) for document in half}
     # an item's loss comes from the weights that were fitted without its document
     nlls = tuple(made[1 - fold[cluster]].nlls[i] for i, cluster in enumerate(start.clusters))
-    domain = [point.domain_nll for point in made if point.domain_nll is not None]
-    crossed = Point(
-        "per_layer", whole.weights, nlls, start.tokens, start.clusters, sum(domain) / len(domain) if domain else None
-    )
-    return crossed, whole
+    documents_nlls = tuple(sum(both) / FOLDS for both in zip(*(point.document_nlls for point in made), strict=True))
+    return replace(whole, nlls=nlls, document_nlls=documents_nlls), whole
 
 
 def _choose(
@@ -210,9 +241,9 @@ def _choose(
     final: dict[str, Point],
     points: tuple[Point, ...],
     feasible: Callable[[Point], bool],
-    gain: float | None,
-    retention: float,
+    keeping: Keeping,
 ) -> Choice:
+    gain, wanted = keeping.gain, f"{keeping.retention:.0%} of the domain gain"
     allowed = [point for _, point in candidates if feasible(point)]
     best = _best(allowed or [point for _, point in candidates])
     champions = tuple(Champion(label, p, *paired(p, best), feasible(p)) for label, p in candidates)
@@ -223,11 +254,21 @@ def _choose(
     elif gain <= 0:
         constraint = "the domain adapter alone does not gain on dev documents, so there is nothing to keep"
     elif not allowed:
-        constraint = f"no weights keep {retention:.0%} of the domain gain, so answers alone decide"
+        constraint = f"no weights keep {wanted}, so answers alone decide"
+    elif feasible == keeping.surely:
+        constraint = f"at least {wanted} is kept, with 95% confidence over {len(chosen.point.document_nlls)} documents"
     else:
-        constraint = f"at least {retention:.0%} of the domain gain is kept"
+        constraint = (
+            f"at least {wanted} is kept on dev, of which {len(chosen.point.document_nlls)} documents are no proof"
+        )
     reason = f"{chosen.label}: the simplest within one standard error of the best on dev; {constraint}"
     return Choice(final.get(chosen.label, chosen.point), champions, points, gain, reason)
+
+
+def _error_of_sum(residuals: Sequence[float]) -> float:
+    """Standard error of a sum of independent residuals with mean zero."""
+    count = len(residuals)
+    return math.sqrt(count / (count - 1) * sum(r * r for r in residuals))
 
 
 def _one(standard_error: float) -> float:

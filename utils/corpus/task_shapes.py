@@ -15,6 +15,9 @@ Columns = dict[str, Any]
 Turn = dict[str, str]
 
 _THINKING = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<answer>.*)", re.DOTALL)
+# what the log of a server has: the template put <think> into the prompt, and the model closes it on a line of its own
+_OPENED_THINKING = re.compile(r"(?P<reasoning>(?:(?!<think>).)*?\n)?</think>\n(?P<answer>.*\S.*)", re.DOTALL)
+_THINK_MARK = re.compile(r"</?think>")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 _ROLES |= {role: role for role in ("system", "user", "assistant")}
 
@@ -108,7 +111,7 @@ def _from_turns(row: Columns, turns: object) -> Columns:
     if last is None:
         raise RowError("no answer: there is no assistant turn", turns, "end the messages with the answer")
     system = "\n\n".join(turn["content"] for turn in read if turn["role"] == "system")
-    before = [{"role": t["role"], "content": t["content"]} for t in read[:last] if t["role"] != "system"]
+    before = [_past(turn) for turn in read[:last] if turn["role"] != "system"]
     if not before or before[-1]["role"] != "user":
         found = before[-1]["role"] if before else "nothing"
         raise RowError("no question: the turn before the last answer is not the user's", found, "put a user turn there")
@@ -133,9 +136,21 @@ def _turns(turns: object) -> list[Turn]:
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
         if not isinstance(content, str):
             raise RowError(f"the content of a {role} turn is not text", content, "write a string")
-        thoughts = turn.get("reasoning_content")
+        thoughts = turn.get("reasoning_content") or turn.get("reasoning")
+        if thoughts is not None and not isinstance(thoughts, str):
+            raise RowError(f"the reasoning of a {role} turn is not text", thoughts, "write a string")
         read.append({"role": _ROLES[str(role)], "content": content.strip(), "reasoning": thoughts or ""})
     return read
+
+
+def _past(turn: Turn) -> Turn:
+    """A turn before the question; what an assistant thought stands apart, as templates expect it."""
+    content, reasoning = turn["content"], turn["reasoning"]
+    if turn["role"] == "assistant":
+        thought, content = _split_thinking(content)
+        reasoning = _only_thoughts(reasoning) or thought
+    said = {"role": turn["role"], "content": content}
+    return said | {"reasoning_content": reasoning} if reasoning and turn["role"] == "assistant" else said
 
 
 def _common(
@@ -163,7 +178,7 @@ def _common(
         "history": _history(row.get("history")),
         "question": question,
         "context": _optional(row, "context"),
-        "reasoning": _optional(row, "reasoning") or thoughts,
+        "reasoning": _only_thoughts(_optional(row, "reasoning") or _optional(row, "reasoning_content")) or thoughts,
         "answers": list(dict.fromkeys(texts)),
         "choices": choices,
         "answer_index": index,
@@ -211,7 +226,7 @@ def _history(value: object) -> list[Turn]:
     if isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
         roles = ("user", "assistant")  # Alpaca's [["question", "answer"], ...]
         value = [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
-    return [{"role": turn["role"], "content": turn["content"]} for turn in _turns(value)]
+    return [_past(turn) for turn in _turns(value)]
 
 
 def _question(value: object) -> str:
@@ -234,9 +249,19 @@ def _text(value: object, column: str) -> str:
     return str(value).strip()
 
 
+def _only_thoughts(text: str | None) -> str | None:
+    """Reasoning without the marks around it. Raises RowError for one inside it, which would end the think block."""
+    inside = (text or "").strip().removeprefix("<think>").removesuffix("</think>").strip()
+    if _THINK_MARK.search(inside):
+        raise RowError("a think mark inside the reasoning", inside, "write the reasoning without <think> and </think>")
+    return inside or None
+
+
 def _split_thinking(answer: str) -> tuple[str | None, str]:
-    if match := _THINKING.fullmatch(answer):
-        return match["reasoning"].strip() or None, match["answer"].strip()
+    if match := _THINKING.fullmatch(answer) or _OPENED_THINKING.fullmatch(answer):
+        if _THINK_MARK.search(match["answer"]):
+            raise RowError("a second think mark in one answer", answer, "one <think>...</think>, then the answer")
+        return _only_thoughts(match["reasoning"]), match["answer"].strip()
     if answer.startswith("<think>"):
         raise RowError("<think> is never closed", answer, "close it with </think> before the answer")
     return None, answer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from utils.base_model import BaseModel
 from utils.composition import Factors, Recipe, compose
 from utils.corpus.documents import read_documents
 from utils.corpus.splits import hash_share
-from utils.exceptions import DataError, Problem
+from utils.exceptions import DataError, NonFiniteError, Problem
 from utils.logger import event, warning
 from utils.prepared import Prepared
 from utils.proof.families import Family, Participants
@@ -106,7 +106,11 @@ def score(config: Config, base: BaseModel, wanted: Sequence[Row], on: Material, 
     for row, model in _models(config, base, todo):
         # generating costs far more than scoring: the first seed answers for its cell
         asked = on.asked if first_of_cell[row.cell] == row.name else []
-        files.write_json(paths[row.name], _score_row(config, model, base, row, on, asked))
+        try:
+            found = _score_row(config, model, base, row, on, asked)
+        except NonFiniteError as error:
+            raise NonFiniteError([replace(problem, value=row.name) for problem in error.problems]) from error
+        files.write_json(paths[row.name], found)
     return {name: files.read_json(path) for name, path in paths.items()}
 
 
@@ -117,10 +121,7 @@ def answers_to(
     tokenizer = base_model.load_tokenizer(base.directory)
     how = InferenceSection(max_new_tokens=config.evaluate.max_new_tokens)
     return {
-        row.cell: [
-            chat.spoken(given.text)
-            for given in generation.answer_all(model, tokenizer, examples, on.system_prompt, how)
-        ]
+        row.cell: [given.spoken for given in generation.answer_all(model, tokenizer, examples, on.system_prompt, how)]
         for row, model in _models(config, base, wanted)
     }
 

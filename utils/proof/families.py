@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config import BaseModelSection, Config
-from utils import adapter_files, base_model, composing, files, lineage
+from utils import adapter_files, base_model, composing, files, lineage, stages
 from utils.base_model import BaseModel
 from utils.composing import Composition
 from utils.exceptions import ArtefactError, Problem
@@ -109,6 +109,7 @@ def identity(config: Config, base: BaseModel, parts: Participants) -> dict[str, 
         "recipe": asdict(parts.composed.recipe) if parts.composed else None,
         "evaluate": config.evaluate.model_dump(mode="json", exclude={"launcher"}),
         "dtype": str(base_model.compute_dtype(config.base.dtype)),
+        **stages.quantisation(base),
         "seed": config.run.seed,
     }
 

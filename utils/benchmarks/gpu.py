@@ -1,0 +1,272 @@
+"""The gpu suite: MiniMax-M2 at its own width with as many layers as fit, and a dense model of a billion parameters.
+
+All weights are random and made here, so nothing is fetched. MiniMax-M2 trains through the loop that the scripts use, at
+sequence 4096 with activation checkpointing, and its peak stands beside the planner's prediction. The dense model goes
+through the training and inference suites (TRL beside our loop, PEFT's two active adapters beside the composed one), the
+composition check and the streaming merge. From the layers that fit, the whole model is extrapolated, assumptions named.
+
+With `benchmark.gpu_toy` everything runs at a toy's width, on a CPU too: the path is shown to work, the numbers mean
+nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from config import (
+    ALL_LINEAR_LLAMA,
+    BaseModelSection,
+    Config,
+    DomainSection,
+    LoraSection,
+    MergeSection,
+    TaskSection,
+    TrainSection,
+)
+from utils import adapters, base_model, composing, merging, plan_report, planning, selfcheck, stages, toy
+from utils import training as loop
+from utils.base_model import BaseModel
+from utils.benchmarks import inference, inputs, training
+from utils.benchmarks import merging as synthetic
+from utils.benchmarks.gpu_scale import REAL, ROOM, TOY, Scale, extrapolation, most_layers, predicted, sizes
+from utils.composition import Recipe, compose
+from utils.exceptions import ConfigError, Problem
+from utils.logger import event
+from utils.planning import GIB, Dtype
+from utils.training_data import PackedDocuments
+
+FP8_CAPABILITY = (8, 9)
+
+
+def refuse(config: Config) -> None:
+    """Raises ConfigError, saying what it needs, where the suite cannot run; called before anything is made."""
+    if config.benchmark.gpu_toy:
+        return
+    fix = "run it on such a machine; --benchmark.gpu_toy true runs its whole path at toy size, on a CPU too"
+    needed = predicted(REAL, 2, REAL.attention, "bfloat16").total / ROOM
+    if base_model.device().type != "cuda":
+        what = f"the gpu suite needs a GPU with at least {needed / GIB:.0f} GiB (two layers), and none is visible"
+        raise ConfigError(Problem(what, "torch.cuda.is_available() is False", fix))
+    if (free := torch.cuda.mem_get_info()[0]) < needed:
+        what = f"the gpu suite needs {needed / GIB:.0f} GiB of GPU memory for two layers, {free / GIB:.1f} GiB are free"
+        raise ConfigError(Problem(what, torch.cuda.get_device_name(), fix))
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Every part of the suite, the largest models first, while the memory is whole."""
+    refuse(config)
+    scale = TOY if config.benchmark.gpu_toy else REAL
+    with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
+        directory, moe = Path(scratch), {}
+        for name, lora in (("attention", scale.attention), ("experts", scale.experts)):
+            layers = most_layers(scale, lora, _free_bytes())
+            event(f"gpu suite: MiniMax-M2, {name}", layers=layers, tokens=scale.sequence_tokens)
+            model = _random_moe(scale, layers, torch.bfloat16, config.run.seed)
+            moe[name] = _trained(config, scale, model, layers, lora, "bfloat16", directory / name)
+            del model
+            _release()
+        moe["fp8"] = _on_fp8(config, scale, directory)
+        parity = _parity(config, scale)
+        dense = _dense(config, scale, directory)
+    return {
+        "toy": config.benchmark.gpu_toy,
+        "minimax_m2": moe,
+        "parity_minimax_m2": parity,
+        "extrapolation": extrapolation(moe["attention"], config.plan.gpu_tflops),
+        **dense,
+    }
+
+
+def _random_moe(scale: Scale, layers: int, dtype: torch.dtype, seed: int) -> Any:
+    """MiniMax-M2's architecture with random weights, made on the device, routers in float32."""
+    from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
+
+    settings = MiniMaxM2Config(
+        **{k: v for k, v in scale.moe.items() if k != "model_type"} | {"num_hidden_layers": layers}
+    )
+    torch.manual_seed(seed)
+    with base_model.quiet_transformers(), base_model.device():
+        model = MiniMaxM2ForCausalLM._from_config(settings, dtype=dtype, attn_implementation="sdpa")
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.float()
+    base_model.route_outside_autocast(model.requires_grad_(False))
+    return model.eval()
+
+
+def _trained(
+    config: Config, scale: Scale, model: Any, layers: int, lora: LoraSection, base: Dtype, directory: Path
+) -> dict[str, Any]:
+    """Speed and peak of the training loop; the first step is a warm-up."""
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+    tokens, steps = scale.sequence_tokens, config.benchmark.gpu_steps + 1
+    settings = TrainSection(
+        **{"sequence_tokens": tokens, "batch_tokens": tokens, "micro_batch_tokens": tokens, "epochs": 1},
+        **{"max_steps": steps, "gradient_checkpointing": True, "save_every_steps": steps + 1, "learning_rate": 1e-4},
+    )
+    generator = Random(config.run.seed)
+    lengths = [generator.randint(tokens // 8, tokens) for _ in range(4 * steps)]
+    ids = [[generator.randrange(scale.moe["vocab_size"]) for _ in range(length)] for length in lengths]
+    rows = {"id": [str(i) for i in range(len(ids))], "input_ids": ids, "num_tokens": lengths}
+    data = PackedDocuments(Dataset.from_dict(rows), settings, config.run.seed, 0)
+    model = stages.new_adapter(model, "task", lora, config.run.seed)
+    trainable = sum(parameter.numel() for parameter in adapters.trainable_parameters(model).values())
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    directory.mkdir()
+    outcome = loop.train(
+        model,
+        data,
+        [],
+        settings,
+        seed=config.run.seed,
+        directory=directory,
+        accelerator=Accelerator(cpu=base_model.device().type == "cpu"),
+        what=f"gpu suite, {directory.name}",
+    )
+    said = [json.loads(line) for line in (directory / loop.METRICS).read_text().splitlines()]
+    rate = statistics.median([row["tokens_per_second"] for row in said if "tokens_per_second" in row][1:])
+    shapes, low = sizes(scale, layers), predicted(scale, layers, lora, base).total
+    peak = config.plan.gpu_tflops * 1e12
+
+    def utilisation(*, checkpointing: bool) -> float:
+        per_pass = planning.expert_lora_flops(shapes, plan_report.adapter(lora), checkpointing=checkpointing)
+        flops = planning.flops_per_token(shapes, row_tokens=tokens, checkpointing=checkpointing) + per_pass / tokens
+        return rate * flops / peak
+
+    return {
+        "layers": layers,
+        "rank": lora.rank,
+        "trainable_parameters": trainable,
+        "row_tokens": tokens,
+        "counted_steps": outcome.steps - 1,
+        "tokens_per_second": round(rate, 1),
+        "model_utilisation": utilisation(checkpointing=False),
+        "hardware_utilisation": utilisation(checkpointing=True),
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "predicted_bytes": [low, predicted(scale, layers, lora, base, careful=True).total],
+        "measured_to_predicted": round(outcome.peak_memory_bytes / low, 3),
+    }
+
+
+def _on_fp8(config: Config, scale: Scale, scratch: Path) -> dict[str, Any]:
+    """The attention adapter on a base that stays FP8, or why not."""
+    if reason := fp8_missing():
+        event("gpu suite: no FP8 base", reason=reason)
+        return {"skipped": reason}
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    directory = scratch / "fp8-base"
+    layers = synthetic.write_checkpoint(directory, synthetic.REAL, 1.0, config.run.seed)
+    kept = ["gate", "e_score_correction_bias", "lm_head"]
+    try:
+        with base_model.quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.bfloat16,
+                quantization_config=FineGrainedFP8Config(modules_to_not_convert=kept),
+                device_map={"": base_model.device()},
+                local_files_only=True,
+            )
+        base_model.route_outside_autocast(model.requires_grad_(False))
+        return _trained(config, scale, model, layers, scale.attention, "fp8", scratch / "fp8")
+    except (RuntimeError, ValueError, ImportError, OSError) as error:  # kernels are other people's programs
+        return {"skipped": f"FP8 kernels: {(str(error).splitlines() or [type(error).__name__])[0]}"}
+    finally:
+        _release()
+
+
+def fp8_missing() -> str:
+    """What this machine lacks to train on a base that stays FP8; empty when nothing is known to be missing."""
+    if base_model.device().type != "cuda":
+        return "no GPU: an FP8 base would be de-quantised"
+    if (found := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
+        return f"compute capability {found[0]}.{found[1]} has no FP8 units, 8.9 is the first that has"
+    if importlib.util.find_spec("kernels") is None:
+        return "the package kernels, which brings the FP8 products, is not installed"
+    return ""
+
+
+def _parity(config: Config, scale: Scale) -> dict[str, float]:
+    """MiniMax-M2's composition in float32, at full width on one layer: parts active, composed, PEFT."""
+    model = selfcheck.visiting_every_expert(_random_moe(scale, 1, torch.float32, config.run.seed))
+    pair = [inputs.random_factors(model, scale.attention, seed) for seed in (1, 2)]
+    ids = torch.randint(0, scale.moe["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(0))
+    try:
+        return composing.check_logits(pair, compose(pair, Recipe()), model, ids, exact=True)
+    finally:
+        del model
+        _release()
+
+
+def _dense(config: Config, scale: Scale, scratch: Path) -> dict[str, Any]:
+    """The dense model through the training and inference suites, the composition check and the merge."""
+    base, config = _dense_base(config, scale, scratch / "dense")
+    count = max(
+        config.benchmark.training_tokens, max(config.benchmark.prompt_tokens) * max(config.benchmark.batch_sizes)
+    )
+    ids = torch.randint(0, len(toy.tiny_tokenizer()), (count,), generator=torch.Generator().manual_seed(0))
+    stream = inputs.TokenStream(ids, torch.arange(count), "random")
+    found = {"training": training.measure(config, base, stream)}
+    _release()
+    found["inference"] = inference.measure(config, base, None, stream)
+    _release()
+    model = selfcheck.in_float32(base, config.base)
+    pair = [inputs.random_factors(model, config.domain.lora, seed) for seed in (1, 2)]
+    composed = compose(pair, Recipe())
+    found["parity_dense"] = composing.check_logits(pair, composed, model, ids[:96].view(2, 48), exact=True)
+    del model
+    _release()
+    began = time.perf_counter()
+    facts: dict[str, Callable[..., Any] | str] = {"fingerprint": "gpu-suite", "manifest": lambda checks: {}}
+    checks = merging.merge(
+        base, composed, scratch / "merged", MergeSection(dtype="float32"), config.base, card="# Random\n", **facts
+    )
+    kept = ("largest_logit", "max_logit_difference", "adapter_effect_on_logits", "rounding_to_delta")
+    found["merge"] = {"seconds": round(time.perf_counter() - began, 2), **{key: checks[key] for key in kept}}
+    return found
+
+
+def _dense_base(config: Config, scale: Scale, directory: Path) -> tuple[BaseModel, Config]:
+    """A random dense model on disk, and the configuration under which the other suites measure it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(config.run.seed)
+    with base_model.quiet_transformers():
+        with base_model.device():
+            model = LlamaForCausalLM._from_config(LlamaConfig(**scale.dense), dtype=torch.bfloat16)
+        model.save_pretrained(directory)
+        toy.tiny_tokenizer().save_pretrained(directory)
+    del model
+    _release()
+    row, steps = scale.dense_tokens, config.benchmark.gpu_steps + 1
+    lora = LoraSection(rank=16, alpha=32, target_modules=ALL_LINEAR_LLAMA)
+    train = TrainSection(sequence_tokens=row, batch_tokens=8 * row, micro_batch_tokens=4 * row)
+    section = BaseModelSection(source=str(directory), dtype="bfloat16", attention=config.base.attention)
+    benchmark = config.benchmark.model_copy(update={"training_tokens": steps * 8 * row})
+    stage = {"domain": DomainSection(lora=lora, train=train), "task": TaskSection(lora=lora, train=train)}
+    config = config.model_copy(update={"base": section, "benchmark": benchmark, **stage})
+    return base_model.fetch(section, directory.parent), config
+
+
+def _free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0] if base_model.device().type == "cuda" else 16 * GIB
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,115 @@
+"""The gpu suite's shapes, and what follows by arithmetic: what fits, and the whole model from a part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from config import ATTENTION, LoraSection
+from utils import known_models, plan_report, planning
+from utils.exceptions import ConfigError, Problem
+from utils.planning import GIB, Dtype, ModelSizes, Step
+
+# of the memory that is free, what a prediction may take: the rest is for what no arithmetic knows
+ROOM = 0.92
+# the whole model on one node of eight: bytes per second that a GPU receives over NVLink 4 (H100, H200), one direction
+GPUS, LINK_BYTES_PER_SECOND = 8, 450e9
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The shapes of the suite. `most_layers` is for MiniMax-M2; `dense` and `moe` are settings of transformers."""
+
+    moe: dict[str, Any]
+    dense: dict[str, Any]
+    most_layers: int
+    sequence_tokens: int
+    dense_tokens: int
+    """Tokens of a row of the dense model; a step has eight of them, a forward pass four."""
+    attention: LoraSection
+    experts: LoraSection
+
+
+def _shape(**changed: Any) -> dict[str, Any]:
+    return {key: value for key, value in known_models.MINIMAX_M2.items() if key != "quantization_config"} | changed
+
+
+REAL = Scale(
+    moe=_shape(),
+    dense={  # the shapes of Llama 3.2 1B
+        **{"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+        **{"intermediate_size": 8192, "vocab_size": 128_256, "tie_word_embeddings": True},
+    },
+    most_layers=16,
+    sequence_tokens=4096,
+    dense_tokens=2048,
+    attention=LoraSection(rank=16, alpha=32, target_modules=ATTENTION),
+    experts=LoraSection(rank=8, alpha=16, target_modules=ATTENTION, experts=True),
+)
+TOY = Scale(
+    moe=_shape(
+        **{"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 768},
+        **{"bos_token_id": 0, "eos_token_id": 1},
+    ),
+    dense={
+        **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"intermediate_size": 96, "vocab_size": 768},
+    },
+    most_layers=2,
+    sequence_tokens=128,
+    dense_tokens=32,
+    attention=LoraSection(rank=4, alpha=8, target_modules=ATTENTION),
+    experts=LoraSection(rank=2, alpha=4, target_modules=ATTENTION, experts=True),
+)
+
+
+def most_layers(scale: Scale, lora: LoraSection, free_bytes: float) -> int:
+    """The most layers whose training step is predicted to fit. Raises ConfigError when not even one does."""
+    for layers in range(scale.most_layers, 0, -1):
+        needed = predicted(scale, layers, lora, "bfloat16", careful=True).total
+        if needed <= ROOM * free_bytes:
+            return layers
+    what = f"one layer of MiniMax-M2 takes {needed / GIB:.1f} GiB to train, {free_bytes / GIB:.1f} GiB are free"
+    raise ConfigError(Problem(what, fix="free the GPU's memory, or take a larger one"))
+
+
+def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
+    """The whole MiniMax-M2 on eight GPUs (FSDP2, weights dealt out) from what its first layers reached on one.
+
+    A layer is assumed to run as fast there, and embeddings and head as efficiently as the layers; the weights of each
+    layer are gathered once forward and once backward, either hidden behind the arithmetic or not at all.
+    """
+    whole, one = sizes(REAL, REAL.moe["num_hidden_layers"]), step(REAL, REAL.attention, "bfloat16")
+    flops = planning.flops_per_token(whole, row_tokens=one.row_tokens, checkpointing=True)
+    seconds = one.tokens * flops / (found["hardware_utilisation"] * tflops * 1e12)
+    gathering = 2 * planning.weight_bytes(whole, "bfloat16") * (GPUS - 1) / GPUS / LINK_BYTES_PER_SECOND
+    memory = [planning.training_memory(whole, one, shards=GPUS, careful=careful).total for careful in (False, True)]
+    return {
+        "gpus": GPUS,
+        "layers": whole.num_layers,
+        "tokens_per_second": {
+            "hidden": round(GPUS * one.tokens / max(seconds, gathering), 1),
+            "not_hidden": round(GPUS * one.tokens / (seconds + gathering), 1),
+        },
+        "gathering_seconds": round(gathering, 3),
+        "computing_seconds": round(seconds, 3),
+        "predicted_gib_per_gpu": [round(size / GIB, 1) for size in memory],
+        "measured_to_predicted": found["measured_to_predicted"],
+    }
+
+
+def sizes(scale: Scale, layers: int) -> ModelSizes:
+    """MiniMax-M2's shapes with so many layers."""
+    return known_models.minimax_m2({**scale.moe, "num_hidden_layers": layers})
+
+
+def step(scale: Scale, lora: LoraSection, base: Dtype) -> Step:
+    """One packed row, with activation checkpointing."""
+    tokens = scale.sequence_tokens
+    return Step(base, plan_report.adapter(lora), tokens, tokens, packed=True, checkpointing=True)
+
+
+def predicted(scale: Scale, layers: int, lora: LoraSection, base: Dtype, *, careful: bool = False) -> planning.Memory:
+    """What such a step takes of one GPU."""
+    return planning.training_memory(sizes(scale, layers), step(scale, lora, base), careful=careful)
