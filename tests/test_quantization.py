@@ -22,9 +22,9 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from bitsandbytes import functional  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from config import ATTENTION, BaseModelSection, Config, LoraSection, minimax_m2  # noqa: E402
+from config import ATTENTION, BaseModelSection, Config, LoraSection, minimax_m2, smollm2_135m  # noqa: E402
 from tests.support import (  # noqa: E402
     Workspace,
     expert_factors,
@@ -41,6 +41,7 @@ from utils import (  # noqa: E402
     files,
     frozen_lora,
     known_models,
+    plan_report,
     planning,
     preflight,
     quantization,
@@ -193,7 +194,11 @@ class Refusals(unittest.TestCase):
         self.assertIn(f"{kept:.1f} of {whole:.1f} GiB", problem.what)
         self.assertIn("FP8", problem.what)
 
-    def test_processes_that_would_deal_the_weights_out_are_refused(self) -> None:
+    def test_processes_that_would_deal_the_weights_out_are_refused_and_never_planned(self) -> None:
+        large = sizes.of_config(LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=200))
+        for kind, shards in (("bfloat16", 8), ("nf4", 1)):
+            step = plan_report.step(smollm2_135m(), "domain", kind)
+            self.assertEqual(plan_report.choice(large, smollm2_135m().plan, "domain", step).shards, shards)
         source = dense(temporary_directory() / "llama")
         wanted = Config(base=section(source, "nf4"))
         preflight.check(wanted)

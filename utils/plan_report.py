@@ -80,9 +80,12 @@ def usable(plan: PlanSection) -> float:
 
 
 def choice(sizes: ModelSizes, plan: PlanSection, stage: str, what: Step) -> Choice:
-    """What a step takes: weights on every GPU where they fit there, else dealt out to all of them."""
+    """What a step takes: weights on every GPU where they fit there, else dealt out to all of them.
+
+    Those in 4 or 8 bits are not dealt out.
+    """
     gpus = plan.gpus * plan.nodes
-    for shards in dict.fromkeys((1, gpus)):
+    for shards in dict.fromkeys((1, 1 if what.base in ("nf4", "int8") else gpus)):
         low = planning.training_memory(sizes, what, shards=shards)
         high = planning.training_memory(sizes, what, shards=shards, careful=True)
         verdict = planning.verdict(low.total, high.total, usable(plan))

@@ -5,7 +5,8 @@ directory is the base model from then on: its digest is what adapters belong to,
 is checked on it in float32, and merging adds deltas to it. Training, evaluation and inference load it into 4 or 8 bits
 again, which loses nothing: quantising what was de-quantised gives the same bits, and that is checked at every load.
 
-Why not merge into the original weights? The adapter has learnt beside the rounded ones and corrects their errors too.
+Why not merge into the original weights? That would be another model than the one that was trained, composed and
+evaluated; what it is worth nobody has asked.
 
 No double quantisation (its second scale runs over a whole matrix; it would save 0.4 bits a weight), so the directory is
 written a few rows at a time. int8 is LLM.int8(): on top of the weights, each activation is rounded to 8 bits too.

@@ -14,10 +14,12 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,19 +36,20 @@ from config import (
     TaskSection,
     TrainSection,
 )
-from utils import adapters, base_model, composing, merging, plan_report, planning, selfcheck, stages, toy
+from utils import adapters, base_model, composing, disk, merging, plan_report, planning, selfcheck, stages, toy
 from utils import training as loop
 from utils.base_model import BaseModel
 from utils.benchmarks import inference, inputs, training
 from utils.benchmarks import merging as synthetic
 from utils.benchmarks.gpu_scale import REAL, ROOM, TOY, Scale, extrapolation, most_layers, predicted, sizes
 from utils.composition import Recipe, compose
-from utils.exceptions import ConfigError, Problem
+from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem
 from utils.logger import event
 from utils.planning import GIB, Dtype
 from utils.training_data import PackedDocuments
 
 FP8_CAPABILITY = (8, 9)
+FOREIGN = (RuntimeError, ValueError, ImportError, OSError, AssertionError, NonFiniteError, ArtefactError)
 
 
 def refuse(config: Config) -> None:
@@ -170,9 +173,11 @@ def _on_fp8(config: Config, scale: Scale, scratch: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     directory = scratch / "fp8-base"
-    layers = synthetic.write_checkpoint(directory, synthetic.REAL, 1.0, config.run.seed)
+    width = replace(synthetic.REAL, experts=scale.moe["num_local_experts"], vocabulary=scale.moe["vocab_size"])
     kept = ["gate", "e_score_correction_bias", "lm_head"]
     try:
+        disk.require(scratch, planning.weight_bytes(sizes(scale, 2), "bfloat16"), "a base to be quantised")
+        layers = synthetic.write_checkpoint(directory, width, 1.0, config.run.seed)
         with base_model.quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -183,9 +188,10 @@ def _on_fp8(config: Config, scale: Scale, scratch: Path) -> dict[str, Any]:
             )
         base_model.route_outside_autocast(model.requires_grad_(False))
         return _trained(config, scale, model, layers, scale.attention, "fp8", scratch / "fp8")
-    except (RuntimeError, ValueError, ImportError, OSError) as error:  # kernels are other people's programs
-        return {"skipped": f"FP8 kernels: {(str(error).splitlines() or [type(error).__name__])[0]}"}
+    except FOREIGN as error:  # kernels are other people's programs; the other parts need not suffer for them
+        return {"skipped": f"with FP8 kernels: {(str(error).splitlines() or [type(error).__name__])[0]}"}
     finally:
+        shutil.rmtree(directory, ignore_errors=True)
         _release()
 
 
