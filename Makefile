@@ -39,7 +39,7 @@ rollout-test: $(READY)
 
 # Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
 fault-test: $(READY)
-	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_faults_kill tests.test_faults_signals
+	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_faults_kill tests.test_faults_signals tests.test_distributed
 
 # The same tests as `python -m unittest discover tests`, a file for each core at a time, the longest first.
 test: $(READY)
