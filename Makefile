@@ -39,7 +39,7 @@ rollout-test: $(READY)
 
 # Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
 fault-test: $(READY)
-	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_faults_kill tests.test_faults_signals
+	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_faults_kill tests.test_faults_signals tests.test_distributed
 
 # The tiny MiniMax-M2 in bfloat16 and FP8, every regime, with and without experts, through every script: five minutes.
 minimax-test: $(READY)

@@ -72,11 +72,16 @@ class Place(Workspace):
         self, script: str, *flags: str, before: Any = (None, None), told: dict[str, str] | None = None
     ) -> list[Script]:
         """Two processes of a script, with what a launcher sets in their environment, and what else it told them."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **there, **(told or {})} for rank in (0, 1)]
         return [self.start(script, *flags, env=env, before=fault) for env, fault in zip(ranks, before, strict=True)]
+
+
+def port() -> int:
+    """One that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def training_flags(stage: str) -> list[str]:

@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
-from tests.fault_support import At, Place, Send, resolve  # noqa: E402
+from tests.fault_support import LONG, At, Place, Send, port, resolve  # noqa: E402
 from tests.support import (  # noqa: E402
     Completed,
     clean_environment,
@@ -64,11 +64,7 @@ class SameAsOneProcess(unittest.TestCase):
 
     def test_launched_as_the_readme_says_the_model_is_dealt_out_and_the_adapter_is_the_same(self) -> None:
         place, run = reference(), reference().run_of("launched")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP_FILE)]
-        command += ["--main_process_port", "0"]  # a free one: other tests launch things too
-        command += [str(ROOT / "scripts" / "train_domain_adapter.py"), *place.flags, *training("launched")]
-        env = {k: v for k, v in clean_environment().items() if k != "ACCELERATE_USE_CPU"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+        (done,) = launched("launched", [])
         self.assertEqual(last_json(done)["run"], str(run))
         self.assert_same(run, place.run_of("reference"))
         measured = files.read_manifest(run)["measured"]
@@ -78,6 +74,15 @@ class SameAsOneProcess(unittest.TestCase):
         model = sum(path.stat().st_size for path in (place.models / "base" / "tiny-minimax-m2").glob("*.safetensors"))
         self.assertEqual(dealt["layers"], 2)
         self.assertLess(dealt["part_gib"] * 2**30, 0.6 * model, "a process holds more than its part")
+
+    @unittest.skipUnless(LONG, "two real launches of two processes each: FAULT_TESTS=long")
+    def test_two_launchers_as_on_two_nodes_of_two_processes(self) -> None:
+        node = ["--num_machines=2", "--num_processes=4", "--main_process_ip=127.0.0.1", f"--main_process_port={port()}"]
+        first, second = launched("nodes", *([*node, f"--machine_rank={rank}"] for rank in (0, 1)))
+        self.assertEqual(second.returncode, 0, second.stderr)
+        self.assertEqual(files.read_manifest(Path(last_json(first)["run"]))["measured"]["world_size"], 4)
+        # one process of the four has no micro-batch of its own
+        self.assert_same(reference().run_of("nodes"), reference().run_of("reference"))
 
     def test_a_run_that_is_stopped_goes_on_with_any_number_of_processes_dealt_out_or_not(self) -> None:
         for name, ways in (("fewer", ("ddp", "fsdp", "one")), ("more", ("one", "fsdp", "ddp"))):
@@ -220,6 +225,17 @@ def reference() -> Place:
 
 def training(name: str) -> list[str]:
     return ["--run.name", name, *FLAGS, "--domain.lora.dropout=0.1"]
+
+
+def launched(name: str, *nodes: list[str]) -> list[Completed[str]]:
+    """`accelerate launch --config_file FILE scripts/train_domain_adapter.py`, once for each node with its words."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP_FILE)]
+    script = [str(ROOT / "scripts" / "train_domain_adapter.py"), *reference().flags, *training(name)]
+    env = {k: v for k, v in clean_environment().items() if k != "ACCELERATE_USE_CPU"}  # it has to find that out
+    how: dict[str, Any] = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, *words, *script], **how) for words in nodes]
+    said = [process.communicate(timeout=300) for process in processes]
+    return [Completed(p.args, p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
 
 
 def together(place: Place, script: str, *flags: str, way: str = "fsdp", before: Any = (None, None)) -> list[Any]:
