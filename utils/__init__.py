@@ -22,7 +22,7 @@ pure       composition/ LoRA factors in, LoRA factors out: methods, checks, weig
            corpus/invented   a domain of invented facts and its shuffled twin: the control with a known answer
 engines    sizes, plan_report, plan_dry, preflight          a model counted; what fits where, in words; refusals
            model_directory   what is refused in one before any library opens it
-           base_model   fetched or built once, identified by digest, loaded frozen
+           base_sources, base_model     fetched or built once; identified by digest, loaded frozen
            misloaded    what a library gets wrong without a word while it loads one
            sharding     one model dealt out to several processes; whether they still hold the same
            toy          real architectures at toy size

