@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def from_hub(section: BaseModelSection) -> Path:
-    """Where the hub's files lie, fetched first. Raises ArtefactError without a commit, or when the hub gives nothing."""
+    """Where the hub's files lie, fetched first. Raises ArtefactError without a commit, or when it gives nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
