@@ -97,8 +97,13 @@ class Pipeline(unittest.TestCase):
                 self.assertEqual((found["run"], found["digest"]), (before["run"], before["digest"]))
 
     def test_prompt_is_answered_with_both_adapters_in_a_fresh_interpreter(self) -> None:
-        found = last_json(run_script("inference", *self.place.flags, "--prompt", "What does f1 do?"))
+        completed = run_script("inference", *self.place.flags, "--prompt", "What does f1 do?")
+        found = last_json(completed)
         self.assertEqual(set(found), ANSWERED)
+        streamed = completed.stdout.splitlines()[:-1]
+        self.assertEqual((found["answer"], "".join(streamed)), ("", ""))
+        self.assertIn(found["reasoning"], completed.stderr)
+        self.assertIn("cut while still thinking: raise --inference.max_new_tokens", completed.stderr)
         self.assertEqual(found["adapters"], [self.reported["domain"]["run"], self.reported["task"]["run"]])
 
     def test_prompts_file_is_answered_line_by_line_in_order(self) -> None:
