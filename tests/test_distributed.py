@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
-from tests.fault_support import LONG, At, Place, Send, port, resolve  # noqa: E402
+from tests.fault_support import ADAPTER, LONG, At, Place, Send, port, resolve  # noqa: E402
 from tests.support import (  # noqa: E402
     Completed,
     clean_environment,
@@ -127,6 +127,24 @@ class SameAsOneProcess(unittest.TestCase):
         ended = together(place, "train_domain_adapter", "--run.name", "tied-two", *flags)
         self.assertEqual([done.returncode for done in ended], [0, 0], ended[0].stderr)
         self.assert_same(place.run_of("tied-two"), place.run_of("tied-one"))
+
+
+class Lost(unittest.TestCase):
+    def test_a_process_killed_while_the_model_is_dealt_out_or_saved_ends_the_other_and_the_run_goes_on(self) -> None:
+        place = reference()
+        for name, where, call in (
+            ("dealing", "utils.sharding._from_main", 9),
+            ("saving", "utils.checkpoints.whole", 4),
+        ):
+            with self.subTest(name):
+                first, second = start("fsdp", name, before=(None, At(where, Send(signal.SIGKILL), call)))
+                self.assertEqual((first.returncode, second.returncode), (STOPPED, -signal.SIGKILL), first.stderr)
+                self.assertIn("another process of this run ended", first.stderr)
+                first, second = start("fsdp", name)
+                self.assertEqual((first.returncode, second.returncode), (0, 0), first.stderr)
+                self.assertEqual("resumed" in first.stderr, name == "saving")
+                adapters = [(place.run_of(run) / ADAPTER).read_bytes() for run in (name, "reference")]
+                self.assertEqual(adapters[0], adapters[1])
 
 
 class Unequal(unittest.TestCase):
