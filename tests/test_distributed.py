@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 from config import BaseModelSection  # noqa: E402
-from tests.fault_support import LONG, At, Place, Send, port, resolve  # noqa: E402
+from tests.fault_support import ADAPTER, LONG, At, Place, Send, port, resolve  # noqa: E402
 from tests.support import (  # noqa: E402
     Completed,
     clean_environment,
@@ -75,6 +75,13 @@ class SameAsOneProcess(unittest.TestCase):
         self.assertEqual(dealt["layers"], 2)
         self.assertLess(dealt["part_gib"] * 2**30, 0.6 * model, "a process holds more than its part")
 
+    @unittest.skipUnless(LONG, "another real launch: FAULT_TESTS=long")
+    def test_launched_as_the_readme_says_with_the_model_whole_in_both(self) -> None:
+        (done,) = launched("whole", [], file="cpu_two_processes.yaml")
+        measured = files.read_manifest(Path(last_json(done)["run"]))["measured"]
+        self.assertEqual((measured["world_size"], measured["is_dealt_out"]), (2, False))
+        self.assert_same(reference().run_of("whole"), reference().run_of("reference"))
+
     @unittest.skipUnless(LONG, "two real launches of two processes each: FAULT_TESTS=long")
     def test_two_launchers_as_on_two_nodes_of_two_processes(self) -> None:
         node = ["--num_machines=2", "--num_processes=4", "--main_process_ip=127.0.0.1", f"--main_process_port={port()}"]
@@ -120,6 +127,24 @@ class SameAsOneProcess(unittest.TestCase):
         ended = together(place, "train_domain_adapter", "--run.name", "tied-two", *flags)
         self.assertEqual([done.returncode for done in ended], [0, 0], ended[0].stderr)
         self.assert_same(place.run_of("tied-two"), place.run_of("tied-one"))
+
+
+class Lost(unittest.TestCase):
+    def test_a_process_killed_while_the_model_is_dealt_out_or_saved_ends_the_other_and_the_run_goes_on(self) -> None:
+        place = reference()
+        for name, where, call in (
+            ("dealing", "utils.sharding._from_main", 9),
+            ("saving", "utils.checkpoints.whole", 4),
+        ):
+            with self.subTest(name):
+                first, second = start("fsdp", name, before=(None, At(where, Send(signal.SIGKILL), call)))
+                self.assertEqual((first.returncode, second.returncode), (STOPPED, -signal.SIGKILL), first.stderr)
+                self.assertIn("another process of this run ended", first.stderr)
+                first, second = start("fsdp", name)
+                self.assertEqual((first.returncode, second.returncode), (0, 0), first.stderr)
+                self.assertEqual("resumed" in first.stderr, name == "saving")
+                adapters = [(place.run_of(run) / ADAPTER).read_bytes() for run in (name, "reference")]
+                self.assertEqual(adapters[0], adapters[1])
 
 
 class Unequal(unittest.TestCase):
@@ -227,9 +252,9 @@ def training(name: str) -> list[str]:
     return ["--run.name", name, *FLAGS, "--domain.lora.dropout=0.1"]
 
 
-def launched(name: str, *nodes: list[str]) -> list[Completed[str]]:
+def launched(name: str, *nodes: list[str], file: str = FSDP_FILE.name) -> list[Completed[str]]:
     """`accelerate launch --config_file FILE scripts/train_domain_adapter.py`, once for each node with its words."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP_FILE)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / file)]
     script = [str(ROOT / "scripts" / "train_domain_adapter.py"), *reference().flags, *training(name)]
     env = {k: v for k, v in clean_environment().items() if k != "ACCELERATE_USE_CPU"}  # it has to find that out
     how: dict[str, Any] = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

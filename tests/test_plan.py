@@ -126,6 +126,11 @@ class Refusals(unittest.TestCase):
             "4 GPUs": (Machine(shards=4, local=4, gpu_bytes=79 * GIB, host_bytes=2048 * GIB), ["GPU"]),
             "a small host": (Machine(shards=8, local=8, gpu_bytes=79 * GIB, host_bytes=256 * GIB), ["main memory"]),
             "a CPU that has it": (Machine(shards=1, local=1, gpu_bytes=0, host_bytes=512 * GIB), []),
+            "two CPU processes share it": (Machine(shards=2, local=2, gpu_bytes=0, host_bytes=900 * GIB), []),
+            "which takes a copy and the parts": (
+                Machine(shards=2, local=2, gpu_bytes=0, host_bytes=800 * GIB),
+                ["main memory"],
+            ),
             "two such processes": (
                 Machine(shards=1, local=2, gpu_bytes=0, host_bytes=512 * GIB),
                 ["main memory for 2"],
