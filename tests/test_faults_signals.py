@@ -184,7 +184,7 @@ class OtherScripts(unittest.TestCase):
         last_json(done)
         self.assertIn("going on with an interrupted merge", done.stderr)
         files.verify(target)
-        self.assertEqual([path.name for path in place.root.iterdir() if path.name.startswith(".")], [])
+        self.assertEqual(list(place.root.glob(".terminated*")), [])
 
     def test_sigterm_leaves_an_evaluation_and_a_composition_that_go_on(self) -> None:
         place = with_both_adapters()
