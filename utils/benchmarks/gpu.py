@@ -44,11 +44,11 @@ from utils.benchmarks import merging as synthetic
 from utils.benchmarks.gpu_scale import REAL, ROOM, TOY, Scale, extrapolation, most_layers, predicted, sizes
 from utils.composition import Recipe, compose
 from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem
+from utils.fp8_choice import LEAST_CAPABILITY
 from utils.logger import event
 from utils.planning import GIB, Dtype
 from utils.training_data import PackedDocuments
 
-FP8_CAPABILITY = (8, 9)
 FOREIGN = (RuntimeError, ValueError, ImportError, OSError, AssertionError, NonFiniteError, ArtefactError)
 
 
@@ -199,7 +199,7 @@ def fp8_missing() -> str:
     """What this machine lacks to train on a base that stays FP8; empty when nothing is known to be missing."""
     if base_model.device().type != "cuda":
         return "no GPU: an FP8 base would be de-quantised"
-    if (found := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
+    if (found := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
         return f"compute capability {found[0]}.{found[1]} has no FP8 units, 8.9 is the first that has"
     if importlib.util.find_spec("kernels") is None:
         return "the package kernels, which brings the FP8 products, is not installed"
