@@ -45,11 +45,12 @@ fault-test: $(READY)
 minimax-test: $(READY)
 	MINIMAX_TESTS=all $(BIN)/python -m unittest tests.test_minimax_m2
 
-# The same tests as `python -m unittest discover tests`, a file for each core at a time, the longest first.
+# The same tests as `python -m unittest discover tests`, a file for each core at a time, the longest first: the
+# real model's, then by size.
 test: $(READY)
 	$(BIN)/python -m black --check .
 	$(BIN)/python -m ruff check .
-	ls -S tests/test_*.py | xargs -P $(CORES) -I FILE sh -c \
+	{ ls tests/test_integration*.py; ls -S tests/test_*.py | grep -v integration; } | xargs -P $(CORES) -I FILE sh -c \
 	  'said=$$($(BIN)/python -m unittest FILE 2>&1); code=$$?; echo "FILE $$said"; exit $$code'
 	@echo "all tests passed"
 
