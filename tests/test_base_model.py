@@ -108,6 +108,24 @@ class Loading(unittest.TestCase):
             model(torch.tensor([[5, 6, 7]]))
         self.assertEqual(routed, [torch.float32] * 2)
 
+    def test_auto_is_bfloat16_only_on_cpus_that_were_measured_to_be_faster_in_it(self) -> None:
+        avx512_only = {"avx512_bf16": True, "amx_bf16": False}
+        for capabilities, expected in (
+            ({"cpu_name": "AMD EPYC", **avx512_only}, torch.bfloat16),
+            ({"cpu_name": "Intel(R) Xeon(R) Platinum", **avx512_only}, torch.float32),
+            ({"cpu_name": "Intel(R) Xeon(R) Platinum", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+            ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+            ({"bf16": True}, torch.bfloat16),  # what torch says on Arm
+            ({}, torch.float32),
+        ):
+            with (
+                self.subTest(capabilities=capabilities),
+                mock.patch.object(base_model, "device", return_value=torch.device("cpu")),
+                mock.patch.object(torch.cpu, "get_capabilities", return_value=capabilities),
+            ):
+                self.assertEqual(base_model.compute_dtype("auto"), expected)
+                self.assertEqual(base_model.compute_dtype("float32"), torch.float32)
+
     def test_partial_rope_is_loaded_as_the_toy_has_it(self) -> None:
         base = saved_model("minimax_m2")
         model = base_model.load_model(base, BaseModelSection(source=str(base.directory), dtype="float32"))
