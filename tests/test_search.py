@@ -123,7 +123,7 @@ class Search(unittest.TestCase):
                 return point
             # perfect on what it was fitted to, useless elsewhere: over-fitting in its purest form
             nlls = tuple(0.0 if c in fitted[weights] else 50.0 for c in point.clusters)
-            return Point(method, weights, nlls, point.tokens, point.clusters)
+            return Point(method, weights, nlls, point.answer_tokens, point.clusters)
 
         found = search(evaluate, 2, ("sum", "per_layer"), retention=0.8, fit_per_layer=fit)
         self.assertEqual(found.chosen.method, "sum")
@@ -252,8 +252,9 @@ class ProbeOnAModel(unittest.TestCase):
                 common = {"batch_tokens": 512, "device": torch.device("cpu"), "what": "x"}
                 items = evaluation.score_questions(fresh, data.questions, pad_id=data.pad_id, **common)
                 documents = evaluation.score_documents(fresh, data.documents, **common)
-                for a, b in zip(found.nlls, items, strict=True):
-                    self.assertAlmostEqual(a, b.answer_nll, places=3)
+                for a, b in zip(found.answer_nlls, items, strict=True):
+                    self.assertAlmostEqual(a, b.answer_nll + b.end_nll, places=3)
+                self.assertEqual(list(found.answer_tokens), [item.answer_tokens + 1 for item in items])
                 domain = sum(d.nll for d in documents) / sum(d.tokens for d in documents)
                 self.assertAlmostEqual(found.domain_nll or 0.0, domain, places=4)
 

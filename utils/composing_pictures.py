@@ -24,7 +24,7 @@ def search_picture(choice: Choice, path: Path) -> None:
     if choice.chosen.method == "sum":
         curves.plot(choice.chosen.weights[0], choice.chosen.answer_nll, marker="*", markersize=14, color=CHOSEN)
     curves.set_xlabel("domain weight")
-    curves.set_ylabel("answer loss per token on dev")
+    curves.set_ylabel("answer and end-of-turn loss per token on dev")
     curves.legend(fontsize=8)
     shown = [p for p in choice.points if p.domain_nll is not None and any(p.weights)]
     if shown:
@@ -44,7 +44,7 @@ def search_picture(choice: Choice, path: Path) -> None:
             0.5, 0.5, "no dev documents: the domain loss was not measured", ha="center", transform=front.transAxes
         )
     front.set_xlabel("domain loss per token on dev documents")
-    front.set_ylabel("answer loss per token on dev")
+    front.set_ylabel("answer and end-of-turn loss per token on dev")
     figure.suptitle(f"{choice.chosen.method} {_weights(choice.chosen)}: {choice.reason.partition(': ')[2]}", fontsize=9)
     figure.savefig(path)
 

@@ -145,8 +145,8 @@ class Probe:
         return Point(
             method,
             weights,
-            tuple(item.answer_nll for item in items),
-            tuple(item.answer_tokens for item in items),
+            tuple(item.answer_nll + item.end_nll for item in items),
+            tuple(item.answer_tokens + 1 for item in items),
             tuple(item.document for item in items),
             tuple(d.nll for d in documents),
             tuple(d.tokens for d in documents),

@@ -1,8 +1,9 @@
 """Choosing the weights on dev: grid, local refinement, Pareto front, and the simplest method within one standard error.
 
-Pure: losses come from a function that is called with a method and weights. The objective is answer NLL per token, among
-the weights that keep a given share of the domain adapter's gain on dev documents. That share is an estimate, and the
-best answers lie at the border of what is allowed: so its lower confidence limit has to be enough, where any is.
+Pure: losses come from a function that is called with a method and weights. The objective is answer NLL per token with
+the end of turn, because without it weights win at which answers no longer end; it is sought among the weights that keep
+a given share of the domain adapter's gain on dev documents. That share is an estimate, and the best answers lie at the
+border of what is allowed: so its lower confidence limit has to be enough, where any is.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ SURE = 1.645
 
 @dataclass(frozen=True)
 class Point:
-    """Losses at one setting: NLL sum and token count of each dev item, its document; the same of each dev document."""
+    """Losses at one setting: NLL sum and token count of each dev answer, its document; the same of each dev document.
+
+    An answer's NLL and tokens include its end of turn.
+    """
 
     method: str
     weights: tuple[float, ...]
-    nlls: tuple[float, ...]
-    tokens: tuple[int, ...]
+    answer_nlls: tuple[float, ...]
+    answer_tokens: tuple[int, ...]
     clusters: tuple[str, ...]
     document_nlls: tuple[float, ...] = ()
     document_tokens: tuple[int, ...] = ()
 
     @property
     def answer_nll(self) -> float:
-        return sum(self.nlls) / sum(self.tokens)
+        return sum(self.answer_nlls) / sum(self.answer_tokens)
 
     @property
     def domain_nll(self) -> float | None:
@@ -149,9 +153,10 @@ def paired(point: Point, other: Point) -> tuple[float, float]:
     The error is that of a ratio of sums with whole documents as the unit (linearised, as in survey sampling).
     """
     difference = point.answer_nll - other.answer_nll
-    total = sum(point.tokens)
+    total = sum(point.answer_tokens)
     residuals: dict[str, float] = {}
-    for a, b, tokens, cluster in zip(point.nlls, other.nlls, point.tokens, point.clusters, strict=True):
+    rows = zip(point.answer_nlls, other.answer_nlls, point.answer_tokens, point.clusters, strict=True)
+    for a, b, tokens, cluster in rows:
         residuals[cluster] = residuals.get(cluster, 0.0) + (a - b) - difference * tokens
     if len(residuals) < 2:
         return difference, math.inf
@@ -231,9 +236,9 @@ def _per_layer(measure: Evaluate, fit: FitPerLayer, start: Point) -> tuple[Point
     made = [measure("per_layer", fit(start.weights, half)) for half in halves]
     fold = {document: i for i, half in enumerate(halves) for document in half}
     # an item's loss comes from the weights that were fitted without its document
-    nlls = tuple(made[1 - fold[cluster]].nlls[i] for i, cluster in enumerate(start.clusters))
+    nlls = tuple(made[1 - fold[cluster]].answer_nlls[i] for i, cluster in enumerate(start.clusters))
     documents_nlls = tuple(sum(both) / FOLDS for both in zip(*(point.document_nlls for point in made), strict=True))
-    return replace(whole, nlls=nlls, document_nlls=documents_nlls), whole
+    return replace(whole, answer_nlls=nlls, document_nlls=documents_nlls), whole
 
 
 def _choose(
