@@ -284,7 +284,7 @@ class EvaluateSection(Section):
     batch_tokens: Positive = 4096
     """Tokens per forward pass."""
     max_heldout_documents: NonNegative = 200
-    """Documents used for held-out perplexity, chosen by hash of their id; 0 uses all."""
+    """Documents for held-out perplexity, chosen by hash of their id; 0 uses all. As many, up to 60, of the corpus."""
     generated_answers: NonNegative = 100
     """Test questions that are answered for exact match, F1 and format, chosen by hash; 0 generates nothing."""
     resamples: Annotated[int, Field(ge=100)] = 10_000

@@ -189,10 +189,10 @@ def _score_row(
 
 
 def _document_sets(config: Config, source: Prepared, pad_id: int) -> dict[str, PackedDocuments]:
-    found = {}
+    found, most = {}, config.evaluate.max_heldout_documents
     for name, which, limit in (
-        ("heldout", "heldout_documents", config.evaluate.max_heldout_documents),
-        ("seen", "corpus", SEEN_DOCUMENTS),
+        ("heldout", "heldout_documents", most),
+        ("seen", "corpus", min(SEEN_DOCUMENTS, most or SEEN_DOCUMENTS)),
     ):
         if (source.directory / which).is_dir():
             documents = source.documents(which)
