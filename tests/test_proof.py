@@ -96,6 +96,14 @@ class Protocol(unittest.TestCase):
             self.assertEqual(cell["seeds"], [None] if name == "base" else [0, 7], name)
             self.assertLessEqual({"domain_ppl", "general_ppl", "answer_nll", "choice_accuracy", "em", "f1"}, set(cell))
 
+    def test_no_more_documents_are_scored_than_the_setting_allows_of_the_corpus_either(self) -> None:
+        prepared = next(run for run in self.runs("../data/prepared"))
+        for name, counted in (("heldout", "heldout_documents"), ("seen", "corpus")):
+            there = prepared["counts"]["documents"][counted]["documents"]
+            scored = files.read_json(Path(self.found["run"]) / "cell_base.json")[name]
+            self.assertEqual(len(scored), min(8, there), name)
+        self.assertGreater(there, 8)  # else the limit would not have been asked
+
     def test_last_line_has_the_verdict_and_all_four_contrasts(self) -> None:
         self.assertIn(self.found["verdict"], ("helps", "coexists", "interferes", "undecided"))
         self.assertEqual(list(self.found["contrasts"]), ["H1", "H2", "H3", "H4"])
