@@ -32,7 +32,7 @@ from tests.support import (  # noqa: E402
     temporary_directory,
     write_jsonl,
 )
-from utils import cli, files, hub, stages, toy  # noqa: E402
+from utils import cli, comparison, files, hub, stages, toy  # noqa: E402
 from utils.composition import norm, random_like  # noqa: E402
 from utils.composition.factors import ModuleFactors  # noqa: E402
 from utils.exceptions import Interrupted, PipelineError  # noqa: E402
@@ -278,6 +278,14 @@ class Rows(unittest.TestCase):
         refused = self.place.run("evaluate", "--evaluate.general_text", "nowhere.txt")
         self.assertEqual(refused.returncode, 2)
         self.assertIn("nowhere.txt", refused.stderr)
+
+
+class Documents(unittest.TestCase):
+    def test_only_items_that_share_their_document_with_none_are_said_to_name_none(self) -> None:
+        # the demo asks about `array` and `array.append`: the first has its document's name and is not alone
+        named = [("array", "array"), ("array.append", "array"), ("q1", "q1"), ("q2", "gc")]
+        on = mock.Mock(examples=[{"id": name, "document": document} for name, document in named])
+        self.assertEqual(comparison._without_document(on), 1)
 
 
 class Regimes(unittest.TestCase):

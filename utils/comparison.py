@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,12 @@ def cautions(found: Mapping[str, Any], parts: Participants) -> list[str]:
 
 
 def _without_document(on: Material) -> int:
-    """Items that stand for a document of their own: their intervals assume that they have nothing in common."""
-    return sum(str(e["document"]) == str(e["id"]) for e in on.examples)
+    """Items that stand for a document of their own: their intervals assume that they have nothing in common.
+
+    A document that several items share was named, even where it has the name of one of them.
+    """
+    items = Counter(str(e["document"]) for e in on.examples)
+    return sum(str(e["document"]) == str(e["id"]) and items[str(e["document"])] == 1 for e in on.examples)
 
 
 def _lineage(base: BaseModel, parts: Participants) -> list[dict[str, Any]]:
