@@ -94,6 +94,8 @@ def search(
     base, domain = measure("sum", nothing), measure("sum", (1.0, *nothing[1:]))
     keeping = Keeping(base, domain, retention)
     grid = _grid(measure, adapters)
+    if not any(map(keeping.likely, grid)):
+        grid.append(_towards_keeping(measure, max(grid, key=lambda p: keeping.share(p)[0]), keeping))
     # where nothing is surely enough, what is enough by its value; where nothing is, everything
     feasible = next((rule for rule in (keeping.surely, keeping.likely) if any(map(rule, grid))), keeping.likely)
     start = _best([p for p in grid if feasible(p)] or grid)
@@ -208,16 +210,36 @@ def _grid(measure: Evaluate, adapters: int) -> list[Point]:
     return [measure("sum", (a, b) + (1.0,) * (adapters - 2)) for a, b in itertools.product(COARSE, COARSE[1:])]
 
 
+def _neighbours(measure: Evaluate, method: str, here: Point, step: float) -> list[Point]:
+    """One weight a step lower or higher; none is negative."""
+    found = []
+    for i, sign in itertools.product(range(len(here.weights)), (-1, 1)):
+        weights = (*here.weights[:i], round(here.weights[i] + sign * step, 6), *here.weights[i + 1 :])
+        if weights[i] >= 0:
+            found.append(measure(method, weights))
+    return found
+
+
+def _towards_keeping(measure: Evaluate, start: Point, keeping: Keeping) -> Point:
+    """From weights that lose too much of the domain, on a grid too coarse to hold better ones, to ones that keep it."""
+    here, spent = start, 0
+    for step in STEPS:
+        while spent < MAX_REFINEMENTS and not keeping.likely(here):
+            neighbours = _neighbours(measure, "sum", here, step)
+            spent += len(neighbours)
+            best = max(neighbours, key=lambda p: keeping.share(p)[0])
+            if keeping.share(best)[0] <= keeping.share(here)[0]:
+                break
+            here = best
+    return here
+
+
 def _refined(measure: Evaluate, method: str, start: Point, feasible: Callable[[Point], bool]) -> Point:
     """Compass search: the best neighbour in one weight, while it improves, with ever smaller steps."""
     here, spent = start, 0
     for step in STEPS:
         while spent < MAX_REFINEMENTS:
-            neighbours = []
-            for i, sign in itertools.product(range(len(here.weights)), (-1, 1)):
-                weights = (*here.weights[:i], round(here.weights[i] + sign * step, 6), *here.weights[i + 1 :])
-                if weights[i] >= 0:
-                    neighbours.append(measure(method, weights))
+            neighbours = _neighbours(measure, method, here, step)
             spent += len(neighbours)
             better = [p for p in neighbours if p.answer_nll < here.answer_nll and (feasible(p) or not feasible(here))]
             if not better:
