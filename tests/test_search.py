@@ -89,12 +89,14 @@ class Search(unittest.TestCase):
         found = find(losses(bowl(1.0, 1.0), domain), retention=0.9)
         self.assertEqual(found.chosen.weights, (1.0, 0.125))  # 2 / 64 is lost there, 2 / 16 at the next step
         self.assertIn("90% of the domain gain is kept", found.reason)
+        self.assertIn("which costs 0.38 nats per answer token", found.reason)  # 0.5 (1 - 0.125) ** 2
 
     def test_where_no_weights_keep_the_domain_answers_alone_decide_and_the_reason_says_so(self) -> None:
         # kept by the domain adapter alone only at the weight 1 that any other weight of the task spoils
         found = find(losses(bowl(1.0, 1.0), lambda weights: 3.0 - (weights == (1.0, 0.0))), retention=0.9)
         self.assertEqual(found.chosen.weights, (1.0, 1.0))
         self.assertIn("no weights keep 90%", found.reason)
+        self.assertNotIn("costs", found.reason)
 
     def test_without_a_domain_gain_nothing_has_to_be_kept_and_the_reason_says_so(self) -> None:
         worse = find(losses(bowl(0.0, 1.0), lambda weights: 3.0 + weights[0]))

@@ -19,6 +19,8 @@ STEPS = (0.25, 0.125)
 # a refinement that still improves after so many evaluations has left what a dev split can tell
 MAX_REFINEMENTS = 32
 FOLDS = 2
+# nats per answer token that keeping the domain may cost without being mentioned
+WORTH_SAYING = 0.05
 # one-sided 95% of a normal distribution
 SURE = 1.645
 
@@ -288,6 +290,10 @@ def _choose(
         constraint = (
             f"at least {wanted} is kept on dev, of which {len(chosen.point.document_nlls)} documents are no proof"
         )
+    # the two goals may be at odds, and then a person has to know the price
+    price = chosen.point.answer_nll - _best([p for p in points if p.method == "sum"]).answer_nll
+    if allowed and gain is not None and gain > 0 and price >= WORTH_SAYING:
+        constraint += f", which costs {price:.2f} nats per answer token"
     reason = f"{chosen.label}: the simplest within one standard error of the best on dev; {constraint}"
     return Choice(final.get(chosen.label, chosen.point), champions, points, gain, reason)
 
