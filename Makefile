@@ -22,7 +22,7 @@ demo: $(READY)
 	$(LAUNCH) scripts/train_task_adapter.py
 	@echo; echo "The control: the same task adapter trained on the base, without the domain. It is the fair baseline."
 	$(LAUNCH) scripts/train_task_adapter.py --task.on base
-	$(BIN)/python scripts/compose.py --compose.max_dev_items 30 --compose.max_dev_documents 20
+	$(BIN)/python scripts/compose.py --weights 1,0.75 --compose.max_dev_items 30 --compose.max_dev_documents 20
 	$(BIN)/python scripts/evaluate.py
 	$(BIN)/python scripts/inference.py --prompt "What does \`shlex.quote\` do?"
 

@@ -436,7 +436,7 @@ class Reads(unittest.TestCase):
         reads.record(folder, test="other", composed="a", run="r2")
         found = reads.record(folder, test="t", composed="b", run="r3")
         self.assertEqual((found["reads"], found["models"], found["reads_of_this"]), (2, 2, 1))
-        self.assertIn("read 2 times, for 2 composed models", reads.sentence(found))
+        self.assertIn("read 2 times, 1 of them for these adapters", reads.sentence(found))
         self.assertEqual(reads.sentence({**found, "reads": 1}), "")
 
     def test_items_are_identified_whatever_their_order(self) -> None:

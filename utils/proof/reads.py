@@ -58,8 +58,8 @@ def sentence(reads: dict[str, Any]) -> str:
     if reads["reads"] <= 1:
         return ""
     return (
-        f"This test split was read {reads['reads']} times, for {reads['models']} composed models"
-        f" ({reads['reads_of_this']} times for this one): what was chosen after seeing it is too good here."
+        f"This test split was read {reads['reads']} times, {reads['reads_of_this']} of them for these adapters: "
+        "what was chosen after seeing it is too good here."
     )
 
 
