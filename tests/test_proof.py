@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from huggingface_hub import ModelCard  # noqa: E402
 
 from tests.support import (  # noqa: E402
@@ -36,7 +37,7 @@ from utils import cli, comparison, files, hub, stages, toy  # noqa: E402
 from utils.composition import norm, random_like  # noqa: E402
 from utils.composition.factors import ModuleFactors  # noqa: E402
 from utils.exceptions import Interrupted, PipelineError  # noqa: E402
-from utils.proof import controls, reads, results  # noqa: E402
+from utils.proof import cells, controls, reads, results  # noqa: E402
 
 FOUR = ["base", "domain", "task", "composed"]
 STACKED = ["task_without_domain"]
@@ -286,6 +287,18 @@ class Documents(unittest.TestCase):
         named = [("array", "array"), ("array.append", "array"), ("q1", "q1"), ("q2", "gc")]
         on = mock.Mock(examples=[{"id": name, "document": document} for name, document in named])
         self.assertEqual(comparison._without_document(on), 1)
+
+    def test_too_few_held_out_documents_for_a_claim_are_said_before_anything_is_scored(self) -> None:
+        directory = temporary_directory()
+        (directory / "heldout_documents").mkdir()
+        rows = [{"id": f"d{i}", "input_ids": [1, 2, 3], "num_tokens": 3, "utf8_bytes": 3} for i in range(8)]
+        source = mock.Mock(directory=directory, documents=lambda which: Dataset.from_list(rows))
+        for limit, is_said in ((5, True), (6, False), (0, False)):
+            config = cli.resolve(["--evaluate.max_heldout_documents", str(limit)], {})
+            with mock.patch.object(cells, "warning") as said:
+                found = cells._document_sets(config, source, 0)["heldout"]
+            self.assertEqual(len(found.lengths), limit or 8)
+            self.assertEqual(said.called, is_said, limit)
 
 
 class Regimes(unittest.TestCase):

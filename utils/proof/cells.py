@@ -23,6 +23,7 @@ from utils.exceptions import DataError, NonFiniteError, Problem
 from utils.logger import event, warning
 from utils.prepared import Prepared
 from utils.proof.families import Family, Participants
+from utils.statistics import MIN_CLUSTERS
 from utils.training_data import PackedDocuments
 
 WINDOW_TOKENS = 1024
@@ -200,6 +201,13 @@ def _document_sets(config: Config, source: Prepared, pad_id: int) -> dict[str, P
                 ids = documents["id"][:]
                 order = sorted(range(len(ids)), key=lambda i, ids=ids: hash_share(ids[i], config.run.seed))
                 documents = documents.select(sorted(order[:limit]))
+            if name == "heldout" and len(documents) < MIN_CLUSTERS:
+                # said before the hours that an evaluation may take
+                warning(
+                    f"whether the domain is kept (H1) is not tested with fewer than {MIN_CLUSTERS} held-out documents: "
+                    "raise --evaluate.max_heldout_documents, or prepare data with more",
+                    documents=len(documents),
+                )
             found[name] = PackedDocuments(documents, _window(config), 0, pad_id)
     return found
 
