@@ -212,7 +212,7 @@ class ComposeSection(Section):
     # per_layer costs three fits of eight gradient steps over dev: as much as all the others together
     search_methods: tuple[Literal["sum", "depth_gate", "per_layer"], ...] = ("sum", "depth_gate")
     """Methods whose weights are searched; the simplest within one standard error of the best is taken."""
-    # a tenth above what a test split has to show: dev documents flatter by about that much (decision_document.md)
+    # above the 70% that a test split has to show: dev flattered by a tenth and more (decision_document.md)
     domain_retention: Share = 0.9
     """Share of the domain adapter's gain on held-out documents that the chosen weights have to keep."""
     max_dev_items: NonNegative = 200
