@@ -16,6 +16,7 @@ $(READY): requirements.txt
 	touch $@
 
 # Every step finds what an earlier, interrupted run of it finished, so `make demo` again goes on from there.
+# The weights are what `--compose.search` chose on dev; searching them again takes minutes.
 demo: $(READY)
 	$(BIN)/python scripts/prepare_data.py
 	$(LAUNCH) scripts/train_domain_adapter.py
