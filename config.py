@@ -167,7 +167,7 @@ class DomainSection(Section):
 
 
 class TaskSection(Section):
-    """The task adapter: supervised pairs, loss on the answer and its end-of-turn token only."""
+    """The task adapter: supervised pairs, loss on the answer and its end-of-turn token."""
 
     on: Literal["domain", "base", "domain_ready"] = "domain"
     """What the task adapter is trained on: the frozen domain adapter (stacked), the base (independent), or the base
@@ -178,6 +178,9 @@ class TaskSection(Section):
     train: TrainSection = TrainSection(epochs=1, batch_tokens=768, micro_batch_tokens=768)
     system_prompt: str = "You answer questions briefly and correctly."
     """System message of every prompt, the same in training, evaluation and inference; recorded with the adapter."""
+    prompt_loss_weight: Share = 0.0
+    """Share of the prompt's tokens that are trained as well, drawn anew in each epoch. 0.1 lets pairs of long passages
+    and short answers leave more of the domain (arXiv 2405.14394; decision_document.md)."""
     max_unusable_share: Share = 0.05
     """Error when more than this share of the training pairs does not fit sequence_tokens or has an empty answer."""
 

@@ -33,6 +33,8 @@ def main(config: Config) -> dict[str, Any]:
     domain = lineage.domain_run(config, base) if config.task.on != "base" else None
     shared = stages.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)
     identity = {**shared, "on": config.task.on, "domain_adapter": domain.digest if domain else None}
+    if config.task.prompt_loss_weight:  # left out at 0, which is what adapters of before have
+        identity["prompt_loss_weight"] = config.task.prompt_loss_weight
 
     def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
         source, settings, seed = Prepared(data.directory), config.task.train, config.run.seed
@@ -52,7 +54,8 @@ def main(config: Config) -> dict[str, Any]:
             "answer_does_not_fit": report.answer_does_not_fit,
             "contexts_shortened": report.contexts_shortened,
         }
-        return model, BucketedPairs(pairs, settings, seed, pad), dev, facts
+        trained = BucketedPairs(pairs, settings, seed, pad, prompt_loss_weight=config.task.prompt_loss_weight)
+        return model, trained, dev, facts
 
     def each_step(model: Any, step: int | None) -> list[str]:
         if config.task.on == "domain_ready":

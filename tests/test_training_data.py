@@ -133,6 +133,27 @@ class Pairs(unittest.TestCase):
         self.assertEqual(batch.labels_BT.tolist(), [[-100, -100, 14, 2, -100], [-100, 2, -100, -100, -100]])
         self.assertEqual(batch.position_ids_BT.tolist(), [[0, 1, 2, 3, 4]] * 2)
 
+    def test_a_share_of_the_prompt_is_trained_as_well_another_in_each_epoch(self) -> None:
+        lengths = [(400, 3), (2, 1), (300, 299), (3, 2), (200, 5)]  # the third has one token of prompt
+        pairs = [Pair(str(n), tuple(range(1, n + 1)), answer) for n, answer in lengths]
+        rows = tuple(range(len(pairs)))
+        answers = BucketedPairs(pairs, TRAIN, 3, 0).batch(0, rows).labels_BT
+        every = BucketedPairs(pairs, TRAIN, 3, 0, prompt_loss_weight=1.0).batch(0, rows).labels_BT
+        for row, (n, _) in enumerate(lengths):
+            self.assertEqual(every[row][every[row] != IGNORED].tolist(), list(range(2, n + 1)))
+        data = BucketedPairs(pairs, TRAIN, 3, 0, prompt_loss_weight=0.2)
+        found = [data.batch(epoch, rows).labels_BT for epoch in range(30)]
+        for epoch, labels in enumerate(found):
+            self.assertTrue(torch.equal(labels[answers != IGNORED], answers[answers != IGNORED]))
+            self.assertTrue(torch.equal(labels[labels != IGNORED], every[labels != IGNORED]))
+            self.assertEqual(int((labels != IGNORED).sum()), data.num_labels(epoch, [rows[:2], rows[2:]]))
+            self.assertTrue(torch.equal(labels[3:4, :3], data.batch(epoch, (3,)).labels_BT))  # whatever is beside it
+        self.assertFalse(torch.equal(found[0], found[1]))
+        # 396 + 194 tokens of prompts that follow another one of the prompt, in 30 epochs: 5 standard deviations
+        drawn = sum(int(((labels != IGNORED) & (answers == IGNORED)).sum()) for labels in found)
+        count = 30 * sum(max(0, n - answer - 1) for n, answer in lengths)
+        self.assertAlmostEqual(drawn / count, 0.2, delta=5 * (0.2 * 0.8 / count) ** 0.5)
+
     def test_tokenised_pair_trains_what_the_template_puts_after_the_prompt(self) -> None:
         example = {"id": "x", "question": "Why?", "answers": ["Because.", "unused"]}
         pairs, report = tokenise_pairs([example], self.tokenizer, "Be brief.", 200)

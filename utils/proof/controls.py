@@ -100,6 +100,7 @@ class Trainer:
             "lora": identity["lora"],
             "train": identity["train"],
             "system_prompt": identity["system_prompt"],
+            "prompt_loss_weight": identity.get("prompt_loss_weight", 0.0),
             "max_unusable_share": self.config.task.max_unusable_share,
         }
         inputs = {"prepared": str(lineage.parent_by_digest(like, "prepared", self._roots(True)).directory)}
