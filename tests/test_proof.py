@@ -51,7 +51,7 @@ def trained() -> tuple[Workspace, dict[str, dict[str, Any]]]:
     place = Workspace(documents=48)
     prepared = last_json(place.run("prepare_data", *place.sources, "--data.heldout_share", "0.4"))
     reported = {"prepared": prepared, "domain": last_json(place.run("train_domain_adapter"))}
-    reported["task"] = last_json(place.run("train_task_adapter"))
+    reported["task"] = last_json(place.run("train_task_adapter", "--task.prompt_loss_weight", "0.5"))
     return place, reported
 
 
@@ -148,6 +148,7 @@ class Protocol(unittest.TestCase):
         self.assertEqual(matched["lora"]["rank"], real["lora"]["rank"] + task["lora"]["rank"])
         scales = [lora["alpha"] / lora["rank"] for lora in (matched["lora"], task["lora"])]
         self.assertEqual(*scales)
+        self.assertEqual({i["prompt_loss_weight"] for i in identities if i["stage"] == "task"}, {0.5})
 
     def test_wrong_domain_adapter_is_trained_for_as_many_steps_as_the_real_one(self) -> None:
         steps = {run["measured"]["steps"] for run in self.runs("controls/domain", "domain") if run["measured"]}
@@ -315,6 +316,7 @@ class Regimes(unittest.TestCase):
         self.assertEqual(*map(files.sha256_file, weights))
         manifest = files.read_manifest(Path(whole["run"]))
         self.assertEqual(manifest["identity"]["on"], "domain_ready")
+        self.assertNotIn("prompt_loss_weight", manifest["identity"])  # 0, as in adapters from before there was one
         self.assertIn(reported["domain"]["digest"], [parent["digest"] for parent in manifest["parents"]])
         for run in (whole, again):  # the next tests want the stacked one as the newest
             shutil.rmtree(run["run"])
