@@ -197,6 +197,20 @@ class Protocol(unittest.TestCase):
         self.assertNotIn("One training seed", said)
         self.assertNotIn("name no document", said)
 
+    def test_interference_is_answered_with_what_is_left_to_try(self) -> None:
+        foreign = {"stage": "task", "on": "elsewhere"}
+        own = {**foreign, "on": "domain", "train": {}}
+        for verdict, identity, is_said in (
+            ("interferes", own, True),
+            ("interferes", {**own, "prompt_loss_weight": 0.1}, False),
+            ("interferes", foreign, False),
+            ("undecided", own, False),
+        ):
+            families = (mock.Mock(task=mock.Mock(manifest={"identity": identity})),)
+            parts = mock.Mock(families=families, first=families[0], composed=None)
+            said = comparison.cautions({**self.results, "verdict": verdict}, parts)
+            self.assertEqual("--task.prompt_loss_weight" in " ".join(said), is_said, (verdict, identity))
+
     def runs(self, *folders: str) -> list[dict[str, Any]]:
         found = [path for folder in folders for path in (self.place.models / folder).glob("*/manifest.json")]
         return [files.read_json(path) for path in found]

@@ -115,6 +115,12 @@ def cautions(found: Mapping[str, Any], parts: Participants) -> list[str]:
         said.append("The composition's weights were not chosen on dev: `python scripts/compose.py --compose.search`.")
     if len(parts.families) == 1:
         said.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
+    trained = parts.first.task.manifest["identity"]
+    if found["verdict"] == "interferes" and "train" in trained and not trained.get("prompt_loss_weight"):
+        said.append(
+            "Where prompts are long and answers short, a task adapter trained on part of the prompt as well may "
+            "leave more of the domain: --task.prompt_loss_weight 0.1; look on dev before you read the test again."
+        )
     silent = [c for c, cell in found["cells"].items() if cell.get("format", {}).get("ended", 1.0) < NEVER_ENDS]
     if silent:
         said.append(
