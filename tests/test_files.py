@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tests.support import clean_environment, temporary_directory  # noqa: E402
-from utils import files  # noqa: E402
+from utils import files, locks  # noqa: E402
 from utils.exceptions import ArtefactError  # noqa: E402
 
 HOLD = """
@@ -27,6 +28,7 @@ with files.locked(Path(sys.argv[1]), "the run"):
     print("held", flush=True)
     time.sleep(60)
 """
+WAITING = "waiting for the base model, which another process makes"
 FULL = """
 import resource, signal, sys
 from pathlib import Path
@@ -235,7 +237,19 @@ class Locking(Base):
         self.assertEqual(holder.stdout.readline(), "held\n")
         with self.assertRaisesRegex(ArtefactError, f"in use by process {holder.pid}\\b"):
             files.locked(directory, "the run").__enter__()
-        holder.kill()
+
+        def take_when_free() -> None:
+            with files.locked(directory, "the base model", waits=True):
+                pass
+
+        with self.assertLogs("adapters", "INFO") as logged, ThreadPoolExecutor() as pool:
+            taken = pool.submit(take_when_free)
+            with self.assertRaises(TimeoutError):
+                taken.result(timeout=4 * locks.POLL_SECONDS)
+            holder.kill()
+            taken.result(timeout=60)
+        self.assertEqual([record.getMessage() for record in logged.records], [WAITING])
+        self.assertTrue(logged.records[0].facts["by"].startswith(f"process {holder.pid} "))
         holder.wait()
         holder.stdout.close()
         with files.locked(directory, "the run"):

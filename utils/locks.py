@@ -24,16 +24,25 @@ from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, redact
 
 LOCK = ".lock"
+POLL_SECONDS = 0.5
 _SMALL_FILE = re.compile(r"\..+\.tmp-(\d+)")
 
 
 @contextmanager
-def locked(directory: Path, what: str) -> Iterator[None]:
-    """Hold `directory` for this process; a second holder is refused. The kernel drops the lock when we die."""
+def locked(directory: Path, what: str, *, waits: bool = False) -> Iterator[None]:
+    """Hold `directory` for this process. The kernel drops the lock when we die.
+
+    A second holder is refused, or `waits` for what two commands need and either may make.
+    """
     disk.make_directory(directory)
     path = directory / LOCK
     with disk.errors(path):
         handle = _lock(path)
+        if handle is None and waits:
+            event(f"waiting for {what}, which another process makes", path=directory, by=_holder(path))
+        while handle is None and waits:
+            time.sleep(POLL_SECONDS)
+            handle = _lock(path)
     if handle is None:
         raise ArtefactError(
             Problem(

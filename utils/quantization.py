@@ -69,7 +69,7 @@ def make(base: BaseModel, kind: str, models_dir: Path, name: str) -> Path:
     Raises ArtefactError for a model that cannot be quantised, and when the disk is too small.
     """
     target = models_dir / "base" / f"{name}-{kind}-{base.digest[:8]}"
-    with files.locked(target.with_name(f".{target.name}"), "the quantised base model"):
+    with files.locked(target.with_name(f".{target.name}"), "the quantised base model", waits=True):
         if not (target / files.MANIFEST).exists():
             facts = {"kind": "base", "source": base.source, "quantization": kind, "quantised_from": base.digest}
             with files.publish(target, lambda: facts | {"bitsandbytes": version("bitsandbytes")}) as directory:
