@@ -89,9 +89,9 @@ class DataSection(Section):
     task_revision: str = ""
     """Commit of 40 hex digits when the labelled pairs are a hub dataset."""
     dev_share: Share = 0.15
-    """Share of the labelled documents for dev when task_dev is empty."""
+    """Share of the labelled documents for dev when task_dev is empty; at least one document."""
     test_share: Share = 0.25
-    """Share of the labelled documents for test when task_test is empty."""
+    """Share of the labelled documents for test when task_test is empty; at least one document."""
     max_train_examples: NonNegative = 0
     """Use only this many training pairs, chosen by hash of their id; 0 uses all."""
     max_dev_examples: NonNegative = 0

@@ -197,6 +197,15 @@ class Search(unittest.TestCase):
         self.assertGreaterEqual(found.chosen.weights[0], 0.8 / 0.85)
         self.assertIn("are no proof", found.reason)
 
+    def test_a_single_document_is_no_proof_however_much_it_keeps(self) -> None:
+        def evaluate(method: str, weights: tuple[float, ...]) -> Point:
+            point = losses(bowl(0.0, 1.0))(method, weights)
+            return replace(point, document_nlls=(3.0 - min(1.0, weights[0]),), document_tokens=(1,))
+
+        found = find(evaluate)
+        self.assertGreaterEqual(found.chosen.weights[0], 0.8)
+        self.assertIn("whose 1 document is no proof", found.reason)
+
     def test_standard_error_is_that_of_whole_documents(self) -> None:
         """Against a cluster bootstrap; items of one document move together, so counting items would halve it."""
         generator = np.random.default_rng(0)

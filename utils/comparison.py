@@ -110,7 +110,8 @@ def cautions(found: Mapping[str, Any], parts: Participants) -> list[str]:
     if found["left_out"]:
         said.append(f"{found['left_out']} test questions do not fit --evaluate.batch_tokens and are left out.")
     if found["test_documents"] < FEW_DOCUMENTS:
-        said.append(f"The test questions are about {found['test_documents']} documents: few to draw conclusions from.")
+        documents = f"{found['test_documents']} document{'s' * (found['test_documents'] != 1)}"
+        said.append(f"The test questions are about {documents}: few to draw conclusions from.")
     if parts.composed and not parts.composed.searched:
         said.append("The composition's weights were not chosen on dev: `python scripts/compose.py --compose.search`.")
     if len(parts.families) == 1:

@@ -125,7 +125,7 @@ def _retention(documents: Mapping[str, Scores], common: dict[str, Any]) -> Inter
     if learnt.p >= LEVEL:
         return (
             f"the domain adapter itself is not shown to help on held-out documents ({learnt.estimate:+.3f} nats per "
-            f"token, 95% [{learnt.low:+.3f}, {learnt.high:+.3f}], {learnt.clusters} documents)"
+            f"token, 95% [{learnt.low:+.3f}, {learnt.high:+.3f}], over {learnt.clusters})"
         )
     kept, gained = _minus(base.nll_SN, composed.nll_SN), _minus(base.nll_SN, domain.nll_SN)
     return ratio_interval(kept, gained, base.clusters, null=RETENTION, **common)

@@ -131,7 +131,7 @@ class Keeping:
     def share(self, point: Point) -> tuple[float, float]:
         """(share of the gain that is kept, its standard error over documents); infinite when there is none to keep.
 
-        The error is that of a ratio of sums, linearised as in `paired`; zero with a single document.
+        The error is that of a ratio of sums, linearised as in `paired`; a single document does not tell it.
         """
         if not self.gain or self.gain <= 0 or not point.document_nlls:
             return math.inf, 0.0
@@ -139,7 +139,7 @@ class Keeping:
         kept = [b - p for b, p in zip(self.base.document_nlls, point.document_nlls, strict=True)]
         share = sum(kept) / sum(gains)
         residuals = [k - share * g for k, g in zip(kept, gains, strict=True)]
-        return share, _error_of_sum(residuals) / sum(gains) if len(residuals) > 1 else 0.0
+        return share, _error_of_sum(residuals) / sum(gains) if len(residuals) > 1 else math.inf
 
     def surely(self, point: Point) -> bool:
         """The lower limit of the share (one-sided, 95%) is enough."""
@@ -287,8 +287,9 @@ def _choose(
     elif feasible == keeping.surely:
         constraint = f"at least {wanted} is kept, with 95% confidence over {len(chosen.point.document_nlls)} documents"
     else:
+        count = len(chosen.point.document_nlls)
         constraint = (
-            f"at least {wanted} is kept on dev, of which {len(chosen.point.document_nlls)} documents are no proof"
+            f"at least {wanted} is kept on dev, whose {count} document{'s are' * (count > 1) or ' is'} no proof"
         )
     # the two goals may be at odds, and then a person has to know the price
     price = chosen.point.answer_nll - _best([p for p in points if p.method == "sum"]).answer_nll
