@@ -286,7 +286,8 @@ class Harness(unittest.TestCase):
         tokenised(tokenizer).save_to_disk(str(directory / "heldout_documents"))
         model = frozen_lora.attach(model, {"x": factors})
         frozen_lora.select(model, {"x": 1.0})
-        said = generation.answer_all(model, tokenizer, EXAMPLES, SYSTEM, InferenceSection(max_new_tokens=6))
+        given = generation.answer_all(model, tokenizer, EXAMPLES, SYSTEM, InferenceSection(max_new_tokens=6))
+        said = [answer.spoken for answer in given]
         # half of the answers become what the model says, so that not everything it generates is wrong
         examples = [{**e, "answers": [*e["answers"], said[i] if i % 2 else "."]} for i, e in enumerate(EXAMPLES)]
         counts = lm_eval_task.write(
