@@ -5,7 +5,7 @@ from the types: `--task.lora.rank 32` and `DTA_TASK__LORA__RANK=32` set the same
 returns a complete `Config`; flags override environment variables, which override the preset.
 
 One owner per fact: this file owns learning; the launch YAML in `scripts/launch/` owns processes and sharding; the
-base model's own `config.json` owns shapes; `utils/runs.py` owns the layout on disk.
+base model's own `config.json` owns shapes; `utils/artifacts/runs.py` owns the layout on disk.
 """
 
 from __future__ import annotations

@@ -24,17 +24,19 @@ SECTIONS = ("benchmark", "compose", "domain", "inputs", "base", "plan", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Find the adapters, run the suites that were asked for, write down, show."""
-    from utils import files, logger, runs, stages
-    from utils.benchmarks import gpu, inputs, report
+    from utils import logger
+    from utils.artifacts import files, runs
+    from utils.benchmarks import benchmark_report, inputs, suite_gpu
     from utils.exceptions import ConfigError, Problem
+    from utils.planning import preflight
 
     if config.base.quantization != "none":
         what = "the suites measure a base whose weights they merge and copy; in 4 or 8 bits they cannot"
         raise ConfigError(Problem(what, f"--base.quantization {config.base.quantization}", "leave it out"))
 
     if "gpu" in config.benchmark.suite:
-        gpu.refuse(config)
-    base = stages.start(config)
+        suite_gpu.refuse(config)
+    base = preflight.start(config)
     pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None
     identity = _identity(config, base, pair)
     directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, config.preset, identity)
@@ -42,8 +44,8 @@ def main(config: Config) -> dict[str, Any]:
     def fill() -> dict[str, Any]:
         results = _measure(config, base, pair, directory)
         files.write_json(directory / "results.json", results)
-        files.write_text(directory / "summary.txt", report.table(results) + "\n")
-        report.plot(results, directory)
+        files.write_text(directory / "summary.txt", benchmark_report.table(results) + "\n")
+        benchmark_report.plot(results, directory)
         parents, machine = list(pair) if pair else [], results["machine"]
         return runs.manifest("benchmark", identity, base=base.record(), parents=parents, measured=machine)
 
@@ -52,15 +54,15 @@ def main(config: Config) -> dict[str, Any]:
         logger.event("this benchmark is already complete; give it another --run.name to repeat it", path=directory)
     results = files.read_json(directory / "results.json")
     runs.mark_latest(config.run.models_dir, "benchmark", directory)
-    print(report.table(results))
-    return {"report": str(directory), "reused": is_there, **report.headline(results)}
+    print(benchmark_report.table(results))
+    return {"report": str(directory), "reused": is_there, **benchmark_report.headline(results)}
 
 
 def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
     """What is measured and on what: another machine or torch gives another run."""
     import torch
 
-    from utils import base_model
+    from utils.models import devices
 
     return {
         "stage": "benchmark",
@@ -71,9 +73,9 @@ def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
         "evaluate_batch_tokens": config.evaluate.batch_tokens,
         "domain": config.domain.model_dump(mode="json"),
         "task_lora": config.task.lora.model_dump(mode="json"),
-        "dtype": str(base_model.compute_dtype(config.base.dtype)),
+        "dtype": str(devices.compute_dtype(config.base.dtype)),
         "attention": config.base.attention,
-        "device": base_model.device().type,
+        "device": devices.device().type,
         "gpu_tflops": config.plan.gpu_tflops if "gpu" in config.benchmark.suite else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -87,13 +89,22 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
 
     import torch
 
-    from utils import base_model, files
-    from utils.benchmarks import data, gpu, inference, inputs, merging, scoring, training
+    from utils.artifacts import files
+    from utils.benchmarks import (
+        inputs,
+        suite_data,
+        suite_evaluation,
+        suite_gpu,
+        suite_inference,
+        suite_merge,
+        suite_training,
+    )
+    from utils.models import devices
 
     def load() -> list[float] | None:
         return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
-    on_gpu = base_model.device().type == "cuda"
+    on_gpu = devices.device().type == "cuda"
     machine: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
     }
@@ -105,17 +116,17 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
         path = directory / f"suite_{suite}.json"
         if not path.exists():
             if suite == "inference":
-                found = inference.measure(config, base, pair, inputs.token_stream(config, base, longest))
+                found = suite_inference.measure(config, base, pair, inputs.token_stream(config, base, longest))
             elif suite == "training":
-                found = training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
+                found = suite_training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
             elif suite == "data":
-                found = data.measure(config)
+                found = suite_data.measure(config)
             elif suite == "evaluation":
-                found = scoring.measure(config, base)
+                found = suite_evaluation.measure(config, base)
             elif suite == "gpu":
-                found = gpu.measure(config)
+                found = suite_gpu.measure(config)
             else:
-                found = merging.measure(config)
+                found = suite_merge.measure(config)
             files.write_json(path, found)
         results[suite] = files.read_json(path)
     return {"machine": machine | {"load_after": load()}, **results}
@@ -123,7 +134,7 @@ def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str,
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     wanted = config.benchmark
     what = {
@@ -138,7 +149,7 @@ def plan(config: Config) -> list[str]:
         "train, compose, merge and ask a random dense model" + (" (at toy size)" if wanted.gpu_toy else ""),
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
-    size = plan_dry.lines(config, "benchmark")
+    size = dry_run.lines(config, "benchmark")
     return [*size, *(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
 
 

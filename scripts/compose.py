@@ -24,19 +24,26 @@ SECTIONS = ("compose", "inputs", "hub", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Find the adapters, choose weights, compose, check, explain, save."""
-    from utils import composing, hub, lineage, logger, runs, stages
-    from utils.proof.lookup import evaluation_of
+    from utils import logger
+    from utils.adapters import find
+    from utils.artifacts import runs
+    from utils.composition import composed_adapter
+    from utils.evaluation.find_evaluation import evaluation_of
+    from utils.export import hub
+    from utils.planning import preflight
 
     hub.check(config.hub)
-    composing.refuse_models_inside(config)  # before anything is fetched or built there
-    base = stages.start(config, loads_model=False)
-    found = lineage.adapter_runs(config, base)
-    data = lineage.data_of(config, base, found)
+    composed_adapter.refuse_models_inside(config)  # before anything is fetched or built there
+    base = preflight.start(config, loads_model=False)
+    found = find.adapter_runs(config, base)
+    data = find.data_of(config, base, found)
     identity = _identity(config, base, found, data)
     directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, config.preset, identity)
-    composing.refuse_inside(directory, base, found)
-    parts = composing.load(found, base)
-    composing.refuse_recipe(composing.recipe_of(config), parts)  # what is refused leaves no half-made run behind
+    composed_adapter.refuse_inside(directory, base, found)
+    parts = composed_adapter.load(found, base)
+    composed_adapter.refuse_recipe(
+        composed_adapter.recipe_of(config), parts
+    )  # what is refused leaves no half-made run behind
 
     def fill() -> dict[str, Any]:
         facts = _make(config, base, found, parts, data, directory)
@@ -79,39 +86,42 @@ def _identity(config: Config, base: Any, found: list[Any], data: Any) -> dict[st
 
 def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, directory: Path) -> dict[str, Any]:
     """Everything in the composed run but its manifest; returns the manifest's facts."""
-    from utils import adapter_files, cards, composing, composing_pictures, files, interference, probing, selfcheck
-    from utils.composition import search
+    from utils.adapters import adapter_files, cards
+    from utils.artifacts import files
+    from utils.composition import composed_adapter, dev_losses, interference, methods, pictures, search
     from utils.logger import event, warning
+    from utils.models import float32_model
 
     prompt = found[1].manifest["system_prompt"]
-    recipe, choice, probe = composing.recipe_of(config), None, None
-    dev = probing.dev_data(config, base, data.directory, prompt) if data else None
-    if dev is not None and selfcheck.fits(base):
-        probe = probing.Probe.on(base, config.base, parts, dev)
+    recipe, choice, probe = composed_adapter.recipe_of(config), None, None
+    dev = dev_losses.dev_data(config, base, data.directory, prompt) if data else None
+    if dev is not None and float32_model.fits(base):
+        probe = dev_losses.Probe.on(base, config.base, parts, dev)
     if config.compose.search:
-        choice = probing.search(probe, config.compose, directory / "search_points.jsonl")
-        recipe = probing.recipe_with(recipe, choice)
+        choice = dev_losses.search(probe, config.compose, directory / "search_points.jsonl")
+        recipe = dev_losses.recipe_with(recipe, choice)
         files.write_json(directory / "search.json", search.to_json(choice))
-        composing_pictures.search_picture(choice, directory / "search.png")
+        pictures.search_picture(choice, directory / "search.png")
         event("weights chosen on dev", method=recipe.method, weights=recipe.weights, reason=choice.reason)
-    made = composing.made(parts, found, recipe, searched=choice is not None)
-    composing.say(made)
+    made = composed_adapter.made(parts, found, recipe, searched=choice is not None)
+    composed_adapter.say(made)
     if probe is not None:
         explained = interference.explain(probe, recipe)
         files.write_json(directory / "interference.json", explained)
-        composing_pictures.interference_picture(explained, directory / "interference.png")
+        pictures.interference_picture(explained, directory / "interference.png")
         for line in interference.lines(explained):
             print(line)
         probe = None  # its model goes before the check loads one in float32
     else:
         warning("no dev data, or too little memory for this model: interference is not explained")
-    measured = composing.check_on_model(base, made, config.base, directory / ".selfcheck")
+    measured = composed_adapter.check_on_model(base, made, config.base, directory / ".selfcheck")
     event("composition verified", **measured)
     adapter_files.save(directory / "adapter", made.factors, base)
     card = cards.composed_card(
         base,
         found,
         method=recipe.method,
+        source=methods.METHODS[recipe.method].source,
         weights=recipe.weights or (1.0,) * len(found),
         exact=made.check.exact,
         searched=made.searched,
@@ -122,18 +132,18 @@ def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, di
         adapter_files.save_per_expert(directory / "adapter_per_expert", made.factors, base)
         files.write_text(directory / "adapter_per_expert" / "README.md", card)
     files.write_json(directory / "config.json", config.model_dump(mode="json"))
-    return {"composition": composing.record(made), "measured": measured, "system_prompt": prompt}
+    return {"composition": composed_adapter.record(made), "measured": measured, "system_prompt": prompt}
 
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     section = config.compose
     weights = "weights chosen on the dev split" if section.search else f"weights {section.weights or 'of 1'}"
     target = config.run.models_dir / "composed" / (config.run.name or f"{config.preset}-<fingerprint>")
     return [
-        *plan_dry.lines(config, "compose"),
+        *dry_run.lines(config, "compose"),
         f"load the domain and the task adapter{' and ' + ', '.join(section.also) if section.also else ''}",
         f"compose them by {section.method} with {weights}",
         "check the factors, and the logits of base + all adapters against base + the composed one",

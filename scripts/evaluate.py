@@ -25,20 +25,23 @@ SECTIONS = ("evaluate", "compose", "inputs", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Find or make what belongs together, score every cell, conclude, write down, show."""
-    from utils import comparison, files, logger, runs, stages
-    from utils.proof import families, report
-    from utils.proof.table import table
+    from utils import logger
+    from utils.artifacts import files, runs
+    from utils.evaluation import comparison, run_groups
+    from utils.evaluation.report import evaluation_report
+    from utils.evaluation.report.summary_table import table
+    from utils.planning import preflight
 
-    base = stages.start(config)
-    parts = families.gather(config, base)
-    identity = families.identity(config, base, parts)
+    base = preflight.start(config)
+    parts = run_groups.gather(config, base)
+    identity = run_groups.identity(config, base, parts)
     directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, config.preset, identity)
 
     def fill() -> dict[str, Any]:
         results = comparison.compare(config, base, parts, directory)
         files.write_json(directory / "results.json", results)
         files.write_text(directory / "summary.txt", table(results) + "\n")
-        report.write(directory, results, parts.runs(), parts.composed.run if parts.composed else None)
+        evaluation_report.write(directory, results, parts.runs(), parts.composed.run if parts.composed else None)
         measured, facts = results["measured"], {"test": results["reads"]["test"]}
         return runs.manifest(
             "evaluation", identity, base=base.record(), parents=parts.runs(), measured=measured, **facts
@@ -65,7 +68,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     name = config.run.name or config.preset + "-<fingerprint>"
     settings = config.evaluate
@@ -76,7 +79,7 @@ def plan(config: Config) -> list[str]:
             "task adapter of the ranks together, the baseline on the base"
         )
     return [
-        *plan_dry.lines(config, "evaluate"),
+        *dry_run.lines(config, "evaluate"),
         *made,
         f"load {config.base.source} once and attach the newest domain, task and base-trained task adapters",
         "score every cell on the test pairs, the held-out documents and general text",

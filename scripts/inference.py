@@ -26,9 +26,14 @@ SECTIONS = ("inference", "merge", "compose", "inputs", "hub", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Compose, then merge or answer."""
-    from utils import base_model, composing, files, frozen_lora, gguf, hub, merging, stages
+    from utils.adapters import inference_layers
+    from utils.artifacts import files
+    from utils.composition import composed_adapter
     from utils.exceptions import ConfigError, Problem
+    from utils.export import gguf, hub, merge
     from utils.logger import warning
+    from utils.models import chat, loading
+    from utils.planning import preflight
 
     wanted, which, merge_path = config.inference, config.inference.adapters, config.merge.path
     interactive = sys.stdin.isatty() and not (wanted.prompt or wanted.prompts_file or merge_path)
@@ -42,26 +47,26 @@ def main(config: Config) -> dict[str, Any]:
         raise ConfigError(Problem("--push_to_hub uploads a merged model here", fix="add --merge_path DIR"))
     if merge_path:
         if not (Path(merge_path) / files.MANIFEST).exists():  # a complete one may be the same, see below
-            merging.refuse_target(Path(merge_path))
+            merge.refuse_target(Path(merge_path))
         hub.check(config.hub)
         if config.merge.gguf:
             gguf.check(Path(merge_path), config.merge.gguf)
     examples = _read_prompts(Path(wanted.prompts_file)) if wanted.prompts_file else []
     if wanted.output_file:
         files.make_directory(Path(wanted.output_file).parent)
-    base = stages.start(config, loads_model=not merge_path)
-    found = composing.composition(config, base, which) if which != "none" else None
+    base = preflight.start(config, loads_model=not merge_path)
+    found = composed_adapter.composition(config, base, which) if which != "none" else None
     if found:
-        composing.say(found)
+        composed_adapter.say(found)
         if which == "task" and found.runs[0].manifest["identity"]["on"] == "domain":
             warning("this task adapter was trained on its domain adapter; alone it is not the task baseline")
     if merge_path:
         return _merge(config, base, found)
     system_prompt = (found.runs[:2][-1].manifest if found else {}).get("system_prompt", config.task.system_prompt)
-    tokenizer = base_model.load_tokenizer(base.directory)
-    model = base_model.load_model(base, config.base)
+    tokenizer = chat.load_tokenizer(base.directory)
+    model = loading.load_model(base, config.base)
     if found:
-        model = frozen_lora.attach(model, {"composed": found.factors})
+        model = inference_layers.attach(model, {"composed": found.factors})
     adapters = [str(run.directory) for run in found.runs] if found else []
     if examples:
         return _answer_file(config, model, tokenizer, examples, system_prompt) | {"adapters": adapters}
@@ -73,8 +78,9 @@ def main(config: Config) -> dict[str, Any]:
 
 def _streaming(config: Config, model: Any, tokenizer: Any, system_prompt: str) -> Callable[[str], dict[str, str]]:
     """Answers as they are made: the answer to stdout, what stands in the template's think block to stderr."""
-    from utils import chat, generation
+    from utils.inference import generation
     from utils.logger import warning
+    from utils.models import chat
 
     def answer(question: str) -> dict[str, str]:
         ids = chat.prompt_ids(tokenizer, {"question": question}, system_prompt)
@@ -126,7 +132,7 @@ def _interactive(answer: Callable[[str], dict[str, str]]) -> dict[str, Any]:
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
     """Rows with a prompt or a question. Raises DataError with file and line for what cannot be used."""
-    from utils.corpus.tables import ProblemList, iter_rows
+    from utils.data.tables import ProblemList, iter_rows
     from utils.exceptions import DataError, Problem
 
     if not path.is_file():
@@ -152,7 +158,8 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
 def _answer_file(
     config: Config, model: Any, tokenizer: Any, examples: list[dict[str, Any]], system_prompt: str
 ) -> dict[str, Any]:
-    from utils import files, generation
+    from utils.artifacts import files
+    from utils.inference import generation
     from utils.progress import Progress
 
     with Progress("answers", total=len(examples), unit="prompt") as bar:
@@ -171,14 +178,17 @@ def _answer_file(
 
 def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
     """Write the standalone model; then GGUF and the hub, where they were asked for."""
-    from utils import cards, composing, files, gguf, hub, merging, model_index, runs
+    from utils.adapters import cards
+    from utils.artifacts import files, runs
+    from utils.composition import composed_adapter
+    from utils.evaluation.find_evaluation import evaluation_of
+    from utils.export import gguf, hub, merge, model_index
     from utils.logger import event
-    from utils.proof.lookup import evaluation_of
 
     target, settings = Path(config.merge.path), config.merge
-    composing.refuse_inside(target, base, found.runs)
+    composed_adapter.refuse_inside(target, base, found.runs)
     parents = [*found.runs, *([found.run] if found.run else [])]
-    composition = composing.record(found)
+    composition = composed_adapter.record(found)
     identity = {
         "stage": "merged",
         "base": base.digest,
@@ -195,6 +205,7 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
         base,
         found.runs,
         method=found.recipe.method,
+        source=composition["source"],
         weights=found.recipe.weights or (1.0,) * len(found.runs),
         exact=found.check.exact,
         searched=found.searched,
@@ -210,7 +221,7 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
         checks = files.verify(target)["measured"]
         event("this merged model is already complete", path=target)
     else:
-        checks = merging.merge(
+        checks = merge.merge(
             base, found.factors, target, settings, config.base, fingerprint=fingerprint, manifest=manifest, card=card
         )
         event("merged model written", path=target)
@@ -226,12 +237,12 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     section, which = config.compose, config.inference.adapters
     weights = section.weights or "what the newest composed run of them has, else 1 each"
     steps = [
-        *plan_dry.lines(config, "inference"),
+        *dry_run.lines(config, "inference"),
         f"load {config.base.source} and compose {which} by {section.method} with weights: {weights}",
     ]
     if config.merge.path:

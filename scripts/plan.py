@@ -23,8 +23,9 @@ SECTIONS = ("plan", "domain", "task", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Count, calculate, print."""
-    from utils import plan_report, preflight, runs
+    from utils.artifacts import runs
     from utils.logger import event
+    from utils.planning import plan_report, preflight
 
     sizes, base = preflight.exact(config.base, config.run.models_dir), preflight.loaded_dtype(config.base)
     base = plan_report.trained_in(config, sizes, base)
@@ -41,10 +42,10 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     counted = f"count {config.base.source} from its config.json on the meta device"
-    return [*plan_dry.lines(config, "plan"), counted, "write nothing"]
+    return [*dry_run.lines(config, "plan"), counted, "write nothing"]
 
 
 if __name__ == "__main__":

@@ -21,15 +21,20 @@ SECTIONS = ("data", "base", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Read, clean, split, tokenise, publish."""
-    from utils import base_model, files, lm_eval_task, logger, prepared, runs, stages
+    from utils import logger
+    from utils.artifacts import files, runs
+    from utils.data import prepared
+    from utils.evaluation.lm_eval import lm_eval_tasks
+    from utils.models import chat
+    from utils.planning import preflight
 
-    base, prompt = stages.start(config, loads_model=False), config.task.system_prompt
+    base, prompt = preflight.start(config, loads_model=False), config.task.system_prompt
     identity = prepared.identity(config.data, base, config.run.seed)
     directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, config.preset, identity)
     run = runs.open_run(directory, identity)
     if reused := run is not None:
         logger.event("the data is already prepared", path=directory)
-        if config.data.task != prepared.NONE and not lm_eval_task.is_for(run.manifest["counts"], prompt):
+        if config.data.task != prepared.NONE and not lm_eval_tasks.is_for(run.manifest["counts"], prompt):
             logger.warning("its tasks for lm-evaluation-harness use another system prompt", path=directory)
     else:
         counts: dict[str, Any] = {}
@@ -40,10 +45,10 @@ def main(config: Config) -> dict[str, Any]:
         with files.publish(directory, manifest) as temporary:
             counts.update(prepared.prepare(config.data, base, config.run.seed, temporary))
             if config.data.task != prepared.NONE:
-                counts[lm_eval_task.FOLDER] = lm_eval_task.write(
-                    temporary / lm_eval_task.FOLDER,
+                counts[lm_eval_tasks.FOLDER] = lm_eval_tasks.write(
+                    temporary / lm_eval_tasks.FOLDER,
                     prepared.Prepared(temporary).examples("test"),
-                    base_model.load_tokenizer(base.directory),
+                    chat.load_tokenizer(base.directory),
                     prompt,
                     max_tokens=config.evaluate.batch_tokens,
                     max_new_tokens=config.evaluate.max_new_tokens,
@@ -81,11 +86,11 @@ def summary(counts: dict[str, Any]) -> str:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     name = config.run.name or config.preset + "-<fingerprint>"
     return [
-        *plan_dry.lines(config, "prepare_data"),
+        *dry_run.lines(config, "prepare_data"),
         f"read documents from {', '.join(config.data.corpus)} and labelled pairs from {config.data.task}",
         f"split by document with seed {config.run.seed}, drop duplicates and leaks, tokenise for {config.base.source}",
         f"write {config.run.data_dir / 'prepared' / name}/",

@@ -45,10 +45,10 @@ def main(config: Config) -> dict[str, Any]:
     if command == "kubernetes":
         return _kubernetes(config)
     if command == "demo":
-        from utils.canary import demo
+        from utils.rollout.edge import demo
 
         return demo.run(config.base, config.run.models_dir, config.rollout.haproxy)
-    from utils.canary import service as services
+    from utils.rollout.edge import service as services
 
     service = services.Service(config.rollout, config.run.models_dir)
     if command in ("start", "resume"):
@@ -68,10 +68,10 @@ def main(config: Config) -> dict[str, Any]:
 
 def _prompts(config: Config) -> list[Any]:
     """Golden prompts: a file, the dev pairs of the newest prepared data, or, when a person says so, none."""
-    from utils import runs
-    from utils.canary import golden
+    from utils.artifacts import runs
     from utils.exceptions import ArtefactError, Problem
     from utils.logger import event, warning
+    from utils.rollout.edge import golden
 
     wanted = config.rollout.golden
     if wanted == "none":
@@ -91,8 +91,8 @@ def _prompts(config: Config) -> list[Any]:
 
 def _judge(config: Config) -> dict[str, Any]:
     """{"counts": ..., "here": ..., "step": 0, "policy": {...}} -> action, reason and every test behind it."""
-    from utils.canary.service import policy_of
     from utils.exceptions import DataError, Problem
+    from utils.rollout.edge.service import policy_of
     from utils.rollout.gate import Counts, judge
     from utils.rollout.policy import Policy
 
@@ -119,7 +119,7 @@ def _simulate(config: Config) -> dict[str, Any]:
     """False rollbacks, promotions and canary units of this policy, for equal models and for worse ones."""
     import numpy as np
 
-    from utils.canary.service import policy_of
+    from utils.rollout.edge.service import policy_of
     from utils.rollout.simulation import Scenario, our_gate, ramp
 
     policy = policy_of(config.rollout, has_prompts=True)
@@ -139,8 +139,8 @@ def _simulate(config: Config) -> dict[str, Any]:
 
 
 def _kubernetes(config: Config) -> dict[str, Any]:
-    from utils.canary import kubernetes
     from utils.exceptions import ConfigError, Problem
+    from utils.rollout import kubernetes
 
     if not config.rollout.output:
         raise ConfigError(Problem("kubernetes writes files", fix="say where: --rollout.output DIRECTORY"))
@@ -148,21 +148,21 @@ def _kubernetes(config: Config) -> dict[str, Any]:
 
 
 def _status(config: Config, service: Any) -> dict[str, Any]:
-    from utils.canary import screen
+    from utils.rollout.edge import screen
 
     return screen.status(service, watch=config.rollout.watch)
 
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     section = config.rollout
     shares = ", ".join(f"{share:.2%}" for share in (*section.steps, 1.0))
     if section.command != "start":
         return [f"{section.command} of the service {section.service!r}"]
     return [
-        *plan_dry.lines(config, "rollout"),
+        *dry_run.lines(config, "rollout"),
         f"start or find the servers of {section.production or 'the last production'} and {section.candidate or '?'}",
         "verify the candidate: digest, a completion, golden prompts; no user sees it before",
         f"walk {shares} behind HAProxy, each step on evidence, rollback armed all the time",

@@ -22,35 +22,39 @@ SECTIONS = ("domain", "base", "inputs", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Base model, fresh adapter, packed documents, training loop, artefact."""
-    from utils import base_model, lineage, stages
-    from utils.prepared import Prepared
-    from utils.training_data import PackedDocuments
+    from utils.adapters import find
+    from utils.data import batches
+    from utils.data.batches import PackedDocuments
+    from utils.data.prepared import Prepared
+    from utils.models import chat
+    from utils.planning import preflight
+    from utils.training import training_run
 
-    base = stages.start(config, stage="domain")
-    data = lineage.prepared_run(config, base)
-    identity = stages.training_identity(config, "domain", base, data)
+    base = preflight.start(config, stage="domain")
+    data = find.prepared_run(config, base)
+    identity = training_run.training_identity(config, "domain", base, data)
 
     def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
         source, settings, seed = Prepared(data.directory), config.domain.train, config.run.seed
-        pad = stages.pad_id(base_model.load_tokenizer(base.directory))
+        pad = chat.pad_id(chat.load_tokenizer(base.directory))
         documents = PackedDocuments(source.documents("corpus"), settings, seed, pad)
         dev = []
         if (data.directory / "dev_documents").is_dir():
-            dev = stages.dev_batches(PackedDocuments(source.documents("dev_documents"), settings, 0, pad), settings)
-        model = stages.load_base(config, "domain", base)
-        model = stages.new_adapter(model, "domain", config.domain.lora, seed)
+            dev = batches.dev_batches(PackedDocuments(source.documents("dev_documents"), settings, 0, pad), settings)
+        model = training_run.load_base(config, "domain", base)
+        model = training_run.new_adapter(model, "domain", config.domain.lora, seed)
         return model, documents, dev, data.manifest["counts"].get("documents", {})
 
-    return stages.train_adapter(config, "domain", base, identity, [data], build)
+    return training_run.train_adapter(config, "domain", base, identity, [data], build)
 
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     train, lora = config.domain.train, config.domain.lora
     return [
-        *plan_dry.lines(config, "train_domain_adapter"),
+        *dry_run.lines(config, "train_domain_adapter"),
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
         f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} for {train.epochs} epochs of packed "
         f"{train.sequence_tokens}-token rows, {train.batch_tokens:,} tokens a step over all processes",

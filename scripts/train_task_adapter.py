@@ -24,31 +24,35 @@ SECTIONS = ("task", "base", "inputs", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Base model, frozen domain adapter, fresh task adapter, bucketed pairs, training loop, artefact."""
-    from utils import adapter_files, adapters, base_model, lineage, stages
-    from utils.prepared import Prepared
-    from utils.training_data import BucketedPairs, check_usable, tokenise_pairs
+    from utils.adapters import adapter_files, find, peft_model
+    from utils.data import batches
+    from utils.data.batches import BucketedPairs, check_usable, tokenise_pairs
+    from utils.data.prepared import Prepared
+    from utils.models import chat
+    from utils.planning import preflight
+    from utils.training import training_run
 
-    base = stages.start(config, stage="task")
-    data = lineage.prepared_run(config, base)
-    domain = lineage.domain_run(config, base) if config.task.on != "base" else None
-    shared = stages.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)
+    base = preflight.start(config, stage="task")
+    data = find.prepared_run(config, base)
+    domain = find.domain_run(config, base) if config.task.on != "base" else None
+    shared = training_run.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)
     identity = {**shared, "on": config.task.on, "domain_adapter": domain.digest if domain else None}
     if config.task.prompt_loss_weight:  # left out at 0, which is what adapters of before have
         identity["prompt_loss_weight"] = config.task.prompt_loss_weight
 
     def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
         source, settings, seed = Prepared(data.directory), config.task.train, config.run.seed
-        tokenizer = base_model.load_tokenizer(base.directory)
-        pad = stages.pad_id(tokenizer)
+        tokenizer = chat.load_tokenizer(base.directory)
+        pad = chat.pad_id(tokenizer)
         prompt, longest = config.task.system_prompt, settings.sequence_tokens
         pairs, report = tokenise_pairs(source.examples("train"), tokenizer, prompt, longest)
         check_usable(report, config.task.max_unusable_share, longest)
         dev_pairs, _ = tokenise_pairs(source.examples("dev"), tokenizer, prompt, longest)
-        dev = stages.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings)
-        model, frozen = stages.load_base(config, "task", base), []
+        dev = batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings)
+        model, frozen = training_run.load_base(config, "task", base), []
         if domain:
-            model, frozen = adapters.add(model, "domain", adapter_files.load(domain.adapter, base)), ["domain"]
-        model = stages.new_adapter(model, "task", config.task.lora, seed, frozen)
+            model, frozen = peft_model.add(model, "domain", adapter_files.load(domain.adapter, base)), ["domain"]
+        model = training_run.new_adapter(model, "task", config.task.lora, seed, frozen)
         facts = {
             "usable": report.usable,
             "answer_does_not_fit": report.answer_does_not_fit,
@@ -59,19 +63,19 @@ def main(config: Config) -> dict[str, Any]:
 
     def each_step(model: Any, step: int | None) -> list[str]:
         if config.task.on == "domain_ready":
-            on = ["domain", "task"] if stages.domain_is_on(config.run.seed, step) else ["task"]
-            adapters.activate(model, on, trainable="task")
+            on = ["domain", "task"] if training_run.domain_is_on(config.run.seed, step) else ["task"]
+            peft_model.activate(model, on, trainable="task")
             return on
         return ["domain", "task"] if domain else ["task"]
 
     parents = [data, domain] if domain else [data]
     facts = {"system_prompt": config.task.system_prompt}
-    return stages.train_adapter(config, "task", base, identity, parents, build, each_step, **facts)
+    return training_run.train_adapter(config, "task", base, identity, parents, build, each_step, **facts)
 
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     train, lora = config.task.train, config.task.lora
     below = {
@@ -80,7 +84,7 @@ def plan(config: Config) -> list[str]:
         "base": "the base model alone",
     }[config.task.on]
     return [
-        *plan_dry.lines(config, "train_task_adapter"),
+        *dry_run.lines(config, "train_task_adapter"),
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
         f"train LoRA rank {lora.rank} on {', '.join(lora.target_modules)} on {below}, for {train.epochs} epochs, "
         f"answers only, at most {train.sequence_tokens} tokens a pair",

@@ -23,8 +23,8 @@ SECTIONS = ("verify", "run")
 
 def main(config: Config) -> dict[str, Any]:
     """Verify, say what is wrong, say the verdict."""
-    from utils import verification
     from utils.exceptions import ConfigError, Problem
+    from utils.export import verification
 
     if not config.verify.path:
         raise ConfigError(Problem("nothing to verify", fix="python scripts/verify.py PATH"))
@@ -44,10 +44,10 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils import plan_dry
+    from utils.planning import dry_run
 
     return [
-        *plan_dry.lines(config, "verify"),
+        *dry_run.lines(config, "verify"),
         f"hash every file of {config.verify.path or 'PATH'} and compare it with its manifest",
         f"do the same for all it was made from, under {config.run.data_dir} and {config.run.models_dir}",
         "write nothing",

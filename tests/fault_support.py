@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import unittest
 from collections.abc import Callable, Iterator
@@ -24,14 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from transformers import AutoModelForCausalLM
 
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from tests.support import Completed, Script, Workspace, last_json, temporary_directory  # noqa: E402
-from utils import base_model, files  # noqa: E402
+from tests.support import Completed, Script, Workspace, last_json, temporary_directory
+from utils import logger
+from utils.artifacts import files
 
 LONG = os.environ.get("FAULT_TESTS") == "long"
 SAVE_EVERY = 4
@@ -52,7 +48,7 @@ class Place(Workspace):
     def __init__(self) -> None:
         super().__init__()
         base = self.models / "base" / "tiny-minimax-m2"
-        with base_model.quiet_transformers():
+        with logger.quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(base)
             (base / "model.safetensors").unlink()
             model.save_pretrained(base, max_shard_size="200KB")
@@ -149,13 +145,13 @@ class Unchecked:
     """Merges are not reloaded and compared, which takes most of their time and has its own tests."""
 
     def __call__(self) -> None:
-        from utils import selfcheck
+        from utils.export import merge_check
 
-        selfcheck.merged_equals_composed = lambda *arguments, **named: {}
+        merge_check.merged_equals_composed = lambda *arguments, **named: {}
 
 
 def resolve(where: str) -> tuple[Any, str]:
-    """`utils.training._Loop._save` -> (the class, "_save")."""
+    """`utils.training.training_loop._Loop._save` -> (the class, "_save")."""
     *parts, name = where.split(".")
     for length in range(len(parts), 0, -1):
         try:
@@ -177,7 +173,8 @@ class SlowWriting:
     def __call__(self) -> None:
         import safetensors.torch
 
-        from utils import checkpoints, shards
+        from utils.models.weights import safetensors_io
+        from utils.training import checkpoints
 
         def in_halves(tensors: Any, path: Any, metadata: Any = None) -> None:
             content = safetensors.torch.save(tensors, metadata)
@@ -187,7 +184,7 @@ class SlowWriting:
                 self.wait()
                 handle.write(content[len(content) // 2 :])
 
-        remove, pieces = checkpoints._remove, shards._pieces
+        remove, pieces = checkpoints._remove, safetensors_io._pieces
 
         def slow_pieces(*arguments: Any) -> Iterator[Any]:
             for piece in pieces(*arguments):
@@ -195,9 +192,9 @@ class SlowWriting:
                 time.sleep(self.seconds / 20)
 
         safetensors.torch.save_file = in_halves
-        shards._pieces = slow_pieces
+        safetensors_io._pieces = slow_pieces
         checkpoints._remove = lambda directory: (self.wait(), remove(directory))
-        for where in ("os.fsync", "utils.files.seal", "datasets.Dataset.save_to_disk"):
+        for where in ("os.fsync", "utils.artifacts.files.seal", "datasets.Dataset.save_to_disk"):
             At(where, self.wait, call=0)()
 
     def wait(self) -> None:

@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from config import BaseModelSection
 from tests.support import temporary_directory
-from utils import base_model, fp8, toy
-from utils.base_model import BaseModel
+from utils import logger
+from utils.models import loading, sources
+from utils.models.architectures import toy
+from utils.models.base_model import BaseModel
+from utils.models.weights import fp8
 
 Kind = Literal["bfloat16", "fp8"]
 BLOCK = (128, 128)
@@ -54,7 +57,7 @@ def checkpoint(kind: Kind) -> Path:
     """A model directory of two files; every call gives the same one, so copy it before changing it."""
     directory = temporary_directory() / f"tiny-minimax-m2-{kind}"
     model, tokenizer = toy.tiny_minimax_m2(hidden=128, head=64)
-    with base_model.quiet_transformers():
+    with logger.quiet_transformers():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     whole: dict[str, torch.Tensor] = {}
@@ -81,7 +84,7 @@ def section(kind: Kind, **more: Any) -> BaseModelSection:
 
 
 def fetched(kind: Kind) -> BaseModel:
-    return base_model.fetch(section(kind), temporary_directory())
+    return sources.fetch(section(kind), temporary_directory())
 
 
 @contextmanager
@@ -105,6 +108,6 @@ def fp8_on_this_cpu() -> Iterator[None]:
 
 def load_native_fp8(**more: Any) -> torch.nn.Module:
     """The FP8 checkpoint loaded as FP8, by us; use within `fp8_on_this_cpu`."""
-    model = base_model.load_model(fetched("fp8"), section("fp8", **more), native_fp8=True)
+    model = loading.load_model(fetched("fp8"), section("fp8", **more), native_fp8=True)
     model.set_experts_implementation("eager")  # the grouped kernels take a GPU
     return model

@@ -15,11 +15,12 @@ from bs4 import BeautifulSoup, Tag
 
 from config import EvaluateSection
 from tests.support import temporary_directory
-from utils import files
-from utils.contamination import Contamination, Overlap
-from utils.proof import report, results
-from utils.proof.cells import Row
-from utils.runs import Run
+from utils.artifacts import files
+from utils.artifacts.runs import Run
+from utils.data.contamination import Contamination, Overlap
+from utils.evaluation import measures
+from utils.evaluation.report import evaluation_report
+from utils.evaluation.scored_rows import Row
 
 SEEDS = (0, 7)
 QUESTIONS, DOCUMENTS = 48, 16
@@ -96,14 +97,14 @@ def evaluation(
     raw = {row.name: scores(row.cell, row.seed or 0, **kinds) for row in rows}
     settings = EvaluateSection(resamples=400)
     first = {row.cell: raw[row.name] for row in reversed(rows)}
-    found = results.assemble(rows, raw, settings, 0)
+    found = measures.assemble(rows, raw, settings, 0)
     examples: dict[str, Any] = {}
     if {"task", "composed"} <= set(cells) and kinds.get("answers", True):
         asked = {f"q{i}": {"question": f"{question} {i}", "answers": [f"gold {i}"]} for i in range(QUESTIONS)}
-        chosen = results.chosen_examples(first["composed"]["items"], first["task"]["items"])
+        chosen = measures.chosen_examples(first["composed"]["items"], first["task"]["items"])
         shown = {cell: first[cell] for cell in ("task", "composed")}
         said = {cell: {name: f"{cell} says {name}" for name in asked} for cell in shown}
-        examples = {kind: results.described(names, asked, shown, said) for kind, names in chosen.items()}
+        examples = {kind: measures.described(names, asked, shown, said) for kind, names in chosen.items()}
     found |= {
         "examples": examples,
         "test_items": QUESTIONS,
@@ -265,7 +266,7 @@ INTERFERENCE = {
 
 
 def contamination(said: str = "hardly <changed>") -> dict[str, Any]:
-    """What utils/contamination.py finds, as results.json has it."""
+    """What utils/data/contamination.py finds, as results.json has it."""
     facts = {"source": "corpus", "kind": "near duplicate", "is_flagged": True, "why": said, "ids": (), "examples": ()}
     nowhere = facts | {"kind": "question", "source": "dev pairs"}
     overlaps = (Overlap(**facts, items=3, share=3 / QUESTIONS), Overlap(**nowhere, items=0, share=0.0))
@@ -284,11 +285,11 @@ def whole() -> tuple[dict[str, Any], str]:
     files.write_json(composed.directory / "interference.json", INTERFERENCE)
     found["contamination"] = contamination()
     settings = {"evaluate": {"resamples": 400, "also": []}, "dtype": "torch.bfloat16", "seed": 0}
-    return found, report.page("smollm2-1234", found, runs, composed, settings)
+    return found, evaluation_report.page("smollm2-1234", found, runs, composed, settings)
 
 
 @functools.cache
 def bare() -> tuple[dict[str, Any], str]:
     """As little as there can be: no domain, no choices, no answers, no documents, one seed."""
     found = evaluation(("base", "task"), (0,), choices=False, answers=False, heldout=False)
-    return found, report.page("bare", found, [], None)
+    return found, evaluation_report.page("bare", found, [], None)

@@ -15,15 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from config import RolloutSection  # noqa: E402
-from utils.canary import haproxy, journal, serving  # noqa: E402
-from utils.canary.load import Load  # noqa: E402
-from utils.canary.service import Service  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from config import RolloutSection
+from tests.support import ROOT
+from utils.exceptions import ArtefactError
+from utils.rollout.edge import (
+    haproxy,
+    journal,
+    servers,
+)
+from utils.rollout.edge.load import Load
+from utils.rollout.edge.service import Service
 
 QUESTIONS = tuple(f"What is {number}?" for number in range(200))
 OLD, NEW = "d" * 64, "e" * 64
@@ -56,13 +57,13 @@ class Stub:
     """One stub server in a process of its own."""
 
     def __init__(self, digest: str):
-        self.digest, self.address = digest, f"127.0.0.1:{serving.free_port()}"
+        self.digest, self.address = digest, f"127.0.0.1:{servers.free_port()}"
         self.start()
 
     def start(self) -> None:
         port = self.address.rpartition(":")[2]
         self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "rollout_stub.py"), port, self.digest])
-        until(lambda: serving.get(self.address, "/health")[0] == 200, "the stub does not start")
+        until(lambda: servers.get(self.address, "/health")[0] == 200, "the stub does not start")
 
     def fault(self, **faults: float) -> None:
         import http.client

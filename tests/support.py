@@ -25,31 +25,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import config as settings
+from config import BaseModelSection
+from utils import logger
+from utils.adapters.factors import ModuleFactors
+from utils.exceptions import ArtefactError
+from utils.models import sources
+from utils.models.architectures import toy
+from utils.models.base_model import BaseModel
+from utils.models.weights.tensor_names import FUSED
+
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-# read when the libraries are imported, so they are set before; bit-for-bit claims are made for the CPU
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
-    OMP_NUM_THREADS="1",
-    OMP_WAIT_POLICY="PASSIVE",
-    ACCELERATE_USE_CPU="true",
-    CUDA_VISIBLE_DEVICES="",
-    TOKENIZERS_PARALLELISM="false",
-)
-
-import torch  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
-
-import config as settings  # noqa: E402
-from config import BaseModelSection  # noqa: E402
-from utils import base_model, toy  # noqa: E402
-from utils.base_model import BaseModel  # noqa: E402
-from utils.composition import ModuleFactors  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
-from utils.experts import FUSED  # noqa: E402
 
 torch.set_num_threads(1)
 logging.getLogger("adapters").addHandler(logging.NullHandler())
@@ -237,10 +226,10 @@ def saved_model(architecture: str, directory: Path | None = None, *, seed: int =
     """A toy saved as a local base model (`--base.source DIRECTORY`), and its identity."""
     directory = directory or temporary_directory() / architecture
     model, tokenizer = ARCHITECTURES[architecture](seed)
-    with base_model.quiet_transformers():
+    with logger.quiet_transformers():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    return base_model.fetch(BaseModelSection(source=str(directory), dtype="float32"), directory.parent)
+    return sources.fetch(BaseModelSection(source=str(directory), dtype="float32"), directory.parent)
 
 
 def random_factors(
@@ -301,7 +290,7 @@ def embedded_models() -> Path:
 @functools.cache
 def _embedded_base() -> Path:
     try:
-        base_model.fetch(settings.smollm2_135m().base, models := temporary_directory())
+        sources.fetch(settings.smollm2_135m().base, models := temporary_directory())
     except ArtefactError as error:
         raise unittest.SkipTest(f"the embedded base model cannot be fetched here: {error}") from error
     return models
@@ -318,7 +307,7 @@ def _scratch() -> str:
 def _toy_models() -> Path:
     models = temporary_directory() / "models"
     section = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
-    base_model.fetch(section, models)
+    sources.fetch(section, models)
     return models
 
 

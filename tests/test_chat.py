@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import unittest
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.support import toy  # noqa: E402
-from utils import chat  # noqa: E402
+from tests.support import toy
+from utils.models import chat
 
 PLAIN = """\
 {%- if messages[0].role != 'system' -%}{{- '<system>inserted by the template\\n' -}}{%- endif -%}

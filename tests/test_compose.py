@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from safetensors.torch import load_file, save_file
 
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from config import BaseModelSection, ComposeSection  # noqa: E402
-from tests.support import (  # noqa: E402
+from config import BaseModelSection, ComposeSection
+from tests.support import (
     Workspace,
     clean_environment,
     expert_factors,
@@ -28,22 +24,34 @@ from tests.support import (  # noqa: E402
     relative,
     temporary_directory,
 )
-from tests.test_pipeline import built  # noqa: E402
-from utils import (  # noqa: E402
+from tests.test_pipeline import built
+from utils.adapters import (
     adapter_files,
-    base_model,
-    composing,
-    files,
-    frozen_lora,
-    layer_sample,
-    probing,
-    selfcheck,
+    inference_layers,
 )
-from utils.composition import Factors, Recipe, delta  # noqa: E402
-from utils.composition.search import Point  # noqa: E402
-from utils.exceptions import DataError, VerificationError  # noqa: E402
-from utils.runs import Run  # noqa: E402
-from utils.shards import Checkpoint  # noqa: E402
+from utils.adapters.factors import (
+    Factors,
+    delta,
+)
+from utils.artifacts import files
+from utils.artifacts.runs import Run
+from utils.composition import (
+    composed_adapter,
+    dev_losses,
+)
+from utils.composition.methods import Recipe
+from utils.composition.search import Point
+from utils.exceptions import (
+    DataError,
+    VerificationError,
+)
+from utils.models import (
+    float32_model,
+    loading,
+    sources,
+)
+from utils.models.weights import layer_sample
+from utils.models.weights.safetensors_io import Checkpoint
 
 PNG = b"\x89PNG"
 IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -71,7 +79,7 @@ class Composing(unittest.TestCase):
         self.assertGreater(found["composed_to_last_part"], 1e-3)
         self.assertIn("these weights are untested", said)
         self.assertIn("exact: relative error", said)
-        base = base_model.fetch(SECTION, self.place.models)
+        base = sources.fetch(SECTION, self.place.models)
         composed = adapter_files.load(Path(found["adapter"]), base)
         domain, task = (adapter_files.load(Path(self.reported[n]["run"]) / "adapter", base) for n in ("domain", "task"))
         for name, f in composed.items():
@@ -166,17 +174,17 @@ class OnTheModel(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         cls.place = built()[0]
-        cls.base = base_model.fetch(SECTION, cls.place.models)
-        model = base_model.load_model(cls.base, SECTION)
+        cls.base = sources.fetch(SECTION, cls.place.models)
+        model = loading.load_model(cls.base, SECTION)
         attention = random_factors(model, ("q_proj", "v_proj"), 3, 6.0, 1)
         cls.parts: list[Factors] = [attention, {**attention, **expert_factors(model, 2, 4.0, 2)}]
         cls.runs = [Run(temporary_directory(), {"kind": kind, "digest": kind}) for kind in ("domain", "task")]
 
-    def made(self, recipe: Recipe | None = None) -> composing.Composition:
-        return composing.made(self.parts, self.runs, recipe or Recipe(), searched=False)
+    def made(self, recipe: Recipe | None = None) -> composed_adapter.Composition:
+        return composed_adapter.made(self.parts, self.runs, recipe or Recipe(), searched=False)
 
-    def check(self, found: composing.Composition) -> dict[str, Any]:
-        return composing.check_on_model(self.base, found, SECTION, temporary_directory() / "small")
+    def check(self, found: composed_adapter.Composition) -> dict[str, Any]:
+        return composed_adapter.check_on_model(self.base, found, SECTION, temporary_directory() / "small")
 
     def test_a_right_composition_passes_and_says_which_layers_it_was_checked_on(self) -> None:
         whole = self.check(self.made(Recipe("depth_gate", (1.0, 0.0, 0.5, 1.0))))
@@ -184,18 +192,18 @@ class OnTheModel(unittest.TestCase):
         self.assertLess(whole["parts_active_to_composed"], 1e-5)
         shared, largest = layer_sample._float32_bytes(Checkpoint(self.base.directory))
         for_one = shared + (1 + layer_sample.TRANSIENT_LAYERS) * largest + largest // 2
-        with mock.patch.object(selfcheck, "available", return_value=for_one):
+        with mock.patch.object(float32_model, "available", return_value=for_one):
             some = self.check(self.made())
         self.assertEqual(len(some["checked_layers"]), 1)
         self.assertLess(some["parts_active_to_composed"], 1e-5)
         self.assertGreater(some["composed_to_base"], 1e-2)
 
     def test_a_model_larger_than_memory_is_composed_but_not_searched(self) -> None:
-        self.assertTrue(selfcheck.fits(self.base))
-        with mock.patch.object(selfcheck, "available", return_value=10):
-            self.assertFalse(selfcheck.fits(self.base))
+        self.assertTrue(float32_model.fits(self.base))
+        with mock.patch.object(float32_model, "available", return_value=10):
+            self.assertFalse(float32_model.fits(self.base))
         with self.assertRaisesRegex(DataError, "too little memory"):
-            probing.search(None, ComposeSection(search=True), temporary_directory() / "points.jsonl")
+            dev_losses.search(None, ComposeSection(search=True), temporary_directory() / "points.jsonl")
 
     def test_an_interrupted_search_goes_on_from_the_points_it_has(self) -> None:
         points = temporary_directory() / "points.jsonl"
@@ -210,14 +218,14 @@ class OnTheModel(unittest.TestCase):
                 return Point(method, weights, (loss, loss), (1, 1), ("a", "b"), 3.0 - 0.5 * weights[0])
 
         section = ComposeSection(search=True, search_methods=("sum",))
-        whole = probing.search(Asked(), section, points)  # type: ignore[arg-type]
+        whole = dev_losses.search(Asked(), section, points)  # type: ignore[arg-type]
         lines = points.read_text().splitlines(keepends=True)
         self.assertEqual(len(lines), len(asked))
         points.write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote the sixth
         before = len(asked)
-        self.assertEqual(probing.search(Asked(), section, points), whole)  # type: ignore[arg-type]
+        self.assertEqual(dev_losses.search(Asked(), section, points), whole)  # type: ignore[arg-type]
         self.assertEqual(len(asked) - before, before - 5)
-        self.assertEqual(len(probing._points(points)), before)
+        self.assertEqual(len(dev_losses._points(points)), before)
 
     def test_a_wrong_composition_fails_on_its_logits(self) -> None:
         right = self.made()
@@ -227,9 +235,9 @@ class OnTheModel(unittest.TestCase):
             (without, "all adapters active and the composed one differ"),
             (dict(self.parts[1]), "only the last adapter has an effect"),
         ):
-            model = selfcheck.in_float32(self.base, SECTION)
+            model = float32_model.in_float32(self.base, SECTION)
             with self.assertRaisesRegex(VerificationError, reason):
-                composing.check_logits(composing.weighted_parts(right), wrong, model, IDS, exact=True)
+                composed_adapter.check_logits(composed_adapter.weighted_parts(right), wrong, model, IDS, exact=True)
 
     def test_composed_adapter_per_expert_export_and_merged_model_are_one_model_in_a_fresh_process(self) -> None:
         root = temporary_directory()
@@ -243,8 +251,8 @@ class OnTheModel(unittest.TestCase):
         # q and v, and per expert w1, w3 and w2, in each of two layers
         self.assertEqual(merged["tensors_changed"], 2 * (2 + 4 * 3))
         run = Path(found["composed"])
-        ours = frozen_lora.attach(
-            selfcheck.in_float32(self.base, SECTION), {"composed": adapter_files.load(run / "adapter", self.base)}
+        ours = inference_layers.attach(
+            float32_model.in_float32(self.base, SECTION), {"composed": adapter_files.load(run / "adapter", self.base)}
         )
         with torch.no_grad():
             expected = ours(IDS).logits

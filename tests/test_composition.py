@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import math
-import sys
 import unittest
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-import torch  # noqa: E402
-from hypothesis import assume, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from tests.support import relative, temporary_directory, toy  # noqa: E402
-from utils import adapter_files, experts  # noqa: E402
-from utils.composition import (  # noqa: E402
-    METHODS,
+from tests.support import relative, temporary_directory, toy
+from utils.adapters import (
+    adapter_files,
+    fused_experts,
+)
+from utils.adapters.factors import (
     Factors,
     ModuleFactors,
-    Recipe,
-    check,
-    compose,
     delta,
-    depth,
     distance,
     inner,
     norm,
-    relative_errors,
     scaled,
     stacked,
-    weights_at,
     zero_modules,
 )
-from utils.composition.interference import collisions  # noqa: E402
-from utils.composition.truncation import tail, truncated  # noqa: E402
+from utils.composition.checks import check
+from utils.composition.collisions import collisions
+from utils.composition.methods import (
+    METHODS,
+    Recipe,
+    compose,
+    depth,
+    relative_errors,
+    weights_at,
+)
+from utils.composition.truncation import (
+    tail,
+    truncated,
+)
 
 LAYERS = 3
 Q, V, E = "model.layers.{}.q_proj", "model.layers.{}.v_proj", "model.layers.{}.mlp.experts.down_proj"
@@ -256,8 +258,8 @@ class Checks(unittest.TestCase):
     def test_concatenating_expert_tensors_as_they_lie_on_disk_is_caught(self) -> None:
         name = E.format(0)
         parts = [adapter(2, 2, 0, [name]), adapter(2, 2, 1, [name])]
-        on_disk = [experts.to_peft(part[name]) for part in parts]
-        wrong = experts.from_peft(
+        on_disk = [fused_experts.to_peft(part[name]) for part in parts]
+        wrong = fused_experts.from_peft(
             torch.cat([a for a, _ in on_disk]), torch.cat([b for _, b in on_disk], dim=1), rank=4, scale=1.0
         )
         self.assertGreater(check({name: wrong}, parts, Recipe()).relative_error, 0.5)

@@ -9,14 +9,10 @@ import time
 import unittest
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from config import PRESETS, Config  # noqa: E402
-from tests.support import clean_environment, run_script  # noqa: E402
-from utils import cli  # noqa: E402
-from utils.exceptions import ConfigError  # noqa: E402
+from config import PRESETS, Config
+from tests.support import ROOT, clean_environment, run_script
+from utils import cli
+from utils.exceptions import ConfigError
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
 # runs one script's command line several times in one interpreter, and fails if that brings in torch

@@ -14,11 +14,11 @@ from unittest import mock
 import numpy as np
 
 from tests.support import ROOT, clean_environment, temporary_directory, write_jsonl
-from utils import overlap
-from utils.contamination import HELD_OUT, NO_CORPUS, SAME, UNKNOWN, Contamination, report
+from utils.data import ngram_overlap
+from utils.data.contamination import HELD_OUT, NO_CORPUS, SAME, UNKNOWN, Contamination, report
+from utils.data.ngram_overlap import NEAR_JACCARD, NearDuplicates, NgramIndex, lookup_width, words_of
+from utils.data.prepared import Prepared
 from utils.exceptions import ArtefactError
-from utils.overlap import NEAR_JACCARD, NearDuplicates, NgramIndex, lookup_width, words_of
-from utils.prepared import Prepared
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in ("nor", "tal", "rim", "sek", "von")]
 
@@ -190,7 +190,7 @@ class Overlap(unittest.TestCase):
             if document[at : at + width] == words[start : start + width]
         }
         self.assertGreater(len(expected), 100)
-        colliding = mock.patch.object(overlap, "_hashed", lambda words: np.zeros(len(words), dtype=np.uint64))
+        colliding = mock.patch.object(ngram_overlap, "_hashed", lambda words: np.zeros(len(words), dtype=np.uint64))
         for hashing in (nullcontext(), colliding):
             with hashing:
                 hits = [(hit.text, hit.start, hit.at) for hit in NgramIndex(texts, widths).find(document)]
@@ -222,7 +222,7 @@ class Overlap(unittest.TestCase):
 
     def test_result_does_not_depend_on_pythons_hash_seed(self) -> None:
         program = (
-            "from utils.overlap import NgramIndex, words_of\n"
+            "from utils.data.ngram_overlap import NgramIndex, words_of\n"
             "doc = ' '.join(f'w{i % 7}' for i in range(300)).split()\n"
             "print(sorted((h.text, h.start, h.at) for h in NgramIndex([doc[3:20], doc[5:14]], [13, 9]).find(doc)))"
         )
@@ -276,7 +276,7 @@ class Real(unittest.TestCase):
     """The demo's own data, where the corpus holds the documents of the test questions by design."""
 
     def test_demo_is_same_documents_and_its_answers_are_not_flagged(self) -> None:
-        from utils.corpus.demo import python_demo
+        from utils.data.domains.python_demo import python_demo
 
         demo = python_demo(0)
         place = prepared(demo.examples["test"], [(d["id"], d["text"]) for d in demo.documents], demo.examples["train"])

@@ -16,16 +16,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from utils.corpus.documents import CHARACTERS_PER_BATCH, read_documents  # noqa: E402
-from utils.corpus.extraction import clean_text, extract_html  # noqa: E402
-from utils.corpus.python_docs import _entries, python_documents, python_qa, standard_modules  # noqa: E402
-from utils.corpus.splits import hash_share, leaks, split_by_document  # noqa: E402
-from utils.corpus.tables import ProblemList, UniqueIds, digest16, iter_rows  # noqa: E402
-from utils.exceptions import DataError  # noqa: E402
+from tests.support import ROOT
+from utils.data.documents import (
+    CHARACTERS_PER_BATCH,
+    read_documents,
+)
+from utils.data.domains.python_docs import (
+    _entries,
+    python_documents,
+    python_qa,
+    standard_modules,
+)
+from utils.data.extraction import (
+    clean_text,
+    extract_html,
+)
+from utils.data.splits import (
+    hash_share,
+    leaks,
+    split_by_document,
+)
+from utils.data.tables import (
+    ProblemList,
+    UniqueIds,
+    digest16,
+    iter_rows,
+)
+from utils.exceptions import DataError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -228,7 +245,7 @@ class TestDrops(CorpusTest):
 
     def test_unique_ids_do_not_search_from_the_start_each_time(self):
         ids = UniqueIds()
-        with mock.patch("utils.corpus.tables.digest16", wraps=digest16) as digests:
+        with mock.patch("utils.data.tables.digest16", wraps=digest16) as digests:
             self.assertEqual([ids.claim("a") for _ in range(1_000)][-1], "a~1000")
         self.assertLess(digests.call_count, 10_000)
 
@@ -252,7 +269,7 @@ class TestDrops(CorpusTest):
         self.write("damaged.pdf", b"%PDF-1.4 nothing")
         self.write("damaged.docx", b"PK nothing")
         self.write("a.txt", "text")
-        with self.assertLogs("utils.corpus.documents", "WARNING") as logged:
+        with self.assertLogs("utils.data.documents", "WARNING") as logged:
             _, report = self.read()
         self.assertEqual(report.dropped, {"no text could be extracted": 4})
         self.assertEqual(len(report.skipped_files), 4)
@@ -363,7 +380,7 @@ class TestStorage(CorpusTest):
 
     def test_many_and_large_rows_survive_batching_in_order(self):
         self.write("a.jsonl", "".join(json.dumps({"id": i, "text": f"{i} " * 3}) + "\n" for i in range(1_001)))
-        with mock.patch("utils.corpus.documents.CHARACTERS_PER_BATCH", 100):
+        with mock.patch("utils.data.documents.CHARACTERS_PER_BATCH", 100):
             texts, report = self.read()
         self.assertEqual(list(texts), [str(i) for i in range(1_001)])
         self.assertEqual(texts["1000"], "1000 1000 1000")
@@ -454,7 +471,7 @@ class TestSplits(unittest.TestCase):
     def test_hash_share_is_fixed_and_below_one(self):
         expected = int(hashlib.sha256(b"42:json").hexdigest(), 16) / 2**256
         self.assertAlmostEqual(hash_share("json", 42), expected, places=12)
-        with mock.patch("utils.corpus.splits.hashlib.sha256") as sha256:
+        with mock.patch("utils.data.splits.hashlib.sha256") as sha256:
             sha256.return_value.digest.return_value = b"\xff" * 32
             self.assertLess(hash_share("a", 0), 1.0)
 
@@ -465,7 +482,7 @@ class TestPythonDocs(unittest.TestCase):
     def test_documents_and_questions_are_the_same_in_another_process(self):
         code = (
             "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
-            "from utils.corpus.python_docs import *\n"
+            "from utils.data.domains.python_docs import *\n"
             "m = sys.argv[2:]\n"
             "print(hashlib.sha256(repr((list(python_documents(m)), python_qa(m))).encode()).hexdigest())"
         )
@@ -531,7 +548,7 @@ class TestPythonDocs(unittest.TestCase):
     def test_the_standard_library_is_large_enough_and_importing_it_is_silent(self):
         code = (
             "import sys; sys.path.insert(0, sys.argv[1])\n"
-            "from utils.corpus.python_docs import *\n"
+            "from utils.data.domains.python_docs import *\n"
             "texts = [d['text'] for d in python_documents(standard_modules())]\n"
             "print(len(texts), sum(map(len, texts)))"
         )
@@ -561,7 +578,7 @@ class TestImports(unittest.TestCase):
     def test_importing_the_readers_loads_no_heavy_library(self):
         code = (
             "import sys; sys.path.insert(0, sys.argv[1])\n"
-            "import utils.corpus.documents, utils.corpus.task_examples, utils.corpus.splits, utils.corpus.python_docs\n"
+            "import utils.data.documents, utils.data.examples, utils.data.splits, utils.data.domains.python_docs\n"
             "print([m for m in ('datasets', 'pyarrow', 'pypdf', 'docx', 'trafilatura', 'bs4') if m in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)

@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from config import BaseModelSection  # noqa: E402
-from tests.fault_support import ADAPTER, LONG, At, Place, Send, port, resolve  # noqa: E402
-from tests.support import (  # noqa: E402
+from config import BaseModelSection
+from tests.fault_support import ADAPTER, LONG, At, Place, Send, port, resolve
+from tests.support import (
+    ROOT,
     Completed,
     clean_environment,
     last_json,
@@ -33,11 +30,18 @@ from tests.support import (  # noqa: E402
     temporary_directory,
     toy,
 )
-from tests.test_merging import fp8_checkpoint  # noqa: E402
-from tests.test_plan import LAUNCH, SHARDED, told_by  # noqa: E402
-from tests.test_training import losses, metrics, newest_checkpoint  # noqa: E402
-from utils import adapter_files, base_model, files, sharding, shards  # noqa: E402
-from utils.exceptions import ConfigError  # noqa: E402
+from tests.test_merging import fp8_checkpoint
+from tests.test_plan import LAUNCH, SHARDED, told_by
+from tests.test_training import losses, metrics, newest_checkpoint
+from utils import logger
+from utils.adapters import adapter_files
+from utils.artifacts import files
+from utils.exceptions import ConfigError
+from utils.models import (
+    loading,
+    parallel,
+)
+from utils.models.weights import safetensors_io
 
 FSDP_FILE = LAUNCH / "cpu_two_processes_fsdp.yaml"
 # three micro-batches a step: two processes have an uneven share of them
@@ -94,7 +98,11 @@ class SameAsOneProcess(unittest.TestCase):
     def test_a_run_that_is_stopped_goes_on_with_any_number_of_processes_dealt_out_or_not(self) -> None:
         for name, ways in (("fewer", ("ddp", "fsdp", "one")), ("more", ("one", "fsdp", "ddp"))):
             for part, way in enumerate(ways):
-                stop = At("utils.training._Loop._step", Send(signal.SIGTERM), 3) if part + 1 < len(ways) else None
+                stop = (
+                    At("utils.training.training_loop._Loop._step", Send(signal.SIGTERM), 3)
+                    if part + 1 < len(ways)
+                    else None
+                )
                 ended = start(way, name, before=(stop, None))
                 self.assertEqual({done.returncode for done in ended}, {STOPPED if stop else 0}, ended[0].stderr)
                 if part:
@@ -118,10 +126,10 @@ class SameAsOneProcess(unittest.TestCase):
         place, base = reference(), temporary_directory() / "tied"
         model, tokenizer = toy.tiny_llama()
         model.config.tie_word_embeddings, model.lm_head.weight = True, model.model.embed_tokens.weight
-        with base_model.quiet_transformers():
+        with logger.quiet_transformers():
             model.save_pretrained(base)
         tokenizer.save_pretrained(base)
-        self.assertNotIn("lm_head.weight", shards.Checkpoint(base).homes)
+        self.assertNotIn("lm_head.weight", safetensors_io.Checkpoint(base).homes)
         flags = [*FLAGS, f"--base.source={base}", "--domain.train.max_steps=3"]
         last_json(place.start("train_domain_adapter", "--run.name", "tied-one", *flags).wait())
         ended = together(place, "train_domain_adapter", "--run.name", "tied-two", *flags)
@@ -133,8 +141,8 @@ class Lost(unittest.TestCase):
     def test_a_process_killed_while_the_model_is_dealt_out_or_saved_ends_the_other_and_the_run_goes_on(self) -> None:
         place = reference()
         for name, where, call in (
-            ("dealing", "utils.sharding._from_main", 9),
-            ("saving", "utils.checkpoints.whole", 4),
+            ("dealing", "utils.models.parallel._from_main", 9),
+            ("saving", "utils.training.checkpoints.whole", 4),
         ):
             with self.subTest(name):
                 first, second = start("fsdp", name, before=(None, At(where, Send(signal.SIGKILL), call)))
@@ -158,7 +166,7 @@ class Unequal(unittest.TestCase):
         self.assertFalse((run / files.MANIFEST).exists() or list(run.glob("checkpoints/step-*")))
 
     def test_an_adapter_that_drifts_in_one_process_is_not_written(self) -> None:
-        ended = start("ddp", "drifting", before=(None, At("utils.training.learning_rate", Drift(), 1)))
+        ended = start("ddp", "drifting", before=(None, At("utils.training.training_loop.learning_rate", Drift(), 1)))
         said = r"domain adapter, after step 4, differs between process 0 and 1, in 1 of \d+ values: .*lora_A"
         self.assert_refused("drifting", ended, said)
 
@@ -177,7 +185,7 @@ class Unequal(unittest.TestCase):
                 self.assert_refused(name, ended, f"the model, while it was dealt out, differs .*{said}")
 
     def test_a_model_of_another_dtype_in_one_process(self) -> None:
-        ended = start("fsdp", "dtype", before=(None, At("utils.sharding._refuse_unlike", Halve(), 1)))
+        ended = start("fsdp", "dtype", before=(None, At("utils.models.parallel._refuse_unlike", Halve(), 1)))
         self.assert_refused("dtype", ended, r"the model differs between process 0 and 1, .*norm\.weight")
 
 
@@ -187,9 +195,9 @@ class Loading(unittest.TestCase):
             for dtype in ("float32", "bfloat16"):
                 section = BaseModelSection(source=str(base.directory), dtype=dtype)
                 with self.subTest(f"{base.directory.name} {dtype}"):
-                    whole = base_model.load_model(base, section)
+                    whole = loading.load_model(base, section)
                     with mock.patch("transformers.modeling_utils.safe_open", side_effect=AssertionError("was read")):
-                        empty = base_model.load_model(base, section, place=torch.device("meta"))
+                        empty = loading.load_model(base, section, place=torch.device("meta"))
                     self.assertEqual(described(empty), described(whole))
                     tensors = [*empty.parameters(), *empty.buffers()]
                     self.assertEqual({tensor.device.type for tensor in tensors}, {"meta"})
@@ -203,28 +211,28 @@ class Asked(unittest.TestCase):
     def test_the_launch_files_ask_for_what_is_done_and_the_others_for_nothing(self) -> None:
         for path in sorted(LAUNCH.glob("*.yaml")):
             with self.subTest(path.name), self.told("--config_file", str(path), WORLD_SIZE="2"):
-                sharding.check(trains=True)
-                self.assertEqual(sharding.asked(), path in [*SHARDED, FSDP_FILE])
+                parallel.check(trains=True)
+                self.assertEqual(parallel.asked(), path in [*SHARDED, FSDP_FILE])
         with self.told("--config_file", str(FSDP_FILE), WORLD_SIZE="1"):
-            self.assertFalse(sharding.asked(), "there is nobody to deal out to")
+            self.assertFalse(parallel.asked(), "there is nobody to deal out to")
 
     def test_what_would_be_ignored_is_refused_all_at_once(self) -> None:
         more = {"FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
         with self.told("--config_file", str(FSDP_FILE), **more), self.assertRaises(ConfigError) as caught:
-            sharding.check(trains=True)
+            parallel.check(trains=True)
         text = str(caught.exception)
         for said in ("3 problems", "fsdp_version has to be 2 (got '1')", "fsdp_offload_params", "DeepSpeed"):
             self.assertIn(said, text)
 
     def test_a_script_that_does_not_train_is_not_started_in_several_processes_that_share_a_model(self) -> None:
         with self.told("--config_file", str(FSDP_FILE), WORLD_SIZE="2"), self.assertRaisesRegex(ConfigError, "python"):
-            sharding.check(trains=False)
+            parallel.check(trains=False)
 
     def test_quantised_weights_are_refused(self) -> None:
         model = torch.nn.Linear(4, 4)
         model.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
         with self.assertRaisesRegex(ConfigError, r"quantised weights cannot be dealt out \(got \['weight'\]\)"):
-            sharding._refuse_unlike(model)
+            parallel._refuse_unlike(model)
 
     def test_a_layer_that_the_model_does_not_have_is_refused_before_weights_are_read(self) -> None:
         base = saved_model("llama")
@@ -233,7 +241,7 @@ class Asked(unittest.TestCase):
             mock.patch("transformers.modeling_utils.safe_open", side_effect=AssertionError("was read")),
             self.assertRaisesRegex(ConfigError, r"no layer of class MiniMaxM2DecoderLayer .*'LlamaDecoderLayer'"),
         ):
-            sharding.load_model(base, BaseModelSection(source=str(base.directory)))
+            parallel.load_model(base, BaseModelSection(source=str(base.directory)))
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -319,13 +327,13 @@ class AfterDealing:
     what: str
 
     def __call__(self) -> None:
-        deal_out = sharding.deal_out
+        deal_out = parallel.deal_out
 
         def and_change(module: torch.nn.Module) -> None:
             deal_out(module)
             next(b for name, b in module.named_buffers() if "e_score" in name).add_(1e-3)
 
-        sharding.deal_out = and_change
+        parallel.deal_out = and_change
 
 
 @dataclass(frozen=True)
@@ -335,7 +343,7 @@ class Deaf:
     size: int
 
     def __call__(self) -> None:
-        owner, name = resolve("utils.sharding._from_main")
+        owner, name = resolve("utils.models.parallel._from_main")
         receive = getattr(owner, name)
 
         def half_heard(as_bytes: torch.Tensor) -> None:

@@ -16,31 +16,50 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.support import random_factors, relative, saved_model, temporary_directory  # noqa: E402
+from tests.support import random_factors, relative, saved_model, temporary_directory
 
 # isort: split
 # the hub's library reads HF_HUB_OFFLINE when it is imported, so what the tests share comes first
-import huggingface_hub  # noqa: E402
-import torch  # noqa: E402
-from httpx2 import ConnectError, LocalProtocolError, Request, Response  # noqa: E402
-from huggingface_hub import CommitInfo, HfApi, ModelCard  # noqa: E402
-from huggingface_hub.errors import HfHubHTTPError, OIDCError  # noqa: E402
+import huggingface_hub
+import torch
+from httpx2 import ConnectError, LocalProtocolError, Request, Response
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, OIDCError
 
-from config import HubSection  # noqa: E402
-from utils import adapter_files, adapters, base_model, cards, files, gguf, hub, runs  # noqa: E402
-from utils.base_model import BaseModel  # noqa: E402
-from utils.composition import delta  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
-from utils.runs import Run  # noqa: E402
+from config import HubSection
+from utils.adapters import (
+    adapter_files,
+    cards,
+    peft_model,
+)
+from utils.adapters.factors import delta
+from utils.artifacts import (
+    files,
+    runs,
+)
+from utils.artifacts.runs import Run
+from utils.composition.methods import METHODS
+from utils.exceptions import ArtefactError
+from utils.export import (
+    gguf,
+    hub,
+)
+from utils.models import (
+    base_model,
+    loading,
+)
+from utils.models.base_model import BaseModel
 
 COMMIT = "f62f643a718e8be697da52e7d5d8b8d12b991001"
 ON_HUB = BaseModel(Path("/home/someone/hub/snapshots/f62f"), "MiniMaxAI/MiniMax-M2", COMMIT, "d" * 64, "e" * 64)
 LOCAL = BaseModel(Path("/home/someone/bases/my base"), "/home/someone/bases/my base", "", "d" * 64, "e" * 64)
-COMPOSED: dict[str, Any] = {"method": "sum", "weights": (1.0, 0.75), "exact": True, "searched": False}
+COMPOSED: dict[str, Any] = {
+    "method": "sum",
+    "source": METHODS["sum"].source,
+    "weights": (1.0, 0.75),
+    "exact": True,
+    "searched": False,
+}
 SYSTEM = 'Say "yes" or `no`.\n```'
 ATTENTION = ("q_proj", "v_proj")
 
@@ -100,10 +119,10 @@ class Metadata(unittest.TestCase):
 
     def test_peft_itself_would_write_the_same_library_and_tags(self) -> None:
         base, adapter, _ = trained(temporary_directory())
-        model = base_model.load_model(base, base_section(base), dtype=torch.float32)
-        peft_model = adapters.add(model, "default", adapter)
-        peft_model.get_base_model().name_or_path = "owner/base"
-        peft_model.save_pretrained(base.directory.parent / "by_peft")
+        model = loading.load_model(base, base_section(base), dtype=torch.float32)
+        wrapped = peft_model.add(model, "default", adapter)
+        wrapped.get_base_model().name_or_path = "owner/base"
+        wrapped.save_pretrained(base.directory.parent / "by_peft")
         theirs = ModelCard.load(base.directory.parent / "by_peft" / "README.md").data
         on_hub = BaseModel(Path("/x/snapshots/1"), "owner/base", COMMIT, "d" * 64, "e" * 64)
         ours = ModelCard(cards.adapter_card("domain", on_hub, [DATA])).data
@@ -186,7 +205,7 @@ class Snippets(unittest.TestCase):
             directory = root / "composed"
             adapter_files.save(directory, factors, base)
             (directory / base.directory.name).symlink_to(base.directory)
-            plain = base_model.load_model(base, base_section(base), dtype=torch.float32)
+            plain = loading.load_model(base, base_section(base), dtype=torch.float32)
             changed = {name: plain.get_submodule(name).weight + delta(f) for name, f in factors.items()}
             for kind in ("composed", "domain"):
                 with self.subTest(architecture, kind=kind):
@@ -238,7 +257,7 @@ class Snippets(unittest.TestCase):
 def trained(root: Path, architecture: str = "llama") -> tuple[BaseModel, Any, Any]:
     """A base model, and the factors of two adapters of it."""
     base = saved_model(architecture, root / "toy base")
-    model = base_model.load_model(base, base_section(base), dtype=torch.float32)
+    model = loading.load_model(base, base_section(base), dtype=torch.float32)
     return base, *(random_factors(model, ATTENTION, 4, 8, seed) for seed in (1, 2))
 
 

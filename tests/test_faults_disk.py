@@ -7,24 +7,19 @@ Two routes: a small file system of its own, where one may be mounted, and a limi
 from __future__ import annotations
 
 import shutil
-import sys
 import unittest
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from datasets.exceptions import DatasetGenerationError  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from tests.fault_support import (  # noqa: E402
+from tests.fault_support import (
     ADAPTER,
     All,
     At,
@@ -39,9 +34,16 @@ from tests.fault_support import (  # noqa: E402
     trained,
     with_both_adapters,
 )
-from tests.support import Completed, Script, last_json  # noqa: E402
-from utils import base_model, checkpoints, disk, files, prepared, runs  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from tests.support import Completed, Script, last_json
+from utils import disk
+from utils.artifacts import (
+    files,
+    runs,
+)
+from utils.data import prepared
+from utils.exceptions import ArtefactError
+from utils.models import chat
+from utils.training import checkpoints
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ class OnASmallDisk(unittest.TestCase):
         reference = contents(self.place.run_of("reference"))[ADAPTER]
         for name, at, fault in (
             ("checkpoint", "step-00000008", lambda fill: At("safetensors.torch.save_file", fill, 4)),
-            ("adapter", "adapter_model.safetensors", lambda fill: At("utils.adapter_files._write", fill)),
-            ("manifest", "manifest.json", lambda fill: At("utils.files.seal", fill, 11)),
-            ("identity", r"(identity\.json|run\.log)", lambda fill: At("utils.runs.start", fill)),
+            ("adapter", "adapter_model.safetensors", lambda fill: At("utils.adapters.adapter_files._write", fill)),
+            ("manifest", "manifest.json", lambda fill: At("utils.artifacts.files.seal", fill, 11)),
+            ("identity", r"(identity\.json|run\.log)", lambda fill: At("utils.artifacts.runs.start", fill)),
         ):
             with self.subTest(name):
 
@@ -125,7 +127,7 @@ class OnASmallDisk(unittest.TestCase):
             ("tokens", lambda fill: At("datasets.Dataset.save_to_disk", fill)),
             ("reading", lambda fill: At("datasets.arrow_writer.ArrowWriter.finalize", fill)),
             ("pairs", lambda fill: WhenWriting("task_dev.jsonl", fill)),
-            ("sealed", lambda fill: At("utils.files.seal", fill)),
+            ("sealed", lambda fill: At("utils.artifacts.files.seal", fill)),
         ):
             with self.subTest(name):
 
@@ -145,7 +147,7 @@ class OnASmallDisk(unittest.TestCase):
             faults = All((Unchecked(), *([act] if act else [])))
             return self.place.start("inference", "--merge_path", str(target), before=faults)
 
-        self.fails_then_works(start, lambda fill: At("utils.merging._write_companions", fill), "merged")
+        self.fails_then_works(start, lambda fill: At("utils.export.merge._write_companions", fill), "merged")
         files.verify(target)
         self.assertEqual([path.name for path in self.root.iterdir() if path.name.startswith(".")], [])
 
@@ -173,10 +175,10 @@ class WithALimitOnFiles(unittest.TestCase):
     def test_log_metrics_checkpoint_and_adapter_name_their_file_and_the_run_goes_on(self) -> None:
         place = trained()
         for name, at, fault in (
-            ("log", r"run\.log", At("utils.runs.start", LimitFiles(4000))),
-            ("metrics", r"metrics\.jsonl", At("utils.watching.disk.append_line", LimitFiles(1400), 11)),
+            ("log", r"run\.log", At("utils.artifacts.runs.start", LimitFiles(4000))),
+            ("metrics", r"metrics\.jsonl", At("utils.training.guards.disk.append_line", LimitFiles(1400), 11)),
             ("checkpoint", "step-00000008", At("safetensors.torch.save_file", LimitFiles(8000), 4)),
-            ("adapter", r"adapter_model\.safetensors", At("utils.adapter_files._write", LimitFiles(8000))),
+            ("adapter", r"adapter_model\.safetensors", At("utils.adapters.adapter_files._write", LimitFiles(8000))),
         ):
             with self.subTest(name):
                 directory = place.run_of(f"limit-{name}")
@@ -194,7 +196,12 @@ class WithALimitOnFiles(unittest.TestCase):
         place = with_both_adapters()
         target = place.root / "limited"
         flags = ["--merge_path", str(target)]
-        self.fails(place.start("inference", *flags, before=At("utils.shards.write", LimitFiles(100_000))), "/limited")
+        self.fails(
+            place.start(
+                "inference", *flags, before=At("utils.models.weights.safetensors_io.write", LimitFiles(100_000))
+            ),
+            "/limited",
+        )
         self.assertFalse(target.exists())
         last_json(place.start("inference", *flags, before=Unchecked()).wait())
         files.verify(target)
@@ -215,7 +222,7 @@ class Estimates(unittest.TestCase):
 
     def test_the_estimate_of_a_checkpoint_is_what_it_takes(self) -> None:
         place = trained()
-        ended = At("utils.adapter_files.save", Raise("builtins.KeyboardInterrupt", ""))
+        ended = At("utils.adapters.adapter_files.save", Raise("builtins.KeyboardInterrupt", ""))
         place.train("measured", "--domain.train.max_steps=12", before=ended).wait()
         checkpoint = place.run_of("measured") / "checkpoints" / "step-00000008"
         taken = sum(path.stat().st_size for path in checkpoint.iterdir())
@@ -228,7 +235,7 @@ class Estimates(unittest.TestCase):
         run = runs.complete_runs(place.data, "prepared")[0]
         data = prepared.Prepared(run.directory)
         parts = [data.documents(name).select_columns(["id", "text"]) for name in ("corpus", "dev_documents")]
-        tokenizer = base_model.load_tokenizer(place.models / "base" / "tiny-minimax-m2")
+        tokenizer = chat.load_tokenizer(place.models / "base" / "tiny-minimax-m2")
         estimate = (prepared.space_bytes(parts, tokenizer) - prepared.SMALL_FILES) / 2
         arrow = [p for name in ("corpus", "dev_documents") for p in (run.directory / name).glob("*.arrow")]
         taken = sum(path.stat().st_size for path in arrow)
@@ -246,7 +253,7 @@ class Estimates(unittest.TestCase):
     def test_an_interrupted_merge_with_other_settings_is_kept_and_mentioned_until_the_target_is_there(self) -> None:
         place = with_both_adapters()
         target = place.root / "changed"
-        stop = At("utils.merging._write_companions", LimitFiles(10))
+        stop = At("utils.export.merge._write_companions", LimitFiles(10))
         place.start("inference", "--merge_path", str(target), "--merge.dtype", "bfloat16", before=stop).wait()
         kept = next(place.root.glob(".changed.partial-*"))
         flags = ["--merge_path", str(target), "--merge.dtype", "float32"]

@@ -16,11 +16,7 @@ import unittest
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.fault_support import (  # noqa: E402
+from tests.fault_support import (
     ADAPTER,
     LONG,
     SAVE_EVERY,
@@ -35,8 +31,11 @@ from tests.fault_support import (  # noqa: E402
     with_both_adapters,
     within,
 )
-from tests.support import Script, clean_environment, last_json  # noqa: E402
-from utils import files, runs  # noqa: E402
+from tests.support import ROOT, Script, clean_environment, last_json
+from utils.artifacts import (
+    files,
+    runs,
+)
 
 SLOW = SlowWriting(0.02)
 

@@ -5,20 +5,14 @@ from __future__ import annotations
 import functools
 import resource
 import subprocess
-import sys
 import unittest
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from tests.fault_support import (  # noqa: E402
+from tests.fault_support import (
     ADAPTER,
     At,
     LimitMemory,
@@ -29,8 +23,8 @@ from tests.fault_support import (  # noqa: E402
     trained,
     with_both_adapters,
 )
-from tests.support import Completed, last_json  # noqa: E402
-from utils import files  # noqa: E402
+from tests.support import Completed, last_json
+from utils.artifacts import files
 
 NON_FINITE, NO_MEMORY = 3, 71
 AT_STEP = 7  # between the checkpoints of steps 4 and 8
@@ -45,9 +39,9 @@ class InLoss:
     call: int
 
     def __call__(self) -> None:
-        from utils import training
+        from utils.training import training_loop
 
-        original, count = training._loss, 0
+        original, count = training_loop._loss, 0
 
         def loss(*arguments: Any) -> torch.Tensor:
             nonlocal count
@@ -55,7 +49,7 @@ class InLoss:
             found = original(*arguments)
             return found + self.value if count == self.call else found
 
-        training._loss = loss
+        training_loop._loss = loss
 
 
 @dataclass(frozen=True)
@@ -91,15 +85,15 @@ class InWeight:
     call: int
 
     def __call__(self) -> None:
-        from utils import training
+        from utils.training import training_loop
 
-        made, held = training._Loop.__init__, []
+        made, held = training_loop._Loop.__init__, []
 
         def init(loop: Any, *arguments: Any) -> None:
             made(loop, *arguments)
             held.append(loop)
 
-        training._Loop.__init__ = init
+        training_loop._Loop.__init__ = init
 
         def spoil() -> None:
             with torch.no_grad():
@@ -113,9 +107,9 @@ class InFrozen:
     """One value of the frozen adapter is moved while the other is trained."""
 
     def __call__(self) -> None:
-        from utils import training
+        from utils.training import training_loop
 
-        finish = training._Loop.finish
+        finish = training_loop._Loop.finish
 
         def moved(loop: Any) -> Any:
             with torch.no_grad():
@@ -123,7 +117,7 @@ class InFrozen:
                 frozen[0][0, 0] += 1e-3
             return finish(loop)
 
-        training._Loop.finish = moved
+        training_loop._Loop.finish = moved
 
 
 class Training(unittest.TestCase):
@@ -164,14 +158,16 @@ class Training(unittest.TestCase):
                 self.resumes(name, 4)
 
     def test_a_weight_that_is_not_finite_is_in_no_checkpoint_and_in_no_adapter(self) -> None:
-        done = self.failed("nan-weight", InWeight(NAN, "utils.training._Loop._save", 2))
+        done = self.failed("nan-weight", InWeight(NAN, "utils.training.training_loop._Loop._save", 2))
         self.assertIn("of the checkpoint after step 8", done.stderr)
         self.assertIn("1 tensors hold NaN or infinity", done.stderr)
-        done = self.failed("inf-weight", InWeight(INF, "utils.training._Loop.finish", 1), "--domain.train.keep=last")
+        done = self.failed(
+            "inf-weight", InWeight(INF, "utils.training.training_loop._Loop.finish", 1), "--domain.train.keep=last"
+        )
         self.assertIn("the domain adapter of step 44: 1 tensors hold NaN or infinity", done.stderr)
 
     def test_a_dev_loss_that_is_not_finite_stops_the_run(self) -> None:
-        done = self.failed("nan-dev", At("utils.training.mean_loss", Spoilt(), 1))
+        done = self.failed("nan-dev", At("utils.training.training_loop.mean_loss", Spoilt(), 1))
         self.assertIn("the dev loss after step 11 is NaN or infinite", done.stderr)
         self.resumes("nan-dev", 8)
 
@@ -203,7 +199,7 @@ class Training(unittest.TestCase):
             ("no-python-memory", "builtins.MemoryError", ""),
         ):
             with self.subTest(name):
-                fault = At("utils.losses.NextTokenLoss.forward", Raise(kind, said), 2 * AT_STEP)
+                fault = At("utils.models.losses.NextTokenLoss.forward", Raise(kind, said), 2 * AT_STEP)
                 done = self.failed(name, fault, code=NO_MEMORY)
                 self.assertIn(f"memory ran out in step {AT_STEP} of the domain adapter", done.stderr)
                 self.assertRegex(done.stderr, r"got '(d\d+)")
@@ -216,10 +212,10 @@ class Spoilt:
     """From now on the loss of every batch is NaN."""
 
     def __call__(self) -> None:
-        from utils import training
+        from utils.training import training_loop
 
-        original = training._loss
-        training._loss = lambda *arguments: original(*arguments) * NAN
+        original = training_loop._loss
+        training_loop._loss = lambda *arguments: original(*arguments) * NAN
 
 
 @dataclass(frozen=True)
@@ -227,16 +223,16 @@ class InHead:
     """One weight of the loaded model's head is NaN, so every logit of one token is."""
 
     def __call__(self) -> None:
-        from utils import base_model
+        from utils.models import loading
 
-        original = base_model.load_model
+        original = loading.load_model
 
         def load(*arguments: Any, **settings: Any) -> Any:
             model = original(*arguments, **settings)
             model.get_output_embeddings().weight.data[3, 1] = NAN
             return model
 
-        base_model.load_model = load
+        loading.load_model = load
 
 
 class Evaluation(unittest.TestCase):
@@ -260,11 +256,11 @@ class LimitReload:
     size: int
 
     def __call__(self) -> None:
-        from utils import selfcheck
+        from utils.export import merge_check
 
         run = subprocess.run
         limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (self.size, self.size))
-        selfcheck.subprocess.run = functools.partial(run, preexec_fn=limit)
+        merge_check.subprocess.run = functools.partial(run, preexec_fn=limit)
 
 
 class Merge(unittest.TestCase):
@@ -273,9 +269,9 @@ class Merge(unittest.TestCase):
         target = place.root / "large"
         flags = ["--merge_path", str(target)]
         for name, fault in (
-            ("writing", At("utils.merging._content", LimitMemory(0), 5)),
-            ("writing its first file", At("utils.shards.write", LimitMemory(0), 1)),
-            ("comparing", At("utils.selfcheck._compare", LimitMemory(0), 1)),
+            ("writing", At("utils.export.merge._content", LimitMemory(0), 5)),
+            ("writing its first file", At("utils.models.weights.safetensors_io.write", LimitMemory(0), 1)),
+            ("comparing", At("utils.export.merge_check._compare", LimitMemory(0), 1)),
             ("reloading", LimitReload(200 << 20)),
         ):
             with self.subTest(name):
@@ -294,7 +290,11 @@ class Merge(unittest.TestCase):
 
 class Faults(unittest.TestCase):
     def test_a_fault_finds_the_function_it_is_put_into(self) -> None:
-        for where in ("utils.training._loss", "utils.losses.NextTokenLoss.forward", "torch.OutOfMemoryError"):
+        for where in (
+            "utils.training.training_loop._loss",
+            "utils.models.losses.NextTokenLoss.forward",
+            "torch.OutOfMemoryError",
+        ):
             owner, name = resolve(where)
             self.assertTrue(callable(getattr(owner, name)))
 

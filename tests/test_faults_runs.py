@@ -17,11 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.fault_support import (  # noqa: E402
+from tests.fault_support import (
     ADAPTER,
     All,
     At,
@@ -32,9 +28,14 @@ from tests.fault_support import (  # noqa: E402
     trained,
     with_both_adapters,
 )
-from tests.support import Script, last_json, saved_model, temporary_directory  # noqa: E402
-from utils import checkpoints, files, locks, runs  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from tests.support import ROOT, Script, last_json, saved_model, temporary_directory
+from utils.artifacts import (
+    files,
+    locks,
+    runs,
+)
+from utils.exceptions import ArtefactError
+from utils.training import checkpoints
 
 STOP = Send(signal.SIGSTOP)
 REFUSED = 2
@@ -60,8 +61,8 @@ class TwoAtOnce(unittest.TestCase):
         place = with_both_adapters()
         for command, where, directory in (
             (["prepare_data", *place.sources], "datasets.Dataset.map", place.data / "prepared" / "held"),
-            (["compose"], "utils.adapter_files.save", place.run_of("held", "composed")),
-            (["evaluate"], "utils.generation.answer_all", place.run_of("held", "evaluation")),
+            (["compose"], "utils.adapters.adapter_files.save", place.run_of("held", "composed")),
+            (["evaluate"], "utils.inference.generation.answer_all", place.run_of("held", "evaluation")),
         ):
             with self.subTest(command[0]):
 
@@ -74,13 +75,15 @@ class TwoAtOnce(unittest.TestCase):
         place = with_both_adapters()
         target = place.root / "held"
         self.assert_second_is_refused(
-            lambda **how: place.start("inference", "--merge_path", str(target), **how), "utils.shards.write", target
+            lambda **how: place.start("inference", "--merge_path", str(target), **how),
+            "utils.models.weights.safetensors_io.write",
+            target,
         )
 
     def test_the_one_that_waited_at_the_door_does_not_write_into_what_the_other_has_finished(self) -> None:
         place = trained()
         # it has looked, found nothing, and is asleep before it takes the lock
-        late = place.train("late", before=At("utils.files.locked", STOP))
+        late = place.train("late", before=At("utils.artifacts.files.locked", STOP))
         late.wait_until(lambda: is_stopped(late))
         last_json(place.train("late").wait())
         before = contents(place.run_of("late"))
@@ -94,7 +97,7 @@ class TwoAtOnce(unittest.TestCase):
 
     def test_a_lock_whose_holder_is_dead_holds_nobody_up(self) -> None:
         place = trained()
-        first = place.train("stale", before=At("utils.training._loss", Send(signal.SIGKILL), 11))
+        first = place.train("stale", before=At("utils.training.training_loop._loss", Send(signal.SIGKILL), 11))
         self.assertEqual(first.wait().returncode, -signal.SIGKILL)
         self.assertIn(f"process {first.process.pid} ", (place.run_of("stale") / ".lock").read_text())
         last_json(place.train("stale").wait())
@@ -103,7 +106,7 @@ class TwoAtOnce(unittest.TestCase):
 class Changed(unittest.TestCase):
     def test_changed_settings_under_a_name_are_refused_with_what_changed_and_how_to_start_anew(self) -> None:
         place = trained()
-        first = place.train("changed", before=At("utils.training._loss", Send(signal.SIGTERM), 11))
+        first = place.train("changed", before=At("utils.training.training_loop._loss", Send(signal.SIGTERM), 11))
         self.assertEqual(first.wait().returncode, 75)
         left = contents(place.run_of("changed"))
         other = place.root / "other.jsonl"
@@ -128,7 +131,7 @@ class Changed(unittest.TestCase):
     def test_a_run_that_starts_anew_beside_an_unfinished_one_says_what_differs(self) -> None:
         place = trained()
         flags = ["--domain.train.max_steps=6", "--domain.train.warmup_share=0.25"]
-        stop = At("utils.training._loss", Send(signal.SIGTERM), 5)
+        stop = At("utils.training.training_loop._loss", Send(signal.SIGTERM), 5)
         self.assertEqual(place.start("train_domain_adapter", *flags, before=stop).wait().returncode, 75)
         done = place.run("train_domain_adapter", flags[0], "--domain.train.warmup_share=0.5")
         self.assertIn("starting anew: the unfinished run that is most like this one", done.stderr)
@@ -160,7 +163,7 @@ class Permissions(unittest.TestCase):
     def test_published_files_have_what_the_umask_allows_for_every_stage(self) -> None:
         place = with_both_adapters()
         merged = place.root / "umask"
-        mask = All((Unchecked(), At("utils.stages.start", SetUmask(0o027))))
+        mask = All((Unchecked(), At("utils.planning.preflight.start", SetUmask(0o027))))
         for command, directory in (
             (["train_domain_adapter", "--domain.train.max_steps=2"], place.run_of("umask")),
             (["prepare_data", *place.sources], place.data / "prepared" / "umask"),
@@ -172,7 +175,7 @@ class Permissions(unittest.TestCase):
                     if not path.name.startswith("."):
                         wanted = 0o750 if path.is_dir() else 0o640
                         self.assertEqual(stat.S_IMODE(path.stat().st_mode), wanted, path)
-        with_077 = At("utils.stages.start", SetUmask(0o077))
+        with_077 = At("utils.planning.preflight.start", SetUmask(0o077))
         flags = ["--run.name", "umask-077", "--domain.train.max_steps=2"]
         last_json(place.start("train_domain_adapter", *flags, before=with_077).wait())
         self.assertEqual(stat.S_IMODE((place.run_of("umask-077") / ADAPTER).stat().st_mode), 0o600)
@@ -181,7 +184,7 @@ class Permissions(unittest.TestCase):
 class Clocks(unittest.TestCase):
     def test_a_clock_that_is_set_back_changes_neither_a_resumed_run_nor_which_run_is_the_newest(self) -> None:
         place = trained()
-        stop = At("utils.training._loss", Send(signal.SIGKILL), 23)
+        stop = At("utils.training.training_loop._loss", Send(signal.SIGKILL), 23)
         place.train("clock", before=stop).wait()
         done = place.train("clock", before=SetClockBack(10 * 365 * 86_400)).wait()
         last_json(done)
@@ -191,7 +194,7 @@ class Clocks(unittest.TestCase):
 
     def test_the_newest_checkpoint_is_the_highest_step_whatever_the_times_and_the_order_of_copies_say(self) -> None:
         place = trained()
-        place.train("copied", before=At("utils.training._loss", Send(signal.SIGKILL), 41)).wait()
+        place.train("copied", before=At("utils.training.training_loop._loss", Send(signal.SIGKILL), 41)).wait()
         root = place.run_of("copied") / "checkpoints"
         names = sorted(path.name for path in root.glob("step-*"))
         self.assertEqual(len(names), 2)

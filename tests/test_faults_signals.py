@@ -12,11 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.fault_support import (  # noqa: E402
+from tests.fault_support import (
     ADAPTER,
     LONG,
     All,
@@ -28,9 +24,9 @@ from tests.fault_support import (  # noqa: E402
     training_flags,
     with_both_adapters,
 )
-from tests.support import Script, clean_environment, last_json  # noqa: E402
-from utils import files  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from tests.support import ROOT, Script, clean_environment, last_json
+from utils.artifacts import files
+from utils.exceptions import ArtefactError
 
 STOPPED = 75
 TERM, INT = Send(signal.SIGTERM), Send(signal.SIGINT)
@@ -62,7 +58,7 @@ class Training(unittest.TestCase):
     def test_either_signal_in_a_step_writes_its_checkpoint_exits_75_and_resumes_exactly(self) -> None:
         for name, fault in (("sigterm", TERM), ("sigint", INT)):
             with self.subTest(name):
-                done = trained().train(name, before=At("utils.training._loss", fault, 21)).wait()
+                done = trained().train(name, before=At("utils.training.training_loop._loss", fault, 21)).wait()
                 self.assertEqual(done.returncode, STOPPED, done.stderr)
                 step = max(int(p.name[5:]) for p in trained().run_of(name).glob("checkpoints/step-*"))
                 self.assertNotEqual(step % 4, 0, "this checkpoint was due anyway: the test tells nothing")
@@ -71,7 +67,7 @@ class Training(unittest.TestCase):
                 self.assert_resumes_to_the_reference(name, step)
 
     def test_a_second_sigint_stops_at_once_and_the_checkpoint_before_is_used(self) -> None:
-        done = trained().train("impatient", before=At("utils.training._loss", All((INT, INT)), 21)).wait()
+        done = trained().train("impatient", before=At("utils.training.training_loop._loss", All((INT, INT)), 21)).wait()
         self.assertEqual(done.returncode, 130, done.stderr)
         self.assertNotIn("Traceback", done.stderr)
         self.assert_resumes_to_the_reference("impatient", 8)
@@ -79,9 +75,9 @@ class Training(unittest.TestCase):
     def test_sigterm_before_the_first_step_and_after_the_last_leaves_a_run_that_goes_on(self) -> None:
         place = trained()
         for name, where, at in (
-            ("loading", "utils.base_model.load_model", None),
-            ("saving", "utils.adapter_files.save", 40),
-            ("sealing", "utils.files.seal", 40),
+            ("loading", "utils.models.loading.load_model", None),
+            ("saving", "utils.adapters.adapter_files.save", 40),
+            ("sealing", "utils.artifacts.files.seal", 40),
         ):
             with self.subTest(name):
                 # the last checkpoint is sealed before the run is
@@ -95,7 +91,7 @@ class Training(unittest.TestCase):
 
     def test_two_processes_are_both_stopped_by_a_signal_to_one(self) -> None:
         place = trained()
-        fault = At("utils.training._loss", TERM, 7)
+        fault = At("utils.training.training_loop._loss", TERM, 7)
         ended = [script.wait() for script in place.pair("both", before=(None, fault))]
         self.assertEqual([done.returncode for done in ended], [STOPPED, STOPPED], ended[0].stderr)
         steps = [path.name for path in place.run_of("both").glob("checkpoints/step-*")]
@@ -159,7 +155,9 @@ class OtherScripts(unittest.TestCase):
 
     def test_sigterm_leaves_nothing_of_prepared_data(self) -> None:
         place = trained()
-        for number, where in enumerate(("datasets.Dataset.map", "utils.files.write_text", "utils.files.seal")):
+        for number, where in enumerate(
+            ("datasets.Dataset.map", "utils.artifacts.files.write_text", "utils.artifacts.files.seal")
+        ):
             name = f"terminated-{number}"
 
             def start(fault: Callable[[], None] | None, name: str = name) -> Script:
@@ -178,7 +176,7 @@ class OtherScripts(unittest.TestCase):
         def start(fault: Callable[[], None] | None) -> Script:
             return place.start("inference", "--merge_path", str(target), before=fault)
 
-        self.stopped_then_done(start, "utils.selfcheck.merged_equals_composed", 1)
+        self.stopped_then_done(start, "utils.export.merge_check.merged_equals_composed", 1)
         self.assertFalse(target.exists())
         done = start(None).wait()
         last_json(done)
@@ -189,8 +187,8 @@ class OtherScripts(unittest.TestCase):
     def test_sigterm_leaves_an_evaluation_and_a_composition_that_go_on(self) -> None:
         place = with_both_adapters()
         for script, stage, where in (
-            ("evaluate", "evaluation", "utils.generation.answer_all"),
-            ("compose", "composed", "utils.adapter_files.save"),
+            ("evaluate", "evaluation", "utils.inference.generation.answer_all"),
+            ("compose", "composed", "utils.adapters.adapter_files.save"),
         ):
 
             def start(fault: Callable[[], None] | None, script: str = script) -> Script:

@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.support import clean_environment, temporary_directory  # noqa: E402
-from utils import files, locks  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from tests.support import ROOT, clean_environment, temporary_directory
+from utils.artifacts import (
+    files,
+    locks,
+)
+from utils.exceptions import ArtefactError
 
 HOLD = """
 import sys, time

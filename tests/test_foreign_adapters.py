@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import sys
 import unittest
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,25 +13,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
-import torch  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from config import BaseModelSection, Config, tiny_minimax_m2  # noqa: E402
-from tests.support import Completed, Workspace, last_json, relative, saved_model, temporary_directory  # noqa: E402
-from utils import adapter_files, adapter_settings, adapters, base_model, files, lineage, runs  # noqa: E402
-from utils.base_model import BaseModel  # noqa: E402
-from utils.composition import Factors, Recipe, compose, delta  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
-from utils.runs import Run  # noqa: E402
+from config import BaseModelSection, Config, tiny_minimax_m2
+from tests.support import Completed, Workspace, last_json, relative, saved_model, temporary_directory
+from utils import logger
+from utils.adapters import (
+    adapter_config,
+    adapter_files,
+    find,
+    peft_model,
+)
+from utils.adapters.factors import (
+    Factors,
+    delta,
+)
+from utils.artifacts import (
+    files,
+    runs,
+)
+from utils.artifacts.runs import Run
+from utils.composition.methods import (
+    Recipe,
+    compose,
+)
+from utils.exceptions import ArtefactError
+from utils.models import (
+    chat,
+    loading,
+    sources,
+)
+from utils.models.base_model import BaseModel
 
 State = dict[str, torch.Tensor]
 
-CONFIG, WEIGHTS = adapter_settings.CONFIG, adapter_settings.WEIGHTS
+CONFIG, WEIGHTS = adapter_config.CONFIG, adapter_config.WEIGHTS
 LLAMA, MINIMAX = "llama", "minimax_m2"
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -51,7 +68,7 @@ def base_of(architecture: str, seed: int = 0) -> BaseModel:
 
 
 def fresh(base: BaseModel) -> Any:
-    return base_model.load_model(base, BaseModelSection(source=str(base.directory), dtype="float32"))
+    return loading.load_model(base, BaseModelSection(source=str(base.directory), dtype="float32"))
 
 
 def lora(rank: int = 4, alpha: float = 8, targets: Any = ("q_proj", "v_proj"), **more: Any) -> LoraConfig:
@@ -59,7 +76,7 @@ def lora(rank: int = 4, alpha: float = 8, targets: Any = ("q_proj", "v_proj"), *
     return LoraConfig(**({"task_type": "CAUSAL_LM"} | more), r=rank, lora_alpha=alpha, target_modules=targets)
 
 
-def peft_model(base: BaseModel, config: LoraConfig, name: str = "default", seed: int = 0) -> PeftModel:
+def made_by_peft(base: BaseModel, config: LoraConfig, name: str = "default", seed: int = 0) -> PeftModel:
     """Stock PEFT with one adapter as training leaves it: A and B random, neither small."""
     model = get_peft_model(fresh(base), config, adapter_name=name)
     trained(model, seed)
@@ -77,7 +94,7 @@ def trained(model: torch.nn.Module, seed: int = 0) -> None:
 def written(base: BaseModel, config: LoraConfig, directory: Path | None = None, seed: int = 0) -> Path:
     """What stock PEFT's save_pretrained writes."""
     directory = directory or temporary_directory() / "adapter"
-    peft_model(base, config, seed=seed).save_pretrained(directory)
+    made_by_peft(base, config, seed=seed).save_pretrained(directory)
     return directory
 
 
@@ -143,7 +160,7 @@ def settings_for(models: Path) -> Config:
 
 
 def foreign(base: BaseModel, path: Path) -> Run:
-    return lineage.foreign_run(settings_for(temporary_directory()), base, "domain", path)
+    return find.foreign_run(settings_for(temporary_directory()), base, "domain", path)
 
 
 class Refusals(unittest.TestCase):
@@ -170,13 +187,13 @@ class Found(Refusals):
 
     def test_adapter_under_another_name_is_found_in_the_sub_folder_where_peft_puts_it(self) -> None:
         root = temporary_directory()
-        peft_model(base_of(LLAMA), lora(), "legal").save_pretrained(root)
+        made_by_peft(base_of(LLAMA), lora(), "legal").save_pretrained(root)
         self.assertFalse((root / CONFIG).exists())
         self.assertEqual(adapter_files.find(root), root / "legal")
         self.assertEqual(len(adapter_files.load(adapter_files.find(root), base_of(LLAMA))), 2 * 2)
 
     def test_two_adapters_in_sub_folders_are_not_chosen_between(self) -> None:
-        model = peft_model(base_of(LLAMA), lora(), "domain")
+        model = made_by_peft(base_of(LLAMA), lora(), "domain")
         model.add_adapter("task", lora())
         root = temporary_directory()
         model.save_pretrained(root)
@@ -214,7 +231,7 @@ class Found(Refusals):
         data = Dataset.from_dict(rows)
         trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=default_data_collator)
         trainer.remove_callback(PrinterCallback)
-        with base_model.quiet_transformers():
+        with logger.quiet_transformers():
             trainer.train()
             trainer.save_model()
         self.assertEqual({p.name for p in root.glob("checkpoint-*")}, {"checkpoint-1", "checkpoint-2"})
@@ -227,7 +244,7 @@ class Found(Refusals):
 
     def test_pickled_weights_are_refused(self) -> None:
         root = temporary_directory()
-        peft_model(base_of(LLAMA), lora()).save_pretrained(root, safe_serialization=False)
+        made_by_peft(base_of(LLAMA), lora()).save_pretrained(root, safe_serialization=False)
         self.assertEqual(adapter_files.find(root), root)
         with self.refused(str(root), f"it needs {CONFIG} and {WEIGHTS}", "adapter_model.bin", "pickled"):
             adapter_files.load(root)
@@ -245,7 +262,7 @@ class Found(Refusals):
             config = config.model_copy(
                 update={"inputs": config.inputs.model_copy(update={"domain_adapter": str(path)})}
             )
-            found = lineage.domain_run(config, base_of(LLAMA))
+            found = find.domain_run(config, base_of(LLAMA))
             self.assertEqual((found.directory, found.digest), (run.directory, run.digest))
 
     def test_unfinished_run_of_ours_is_not_taken_for_an_adapter_of_another_tool(self) -> None:
@@ -285,7 +302,7 @@ class Read(unittest.TestCase):
         other = adapter_files.load(written(base, lora(3, 5, ("q_proj", "o_proj")), seed=1), base)
         composed = compose([found, other], Recipe(weights=(0.8, 1.2)))
         expected = by_hand(base, *(compose([part], Recipe(weights=(w,))) for part, w in ((found, 0.8), (other, 1.2))))
-        self.assertLess(relative(logits(adapters.add(fresh(base), "composed", composed)), expected), ROUNDING)
+        self.assertLess(relative(logits(peft_model.add(fresh(base), "composed", composed)), expected), ROUNDING)
         return found
 
     def test_ranks_scales_and_targets_in_every_spelling(self) -> None:
@@ -402,7 +419,7 @@ class Read(unittest.TestCase):
         model = PeftModel.from_pretrained(fresh(base), str(directory))
         scales = {
             name.rpartition(".")[2]: layer.scaling["default"]
-            for name, layer in adapters.lora_layers(model, "default").items()
+            for name, layer in peft_model.lora_layers(model, "default").items()
         }
         self.assertAlmostEqual(scales["down_proj"], 5 / 3**0.5)
         self.assertAlmostEqual(scales["gate_up_proj"], 2**0.5 * 5 / 3**0.5, msg="PEFT no longer has this defect")
@@ -441,12 +458,12 @@ class Read(unittest.TestCase):
             report_to="none",
             disable_tqdm=True,
         )
-        with base_model.quiet_transformers():
+        with logger.quiet_transformers():
             trainer = SFTTrainer(
                 model=fresh(base),
                 args=arguments,
                 train_dataset=Dataset.from_dict({"input_ids": IDS.tolist()}),
-                processing_class=base_model.load_tokenizer(base.directory),
+                processing_class=chat.load_tokenizer(base.directory),
                 peft_config=lora(),
             )
             trainer.remove_callback(PrinterCallback)
@@ -651,7 +668,7 @@ class Bases(Refusals):
                 run = foreign(base_of(LLAMA), source)
             self.assertIn("cannot be verified", logged.output[0])
             self.assertEqual(logged.records[0].facts["made_for"], named or "not said")
-            self.assertEqual(run.manifest["identity"]["on"], lineage.ELSEWHERE)
+            self.assertEqual(run.manifest["identity"]["on"], find.ELSEWHERE)
 
     def test_hub_id_on_a_base_from_the_hub_has_to_be_that_one_at_that_commit(self) -> None:
         base = replace(base_of(LLAMA), source="org/model", revision="a" * 40)
@@ -691,11 +708,11 @@ class Scripts(unittest.TestCase):
     def setUpClass(cls) -> None:
         cls.place = Workspace()
         section = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
-        cls.base = base_model.fetch(section, cls.place.models)
+        cls.base = sources.fetch(section, cls.place.models)
         cls.domain = written(cls.base, lora(), cls.place.root / "from_peft")
         task = lora(3, 5, ("q_proj", "o_proj"), use_rslora=True, target_parameters=[DOWN])
         cls.task = cls.place.root / "named"
-        peft_model(cls.base, task, "legal", seed=1).save_pretrained(cls.task)
+        made_by_peft(cls.base, task, "legal", seed=1).save_pretrained(cls.task)
 
     def test_two_peft_folders_are_composed_and_answer(self) -> None:
         flags = ["--domain_adapter", str(self.domain), "--task_adapter", str(self.task)]

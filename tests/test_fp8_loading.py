@@ -5,32 +5,49 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 import unittest
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from transformers import AutoModelForCausalLM, MiniMaxM2Config
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, MiniMaxM2Config  # noqa: E402
-
-from config import ATTENTION, Config, LoraSection, minimax_m2  # noqa: E402
-from tests import minimax_support  # noqa: E402
-from tests.support import relative, saved_model, temporary_directory  # noqa: E402
-from utils import adapters, base_model, cli, fp8_choice, known_models, preflight, stages  # noqa: E402
-from utils.exceptions import ArtefactError, ConfigError  # noqa: E402
-from utils.fp8_choice import Facts, choose  # noqa: E402
-from utils.losses import NextTokenLoss, autocast  # noqa: E402
-from utils.planning import GIB  # noqa: E402
-from utils.preflight import Machine  # noqa: E402
+from config import ATTENTION, PRESETS, Config, LoraSection
+from tests import minimax_support
+from tests.support import relative, saved_model, temporary_directory
+from utils import (
+    cli,
+    logger,
+)
+from utils.adapters import peft_model
+from utils.exceptions import (
+    ArtefactError,
+    ConfigError,
+)
+from utils.models import (
+    devices,
+    loading,
+)
+from utils.models.architectures import minimax_m2
+from utils.models.losses import (
+    NextTokenLoss,
+    autocast,
+)
+from utils.models.model_shapes import GIB
+from utils.planning import (
+    native_fp8,
+    preflight,
+)
+from utils.planning.native_fp8 import (
+    Facts,
+    choose,
+)
+from utils.planning.preflight import Machine
+from utils.training import training_run
 
 H100 = Facts(capability=(9, 0), kernels="", on_experts=False, computes_in="bfloat16")
-M2 = known_models.minimax_m2(known_models.MINIMAX_M2)
+M2 = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
 LORA = LoraSection(rank=4, alpha=8, target_modules=ATTENTION)
 IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -44,7 +61,7 @@ def hardware(capability: tuple[int, int] | None, kernels: str = "") -> Iterator[
     """This process has this GPU, or none, and these FP8 kernels (empty), or not (why not)."""
     with ExitStack() as stack:
         device = torch.device("cpu" if capability is None else "cuda")
-        stack.enter_context(mock.patch.object(base_model, "device", return_value=device))
+        stack.enter_context(mock.patch.object(devices, "device", return_value=device))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=capability))
         stack.enter_context(mock.patch.object(preflight, "_missing_kernels", return_value=kernels))
         yield
@@ -92,9 +109,11 @@ class Choice(unittest.TestCase):
             ("float32", (9, 0), ["--base.dtype=float32"], "domain", False),
         ):
             with self.subTest(name), hardware(machine):
-                self.assertEqual(preflight.fp8(resolve(*flags), stage).native, native)
+                self.assertEqual(preflight.keep_fp8(resolve(*flags), stage).native, native)
         with hardware((9, 0), kernels="`kernels` is not installed"):
-            self.assertEqual(preflight.fp8(resolve(), "task"), fp8_choice.Choice(False, "`kernels` is not installed"))
+            self.assertEqual(
+                preflight.keep_fp8(resolve(), "task"), native_fp8.Choice(False, "`kernels` is not installed")
+            )
 
     def test_kernels_are_asked_of_transformers_itself(self) -> None:
         preflight._missing_kernels.cache_clear()
@@ -162,19 +181,17 @@ class Loaded(unittest.TestCase):
         config = cli.resolve(
             ["--preset", "tiny_minimax_m2", "--base.source", section.source, "--base.dtype", "bfloat16"], {}
         )
-        native = fp8_choice.Choice(True, "as on a GPU")
+        native = native_fp8.Choice(True, "as on a GPU")
         data = mock.Mock(digest="d")
         with minimax_support.fp8_on_this_cpu():
-            with mock.patch.object(preflight, "fp8", return_value=native):
-                kept = stages.load_base(config, "domain", base)
-                self.assertEqual(stages.training_identity(config, "domain", base, data)["fp8"], "native")
-            plain = stages.load_base(config, "domain", base)
-            self.assertNotIn("fp8", stages.training_identity(config, "domain", base, data))
+            with mock.patch.object(preflight, "keep_fp8", return_value=native):
+                kept = training_run.load_base(config, "domain", base)
+                self.assertEqual(training_run.training_identity(config, "domain", base, data)["fp8"], "native")
+            plain = training_run.load_base(config, "domain", base)
+            self.assertNotIn("fp8", training_run.training_identity(config, "domain", base, data))
             dtypes = [m.model.layers[0].mlp.experts.down_proj.dtype for m in (kept, plain)]
             self.assertEqual(dtypes, [torch.float8_e4m3fn, torch.bfloat16])
-            self.assertEqual(
-                base_model.load_model(base, section).model.layers[0].self_attn.q_proj.weight.dtype, dtypes[1]
-            )
+            self.assertEqual(loading.load_model(base, section).model.layers[0].self_attn.q_proj.weight.dtype, dtypes[1])
             self.assertFalse(any(p.requires_grad for p in kept.parameters()), "block factors are parameters too")
             kept.set_experts_implementation("eager")
             with torch.no_grad():
@@ -183,12 +200,12 @@ class Loaded(unittest.TestCase):
 
     def test_attention_adapters_learn_over_fp8_as_over_bfloat16_and_recomputing_changes_nothing(self) -> None:
         def losses(*, native: bool, recomputes: bool) -> list[float]:
-            loaded = minimax_support.load_native_fp8() if native else base_model.load_model(base, section)
-            model = stages.new_adapter(loaded, "task", LORA, 0).train()
+            loaded = minimax_support.load_native_fp8() if native else loading.load_model(base, section)
+            model = training_run.new_adapter(loaded, "task", LORA, 0).train()
             if recomputes:
                 model.enable_input_require_grads()
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            optimizer = torch.optim.AdamW(adapters.trainable_parameters(model).values(), lr=1e-2)
+            optimizer = torch.optim.AdamW(peft_model.trainable_parameters(model).values(), lr=1e-2)
             positions, found = torch.arange(IDS.shape[1]).expand_as(IDS), []
             for _ in range(5):
                 with autocast(model, torch.device("cpu")):
@@ -210,18 +227,18 @@ class Loaded(unittest.TestCase):
 
     def test_attention_adapters_of_the_real_shape_have_exactly_their_parameters(self) -> None:
         """On the meta device: what PEFT attaches to all 62 layers, not what arithmetic says."""
-        settings = MiniMaxM2Config(**{k: v for k, v in known_models.MINIMAX_M2.items() if k != "quantization_config"})
-        with torch.device("meta"), base_model.quiet_transformers():
+        settings = MiniMaxM2Config(**{k: v for k, v in minimax_m2.MINIMAX_M2.items() if k != "quantization_config"})
+        with torch.device("meta"), logger.quiet_transformers():
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-        lora = minimax_m2().task.lora
-        model = stages.new_adapter(model.requires_grad_(False), "task", lora, 0)
-        trained = adapters.trainable_parameters(model)
+        lora = PRESETS["minimax_m2"]().task.lora
+        model = training_run.new_adapter(model.requires_grad_(False), "task", lora, 0)
+        trained = peft_model.trainable_parameters(model)
         self.assertEqual(sum(parameter.numel() for parameter in trained.values()), 26_411_008)
         self.assertEqual(len(trained), 62 * 4 * 2)
         self.assertEqual({parameter.dtype for parameter in trained.values()}, {torch.float32})
         self.assertFalse([name for name in trained if "gate" in name or "lm_head" in name or "experts" in name])
         base = mock.Mock(directory=temporary_directory())
-        (base.directory / "config.json").write_text(json.dumps(known_models.MINIMAX_M2))
+        (base.directory / "config.json").write_text(json.dumps(minimax_m2.MINIMAX_M2))
         preflight.check_trainable(model, resolve(), "task", base)
         model.base_model.model.lm_head.weight.requires_grad_(True)
         with self.assertRaisesRegex(ArtefactError, "the task adapter's settings ask for 26,411,008"):

@@ -18,9 +18,11 @@ import torch
 
 import config as settings
 from tests.support import ROOT, clean_environment, embedded_models, last_json, relative, temporary_directory
-from utils import adapter_files, adapters, base_model, files
-from utils.composition import Recipe, compose
-from utils.runs import Run
+from utils.adapters import adapter_files, peft_model
+from utils.artifacts import files
+from utils.artifacts.runs import Run
+from utils.composition.methods import Recipe, compose
+from utils.models import loading, sources
 
 SHORT = (
     *("--data.max_documents", "60", "--data.max_train_examples", "24", "--data.max_dev_examples", "8"),
@@ -81,21 +83,21 @@ class EmbeddedModel(unittest.TestCase):
         result = last_json(run("scripts/inference.py", *self.flags, "--merge_path", str(merged)))
         self.assertFalse((merged / "adapter_config.json").exists())
         self.assertGreater(result["adapter_effect_on_logits"], 100 * result["max_logit_difference"])
-        base = base_model.fetch(settings.smollm2_135m().base, self.models)
+        base = sources.fetch(settings.smollm2_135m().base, self.models)
         section = settings.smollm2_135m().base
         parts = [
             Run(Path(r["run"]), files.read_json(Path(r["run"]) / "manifest.json")) for r in (self.domain, self.task)
         ]
-        model = base_model.load_model(base, section, dtype=torch.float32)
+        model = loading.load_model(base, section, dtype=torch.float32)
         for name, part in zip(("domain", "task"), parts, strict=True):
-            model = adapters.add(model, name, adapter_files.load(part.directory / "adapter"))
+            model = peft_model.add(model, name, adapter_files.load(part.directory / "adapter"))
         both = [adapter_files.load(part.adapter, base) for part in parts]
-        model = adapters.add(model, "composed", compose(both, Recipe()))
+        model = peft_model.add(model, "composed", compose(both, Recipe()))
         probe = torch.randint(0, 49_000, (2, 32), generator=torch.Generator().manual_seed(1))
         found = {}
         with torch.no_grad():
             for name, active in (("two", ["domain", "task"]), ("composed", ["composed"]), ("base", [])):
-                adapters.activate(model, active)
+                peft_model.activate(model, active)
                 found[name] = model(probe).logits
             del model
             plain = subprocess.run(

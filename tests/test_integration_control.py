@@ -7,16 +7,10 @@ stacked on each, and one on the base as the fair baseline that both comparisons 
 from __future__ import annotations
 
 import math
-import sys
 import unittest
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.support import embedded_models, forked, last_json, temporary_directory  # noqa: E402
+from tests.support import embedded_models, forked, last_json, temporary_directory
 
 DATA = ("--data.invented_towns", "40", "--data.invented_attributes", "1", "--data.test_share", "0.4")
 DOMAIN = (

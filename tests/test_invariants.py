@@ -6,24 +6,19 @@ expert (top-k of all), because a routing flip by rounding would be a difference 
 
 from __future__ import annotations
 
-import sys
 import unittest
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-import torch  # noqa: E402
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig  # noqa: E402
-
-from config import ALL_LINEAR_LLAMA, ATTENTION, BaseModelSection  # noqa: E402
-from tests.support import (  # noqa: E402
+from config import ALL_LINEAR_LLAMA, ATTENTION, BaseModelSection
+from tests.support import (
     ARCHITECTURES,
     FUSED,
     expert_factors,
@@ -32,8 +27,28 @@ from tests.support import (  # noqa: E402
     saved_model,
     temporary_directory,
 )
-from utils import adapter_files, adapters, base_model, composing, frozen_lora, merging  # noqa: E402
-from utils.composition import METHODS, Factors, Recipe, check, compose, delta, depth, scaled, weights_at  # noqa: E402
+from utils import logger
+from utils.adapters import (
+    adapter_files,
+    inference_layers,
+    peft_model,
+)
+from utils.adapters.factors import (
+    Factors,
+    delta,
+    scaled,
+)
+from utils.composition import composed_adapter
+from utils.composition.checks import check
+from utils.composition.methods import (
+    METHODS,
+    Recipe,
+    compose,
+    depth,
+    weights_at,
+)
+from utils.export import merge
+from utils.models import sources
 
 IDS = torch.randint(8, 700, (2, 16), generator=torch.Generator().manual_seed(3))
 EXACT = [name for name, method in METHODS.items() if method.exact]
@@ -94,20 +109,20 @@ class Invariants(unittest.TestCase):
         expected = logits(model)
         composed = compose(parts, recipe)
         self.assertEqual(check(composed, parts, recipe).problems, ())
-        found = {"composed": logits(adapters.add(fresh(architecture), "composed", composed))}
-        both = adapters.add(fresh(architecture), "first", weighted[0])
-        both = adapters.add(both, "second", weighted[1])
-        adapters.activate(both, ["first", "second"])
+        found = {"composed": logits(peft_model.add(fresh(architecture), "composed", composed))}
+        both = peft_model.add(fresh(architecture), "first", weighted[0])
+        both = peft_model.add(both, "second", weighted[1])
+        peft_model.activate(both, ["first", "second"])
         found["two active"] = logits(both)
-        ours = frozen_lora.attach(fresh(architecture), {"a": parts[0], "b": parts[1]})
-        frozen_lora.select(ours, composing.select_by(recipe, parts, ["a", "b"]))
+        ours = inference_layers.attach(fresh(architecture), {"a": parts[0], "b": parts[1]})
+        inference_layers.select(ours, composed_adapter.select_by(recipe, parts, ["a", "b"]))
         found["selected"] = logits(ours)
         place = temporary_directory()
         adapter_files.save(place / "adapter", composed, base)
         found["reloaded adapter"] = logits(PeftModel.from_pretrained(fresh(architecture), str(place / "adapter")))
         (place / "merged").mkdir()
-        merging.write(merging.plan(base, composed, "base"), place / "merged", "card")
-        with base_model.quiet_transformers():
+        merge.write(merge.plan(base, composed, "base"), place / "merged", "card")
+        with logger.quiet_transformers():
             merged = AutoModelForCausalLM.from_pretrained(place / "merged", dtype=torch.float32)
         found["merged, reloaded"] = logits(all_experts(merged))
         for name, other in found.items():
@@ -147,12 +162,12 @@ class OtherExperts(unittest.TestCase):
             "mixtral": MixtralConfig(**shape, intermediate_size=48, num_local_experts=4),
         }
         for name, settings_ in made.items():
-            with self.subTest(name), base_model.quiet_transformers():
+            with self.subTest(name), logger.quiet_transformers():
                 torch.manual_seed(0)
                 place = temporary_directory()
                 model = AutoModelForCausalLM.from_config(settings_).eval()
                 model.save_pretrained(place / "base")
-                base = base_model.fetch(BaseModelSection(source=str(place / "base")), place)
+                base = sources.fetch(BaseModelSection(source=str(place / "base")), place)
                 parts = [
                     part(model, ("q_proj", *FUSED), 2, 4.0, 1),
                     expert_factors(model, 3, 5.0, 2, size=0.1),
@@ -166,14 +181,14 @@ class OtherExperts(unittest.TestCase):
                             held = expected.get_submodule(module).weight if held is None else held
                             held += weight * delta(f)
                 (place / "merged").mkdir()
-                merging.write(merging.plan(base, composed, "base"), place / "merged", "card")
+                merge.write(merge.plan(base, composed, "base"), place / "merged", "card")
                 adapter_files.save(place / "adapter", composed, base)
                 adapter_files.save_per_expert(place / "per_expert", composed, base)
                 for saved in ("adapter", "per_expert"):
                     adapter_files.load(place / saved, base)
                 found = {
                     "merged": self.load(place / "merged"),
-                    "ours": frozen_lora.attach(self.load(place / "base"), {"composed": composed}),
+                    "ours": inference_layers.attach(self.load(place / "base"), {"composed": composed}),
                     **{
                         saved: PeftModel.from_pretrained(self.load(place / "base"), str(place / saved))
                         for saved in ("adapter", "per_expert")

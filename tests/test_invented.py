@@ -13,16 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.support import Workspace, clean_environment, last_json, temporary_directory, write_jsonl  # noqa: E402
-from utils import cli, files  # noqa: E402
-from utils.corpus.built_in import BuiltIn  # noqa: E402
-from utils.corpus.invented import ATTRIBUTES, NUM_VALUES, invented_domain  # noqa: E402
-from utils.corpus.task_examples import read_task_examples  # noqa: E402
-from utils.exceptions import ConfigError  # noqa: E402
+from tests.support import ROOT, Workspace, clean_environment, last_json, temporary_directory, write_jsonl
+from utils import cli
+from utils.artifacts import files
+from utils.data.domains.built_in import BuiltIn
+from utils.data.domains.invented import (
+    ATTRIBUTES,
+    NUM_VALUES,
+    invented_domain,
+)
+from utils.data.examples import read_task_examples
+from utils.exceptions import ConfigError
 
 ASKED = ("dev", "test")
 SIZES = ((24, 1), (40, 2), (120, 4), (320, 3))
@@ -203,7 +204,7 @@ class Twin(unittest.TestCase):
 class Determinism(unittest.TestCase):
     def test_a_seed_gives_the_same_texts_in_every_process_and_another_seed_others(self) -> None:
         code = (
-            "import sys; from dataclasses import asdict; from utils import files; from utils.corpus import invented; "
+            "import sys; from dataclasses import asdict; from utils import files; from utils.data import invented; "
             "options = dict(towns=120, attributes=4, dev_share=0.15, test_share=0.25, shuffled=True); "
             "print(files.fingerprint(asdict(invented.invented_domain(**options, seed=int(sys.argv[1])))))"
         )

@@ -6,26 +6,32 @@ so that what is expected can be written out by hand.
 
 from __future__ import annotations
 
-import sys
 import unittest
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-import torch  # noqa: E402
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
-
-from config import InferenceSection, TrainSection  # noqa: E402
-from tests.support import PLAIN_TEMPLATE, temporary_directory  # noqa: E402
-from utils import base_model, chat, evaluation, generation, stages  # noqa: E402
-from utils.corpus.task_shapes import RowError, to_common  # noqa: E402
-from utils.training_data import IGNORED, BucketedPairs, pad, tokenise_pairs  # noqa: E402
+from config import InferenceSection, TrainSection
+from tests.support import PLAIN_TEMPLATE, temporary_directory
+from utils.data.batches import (
+    BucketedPairs,
+    pad,
+    tokenise_pairs,
+)
+from utils.data.example_formats import (
+    RowError,
+    to_common,
+)
+from utils.inference import (
+    generation,
+    scoring,
+)
+from utils.models import chat
+from utils.models.losses import IGNORED
 
 PAD, ROLE, END, BEGIN, THINK, THOUGHT = 200000, 200019, 200020, 200034, 200050, 200051
 SPECIAL = {"]!p~[": PAD, "]~b]": ROLE, "[e~[": END, "]!d~[": 200021, "]~!b[": BEGIN}
@@ -103,7 +109,7 @@ def trained(row: dict[str, Any], using: PreTrainedTokenizerFast) -> tuple[list[i
     """(input ids, labels) of one example as the training step gets them."""
     pairs, report = tokenise_pairs([row], using, SYSTEM, 4096)
     assert report.usable == 1
-    batch = pad(pairs, stages.pad_id(using))
+    batch = pad(pairs, chat.pad_id(using))
     return batch.input_ids_BT[0].tolist(), batch.labels_BT[0].tolist()
 
 
@@ -179,7 +185,7 @@ class Masks(unittest.TestCase):
     def test_training_evaluation_and_inference_ask_in_the_same_tokens(self) -> None:
         for using in self.both:
             (pair,), _ = tokenise_pairs([example()], using, SYSTEM, 4096)
-            (item,), _ = evaluation.questions([example()], using, SYSTEM, 4096)
+            (item,), _ = scoring.questions([example()], using, SYSTEM, 4096)
             self.assertEqual((*item.prompt, *item.candidates[0]), pair.ids)
             self.assertEqual(list(item.candidates[0][: item.skip]), ids("\n", THOUGHT, "\n\n"))
             with mock.patch.object(generation, "answer", return_value=["said"]) as asked:
@@ -191,11 +197,11 @@ class Padding(unittest.TestCase):
     def test_pad_is_the_models_own_token_where_its_settings_name_none(self) -> None:
         directory = temporary_directory()
         tokenizer().save_pretrained(directory)
-        found = base_model.load_tokenizer(directory)
-        self.assertEqual((stages.pad_id(found), found.eos_token_id), (PAD, END))
+        found = chat.load_tokenizer(directory)
+        self.assertEqual((chat.pad_id(found), found.eos_token_id), (PAD, END))
         rows = [example(id="short"), example(id="long", answers=["A longer answer."])]
         pairs, _ = tokenise_pairs(rows, found, SYSTEM, 4096)
-        data = BucketedPairs(pairs, TrainSection(sequence_tokens=64, micro_batch_tokens=4096), 0, stages.pad_id(found))
+        data = BucketedPairs(pairs, TrainSection(sequence_tokens=64, micro_batch_tokens=4096), 0, chat.pad_id(found))
         batch = data.batch(0, (0, 1))
         missing = len(pairs[1].ids) - len(pairs[0].ids)
         self.assertEqual(batch.input_ids_BT[0, -missing:].tolist(), [PAD] * missing)
@@ -290,7 +296,7 @@ class Answers(unittest.TestCase):
     def test_answers_are_scored_without_their_reasoning(self) -> None:
         using = tokenizer(marks_are_special=True)
         for tokens, right in ((ids("No.\n", THOUGHT, "\n\nSo.", END), 1.0), (ids("So."), 0.0)):
-            (row,) = evaluation.answered(Saying(tokens), using, [example()], SYSTEM, len(tokens), what="answers")
+            (row,) = scoring.answered(Saying(tokens), using, [example()], SYSTEM, len(tokens), what="answers")
             self.assertEqual((row["exact_match"], row["f1"]), (right, right))
 
 

@@ -17,8 +17,12 @@ from typing import Any
 import yaml
 
 from tests.support import Workspace, last_json, plain_tokenizer, temporary_directory
-from utils import chat, evaluation, files, lm_eval_functions, lm_eval_task, toy
-from utils.corpus.task_shapes import to_common
+from utils.artifacts import files
+from utils.data.example_formats import to_common
+from utils.evaluation.lm_eval import lm_eval_functions, lm_eval_tasks
+from utils.inference import scoring
+from utils.models import chat
+from utils.models.architectures import toy
 
 SYSTEM = "Answer: briefly,\nand 'correctly'."
 
@@ -44,7 +48,7 @@ EXAMPLES = [
 
 def written(examples: list[dict[str, Any]] = EXAMPLES, tokenizer: Any = None) -> tuple[Path, dict[str, Any]]:
     directory = temporary_directory() / "lm_eval"
-    counts = lm_eval_task.write(
+    counts = lm_eval_tasks.write(
         directory, examples, tokenizer or toy.tiny_tokenizer(), SYSTEM, max_tokens=200, max_new_tokens=9
     )
     return directory, counts
@@ -68,7 +72,7 @@ class Tasks(unittest.TestCase):
     def test_context_and_candidate_together_are_the_tokens_that_the_evaluation_scores(self) -> None:
         tokenizer = toy.tiny_tokenizer()
         directory, counts = written()
-        items, left_out = evaluation.questions(EXAMPLES, tokenizer, SYSTEM, 200)
+        items, left_out = scoring.questions(EXAMPLES, tokenizer, SYSTEM, 200)
         found = rows(directory / "answers.jsonl")
         self.assertEqual([row["id"] for row in found], ["plain", "chosen", "long"])
         self.assertEqual((counts["items"], counts["left_out"], left_out), (3, 1, ["too long"]))

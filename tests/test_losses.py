@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import unittest
-from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from datasets import Dataset  # noqa: E402
-
-from config import TrainSection  # noqa: E402
-from tests.support import ARCHITECTURES, relative, toy  # noqa: E402
-from utils import evaluation, losses  # noqa: E402
-from utils.evaluation import DocumentScore, ItemScore, Question  # noqa: E402
-from utils.exceptions import NonFiniteError  # noqa: E402
-from utils.losses import CHUNK_POSITIONS, FrozenHeadNLL, NextTokenLoss, token_nll  # noqa: E402
-from utils.training_data import IGNORED, PackedDocuments  # noqa: E402
+from config import TrainSection
+from tests.support import ARCHITECTURES, relative, toy
+from utils.data.batches import PackedDocuments
+from utils.exceptions import NonFiniteError
+from utils.inference import scoring
+from utils.inference.scoring import (
+    DocumentScore,
+    ItemScore,
+    Question,
+)
+from utils.models import losses
+from utils.models.losses import (
+    CHUNK_POSITIONS,
+    IGNORED,
+    FrozenHeadNLL,
+    NextTokenLoss,
+    token_nll,
+)
 
 CPU = torch.device("cpu")
 
@@ -120,7 +125,7 @@ class Questions(unittest.TestCase):
         for architecture, build in ARCHITECTURES.items():
             model = build()[0].eval().requires_grad_(False)
             for batch_tokens in (1, 4096):
-                found = evaluation.score_questions(
+                found = scoring.score_questions(
                     model, items, batch_tokens=batch_tokens, pad_id=2, device=CPU, what="test"
                 )
                 for item, score in zip(items, found, strict=True):
@@ -145,20 +150,20 @@ class Questions(unittest.TestCase):
         tokenizer = toy.tiny_tokenizer()
         free = {"id": 2, "document": "m", "question": "q", "answers": ["b"], "choices": None, "answer_index": None}
         row = {**free, "id": 1, "choices": ["a", "b", "c"], "answer_index": 1}
-        (found, plain), left_out = evaluation.questions([row, free], tokenizer, "s", 4096)
+        (found, plain), left_out = scoring.questions([row, free], tokenizer, "s", 4096)
         texts = [tokenizer.decode(c, skip_special_tokens=False) for c in found.candidates]
         self.assertEqual(texts, [f"\n</think>\n\n{letter}[e~[" for letter in "bac"])
         self.assertEqual((found.choice_of, found.answer_index, left_out), ((1, 0, 2), 1, []))
         self.assertEqual(tokenizer.decode(found.candidates[0][: found.skip]), "\n</think>\n\n")
         self.assertEqual((plain.choice_of, plain.answer_index, len(plain.candidates)), ((), None, 1))
-        self.assertEqual(evaluation.questions([row], tokenizer, "s", 5)[1], ["1"])
+        self.assertEqual(scoring.questions([row], tokenizer, "s", 5)[1], ["1"])
 
     def test_a_nan_weight_is_an_error_and_not_a_score(self) -> None:
         model = toy.tiny_llama()[0].eval().requires_grad_(False)
         with torch.no_grad():
             model.lm_head.weight[3, 3] = float("nan")
         with self.assertRaises(NonFiniteError):
-            evaluation.score_questions(model, self.items(), batch_tokens=4096, pad_id=2, device=CPU, what="test")
+            scoring.score_questions(model, self.items(), batch_tokens=4096, pad_id=2, device=CPU, what="test")
 
 
 class Documents(unittest.TestCase):
@@ -177,7 +182,7 @@ class Documents(unittest.TestCase):
         packed = PackedDocuments(data, TrainSection(sequence_tokens=window, micro_batch_tokens=64), 0, 2)
         for architecture, build in ARCHITECTURES.items():
             model = build()[0].eval().requires_grad_(False)
-            found = evaluation.score_documents(model, packed, batch_tokens=70, device=CPU, what="test")
+            found = scoring.score_documents(model, packed, batch_tokens=70, device=CPU, what="test")
             self.assertEqual([d.name for d in found], [f"d{i}" for i in range(len(rows))])
             for score, ids in zip(found, rows, strict=True):
                 expected = 0.0
@@ -200,7 +205,7 @@ class Summary(unittest.TestCase):
 
     def test_numbers_of_a_cell_follow_their_formulas(self) -> None:
         documents = [DocumentScore("x", 6.0, 2, 10), DocumentScore("y", 3.0, 4, 20)]
-        found = evaluation.summary(self.ITEMS, documents)
+        found = scoring.summary(self.ITEMS, documents)
         self.assertAlmostEqual(found["answer_nll"], (6 + 2 + 4) / (3 + 1 + 2))
         self.assertAlmostEqual(found["end_of_turn_nll"], 1.0)
         self.assertAlmostEqual(found["domain_nll"], 9 / 6)
@@ -208,19 +213,19 @@ class Summary(unittest.TestCase):
         self.assertAlmostEqual(found["domain_nll_per_byte"], 9 / 30)
 
     def test_choice_accuracy_by_sum_and_per_token(self) -> None:
-        found = evaluation.summary(self.ITEMS, [])
+        found = scoring.summary(self.ITEMS, [])
         # by sum a picks its second choice (4 < 6) and b its first; per token a picks 6/3 and b picks 9/9
         self.assertEqual((found["choice_accuracy"], found["choice_accuracy_per_token"]), (0.5, 0.5))
         self.assertEqual([i.chosen(normalised=False) for i in self.ITEMS], [1, 0, None])
         self.assertEqual([i.chosen(normalised=True) for i in self.ITEMS], [0, 1, None])
 
     def test_what_the_data_does_not_support_is_absent(self) -> None:
-        self.assertEqual(set(evaluation.summary(self.ITEMS[2:], [])), {"answer_nll", "end_of_turn_nll"})
-        self.assertEqual(evaluation.summary([], []), {})
+        self.assertEqual(set(scoring.summary(self.ITEMS[2:], [])), {"answer_nll", "end_of_turn_nll"})
+        self.assertEqual(scoring.summary([], []), {})
 
     def test_batches_stay_within_their_tokens_unless_one_item_does_not(self) -> None:
         lengths = [3, 4, 4, 7, 50]
-        found = evaluation._batches(range(5), lengths, 12)
+        found = scoring._batches(range(5), lengths, 12)
         self.assertEqual(found, [[0, 1, 2], [3], [4]])
 
     def test_autocast_leaves_float32_models_alone(self) -> None:

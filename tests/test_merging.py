@@ -18,21 +18,39 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from config import ATTENTION, BaseModelSection, MergeSection  # noqa: E402
-from tests import support  # noqa: E402
-from tests.support import ARCHITECTURES, random_factors, relative, temporary_directory  # noqa: E402
-from utils import adapters, base_model, fp8, layer_sample, merging, selfcheck, shards  # noqa: E402
-from utils.base_model import BaseModel  # noqa: E402
-from utils.composition import Factors, ModuleFactors, delta  # noqa: E402
-from utils.exceptions import ArtefactError, NonFiniteError, VerificationError  # noqa: E402
+from config import ATTENTION, BaseModelSection, MergeSection
+from tests import support
+from tests.support import ARCHITECTURES, random_factors, relative, temporary_directory
+from utils import logger
+from utils.adapters import peft_model
+from utils.adapters.factors import (
+    Factors,
+    ModuleFactors,
+    delta,
+)
+from utils.exceptions import (
+    ArtefactError,
+    NonFiniteError,
+    VerificationError,
+)
+from utils.export import (
+    merge,
+    merge_check,
+)
+from utils.models import (
+    base_model,
+    loading,
+)
+from utils.models.base_model import BaseModel
+from utils.models.weights import (
+    fp8,
+    layer_sample,
+    safetensors_io,
+)
 
 SECTION = BaseModelSection(dtype="float32")
 ROUTERS = ("block_sparse_moe.gate.weight", "block_sparse_moe.e_score_correction_bias")
@@ -54,7 +72,7 @@ def checkpoint(architecture: str, dtype: torch.dtype = torch.float32, layers: in
     """A toy in several files, routers in float32, as MiniMax-M2 ships."""
     directory = temporary_directory() / "base"
     model, tokenizer = ARCHITECTURES[architecture](layers=layers)
-    with base_model.quiet_transformers():
+    with logger.quiet_transformers():
         model.to(dtype).save_pretrained(directory, max_shard_size="150KB")
         tokenizer.save_pretrained(directory)
     for path in directory.glob("*.safetensors"):
@@ -85,7 +103,7 @@ def fp8_checkpoint(hidden: int = 128, intermediate: int = 128) -> BaseModel:
     )
     torch.manual_seed(0)
     directory = temporary_directory() / "fp8"
-    with base_model.quiet_transformers():
+    with logger.quiet_transformers():
         model = MiniMaxM2ForCausalLM(settings)
         for name, parameter in model.named_parameters():
             parameter.data.mul_(3.0 if parameter.ndim > 1 and "embed" not in name else 1.0)
@@ -101,7 +119,7 @@ def fp8_checkpoint(hidden: int = 128, intermediate: int = 128) -> BaseModel:
     for file, state in parts.items():
         save_file(state, directory / file, metadata={"format": "pt"})
     where = {name: file for file, state in parts.items() for name in state}
-    (directory / merging.INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    (directory / merge.INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     described = json.loads((directory / "config.json").read_text())
     described |= {"quantization_config": FP8_SETTINGS, "dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(described))
@@ -189,9 +207,9 @@ def merged(
 ) -> tuple[Path, dict[str, Any]]:
     """A merge, by default without its self-check, which takes seconds and has its own tests."""
     target = target or temporary_directory() / "merged"
-    unchecked = mock.patch.object(selfcheck, "merged_equals_composed", return_value={})
+    unchecked = mock.patch.object(merge_check, "merged_equals_composed", return_value={})
     with contextlib.nullcontext() if checked else unchecked:
-        checks = merging.merge(
+        checks = merge.merge(
             base,
             factors,
             target,
@@ -211,7 +229,7 @@ def partial(target: Path) -> Path:
 
 def reloaded_here(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Tensor:
     """What the fresh process computes, without the seconds that starting one takes."""
-    model = base_model.load_model(identified(directory), SECTION, dtype=torch.float32).float()
+    model = loading.load_model(identified(directory), SECTION, dtype=torch.float32).float()
     for module in model.modules():
         if hasattr(module, "top_k") and hasattr(module, "num_experts"):
             module.top_k = module.num_experts
@@ -220,8 +238,8 @@ def reloaded_here(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch
 
 
 def checked_here(base: BaseModel, factors: Factors, directory: Path, available: int | None = None) -> dict[str, Any]:
-    with mock.patch.object(selfcheck, "_reloaded", reloaded_here):
-        return selfcheck.merged_equals_composed(base, factors, directory, SECTION, available_bytes=available)
+    with mock.patch.object(merge_check, "_reloaded", reloaded_here):
+        return merge_check.merged_equals_composed(base, factors, directory, SECTION, available_bytes=available)
 
 
 class Written(unittest.TestCase):
@@ -255,8 +273,8 @@ class Written(unittest.TestCase):
             written = target / path.name
             self.assertTrue(written.is_file(), path.name)
             if path.suffix == ".safetensors":
-                self.assertEqual(shards.read_header(written), shards.read_header(path))
-            elif path.name == merging.INDEX:
+                self.assertEqual(safetensors_io.read_header(written), safetensors_io.read_header(path))
+            elif path.name == merge.INDEX:
                 index, total = json.loads(written.read_text()), sum(t.nbytes for t in state_of(target).values())
                 self.assertEqual(index["metadata"], {"total_size": total})
                 self.assertEqual(index["weight_map"], json.loads(path.read_text())["weight_map"])
@@ -279,7 +297,7 @@ class Written(unittest.TestCase):
         self.assertTrue(changed)
 
     def test_the_manifest_holds_the_sha256_of_every_file(self) -> None:
-        from utils import files
+        from utils.artifacts import files
 
         base = checkpoint("llama")
         target, checks = merged(base, on_attention(base))
@@ -341,7 +359,7 @@ class Written(unittest.TestCase):
         directory = temporary_directory()
         (directory / "config.json").write_text(json.dumps({"model_type": "minimax_m2", "num_hidden_layers": 1}))
         save_file(before, directory / "model.safetensors", metadata={"format": "pt"})
-        with mock.patch.object(shards, "PIECE_BYTES", 1):
+        with mock.patch.object(safetensors_io, "PIECE_BYTES", 1):
             target, _ = merged(identified(directory), factors)
         for name, tensor in state_of(target).items():
             change = delta(factors[name.removesuffix(".weight")])
@@ -364,7 +382,7 @@ class Written(unittest.TestCase):
         save_file({"other.table": torch.ones(3)}, directory / "extra.safetensors", metadata={"format": "pt"})
         target, _ = merged(identified(directory), on_attention(base))
         self.assertEqual(load_file(target / "extra.safetensors")["other.table"].tolist(), [1, 1, 1])
-        self.assertNotIn("other.table", json.loads((target / merging.INDEX).read_text())["weight_map"])
+        self.assertNotIn("other.table", json.loads((target / merge.INDEX).read_text())["weight_map"])
         self.assertIn(name, state_of(target))
 
 
@@ -412,7 +430,7 @@ class Fp8(unittest.TestCase):
                 settings = json.loads((target / "config.json").read_text())
                 self.assertNotIn("quantization_config", settings)
                 self.assertEqual(settings["dtype"], "bfloat16")
-                index = json.loads((target / merging.INDEX).read_text())
+                index = json.loads((target / merge.INDEX).read_text())
                 self.assertEqual(index["weight_map"].keys(), after.keys())
                 self.assertEqual(index["metadata"]["total_size"], sum(t.nbytes for t in after.values()))
 
@@ -428,7 +446,7 @@ class Fp8(unittest.TestCase):
                     change = delta_by_hand(factors, name.removesuffix("_scale_inv"))
                     self.assertEqual(tensor.dtype, before[name].dtype, name)
                     if change is None:
-                        self.assertEqual(shards.as_bytes(tensor), shards.as_bytes(before[name]), name)
+                        self.assertEqual(safetensors_io.as_bytes(tensor), safetensors_io.as_bytes(before[name]), name)
                     elif not name.endswith("_scale_inv"):
                         codes, scales = quantised_by_hand(plain[name] + change)
                         self.assertLess(relative(after[f"{name}_scale_inv"], scales), 1e-6, name)
@@ -442,8 +460,8 @@ class Fp8(unittest.TestCase):
         base = fp8_checkpoint()
         factors = on_attention(base, size=0.03)
         with torch.no_grad():
-            model = base_model.load_model(base, SECTION, dtype=torch.bfloat16)
-            by_peft = adapters.add(model, "composed", factors).merge_and_unload().state_dict()
+            model = loading.load_model(base, SECTION, dtype=torch.bfloat16)
+            by_peft = peft_model.add(model, "composed", factors).merge_and_unload().state_dict()
         ours = state_of(merged(base, factors)[0])
         requantised = dequantised_by_hand(state_of(merged(base, factors, dtype="fp8")[0]))
         before = dequantised_by_hand(state_of(base.directory))
@@ -471,7 +489,7 @@ class Fp8(unittest.TestCase):
         name = "model.layers.1.self_attn.k_proj.weight_scale_inv"
         for broken in ({n: t for n, t in state.items() if n != name}, state | {name: torch.ones(2, 1)}):
             save_file(broken, scales, metadata={"format": "pt"})
-            (directory / merging.INDEX).unlink(missing_ok=True)
+            (directory / merge.INDEX).unlink(missing_ok=True)
             target = temporary_directory() / "merged"
             with self.assertRaisesRegex(ArtefactError, "k_proj.weight"):
                 merged(identified(directory), on_attention(base), target)
@@ -489,18 +507,18 @@ class Files(unittest.TestCase):
             "flags": torch.tensor([True, False, True]),
             'naïve "name"': torch.arange(3),
         }
-        names = {dtype: name for name, dtype in shards.DTYPES.items()}
-        described = {n: shards.described(names[t.dtype], tuple(t.shape)) for n, t in state.items()}
+        names = {dtype: name for name, dtype in safetensors_io.DTYPES.items()}
+        described = {n: safetensors_io.described(names[t.dtype], tuple(t.shape)) for n, t in state.items()}
         path = temporary_directory() / "x.safetensors"
-        header = shards.plan(described, {"format": "pt"})
-        digest = shards.write(path, header, lambda name: [shards.as_bytes(state[name])])
+        header = safetensors_io.plan(described, {"format": "pt"})
+        digest = safetensors_io.write(path, header, lambda name: [safetensors_io.as_bytes(state[name])])
         self.assertEqual(digest, hashlib.sha256(path.read_bytes()).hexdigest())
-        self.assertEqual((shards.read_header(path), path.stat().st_size), (header, header.size))
+        self.assertEqual((safetensors_io.read_header(path), path.stat().st_size), (header, header.size))
         for tensor in header.tensors.values():
-            self.assertEqual((header.data_start + tensor.begin) % shards.DTYPES[tensor.dtype].itemsize, 0)
+            self.assertEqual((header.data_start + tensor.begin) % safetensors_io.DTYPES[tensor.dtype].itemsize, 0)
         for name, tensor in load_file(path).items():
             self.assertEqual((tensor.dtype, tensor.shape), (state[name].dtype, state[name].shape))
-            self.assertEqual(shards.as_bytes(tensor), shards.as_bytes(state[name]), name)
+            self.assertEqual(safetensors_io.as_bytes(tensor), safetensors_io.as_bytes(state[name]), name)
 
     def test_a_large_tensor_is_read_in_pieces_of_whole_blocks(self) -> None:
         directory = temporary_directory()
@@ -508,31 +526,31 @@ class Files(unittest.TestCase):
         weights = torch.randn(2, 1000, 2048)
         path = directory / "model.safetensors"
         save_file({"w": weights}, path, metadata={"format": "pt"})
-        checkpoint = shards.Checkpoint(directory)
+        checkpoint = safetensors_io.Checkpoint(directory)
         pieces = [(lead, first, len(rows)) for lead, first, rows in checkpoint.rows(path, "w")]
         self.assertEqual(pieces, [(lead, at, min(128, 1000 - at)) for lead in (0, 1) for at in range(0, 1000, 128)])
         rows = torch.cat([rows for *_, rows in checkpoint.rows(path, "w")])
         self.assertTrue(torch.equal(rows, weights.flatten(0, 1)))
-        whole = list(shards.raw(path, checkpoint.headers[path], "w"))
-        self.assertLessEqual(max(map(len, whole)), shards.PIECE_BYTES)
-        self.assertEqual(b"".join(whole), bytes(shards.as_bytes(weights)))
+        whole = list(safetensors_io.raw(path, checkpoint.headers[path], "w"))
+        self.assertLessEqual(max(map(len, whole)), safetensors_io.PIECE_BYTES)
+        self.assertEqual(b"".join(whole), bytes(safetensors_io.as_bytes(weights)))
 
     def test_a_base_that_shrinks_while_it_is_read_is_blamed_and_not_the_target(self) -> None:
         base, directory = checkpoint("llama"), temporary_directory() / "base"
         shutil.copytree(base.directory, directory)
-        intended = merging.plan(identified(directory), on_attention(base), "base")
+        intended = merge.plan(identified(directory), on_attention(base), "base")
         path = sorted(directory.glob("*.safetensors"))[0]
         path.write_bytes(path.read_bytes()[:-40])
         with self.assertRaisesRegex(ArtefactError, f"{path} became shorter"):
-            merging.write(intended, temporary_directory(), "")
+            merge.write(intended, temporary_directory(), "")
         path.unlink()
         with self.assertRaisesRegex(ArtefactError, f"cannot read {path}"):
-            merging.write(intended, temporary_directory(), "")
+            merge.write(intended, temporary_directory(), "")
 
     def test_content_of_another_size_than_planned_is_a_bug_that_is_seen(self) -> None:
-        header = shards.plan({"w": shards.described("F32", (2, 2))}, {})
+        header = safetensors_io.plan({"w": safetensors_io.described("F32", (2, 2))}, {})
         with self.assertRaisesRegex(ValueError, "w has 12 bytes, 16 were planned"):
-            shards.write(temporary_directory() / "x", header, lambda name: [b"x" * 12])
+            safetensors_io.write(temporary_directory() / "x", header, lambda name: [b"x" * 12])
 
 
 class Refused(unittest.TestCase):
@@ -572,7 +590,7 @@ class Refused(unittest.TestCase):
             factors = on_attention(base)
             factors[name].b_Or[3, 1] = value
             target = temporary_directory() / "merged"
-            with self.assertRaisesRegex(NonFiniteError, name), mock.patch.object(selfcheck, "refuse_too_large"):
+            with self.assertRaisesRegex(NonFiniteError, name), mock.patch.object(merge_check, "refuse_too_large"):
                 merged(base, factors, target)
             self.assertEqual(list(target.parent.iterdir()), [])
 
@@ -635,8 +653,8 @@ class Refused(unittest.TestCase):
     def test_a_full_disk_names_the_path_and_what_is_written_is_kept(self) -> None:
         base = checkpoint("llama")
         full = OSError(28, "No space left on device")
-        written = shards.write
-        with mock.patch.object(shards, "write", side_effect=[written, full]) as writer:
+        written = safetensors_io.write
+        with mock.patch.object(safetensors_io, "write", side_effect=[written, full]) as writer:
             writer.side_effect = lambda path, *rest: written(path, *rest) if "00001" in path.name else _raise(full)
             target = temporary_directory() / "merged"
             with self.assertRaisesRegex(ArtefactError, rf"{target}.*No space left"):
@@ -651,7 +669,7 @@ class Refused(unittest.TestCase):
 
     def test_a_failed_self_check_publishes_nothing_and_keeps_nothing(self) -> None:
         base, target = checkpoint("llama"), temporary_directory() / "merged"
-        failing = mock.patch.object(selfcheck, "merged_equals_composed", side_effect=VerificationError("wrong"))
+        failing = mock.patch.object(merge_check, "merged_equals_composed", side_effect=VerificationError("wrong"))
         with failing, self.assertRaises(VerificationError):
             merged(base, on_attention(base), target, checked=True)
         self.assertEqual(list(target.parent.iterdir()), [])
@@ -684,16 +702,16 @@ class Resumed(unittest.TestCase):
         self.assertFalse(target.exists())
         there = partial(target)
         self.assertEqual(sorted(path.name for path in there.glob("*.safetensors")), names[:3])
-        record = json.loads((there / merging.RECORD).read_text())
+        record = json.loads((there / merge.RECORD).read_text())
         self.assertEqual(sorted(record), names[:2])
         # of the finished two, one is damaged on the disk meanwhile; of the third there is a piece
         damaged = bytearray((there / names[1]).read_bytes())
         damaged[-5] ^= 1
         (there / names[1]).write_bytes(damaged)
         (there / names[2]).write_bytes(b"half")
-        (there / f".{merging.RECORD}.tmp-1").write_text("killed while the record was written")
+        (there / f".{merge.RECORD}.tmp-1").write_text("killed while the record was written")
 
-        with mock.patch.object(shards, "write", wraps=shards.write) as writer:
+        with mock.patch.object(safetensors_io, "write", wraps=safetensors_io.write) as writer:
             _, again = merged(base, factors, target)
         self.assertEqual([call.args[0].name for call in writer.call_args_list], names[1:])
         self.assertEqual(again, checks)
@@ -706,7 +724,7 @@ class Resumed(unittest.TestCase):
     def test_what_is_there_needs_no_space_again(self) -> None:
         base = checkpoint("llama")
         target = temporary_directory() / "merged"
-        interrupted = mock.patch.object(merging, "_write_companions", side_effect=KeyboardInterrupt)
+        interrupted = mock.patch.object(merge, "_write_companions", side_effect=KeyboardInterrupt)
         with contextlib.suppress(KeyboardInterrupt), interrupted:
             merged(base, on_attention(base), target)
         companions = sum(p.stat().st_size for p in base.directory.iterdir() if p.name in base_model.COMPANION_FILES)
@@ -717,14 +735,14 @@ class Resumed(unittest.TestCase):
 
 def killed_in(file: str, base: BaseModel, factors: Factors, target: Path) -> None:
     """In a process of its own: a merge that dies while it writes `file`."""
-    content = merging._content
+    content = merge._content
 
     def dying(plan: Any, path: Path, *rest: Any) -> Iterator[Any]:
         yield from content(plan, path, *rest)
         if path.name == file:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with mock.patch.object(merging, "_content", dying):
+    with mock.patch.object(merge, "_content", dying):
         merged(base, factors, target)
 
 
@@ -744,9 +762,9 @@ class SelfCheck(unittest.TestCase):
         probe = temporary_directory() / "probe"
         save_file({"x": IDS}, probe)
         subprocess.run([sys.executable, "-c", script, str(target), str(probe)], check=True, capture_output=True)
-        model = base_model.load_model(base, SECTION, dtype=torch.float32)
+        model = loading.load_model(base, SECTION, dtype=torch.float32)
         with torch.no_grad():
-            composed = adapters.add(model, "composed", factors)(IDS).logits
+            composed = peft_model.add(model, "composed", factors)(IDS).logits
         self.assertLess(relative(load_file(probe)["x"], composed), 1e-5)
 
     def test_right_merges_pass_in_every_dtype(self) -> None:
@@ -770,13 +788,13 @@ class SelfCheck(unittest.TestCase):
                 last_bit = torch.finfo(torch.float32).eps
                 self.assertLess(checks["max_weight_difference"], (last_bit * torch.finfo(written).eps) ** 0.5)
                 self.assertLess(checks["max_logit_difference_to_rounded"], 1e-5 * checks["largest_logit"])
-                self.assertFalse((target / selfcheck.SCRATCH).exists())
+                self.assertFalse((target / merge_check.SCRATCH).exists())
 
     def test_weights_may_differ_by_what_a_sum_in_another_order_moves_after_rounding(self) -> None:
         draw = torch.Generator().manual_seed(0)
         sums = torch.randn(1000, 1000, generator=draw, dtype=torch.float64)
         for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
-            allowed = selfcheck.weight_tolerance(dtype)
+            allowed = merge_check.weight_tolerance(dtype)
             for off, is_right in ((3e-8, True), (3e-7, True), (1e-3, False)):
                 moved = sums * (1 + off * torch.randn(sums.shape, generator=draw, dtype=torch.float64))
                 with self.subTest(dtype=dtype, off=off):
@@ -791,7 +809,7 @@ class SelfCheck(unittest.TestCase):
             base = checkpoint(architecture, torch.bfloat16, 5)
             factors = on_attention(base) | on_experts(base)
             target, _ = merged(base, factors)
-            shared, layer = layer_sample._float32_bytes(shards.Checkpoint(base.directory))
+            shared, layer = layer_sample._float32_bytes(safetensors_io.Checkpoint(base.directory))
             for count, layers in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4])):
                 with self.subTest(architecture, count=count):
                     room = shared + layer * (count + layer_sample.TRANSIENT_LAYERS)
@@ -808,7 +826,7 @@ class SelfCheck(unittest.TestCase):
         shutil.copytree(base.directory, directory)
         settings = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(settings | {"attn_type_list": ["first", "second"]}))
-        layer_sample.write(shards.Checkpoint(directory), [1], small)
+        layer_sample.write(safetensors_io.Checkpoint(directory), [1], small)
         before, after = dequantised_by_hand(state_of(directory)), state_of(small)
         expected = {n.replace("layers.1.", "layers.0."): t for n, t in before.items() if "layers.0." not in n}
         self.assertEqual(after.keys(), expected.keys())
@@ -823,7 +841,7 @@ class SelfCheck(unittest.TestCase):
         base = checkpoint("llama", torch.bfloat16, 5)
         factors = {n: f for n, f in on_attention(base).items() if "layers.3" in n}
         target, _ = merged(base, factors)
-        shared, layer = layer_sample._float32_bytes(shards.Checkpoint(base.directory))
+        shared, layer = layer_sample._float32_bytes(safetensors_io.Checkpoint(base.directory))
         room = shared + layer * (2 + layer_sample.TRANSIENT_LAYERS)
         self.assertEqual(checked_here(base, factors, target, room)["checked_layers"], [3])
 
@@ -832,7 +850,7 @@ class SelfCheck(unittest.TestCase):
         factors = on_attention(base) | on_experts(base)
         intact, _ = merged(base, factors)
         before = state_of(base.directory)
-        shared, layer = layer_sample._float32_bytes(shards.Checkpoint(base.directory))
+        shared, layer = layer_sample._float32_bytes(safetensors_io.Checkpoint(base.directory))
         alterations: dict[str, Callable[[torch.Tensor, str], torch.Tensor]] = {
             # the update is missing, is there twice, is another module's; a row, a value, a sign is wrong
             "model.layers.4.self_attn.v_proj.weight": lambda t, name: before[name],
@@ -848,7 +866,7 @@ class SelfCheck(unittest.TestCase):
             for name, alter in alterations.items():
                 target = temporary_directory() / "altered"
                 shutil.copytree(intact, target)
-                path = shards.Checkpoint(target).homes[name]
+                path = safetensors_io.Checkpoint(target).homes[name]
                 state = load_file(path)
                 save_file(state | {name: alter(state[name], name).contiguous()}, path, metadata={"format": "pt"})
                 with self.subTest(name, room=room), self.assertRaisesRegex(VerificationError, name):
@@ -864,7 +882,7 @@ class SelfCheck(unittest.TestCase):
             checked_here(base, factors, target)
         (target / "config.json").write_text(json.dumps(settings | {"hidden_size": 32}))
         with self.assertRaisesRegex(VerificationError, "does not load"):
-            selfcheck.merged_equals_composed(base, factors, target, SECTION)
+            merge_check.merged_equals_composed(base, factors, target, SECTION)
 
     def test_an_adapter_without_effect_and_one_lost_in_rounding_fail(self) -> None:
         base = checkpoint("llama", torch.bfloat16)

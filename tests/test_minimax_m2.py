@@ -17,19 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from safetensors.torch import load_file, save_file
 
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from config import ATTENTION  # noqa: E402
-from tests import minimax_support, vllm_rules  # noqa: E402
-from tests.minimax_support import FLOAT32, Kind  # noqa: E402
-from tests.support import Workspace, clean_environment, last_json, relative, temporary_directory  # noqa: E402
-from utils import adapter_files, adapters, base_model, files  # noqa: E402
-from utils.composition import delta  # noqa: E402
+from config import ATTENTION
+from tests import minimax_support, vllm_rules
+from tests.minimax_support import FLOAT32, Kind
+from tests.support import Workspace, clean_environment, last_json, relative, temporary_directory
+from utils.adapters import (
+    adapter_files,
+    peft_model,
+)
+from utils.adapters.factors import delta
+from utils.artifacts import files
+from utils.models import loading
 
 ALL = os.environ.get("MINIMAX_TESTS") == "all"
 REGIMES = ("base", "domain", "domain_ready")
@@ -178,11 +179,11 @@ class Scripts(unittest.TestCase):
         reloaded = load_file(out)
         for route in self.routes():
             base = minimax_support.fetched(route.kind)
-            model = base_model.load_model(base, minimax_support.section(route.kind), dtype=torch.float32)
+            model = loading.load_model(base, minimax_support.section(route.kind), dtype=torch.float32)
             composed = adapter_files.load(Path(finished(route)["composed"]["adapter"]), base)
             with torch.no_grad():
                 before = model(ids, use_cache=False).logits
-                wanted = adapters.add(model, "composed", composed)(ids, use_cache=False).logits
+                wanted = peft_model.add(model, "composed", composed)(ids, use_cache=False).logits
             self.assertGreater(relative(before, wanted), 0.05, "the adapters do nothing")
             # what rounding takes of the adapters' effect: measured 0.010 to 0.013 in bfloat16, 0.16 to 0.50 in FP8
             off = float((reloaded[targets[route]] - wanted).norm() / (before - wanted).norm())
@@ -208,15 +209,15 @@ class Dropped:
     """What a trainer's resume does: the first adapter alone is switched on, after ours had switched on both."""
 
     def __call__(self) -> None:
-        from utils import training
+        from utils.training import training_loop
 
-        resume = training._Loop.resume
+        resume = training_loop._Loop.resume
 
         def resumed(loop: Any) -> None:
             resume(loop)
             loop.model.set_adapter("task")
 
-        training._Loop.resume = resumed
+        training_loop._Loop.resume = resumed
 
 
 class Serving(unittest.TestCase):
@@ -264,11 +265,11 @@ class Serving(unittest.TestCase):
 
     def test_adapters_of_unequal_targets_ranks_and_weights_keep_one_scale_when_they_are_composed(self) -> None:
         from tests.support import random_factors
-        from utils.composition import Recipe, compose
+        from utils.composition.methods import Recipe, compose
 
         base = minimax_support.fetched("fp8")
         settings = json.loads((base.directory / "config.json").read_text())
-        model = base_model.load_model(base, minimax_support.section("fp8"))
+        model = loading.load_model(base, minimax_support.section("fp8"))
         parts = [random_factors(model, ("q_proj", "o_proj"), 4, 8, 1), random_factors(model, ATTENTION, 3, 5, 2)]
         directory = temporary_directory()
         adapter_files.save(directory, made := compose(parts, Recipe(weights=(0.5, 1.0))), base)

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-import sys
 import unittest
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.report_support import FOUR, digest, evaluation  # noqa: E402
-from tests.support import temporary_directory  # noqa: E402
+from tests.report_support import FOUR, digest, evaluation
+from tests.support import temporary_directory
 
 # isort: split
 # the hub's library reads HF_HUB_OFFLINE when it is imported, so what the tests share comes first
-import yaml  # noqa: E402
-from huggingface_hub import ModelCard  # noqa: E402
-from huggingface_hub.repocard_data import model_index_to_eval_results  # noqa: E402
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from tests import test_exports  # noqa: E402
-from utils import cards, files, hub, runs  # noqa: E402
-from utils.model_index import METRICS, eval_results, with_evaluation  # noqa: E402
-from utils.proof.lookup import Evaluation, evaluation_of  # noqa: E402
-from utils.runs import Run  # noqa: E402
+from tests import test_exports
+from utils.adapters import cards
+from utils.artifacts import (
+    files,
+    runs,
+)
+from utils.artifacts.runs import Run
+from utils.evaluation.find_evaluation import (
+    Evaluation,
+    evaluation_of,
+)
+from utils.export import hub
+from utils.export.model_index import (
+    METRICS,
+    eval_results,
+    with_evaluation,
+)
 
 BASE = "b" * 64
 RECIPE = {"method": "sum", "weights": [1.25, 0.75], "rank": 0, "density": 0.5, "seed": 0}
 
 
 def composed_card() -> str:
-    made = {"method": "sum", "weights": (1.25, 0.75), "exact": True, "searched": True, "check": "fine"}
+    made = {
+        "method": "sum",
+        "source": "Hu et al.",
+        "weights": (1.25, 0.75),
+        "exact": True,
+        "searched": True,
+        "check": "fine",
+    }
     return cards.composed_card(test_exports.ON_HUB, [test_exports.DOMAIN, test_exports.TASK], **made)
 
 

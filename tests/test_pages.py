@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import sys
 import unittest
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.report_support import soup, whole  # noqa: E402
-from utils.pages import numbers, shell  # noqa: E402
-from utils.pages.charts import Scale, Series, chart, thinned  # noqa: E402
+from tests.report_support import soup, whole
+from utils.html import (
+    numbers,
+    pages,
+)
+from utils.html.charts import (
+    Scale,
+    Series,
+    chart,
+    thinned,
+)
 
 
 class Figures(unittest.TestCase):
@@ -91,11 +93,11 @@ class Readable(unittest.TestCase):
 
 class Shell(unittest.TestCase):
     def test_shell_escapes_its_title_and_leaves_its_body(self) -> None:
-        page = soup(shell.shell("<b>&", "<p>fine</p>"))
+        page = soup(pages.shell("<b>&", "<p>fine</p>"))
         self.assertEqual((page.title.get_text(), page.p.get_text()), ("<b>&", "fine"))
 
     def test_text_has_contrast_in_light_dark_and_print(self) -> None:
-        style = soup(shell.shell("t", "")).style.get_text()
+        style = soup(pages.shell("t", "")).style.get_text()
         schemes = [
             dict(re.findall(r"--([a-z-]+):(#[0-9a-f]{6})", block)) for block in re.findall(r":root\{[^}]*\}", style)
         ]

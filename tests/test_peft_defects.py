@@ -8,37 +8,38 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import unittest
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 
-import torch  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from peft.utils.hotswap import hotswap_adapter  # noqa: E402
-
-from config import ComposeSection  # noqa: E402
-from tests.support import ARCHITECTURES, relative, saved_model, temporary_directory  # noqa: E402
-from utils import adapter_files, adapter_settings, adapters, frozen_lora  # noqa: E402
-from utils.composition import (  # noqa: E402
-    METHODS,
+from config import ComposeSection
+from tests.support import ARCHITECTURES, relative, saved_model, temporary_directory
+from utils.adapters import (
+    adapter_config,
+    adapter_files,
+    inference_layers,
+    peft_model,
+)
+from utils.adapters.factors import (
     Factors,
     ModuleFactors,
-    Recipe,
-    check,
-    compose,
     delta,
-    relative_errors,
     stacked,
 )
-from utils.composition.truncation import tail  # noqa: E402
-from utils.exceptions import ArtefactError  # noqa: E402
+from utils.composition.checks import check
+from utils.composition.methods import (
+    METHODS,
+    Recipe,
+    compose,
+    relative_errors,
+)
+from utils.composition.truncation import tail
+from utils.exceptions import ArtefactError
 
 Dense = dict[str, torch.Tensor]
 
@@ -83,7 +84,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @torch.no_grad()
 def deltas(model: PeftModel, name: str) -> Dense:
     """What PEFT itself says one adapter adds to each weight (for a single adapter it is right)."""
-    return {path: layer.get_delta_weight(name).double() for path, layer in adapters.lora_layers(model, name).items()}
+    return {path: layer.get_delta_weight(name).double() for path, layer in peft_model.lora_layers(model, name).items()}
 
 
 def added(parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float] = (1.0, 1.0)) -> Dense:
@@ -129,7 +130,7 @@ def by_hand(architecture: str, *updates: Mapping[str, torch.Tensor]) -> torch.Te
 
 
 def ours(architecture: str, factors: Factors) -> torch.Tensor:
-    return logits(adapters.add(fresh(architecture), "composed", factors))
+    return logits(peft_model.add(fresh(architecture), "composed", factors))
 
 
 def setUpModule() -> None:
@@ -278,14 +279,14 @@ class WeightedAdapter(Defects):
         # and again in stock PEFT, from disk: written as an ordinary adapter, whose scale is alpha / r
         base, directory = saved_model("llama"), temporary_directory()
         adapter_files.save(directory, composed, base)
-        self.assertFalse(adapter_settings.read(directory)["use_rslora"])
+        self.assertFalse(adapter_config.read(directory)["use_rslora"])
         plain = PeftModel.from_pretrained(fresh("llama"), str(directory))
         self.assertLess(relative(logits(plain), by_hand("llama", *parts)), ROUNDING)
 
     def test_dora_magnitudes_are_dropped_and_ours_refuse_dora(self) -> None:
         model = stock("llama", lora(use_dora=True))
         with torch.no_grad():
-            for layer in adapters.lora_layers(model, DOMAIN).values():
+            for layer in peft_model.lora_layers(model, DOMAIN).values():
                 layer.lora_magnitude_vector[DOMAIN].weight.mul_(1.5)
         alone = logits(model)
         model.add_weighted_adapter([DOMAIN], [1.0], "copy", "cat")
@@ -297,7 +298,7 @@ class WeightedAdapter(Defects):
     def test_lora_bias_is_dropped_and_ours_refuse_it(self) -> None:
         model = stock("llama", lora(lora_bias=True))
         with torch.no_grad():
-            for layer in adapters.lora_layers(model, DOMAIN).values():
+            for layer in peft_model.lora_layers(model, DOMAIN).values():
                 layer.lora_B[DOMAIN].bias.fill_(0.5)
         alone = logits(model)
         model.add_weighted_adapter([DOMAIN], [1.0], "copy", "cat")
@@ -327,9 +328,9 @@ class WeightedAdapter(Defects):
         self.assertIsNone(model.add_weighted_adapter(BOTH, [0.5, 2.0], "sum", "cat"))
         self.assert_defect(distance(deltas(model, "sum"), added(parts, [0.5, 2.0])), "a second call does nothing")
         factors = both(model)
-        mine = adapters.add(fresh("llama"), "sum", compose(factors, Recipe()))
-        mine = adapters.add(mine, "sum", compose(factors, Recipe(weights=(0.5, 2.0))))
-        adapters.activate(mine, ["sum"])
+        mine = peft_model.add(fresh("llama"), "sum", compose(factors, Recipe()))
+        mine = peft_model.add(mine, "sum", compose(factors, Recipe(weights=(0.5, 2.0))))
+        peft_model.activate(mine, ["sum"])
         self.assertLess(distance(deltas(mine, "sum"), added(parts, [0.5, 2.0])), ROUNDING)
         self.assertLess(relative(logits(mine), by_hand("llama", added(parts, [0.5, 2.0]))), ROUNDING)
 
@@ -449,8 +450,8 @@ class Experts(Defects):
                     expected = by_hand("minimax_m2", added(truths, weights))
                     self.assertGreater(relative(expected, logits(fresh("minimax_m2"))), WRONG)
                     self.assertLess(relative(ours("minimax_m2", composed), expected), ROUNDING)
-                    model = frozen_lora.attach(fresh("minimax_m2"), dict(zip(BOTH, parts, strict=True)))
-                    frozen_lora.select(model, dict(zip(BOTH, weights, strict=True)))
+                    model = inference_layers.attach(fresh("minimax_m2"), dict(zip(BOTH, parts, strict=True)))
+                    inference_layers.select(model, dict(zip(BOTH, weights, strict=True)))
                     self.assertLess(relative(logits(model), expected), ROUNDING)
 
     def assert_peft_refuses(self, domain: LoraConfig, task: LoraConfig, together: bool) -> None:
@@ -489,9 +490,9 @@ class Switching(Defects):
                 model.merge_adapter([DOMAIN])
                 self.assert_defect(relative(logits(model), expected), "merging one active adapter drops the other")
                 self.assertLess(relative(logits(model), by_hand(architecture, parts[DOMAIN])), ROUNDING)
-                mine = frozen_lora.attach(fresh(architecture), factors)
+                mine = inference_layers.attach(fresh(architecture), factors)
                 for names in ([DOMAIN], BOTH, [TASK], [], BOTH):
-                    frozen_lora.select(mine, dict.fromkeys(names, 1.0))
+                    inference_layers.select(mine, dict.fromkeys(names, 1.0))
                     wanted = by_hand(architecture, *(parts[name] for name in names))
                     self.assertLess(relative(logits(mine), wanted), ROUNDING, names)
 
@@ -508,9 +509,9 @@ class Switching(Defects):
         self.assertLess(relative(logits(running), by_hand("minimax_m2", truths[0])), ROUNDING)
         hotswap_adapter(running, str(directory / DOMAIN), adapter_name=DOMAIN)
         self.assert_defect(relative(logits(running), expected), "hotswapping experts of another rank is wrong")
-        mine = frozen_lora.attach(fresh("minimax_m2"), factors)
+        mine = inference_layers.attach(fresh("minimax_m2"), factors)
         for at, name in enumerate(BOTH):
-            frozen_lora.select(mine, {name: 1.0})
+            inference_layers.select(mine, {name: 1.0})
             self.assertLess(relative(logits(mine), by_hand("minimax_m2", truths[at])), ROUNDING)
 
 
@@ -556,7 +557,7 @@ class Rewriting(Defects):
         for kind in ("linear", "ties"):
             results = []
             for parts in (plain, spelled):
-                model = adapters.add(adapters.add(fresh("minimax_m2"), DOMAIN, parts[0]), TASK, parts[1])
+                model = peft_model.add(peft_model.add(fresh("minimax_m2"), DOMAIN, parts[0]), TASK, parts[1])
                 model.add_weighted_adapter(BOTH, [1.0, 1.0], "sum", kind, density=0.5)
                 results.append(deltas(model, "sum"))
             self.assert_defect(distance(results[1], results[0]), f"{kind} depends on how an adapter is written")

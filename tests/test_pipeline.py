@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.support import (  # noqa: E402
+from tests.support import (
     Completed,
     Workspace,
     clean_environment,
@@ -29,7 +25,8 @@ from tests.support import (  # noqa: E402
     temporary_directory,
     write_jsonl,
 )
-from utils import files, prepared  # noqa: E402
+from utils.artifacts import files
+from utils.data import prepared
 
 ANSWERED = {"prompt", "answer", "reasoning", "adapters"}
 TRAINED = {"stage", "run", "adapter", "digest", "reused", "steps", "seconds", "tokens_per_second", "best_dev_loss"}

@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 import runpy
 import subprocess
-import sys
 import unittest
 from pathlib import Path
 from typing import ClassVar
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from config import ATTENTION, PRESETS, BaseModelSection, Config, LoraSection  # noqa: E402
-from tests.support import (  # noqa: E402  (sets the environment before torch comes in)
+from config import ATTENTION, PRESETS, BaseModelSection, Config, LoraSection
+from tests.support import (
+    ROOT,
     Workspace,
     forked,
     last_json,
@@ -26,12 +22,24 @@ from tests.support import (  # noqa: E402  (sets the environment before torch co
     temporary_directory,
     toy,
 )
-from utils import adapters, cli, files, known_models, plan_dry, plan_report, preflight, stages  # noqa: E402
-from utils.exceptions import ArtefactError, ConfigError  # noqa: E402
-from utils.planning import GIB  # noqa: E402
-from utils.preflight import Machine  # noqa: E402
+from utils import cli
+from utils.adapters import peft_model
+from utils.artifacts import files
+from utils.exceptions import (
+    ArtefactError,
+    ConfigError,
+)
+from utils.models.architectures import minimax_m2
+from utils.models.model_shapes import GIB
+from utils.planning import (
+    dry_run,
+    plan_report,
+    preflight,
+)
+from utils.planning.preflight import Machine
+from utils.training import training_run
 
-M2 = known_models.minimax_m2(known_models.MINIMAX_M2)
+M2 = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
 LAUNCH = ROOT / "scripts" / "launch"
 SHARDED = sorted(LAUNCH.glob("minimax_m2_*.yaml"))
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
@@ -104,16 +112,16 @@ class Script(unittest.TestCase):
 class Refusals(unittest.TestCase):
     def test_training_minimax_m2_here_is_refused_before_anything_is_fetched(self) -> None:
         models = temporary_directory()
-        with mock.patch.object(stages.base_model, "fetch") as fetch, self.assertRaises(ArtefactError) as caught:
-            stages.start(resolve("--run.models_dir", str(models)))
+        with mock.patch.object(preflight.sources, "fetch") as fetch, self.assertRaises(ArtefactError) as caught:
+            preflight.start(resolve("--run.models_dir", str(models)))
         fetch.assert_not_called()
         self.assertEqual((caught.exception.exit_code, list(models.iterdir())), (2, []))
         for part in ("228,689,748,992", "426.1 GiB of main memory", "GiB are there", "scripts/plan.py", "--preset"):
             self.assertIn(part, str(caught.exception))
 
     def test_a_script_that_streams_files_is_not_refused(self) -> None:
-        with mock.patch.object(stages.base_model, "fetch", return_value="here") as fetch:
-            self.assertEqual(stages.start(resolve(), loads_model=False), "here")
+        with mock.patch.object(preflight.sources, "fetch", return_value="here") as fetch:
+            self.assertEqual(preflight.start(resolve(), loads_model=False), "here")
         fetch.assert_called_once()
 
     def test_memory_is_compared_process_by_process(self) -> None:
@@ -162,18 +170,18 @@ class Refusals(unittest.TestCase):
             mock.patch("peft.get_peft_model", widened),
             self.assertRaisesRegex(ArtefactError, "other modules than asked"),
         ):
-            adapters.attach(toy.tiny_minimax_m2()[0], "task", lora)
+            peft_model.attach(toy.tiny_minimax_m2()[0], "task", lora)
         router = LoraSection(rank=2, target_modules=("gate",))
         with self.assertRaisesRegex(ArtefactError, "gate: the base model has no such module"):
-            adapters.attach(toy.tiny_minimax_m2()[0], "task", router)
+            peft_model.attach(toy.tiny_minimax_m2()[0], "task", router)
         with self.assertRaisesRegex(ArtefactError, "no fused experts"):
-            adapters.attach(toy.tiny_llama()[0], "task", LoraSection(experts=True))
+            peft_model.attach(toy.tiny_llama()[0], "task", LoraSection(experts=True))
 
     def test_more_trainable_parameters_than_asked_for_stop_the_run(self) -> None:
         model, _ = toy.tiny_minimax_m2()
         base = saved_model("minimax_m2")
         config = cli.resolve(["--preset", "tiny_minimax_m2"], {})
-        model = stages.new_adapter(model.requires_grad_(False), "domain", config.domain.lora, 0)
+        model = training_run.new_adapter(model.requires_grad_(False), "domain", config.domain.lora, 0)
         preflight.check_trainable(model, config, "domain", base)
         model.get_base_model().model.layers[0].mlp.gate.weight.requires_grad_(True)
         with self.assertRaisesRegex(ArtefactError, "parameters are trainable, the domain adapter's settings ask for"):
@@ -230,15 +238,15 @@ class DryRun(unittest.TestCase):
 
     def test_every_script_has_its_part(self) -> None:
         for script in SCRIPTS:
-            self.assertTrue(plan_dry.lines(resolve(), script), script)
+            self.assertTrue(dry_run.lines(resolve(), script), script)
 
     def test_other_models_are_not_spoken_of(self) -> None:
         for name in set(PRESETS) - {"minimax_m2"}:
-            self.assertEqual(plan_dry.lines(PRESETS[name](), "train_domain_adapter"), [])
+            self.assertEqual(dry_run.lines(PRESETS[name](), "train_domain_adapter"), [])
 
     def test_a_directory_speaks_for_itself(self) -> None:
         directory = saved_model("minimax_m2").directory
-        found = plan_dry.lines(resolve(f"--base.source={directory}"), "train_domain_adapter")
+        found = dry_run.lines(resolve(f"--base.source={directory}"), "train_domain_adapter")
         self.assertRegex(found[0], r"minimax_m2: \d{2,3},\d{3} parameters")
 
 

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 import unittest
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, MiniMaxM2Config
 
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig, MiniMaxM2Config  # noqa: E402
+from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection
+from tests.support import ARCHITECTURES
+from utils import logger
+from utils.adapters import peft_model
+from utils.models import loading
+from utils.models.architectures import minimax_m2
+from utils.models.losses import (
+    NextTokenLoss,
+    autocast,
+)
+from utils.models.model_shapes import (
+    GIB,
+    ModelSizes,
+)
+from utils.planning import (
+    count_parameters,
+    estimates,
+)
+from utils.planning.estimates import (
+    Adapter,
+    Step,
+)
+from utils.training import training_run
 
-from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection  # noqa: E402
-from tests.support import ARCHITECTURES  # noqa: E402  (sets the environment before torch comes in)
-from utils import adapters, base_model, known_models, planning, sizes, stages  # noqa: E402
-from utils.losses import NextTokenLoss, autocast  # noqa: E402
-from utils.planning import GIB, Adapter, ModelSizes, Step  # noqa: E402
-
-M2 = known_models.minimax_m2(known_models.MINIMAX_M2)
+M2 = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
 QKVO = Adapter(ATTENTION, 16)
 TASK = Step("bfloat16", QKVO, 4096, 4096, checkpointing=True)
 H100, H200 = 75 * GIB, 136 * GIB
@@ -48,7 +60,9 @@ class Counts(unittest.TestCase):
             "auto_map": {"AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM"},
             "num_mtp_modules": 3,
         }
-        counted = sizes.of_settings(known_models.MINIMAX_M2 | remote)  # as published; no remote code is asked for
+        counted = count_parameters.of_settings(
+            minimax_m2.MINIMAX_M2 | remote
+        )  # as published; no remote code is asked for
         self.assertEqual(counted, M2)  # what dry runs know by heart is what transformers builds
         self.assertEqual(counted.total, 228_689_748_992)
         self.assertEqual(counted.active, 11_030_537_216)
@@ -81,18 +95,18 @@ class Counts(unittest.TestCase):
             (ATTENTION, 32, True): 5_513_805_824,
         }
         for adapter, count in expected.items():
-            self.assertEqual(sum(planning.lora_parameters(M2, Adapter(*adapter)).values()), count, adapter)
+            self.assertEqual(sum(estimates.lora_parameters(M2, Adapter(*adapter)).values()), count, adapter)
 
     def test_toys_are_counted_as_they_are_built_and_attach_trains_what_is_predicted(self) -> None:
         for name, build in ARCHITECTURES.items():
             with self.subTest(name):
                 model, _ = build()
-                counted = sizes.of_config(model.config)
+                counted = count_parameters.of_config(model.config)
                 self.assertEqual(counted.total, sum(p.numel() for p in model.parameters()))
                 lora = LoraSection(rank=4, target_modules=ATTENTION, experts=name == "minimax_m2")
-                model = stages.new_adapter(model.requires_grad_(False), "task", lora, 0)
-                trained = sum(p.numel() for p in adapters.trainable_parameters(model).values())
-                wanted = planning.lora_parameters(counted, Adapter(ATTENTION, 4, lora.experts))
+                model = training_run.new_adapter(model.requires_grad_(False), "task", lora, 0)
+                trained = sum(p.numel() for p in peft_model.trainable_parameters(model).values())
+                wanted = estimates.lora_parameters(counted, Adapter(ATTENTION, 4, lora.experts))
                 self.assertEqual(trained, sum(wanted.values()))
                 self.assertEqual(counted.layer_class, type(model.get_base_model().model.layers[0]).__name__)
 
@@ -102,19 +116,19 @@ class Table(unittest.TestCase):
         self.assertLess(abs(found / expected - 1), share, f"{found:.2f} instead of {expected}")
 
     def test_weights_and_layers(self) -> None:
-        self.near(planning.weight_bytes(M2, "bfloat16") / GIB, 426.0, 0.001)
-        self.near(planning.weight_bytes(M2, "fp8") / GIB, 214.3, 0.001)
+        self.near(estimates.weight_bytes(M2, "bfloat16") / GIB, 426.0, 0.001)
+        self.near(estimates.weight_bytes(M2, "fp8") / GIB, 214.3, 0.001)
         self.near(2 * M2.layer_parameters / GIB, 6.83, 0.001)
-        self.near(planning.loading_bytes(M2, "bfloat16", processes=8, sharded=False) / 1e9, 8 * 457, 0.01)
+        self.near(estimates.loading_bytes(M2, "bfloat16", processes=8, sharded=False) / 1e9, 8 * 457, 0.01)
         self.assertEqual(
-            planning.inference_memory(M2, "bfloat16", tokens=1) - planning.weight_bytes(M2, "bfloat16"), 253_952
+            estimates.inference_memory(M2, "bfloat16", tokens=1) - estimates.weight_bytes(M2, "bfloat16"), 253_952
         )
 
     def test_peak_per_gpu_of_every_row(self) -> None:
         for name, (step, low, high) in TABLE.items():
             with self.subTest(name):
-                self.near(planning.training_memory(M2, step, shards=8).total / GIB, low)
-                whole = planning.training_memory(M2, step, shards=8, careful=True, whole_logits=True)
+                self.near(estimates.training_memory(M2, step, shards=8).total / GIB, low)
+                whole = estimates.training_memory(M2, step, shards=8, careful=True, whole_logits=True)
                 self.near(whole.total / GIB, high)
 
     def test_verdicts_of_the_table(self) -> None:
@@ -127,18 +141,18 @@ class Table(unittest.TestCase):
             "both with experts": ("no", "fits"),
         }
         for name, (step, _, _) in TABLE.items():
-            low, high = (planning.training_memory(M2, step, shards=8, careful=careful) for careful in (False, True))
-            found = tuple(planning.verdict(low.total, high.total, memory) for memory in (H100, H200))
+            low, high = (estimates.training_memory(M2, step, shards=8, careful=careful) for careful in (False, True))
+            found = tuple(estimates.verdict(low.total, high.total, memory) for memory in (H100, H200))
             self.assertEqual(found, expected[name], name)
         for base in ("bfloat16", "fp8"):  # one GPU of 141 GB holds neither
-            alone = planning.training_memory(M2, replace(TASK, base=base))
-            self.assertEqual(planning.verdict(alone.total, alone.total, H200), "no")
+            alone = estimates.training_memory(M2, replace(TASK, base=base))
+            self.assertEqual(estimates.verdict(alone.total, alone.total, H200), "no")
 
     def test_operations_and_tokens_per_second(self) -> None:
-        self.near(planning.flops_per_token(M2, checkpointing=True) / 1e9, 62)
-        rate = planning.tokens_per_second(M2, TASK, row_tokens=0, gpus=8, tflops=989, utilisation=0.25)
+        self.near(estimates.flops_per_token(M2, checkpointing=True) / 1e9, 62)
+        rate = estimates.tokens_per_second(M2, TASK, row_tokens=0, gpus=8, tflops=989, utilisation=0.25)
         self.near(rate, 32_000)
-        longer = planning.tokens_per_second(M2, TASK, row_tokens=4096, gpus=8, tflops=989, utilisation=0.25)
+        longer = estimates.tokens_per_second(M2, TASK, row_tokens=4096, gpus=8, tflops=989, utilisation=0.25)
         self.assertLess(longer, 0.9 * rate)  # attention over the row is not free
 
 
@@ -194,7 +208,7 @@ class Measured(unittest.TestCase):
     def test_predicted_peaks_are_within_15_percent(self) -> None:
         for name, (shape, case) in self.CASES.items():
             with self.subTest(name):
-                predicted, measured = self.predicted(sizes.of_config(shape), **case), measure(shape, **case)
+                predicted, measured = self.predicted(count_parameters.of_config(shape), **case), measure(shape, **case)
                 self.assertLess(abs(predicted / measured - 1), 0.15, f"{predicted:,} predicted, {measured:,} measured")
 
     @staticmethod
@@ -217,7 +231,7 @@ class Measured(unittest.TestCase):
             packed=packed,
             checkpointing=checkpoint,
         )
-        return planning.training_memory(found, step).total
+        return estimates.training_memory(found, step).total
 
 
 def measure(
@@ -232,15 +246,15 @@ def measure(
     experts: bool = False,
 ) -> int:
     """Peak bytes of the second optimiser step of the real loss, adapters and autocast."""
-    with base_model.quiet_transformers():
+    with logger.quiet_transformers():
         model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    base_model.route_outside_autocast(model)
+    loading.route_outside_autocast(model)
     lora = LoraSection(rank=8, target_modules=targets, experts=experts)
-    model = stages.new_adapter(model.requires_grad_(False), "task", lora, 0).train()
+    model = training_run.new_adapter(model.requires_grad_(False), "task", lora, 0).train()
     if checkpoint:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss_module, trained = NextTokenLoss(model), list(adapters.trainable_parameters(model).values())
+    loss_module, trained = NextTokenLoss(model), list(peft_model.trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     ids_BT = torch.randint(0, shape.vocab_size, (rows, row_tokens))
     half = row_tokens // 2 if packed else row_tokens

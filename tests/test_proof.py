@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from huggingface_hub import ModelCard  # noqa: E402
-
-from tests.support import (  # noqa: E402
+from tests.support import (
+    ROOT,
     Workspace,
     expert_factors,
     forked,
@@ -33,11 +30,27 @@ from tests.support import (  # noqa: E402
     temporary_directory,
     write_jsonl,
 )
-from utils import cli, comparison, files, hub, stages, toy  # noqa: E402
-from utils.composition import norm, random_like  # noqa: E402
-from utils.composition.factors import ModuleFactors  # noqa: E402
-from utils.exceptions import Interrupted, PipelineError  # noqa: E402
-from utils.proof import cells, controls, reads, results  # noqa: E402
+from utils import cli
+from utils.adapters.factors import (
+    ModuleFactors,
+    norm,
+    random_like,
+)
+from utils.artifacts import files
+from utils.evaluation import (
+    comparison,
+    controls,
+    measures,
+    scored_rows,
+    test_reads,
+)
+from utils.exceptions import (
+    Interrupted,
+    PipelineError,
+)
+from utils.export import hub
+from utils.models.architectures import toy
+from utils.training import training_run
 
 FOUR = ["base", "domain", "task", "composed"]
 STACKED = ["task_without_domain"]
@@ -310,8 +323,8 @@ class Documents(unittest.TestCase):
         source = mock.Mock(directory=directory, documents=lambda which: Dataset.from_list(rows))
         for limit, is_said in ((5, True), (6, False), (0, False)):
             config = cli.resolve(["--evaluate.max_heldout_documents", str(limit)], {})
-            with mock.patch.object(cells, "warning") as said:
-                found = cells._document_sets(config, source, 0)["heldout"]
+            with mock.patch.object(scored_rows, "warning") as said:
+                found = scored_rows._document_sets(config, source, 0)["heldout"]
             self.assertEqual(len(found.lengths), limit or 8)
             self.assertEqual(said.called, is_said, limit)
 
@@ -336,11 +349,11 @@ class Regimes(unittest.TestCase):
             shutil.rmtree(run["run"])
 
     def test_domain_ready_sees_the_domain_in_about_half_of_the_steps_and_always_on_dev(self) -> None:
-        seen = [stages.domain_is_on(0, step) for step in range(1000)]
+        seen = [training_run.domain_is_on(0, step) for step in range(1000)]
         self.assertAlmostEqual(sum(seen) / 1000, 0.5, delta=0.05)
-        self.assertEqual(seen, [stages.domain_is_on(0, step) for step in range(1000)])
-        self.assertNotEqual(seen, [stages.domain_is_on(1, step) for step in range(1000)])
-        self.assertTrue(stages.domain_is_on(0, None))
+        self.assertEqual(seen, [training_run.domain_is_on(0, step) for step in range(1000)])
+        self.assertNotEqual(seen, [training_run.domain_is_on(1, step) for step in range(1000)])
+        self.assertTrue(training_run.domain_is_on(0, None))
 
 
 class RandomControl(unittest.TestCase):
@@ -403,7 +416,7 @@ class Measures(unittest.TestCase):
     }
 
     def test_measures_are_sums_over_sums(self) -> None:
-        found = results.measured([self.SCORES], {"resamples": 200, "seed": 0})
+        found = measures.measured([self.SCORES], {"resamples": 200, "seed": 0})
         items, documents = self.SCORES["items"], self.SCORES["heldout"]
         tokens = sum(i["answer_tokens"] for i in items)
         self.assertAlmostEqual(found["answer_nll"], sum(i["answer_nll"] for i in items) / tokens)
@@ -417,13 +430,13 @@ class Measures(unittest.TestCase):
 
     def test_what_the_data_do_not_support_is_absent(self) -> None:
         items = [{**i, "choice_nlls": [], "choice_tokens": [], "answer_index": None} for i in self.SCORES["items"]]
-        found = results.measured([{"items": items}], {"resamples": 200, "seed": 0})
+        found = measures.measured([{"items": items}], {"resamples": 200, "seed": 0})
         self.assertEqual(set(found), {"answer_nll", "end_of_turn_nll", "intervals"})
 
     def test_examples_are_chosen_by_the_gain_per_token(self) -> None:
         ours = self.SCORES["items"]
         others = [{**i, "answer_nll": i["answer_nll"] + (4 - n) * i["answer_tokens"]} for n, i in enumerate(ours)]
-        found = results.chosen_examples(ours, others)
+        found = measures.chosen_examples(ours, others)
         self.assertEqual(found["won"], ["q0", "q1", "q2", "q3"])
         self.assertEqual(found["lost"][:3], ["q15", "q14", "q13"])
         self.assertEqual(len(found["lost"]), 10)
@@ -458,19 +471,19 @@ class Children(unittest.TestCase):
 class Reads(unittest.TestCase):
     def test_each_comparison_is_counted_once_and_a_torn_line_is_none(self) -> None:
         folder = temporary_directory()
-        self.assertEqual(reads.record(folder, test="t", composed="a", run="r1")["reads"], 1)
-        with (folder / reads.RECORD).open("a") as handle:
+        self.assertEqual(test_reads.record(folder, test="t", composed="a", run="r1")["reads"], 1)
+        with (folder / test_reads.RECORD).open("a") as handle:
             handle.write('{"test": "t", "comp\n')
-        self.assertEqual(reads.record(folder, test="t", composed="a", run="r1")["reads"], 1)
-        reads.record(folder, test="other", composed="a", run="r2")
-        found = reads.record(folder, test="t", composed="b", run="r3")
+        self.assertEqual(test_reads.record(folder, test="t", composed="a", run="r1")["reads"], 1)
+        test_reads.record(folder, test="other", composed="a", run="r2")
+        found = test_reads.record(folder, test="t", composed="b", run="r3")
         self.assertEqual((found["reads"], found["models"], found["reads_of_this"]), (2, 2, 1))
-        self.assertIn("read 2 times, 1 of them for these adapters", reads.sentence(found))
-        self.assertEqual(reads.sentence({**found, "reads": 1}), "")
+        self.assertIn("read 2 times, 1 of them for these adapters", test_reads.sentence(found))
+        self.assertEqual(test_reads.sentence({**found, "reads": 1}), "")
 
     def test_items_are_identified_whatever_their_order(self) -> None:
-        self.assertEqual(reads.digest(["a", "b"], ["x", "y"]), reads.digest(["b", "a"], ["y", "x"]))
-        self.assertNotEqual(reads.digest(["a", "b"], ["x", "y"]), reads.digest(["a", "b"], ["x", "z"]))
+        self.assertEqual(test_reads.digest(["a", "b"], ["x", "y"]), test_reads.digest(["b", "a"], ["y", "x"]))
+        self.assertNotEqual(test_reads.digest(["a", "b"], ["x", "y"]), test_reads.digest(["a", "b"], ["x", "z"]))
 
 
 class Flags(unittest.TestCase):

@@ -6,7 +6,6 @@ read again before it is trusted.
 
 from __future__ import annotations
 
-import sys
 import unittest
 import warnings
 from collections.abc import Callable
@@ -15,17 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from bitsandbytes import functional
+from pydantic import ValidationError
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import torch  # noqa: E402
-from bitsandbytes import functional  # noqa: E402
-from pydantic import ValidationError  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-from config import ATTENTION, BaseModelSection, Config, LoraSection, minimax_m2, smollm2_135m  # noqa: E402
-from tests.support import (  # noqa: E402
+from config import ATTENTION, PRESETS, BaseModelSection, Config, LoraSection, smollm2_135m
+from tests.support import (
     Workspace,
     expert_factors,
     last_json,
@@ -35,22 +30,35 @@ from tests.support import (  # noqa: E402
     temporary_directory,
     toy,
 )
-from utils import (  # noqa: E402
-    adapters,
-    base_model,
-    files,
-    frozen_lora,
-    known_models,
-    plan_report,
-    planning,
-    preflight,
-    quantization,
-    sizes,
+from utils import logger
+from utils.adapters import (
+    inference_layers,
+    peft_model,
 )
-from utils.base_model import BaseModel  # noqa: E402
-from utils.composition import Recipe, compose  # noqa: E402
-from utils.exceptions import ArtefactError, VerificationError  # noqa: E402
-from utils.shards import Checkpoint  # noqa: E402
+from utils.artifacts import files
+from utils.composition.methods import (
+    Recipe,
+    compose,
+)
+from utils.exceptions import (
+    ArtefactError,
+    VerificationError,
+)
+from utils.models import (
+    loading,
+    model_shapes,
+    quantization,
+    sources,
+)
+from utils.models.architectures import minimax_m2
+from utils.models.base_model import BaseModel
+from utils.models.weights.safetensors_io import Checkpoint
+from utils.planning import (
+    count_parameters,
+    estimates,
+    plan_report,
+    preflight,
+)
 
 KINDS = ("nf4", "int8")
 IDS = torch.randint(0, 700, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -61,7 +69,7 @@ def dense(directory: Path, *, inner: int = 128, dtype: torch.dtype = torch.float
     model, tokenizer = toy.tiny_llama()
     model.config.intermediate_size = inner
     torch.manual_seed(0)
-    with base_model.quiet_transformers():
+    with logger.quiet_transformers():
         toy._awake(LlamaForCausalLM(model.config)).to(dtype).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     return directory
@@ -80,12 +88,12 @@ class Bits(unittest.TestCase):
 
     @classmethod
     def base(cls, kind: str) -> BaseModel:
-        return base_model.fetch(section(cls.source, kind), cls.models)
+        return sources.fetch(section(cls.source, kind), cls.models)
 
     def loaded(self, kind: str, *, in_bits: bool = True) -> Any:
         base = self.base(kind)
         base = base if in_bits else replace(base, quantization="none")
-        return base_model.load_model(base, section(self.source, kind))
+        return loading.load_model(base, section(self.source, kind))
 
     def test_the_directory_holds_what_the_bits_mean_and_everything_else_as_it_was(self) -> None:
         before = Checkpoint(self.plain.directory)
@@ -120,25 +128,25 @@ class Bits(unittest.TestCase):
                 size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "proj" in n)
                 self.assertEqual(size, 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) * (0.5 if in_bits else 4))
                 logits[f"base {in_bits}"] = model(IDS).logits
-                logits[f"two {in_bits}"] = frozen_lora.attach(
+                logits[f"two {in_bits}"] = inference_layers.attach(
                     self.loaded("nf4", in_bits=in_bits), dict(zip("dt", parts, strict=True))
                 )(IDS).logits
-                logits[f"peft {in_bits}"] = adapters.add(model, "composed", composed)(IDS).logits
+                logits[f"peft {in_bits}"] = peft_model.add(model, "composed", composed)(IDS).logits
         self.assertTrue(torch.equal(logits["base True"], logits["base False"]))
         for way in ("two", "peft"):
             self.assertLess(relative(logits[f"{way} True"], logits["two False"]), 1e-5)
         self.assertGreater(relative(logits["two True"], logits["base True"]), 0.1)
 
     def test_the_planner_knows_the_bytes_that_are_held(self) -> None:
-        shapes = sizes.of_settings(files.read_object(self.plain.directory / "config.json"))
+        shapes = count_parameters.of_settings(files.read_object(self.plain.directory / "config.json"))
         for kind in KINDS:
             settings = BaseModelSection(source=str(self.source), quantization=kind, dtype="bfloat16")
-            model = base_model.load_model(self.base(kind), settings)
+            model = loading.load_model(self.base(kind), settings)
             held = sum(p.numel() * p.element_size() for p in model.parameters())
             for module in filter(quantization.is_quantised, model.modules()):
                 scales = module.weight.quant_state.absmax if kind == "nf4" else module.weight.SCB
                 held += scales.numel() * scales.element_size()
-            self.assertEqual(held, planning.weight_bytes(shapes, preflight.loaded_dtype(settings)))
+            self.assertEqual(held, estimates.weight_bytes(shapes, preflight.loaded_dtype(settings)))
 
     def test_in_eight_bits_only_the_rounding_of_activations_is_left(self) -> None:
         with torch.no_grad():
@@ -150,8 +158,8 @@ class Bits(unittest.TestCase):
         for kind in KINDS:
             model = self.loaded(kind)
             factors = random_factors(model, ("q_proj", "down_proj"), 4, 8.0, 1, 0.1)
-            model = adapters.add(model, "task", factors)
-            adapters.activate(model, ["task"], trainable="task")
+            model = peft_model.add(model, "task", factors)
+            peft_model.activate(model, ["task"], trainable="task")
             before = gradients(model)
             with torch.no_grad():
                 model.eval()(IDS)
@@ -171,11 +179,11 @@ class Bits(unittest.TestCase):
     def test_weights_of_sixteen_bits_are_quantised_from_what_they_are(self) -> None:
         source = dense(temporary_directory() / "llama", dtype=torch.bfloat16)
         for kind in KINDS:
-            base = base_model.fetch(section(source, kind), source.parent)
+            base = sources.fetch(section(source, kind), source.parent)
             self.assertEqual(
                 {t.dtype for h in Checkpoint(base.directory).headers.values() for t in h.tensors.values()}, {"BF16"}
             )
-            model = base_model.load_model(base, BaseModelSection(source=str(source), dtype="bfloat16"))
+            model = loading.load_model(base, BaseModelSection(source=str(source), dtype="bfloat16"))
             found = quantization.weights_of(model.model.layers[1].mlp.down_proj).float()
             name = "model.layers.1.mlp.down_proj.weight"
             files = Checkpoint(base.directory)
@@ -186,16 +194,18 @@ class Bits(unittest.TestCase):
 class Refusals(unittest.TestCase):
     def test_minimax_m2_is_refused_by_its_settings_with_the_numbers_that_the_plan_has(self) -> None:
         with self.assertRaises(ValidationError) as caught:
-            Config(base=minimax_m2().base.model_copy(update={"quantization": "nf4"}))
-        shapes = known_models.minimax_m2(known_models.MINIMAX_M2)
-        kept, whole = (planning.weight_bytes(shapes, dtype) / planning.GIB for dtype in ("nf4", "bfloat16"))
+            Config(base=PRESETS["minimax_m2"]().base.model_copy(update={"quantization": "nf4"}))
+        shapes = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
+        kept, whole = (estimates.weight_bytes(shapes, dtype) / model_shapes.GIB for dtype in ("nf4", "bfloat16"))
         self.assertIn(f"nf4 would leave {kept:.1f} of {whole:.1f} GiB", str(caught.exception))
-        (problem,) = quantization.refusals(shapes, "nf4")
+        (problem,) = preflight.quantization_refusals(shapes, "nf4")
         self.assertIn(f"{kept:.1f} of {whole:.1f} GiB", problem.what)
         self.assertIn("FP8", problem.what)
 
     def test_processes_that_would_deal_the_weights_out_are_refused_and_never_planned(self) -> None:
-        large = sizes.of_config(LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=200))
+        large = count_parameters.of_config(
+            LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=200)
+        )
         for kind, shards in (("bfloat16", 8), ("nf4", 1)):
             step = plan_report.step(smollm2_135m(), "domain", kind)
             self.assertEqual(plan_report.choice(large, smollm2_135m().plan, "domain", step).shards, shards)
@@ -214,7 +224,7 @@ class Refusals(unittest.TestCase):
             preflight.check(wanted)
         self.assertIn("fused experts", str(caught.exception))
         with self.assertRaises(ArtefactError):
-            base_model.fetch(wanted.base, base.directory.parent)
+            sources.fetch(wanted.base, base.directory.parent)
         self.assertFalse(list(base.directory.parent.glob("base/*nf4*/manifest.json")))
 
     def test_matrices_that_bitsandbytes_reads_wrongly_are_refused(self) -> None:
@@ -224,10 +234,10 @@ class Refusals(unittest.TestCase):
         self.assertGreater(float(wrong.norm() / weights.norm()), 0.2, "bitsandbytes reads them rightly now")
         source = dense(temporary_directory() / "odd", inner=96)
         with self.assertRaises(ArtefactError) as caught:
-            base_model.fetch(section(source, "nf4"), source.parent)
+            sources.fetch(section(source, "nf4"), source.parent)
         self.assertIn("down_proj has 96 inputs", str(caught.exception))
         self.assertFalse(list(source.parent.glob("base/*nf4*/manifest.json")))
-        base_model.fetch(section(source, "int8"), source.parent)
+        sources.fetch(section(source, "int8"), source.parent)
 
 
 class Experts(unittest.TestCase):
@@ -260,9 +270,9 @@ class Experts(unittest.TestCase):
         factors = expert_factors(plain, 2, 4.0, seed=0)
         lora = LoraSection(rank=2, alpha=4, target_modules=ATTENTION, experts=True)
         ways: tuple[Callable[[], Any], ...] = (
-            lambda: adapters.attach(quantised(), "task", lora),
-            lambda: adapters.add(quantised(), "task", factors),
-            lambda: frozen_lora.attach(quantised(), {"task": factors}),
+            lambda: peft_model.attach(quantised(), "task", lora),
+            lambda: peft_model.add(quantised(), "task", factors),
+            lambda: inference_layers.attach(quantised(), {"task": factors}),
         )
         for way in ways:
             with self.assertRaises(ArtefactError):
@@ -301,9 +311,9 @@ class Pipeline(unittest.TestCase):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = base_model.fetch(section(self.source, "nf4"), self.place.models)
+        base = sources.fetch(section(self.source, "nf4"), self.place.models)
         merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-        in_bits = PeftModel.from_pretrained(base_model.load_model(base, section(self.source, "nf4")), adapter)
+        in_bits = PeftModel.from_pretrained(loading.load_model(base, section(self.source, "nf4")), adapter)
         original = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32), adapter
         )

@@ -16,10 +16,16 @@ from datasets import Dataset
 
 from config import InferenceSection, LoraSection, TrainSection
 from tests.support import ARCHITECTURES, plain_tokenizer, random_factors, saved_model, temporary_directory
-from utils import adapter_files, answers, base_model, chat, evaluation, frozen_lora, generation, lm_eval_task, toy
-from utils.evaluation import DocumentScore, ItemScore
-from utils.statistics import ratio_interval
-from utils.training_data import PackedDocuments
+from utils import logger
+from utils.adapters import adapter_files, inference_layers
+from utils.data import answer_metrics
+from utils.data.batches import PackedDocuments
+from utils.evaluation.intervals import ratio_interval
+from utils.evaluation.lm_eval import lm_eval_tasks
+from utils.inference import generation, scoring
+from utils.inference.scoring import DocumentScore, ItemScore
+from utils.models import chat
+from utils.models.architectures import toy
 
 CPU = torch.device("cpu")
 SYSTEM = "You answer briefly."
@@ -91,8 +97,8 @@ class Squad(unittest.TestCase):
     def test_exact_match_and_f1_follow_the_official_rules_on_their_edge_cases(self) -> None:
         for text, golds, exact, f1 in SQUAD:
             with self.subTest(text, golds=golds):
-                self.assertEqual(answers.exact_match(text, golds), exact)
-                self.assertAlmostEqual(answers.token_f1(text, golds), f1, places=12)
+                self.assertEqual(answer_metrics.exact_match(text, golds), exact)
+                self.assertAlmostEqual(answer_metrics.token_f1(text, golds), f1, places=12)
 
 
 class Bootstrap(unittest.TestCase):
@@ -145,15 +151,15 @@ def tokenised(tokenizer: Any, texts: list[str] = DOCUMENTS) -> Dataset:
 
 def scored(model: Any, tokenizer: Any, window: int = WINDOW) -> tuple[list[ItemScore], list[DocumentScore]]:
     """What our evaluation says about the examples and the documents."""
-    items, left_out = evaluation.questions(EXAMPLES, tokenizer, SYSTEM, 400)
+    items, left_out = scoring.questions(EXAMPLES, tokenizer, SYSTEM, 400)
     assert not left_out
     packed = PackedDocuments(
         tokenised(tokenizer), TrainSection(sequence_tokens=window, micro_batch_tokens=2 * window), 0, 2
     )
     common: dict[str, Any] = {"batch_tokens": 600, "device": CPU, "what": "test"}
     return (
-        evaluation.score_questions(model, items, pad_id=2, **common),
-        evaluation.score_documents(model, packed, **common),
+        scoring.score_questions(model, items, pad_id=2, **common),
+        scoring.score_documents(model, packed, **common),
     )
 
 
@@ -175,7 +181,7 @@ class Plain(unittest.TestCase):
             model.eval().requires_grad_(False)
             for name, template in (("think", tokenizer), ("plain", plain_tokenizer())):
                 items, documents = scored(model, template)
-                found = evaluation.summary(items, documents)
+                found = scoring.summary(items, documents)
                 nlls = [nll for item in items for nll in item.choice_nlls]
                 found["choice_nlls"] = float(np.dot(nlls, np.arange(len(nlls))))
                 expected = self.expected(model, template, "\n</think>\n\n" if name == "think" else "")
@@ -250,7 +256,7 @@ class Harness(unittest.TestCase):
             model.eval().requires_grad_(False)
             scores, documents = scored(model, tokenizer, window=500)
             theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=500, device="cpu")
-            items, _ = evaluation.questions(EXAMPLES, tokenizer, SYSTEM, 400)
+            items, _ = scoring.questions(EXAMPLES, tokenizer, SYSTEM, 400)
             for item, score in zip(items, scores, strict=True):
                 requests = [
                     (("", ""), [*item.prompt, *candidate[: item.skip]], list(candidate[item.skip : -1]))
@@ -280,22 +286,22 @@ class Harness(unittest.TestCase):
         adapter_files.save(directory / "adapter", factors, base, lora=lora)
         loaded = toy.tiny_llama()[0]
         merged = PeftModel.from_pretrained(loaded, directory / "adapter").merge_and_unload()
-        with base_model.quiet_transformers():
+        with logger.quiet_transformers():
             merged.save_pretrained(directory / "merged")
             tokenizer.save_pretrained(directory / "merged")
         tokenised(tokenizer).save_to_disk(str(directory / "heldout_documents"))
-        model = frozen_lora.attach(model, {"x": factors})
-        frozen_lora.select(model, {"x": 1.0})
+        model = inference_layers.attach(model, {"x": factors})
+        inference_layers.select(model, {"x": 1.0})
         given = generation.answer_all(model, tokenizer, EXAMPLES, SYSTEM, InferenceSection(max_new_tokens=6))
         said = [answer.spoken for answer in given]
         # half of the answers become what the model says, so that not everything it generates is wrong
         examples = [{**e, "answers": [*e["answers"], said[i] if i % 2 else "."]} for i, e in enumerate(EXAMPLES)]
-        counts = lm_eval_task.write(
+        counts = lm_eval_tasks.write(
             directory / "lm_eval", examples, tokenizer, SYSTEM, max_tokens=400, max_new_tokens=6
         )
         self.assertEqual((counts["items"], counts["tokenised_otherwise"]), (5, 0))
-        ours = evaluation.summary(*scored(model, tokenizer, window=500))
-        for key, measure in (("exact_match", answers.exact_match), ("token_f1", answers.token_f1)):
+        ours = scoring.summary(*scored(model, tokenizer, window=500))
+        for key, measure in (("exact_match", answer_metrics.exact_match), ("token_f1", answer_metrics.token_f1)):
             ours[key] = float(np.mean([measure(t, e["answers"]) for t, e in zip(said, examples, strict=True)]))
         self.assertGreater(ours["exact_match"], 0.0)
         for arguments in (f"pretrained={directory}/merged", f"pretrained={base.directory},peft={directory}/adapter"):

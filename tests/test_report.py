@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import unittest
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-
-from tests.report_support import (  # noqa: E402
+from tests.report_support import (
     FOUR,
     bare,
     contamination,
@@ -22,9 +15,9 @@ from tests.report_support import (  # noqa: E402
     the_runs,
     whole,
 )
-from tests.support import temporary_directory  # noqa: E402
-from utils.proof import report  # noqa: E402
-from utils.verdict import CLAIMS  # noqa: E402
+from tests.support import temporary_directory
+from utils.evaluation.report import evaluation_report
+from utils.evaluation.verdict import CLAIMS
 
 SECTIONS = ["rests", "intervals", "matrix", "training", "weights", "interference", "examples", "data", "contamination"]
 SECTIONS += ["lineage"]
@@ -64,16 +57,16 @@ class Whole(unittest.TestCase):
     def test_the_same_results_give_the_same_page_and_it_is_written_as_text(self) -> None:
         found, _ = bare()
         directory = temporary_directory()
-        path = report.write(directory, found, [], None)
+        path = evaluation_report.write(directory, found, [], None)
         self.assertEqual(
             (path, path.read_text(encoding="utf-8")),
-            (directory / "report.html", report.page(directory.name, found, [], None)),
+            (directory / "report.html", evaluation_report.page(directory.name, found, [], None)),
         )
 
     def test_verdict_stands_first_in_its_colour_with_its_sentence(self) -> None:
-        for word, (colour, gloss) in report.WORDS.items():
+        for word, (colour, gloss) in evaluation_report.WORDS.items():
             found = {**bare()[0], "verdict": word, "sentence": f"{word.capitalize()}: because of <that>."}
-            page = soup(report.page("x", found, [], None))
+            page = soup(evaluation_report.page("x", found, [], None))
             head = page.body.find(True)
             self.assertEqual((head.name, head["class"]), ("header", ["verdict", colour]))
             self.assertEqual(text_of(head.h1), f"{word} Because of <that>.")
@@ -88,7 +81,9 @@ class Numbers(unittest.TestCase):
         found, text = whole()
         seen = 0
         for table, measures in zip(
-            soup(text).select("table.matrix"), (report.LIKELIHOODS, report.ANSWERS, report.LOSSES), strict=True
+            soup(text).select("table.matrix"),
+            (evaluation_report.LIKELIHOODS, evaluation_report.ANSWERS, evaluation_report.LOSSES),
+            strict=True,
         ):
             self.assertEqual([name_in(th_row) for th_row in table.select("tbody tr")], list(found["cells"]))
             heads = [th.find(string=True) for th in table.select("thead th.n")]
@@ -106,7 +101,9 @@ class Numbers(unittest.TestCase):
     def test_best_of_each_column_is_marked_and_nothing_else(self) -> None:
         found, text = whole()
         matrices = zip(
-            soup(text).select("table.matrix"), (report.LIKELIHOODS, report.ANSWERS, report.LOSSES), strict=True
+            soup(text).select("table.matrix"),
+            (evaluation_report.LIKELIHOODS, evaluation_report.ANSWERS, evaluation_report.LOSSES),
+            strict=True,
         )
         for table, measures in matrices:
             for at, measure in enumerate(measures):
@@ -202,7 +199,7 @@ class Escaping(unittest.TestCase):
         found["sentence"], found["reads"]["sentence"] = EVIL, EVIL
         found["cells"][EVIL] = found["cells"]["random"] | {"meaning": EVIL}
         found["differences"][f"{EVIL} - composed"] = found["differences"]["random - composed"]
-        text = report.page(EVIL, found, runs, composed, {"evaluate": {EVIL: EVIL}})
+        text = evaluation_report.page(EVIL, found, runs, composed, {"evaluate": {EVIL: EVIL}})
         page = soup(text)
         self.assertEqual(page.find_all("script"), [])
         self.assertEqual(len(page.find_all("style")), 1)
@@ -216,7 +213,7 @@ class Escaping(unittest.TestCase):
         found = evaluation()
         long = "word " * 400 + "end"
         found["examples"]["won"][0]["said"]["composed"] = long
-        card = soup(report.page("x", found, [], None)).select_one("article")
+        card = soup(evaluation_report.page("x", found, [], None)).select_one("article")
         self.assertIsNone(card.details.get("open"))
         self.assertIn(long, card.details.get_text())
         self.assertLess(len(card.summary.get_text()), 300)
@@ -225,7 +222,7 @@ class Escaping(unittest.TestCase):
 class Absent(unittest.TestCase):
     def test_measures_without_data_are_absent_with_the_reason(self) -> None:
         said = text_of(bare()[1])
-        for reason in (report.NO_HELDOUT, report.NO_CHOICES, report.NO_ANSWERS):
+        for reason in (evaluation_report.NO_HELDOUT, evaluation_report.NO_CHOICES, evaluation_report.NO_ANSWERS):
             self.assertIn(reason, said)
         self.assertIn("No choice accuracy, choice accuracy by token: the test questions come without choices.", said)
         heads = [th.find(string=True) for th in soup(bare()[1]).select(".matrix thead th.n")]
@@ -235,7 +232,7 @@ class Absent(unittest.TestCase):
     def test_what_was_not_tested_comes_with_the_command_that_tests_it(self) -> None:
         found = evaluation(FOUR, (3,))
         found["missing"] = {"wrong_domain": "the domain adapter comes from elsewhere"}
-        page = soup(report.page("x", found, [], None))
+        page = soup(evaluation_report.page("x", found, [], None))
         listed = {text_of(item) for item in page.select(".untested li")}
         command = f"python {found['command']}"
         for claim, flag in (("H4", "--evaluate.controls"), ("other seeds", "--evaluate.seeds 1,2")):
@@ -246,12 +243,12 @@ class Absent(unittest.TestCase):
         self.assertEqual(soup(whole()[1]).select(".untested"), [])
 
     def test_a_flag_that_was_given_is_not_given_twice(self) -> None:
-        self.assertEqual(report.command({"command": "e.py --a 1"}, "--a 1,2"), "python e.py --a 1")
-        self.assertEqual(report.command({}, "--b"), "python scripts/evaluate.py --b")
+        self.assertEqual(evaluation_report.command({"command": "e.py --a 1"}, "--a 1,2"), "python e.py --a 1")
+        self.assertEqual(evaluation_report.command({}, "--b"), "python scripts/evaluate.py --b")
 
     def test_missing_pictures_and_measurements_say_so(self) -> None:
         for found in (evaluation(FOUR, (0,)), bare()[0]):
-            said = text_of(report.page("x", found, [], None))
+            said = text_of(evaluation_report.page("x", found, [], None))
             for part in (
                 "No metrics lie",
                 "Not measured: whether test questions",
@@ -261,7 +258,7 @@ class Absent(unittest.TestCase):
                 self.assertIn(part, said)
         found = evaluation(FOUR)
         found["composition"]["recipe"]["weights"] = []
-        said = text_of(report.page("x", found, [], None))
+        said = text_of(evaluation_report.page("x", found, [], None))
         self.assertIn("They were not: weights of 1, untested.", said)
         self.assertIn("python scripts/compose.py --compose.search", said)
         self.assertIn("made for the evaluation alone", said)
@@ -271,7 +268,7 @@ class Absent(unittest.TestCase):
         found = evaluation(FOUR)
         for one in (*found["contrasts"].values(), *found["differences"].values()):
             one.update(low=None, high=None, detectable=None, p=1.0, clusters=3)
-        text = report.page("x", found, [], None)
+        text = evaluation_report.page("x", found, [], None)
         rows = soup(text).select(".forest .row:not(.axis-row)")
         self.assertEqual(len(rows), 6)
         for row in rows:

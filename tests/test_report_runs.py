@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import unittest
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.report_support import evaluation, run_at, soup, text_of, the_runs  # noqa: E402
-from tests.support import temporary_directory  # noqa: E402
-from utils.proof import background, report  # noqa: E402
+from tests.report_support import evaluation, run_at, soup, text_of, the_runs
+from tests.support import temporary_directory
+from utils.evaluation.report import (
+    evaluation_report,
+    report_facts,
+)
 
 
 class Background(unittest.TestCase):
@@ -28,7 +25,7 @@ class Background(unittest.TestCase):
             run_at(root, "task", f"t{i}", train | one, parents=runs[0].manifest["parents"]) for i, one in enumerate(on)
         ]
         foreign = run_at(root, "domain", "foreign", {"on": "elsewhere"})
-        roles = background.roles([*runs, *tasks, wrong, noise, foreign])
+        roles = report_facts.roles([*runs, *tasks, wrong, noise, foreign])
         self.assertEqual(
             [roles[run.digest] for run in (*runs, wrong, noise, *tasks, foreign)],
             [
@@ -48,10 +45,10 @@ class Background(unittest.TestCase):
     def test_loss_curves_have_the_steps_of_the_metrics_and_a_torn_line_is_none(self) -> None:
         root, found = temporary_directory(), evaluation()
         runs, _ = the_runs(root, found)
-        ((name, style, lines),) = background.trained(runs, "domain")
+        ((name, style, lines),) = report_facts.trained(runs, "domain")
         self.assertEqual((name, style, len(lines)), ("domain adapter, seed 0", "domain", 5))
-        self.assertEqual([style for _, style, _ in background.trained(runs, "task")], ["composed", "task"])
-        page = soup(report.page("x", found, runs, None))
+        self.assertEqual([style for _, style, _ in report_facts.trained(runs, "task")], ["composed", "task"])
+        page = soup(evaluation_report.page("x", found, runs, None))
         hovers = [t.get_text() for t in page.select("#training ~ .charts title")]
         self.assertIn("domain adapter, seed 0: dev loss 3.400 at step 3", hovers)
         self.assertEqual(len(page.select("#training ~ .charts polyline")), 4)
@@ -59,7 +56,7 @@ class Background(unittest.TestCase):
     def test_lineage_has_whole_digests_roles_time_and_memory(self) -> None:
         found = evaluation()
         runs, composed = the_runs(temporary_directory(), found)
-        page = soup(report.page("x", found, runs, composed, {"dtype": "torch.bfloat16"}))
+        page = soup(evaluation_report.page("x", found, runs, composed, {"dtype": "torch.bfloat16"}))
         digests = [code["title"] for code in page.select("code.digest")]
         self.assertEqual(digests, [*(one["digest"] for one in found["lineage"]), found["reads"]["test"]])
         for code in page.select("code.digest"):

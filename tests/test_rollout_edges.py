@@ -19,16 +19,18 @@ import yaml
 
 from config import RolloutSection
 from tests.rollout_support import NEW, OLD, QUESTIONS, ROOT, RolloutTest, has_haproxy
-from utils import answers, cli
-from utils.canary import golden, journal, kubernetes, report, screen
-from utils.canary.haproxy import Balancer, Layout, Server, find_binary
-from utils.canary.journal import Journal
-from utils.canary.load import Load
-from utils.canary.service import policy_of
-from utils.canary.serving import Answer
-from utils.canary.traffic import Collector, LogSink, completed
+from utils import cli
+from utils.data import answer_metrics
 from utils.exceptions import ArtefactError, BalancerError, ConfigError, DataError
+from utils.rollout import kubernetes
 from utils.rollout.controller import Observation, replay
+from utils.rollout.edge import golden, journal, rollout_report, screen
+from utils.rollout.edge.haproxy import Balancer, Layout, Server, find_binary
+from utils.rollout.edge.journal import Journal
+from utils.rollout.edge.load import Load
+from utils.rollout.edge.servers import Answer
+from utils.rollout.edge.service import policy_of
+from utils.rollout.edge.traffic import Collector, LogSink, completed
 from utils.rollout.gate import Counts
 from utils.rollout.policy import UNITS, Policy
 
@@ -63,7 +65,7 @@ class LogLines(unittest.TestCase):
 
     def test_memory_is_bounded_by_forgetting_the_oldest_sessions(self) -> None:
         collector = Collector()
-        with unittest.mock.patch("utils.canary.traffic.REMEMBERED", 10):
+        with unittest.mock.patch("utils.rollout.edge.traffic.REMEMBERED", 10):
             rates(*[line(u=f"s{i}") for i in range(25)], collector=collector)
             again = rates(line(u="s24"), line(u="s0"), collector=collector)
         self.assertEqual(again[UNITS], (1, 0))
@@ -91,7 +93,7 @@ class RealBalancer(RolloutTest):
     def setUp(self) -> None:
         super().setUp()
         self.balancer = Balancer(self.root / "b", find_binary(""))
-        from utils.canary.serving import free_port
+        from utils.rollout.edge.servers import free_port
 
         self.port = free_port()
         self.layout = Layout(Server(self.production.address, OLD), Server(self.candidate.address, NEW), self.port)
@@ -156,10 +158,10 @@ class RealBalancer(RolloutTest):
 
 class Answers(unittest.TestCase):
     def test_exact_match_and_f1_are_those_of_squad(self) -> None:
-        self.assertEqual(answers.exact_match("The Eiffel Tower.", ["eiffel tower"]), 1.0)
-        self.assertEqual(answers.token_f1("a b c", ["c d"]), 2 * 1 / (2 + 2))  # "a" is an article
-        self.assertEqual(answers.token_f1("x", ["y", "x"]), 1.0)
-        self.assertEqual((answers.token_f1("", ["x"]), answers.token_f1("", [""])), (0.0, 1.0))
+        self.assertEqual(answer_metrics.exact_match("The Eiffel Tower.", ["eiffel tower"]), 1.0)
+        self.assertEqual(answer_metrics.token_f1("a b c", ["c d"]), 2 * 1 / (2 + 2))  # "a" is an article
+        self.assertEqual(answer_metrics.token_f1("x", ["y", "x"]), 1.0)
+        self.assertEqual((answer_metrics.token_f1("", ["x"]), answer_metrics.token_f1("", [""])), (0.0, 1.0))
 
     def test_faults_are_named(self) -> None:
         cases = {
@@ -170,7 +172,7 @@ class Answers(unittest.TestCase):
             ("It returns the number of lines in the file.", "stop"): "",
         }
         for (text, finish), fault in cases.items():
-            self.assertEqual(answers.fault(text, finish), fault, text)
+            self.assertEqual(answer_metrics.fault(text, finish), fault, text)
 
     def test_pairs_are_lost_won_and_equal(self) -> None:
         prompt = golden.Prompt("p", ({"role": "user", "content": "q"},), ("four lines",))
@@ -231,7 +233,7 @@ class Journals(unittest.TestCase):
 
     def test_the_report_is_one_file_with_outcome_reason_and_escaped_answers(self) -> None:
         example = vars(golden.Example("<b>q</b>", ("g",), "<script>", "fine", "quality"))
-        text = report.write(self.path, [example]).read_text()
+        text = rollout_report.write(self.path, [example]).read_text()
         self.assertIn("Rolled back", text)
         self.assertIn("worse on errors (25 of 950 sessions, production 2 of 89550", text)
         self.assertIn("&lt;script&gt;", text)

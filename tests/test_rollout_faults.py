@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import psutil
 
 from tests.rollout_support import FAST, NEW, OLD, QUESTIONS, ROOT, RolloutTest, kill, until
-from utils import files
-from utils.canary.journal import Journal
-from utils.canary.promotion import publish
+from utils.artifacts import files
 from utils.exceptions import BalancerError, VerificationError
 from utils.rollout.controller import Observation, share_of
+from utils.rollout.edge.journal import Journal
+from utils.rollout.edge.promotion import publish
 from utils.rollout.gate import Counts
 from utils.rollout.policy import FULL_BP, UNITS
 
@@ -443,8 +443,8 @@ class Promotion(RolloutTest):
                 self._promoted_on_paper()
                 script = (
                     "import os, sys; from pathlib import Path; from config import RolloutSection\n"
-                    "from utils.canary.service import Service; from utils.canary.promotion import publish\n"
-                    "from utils.canary.journal import Journal\n"
+                    "from utils.rollout.edge.service import Service; from utils.rollout.edge.promotion import publish\n"
+                    "from utils.rollout.edge.journal import Journal\n"
                     "root, last = Path(sys.argv[1]), sys.argv[2]; service = Service(RolloutSection(), root)\n"
                     "writer = Journal(service.rollout / 'journal.jsonl')\n"
                     "publish(service, service.balancer, writer, lambda name: os._exit(9) if name == last else None)"

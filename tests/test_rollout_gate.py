@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import unittest
 from dataclasses import replace
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import numpy as np  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from utils.exceptions import ConfigError, DataError  # noqa: E402
-from utils.rollout import eprocess  # noqa: E402
-from utils.rollout.controller import Decision, Observation, State, advance, begin, replay, share_of  # noqa: E402
-from utils.rollout.gate import Counts, judge  # noqa: E402
-from utils.rollout.policy import FULL_BP, METRICS, UNITS, Metric, Policy  # noqa: E402
+from utils.exceptions import (
+    ConfigError,
+    DataError,
+)
+from utils.rollout import e_process
+from utils.rollout.controller import (
+    Decision,
+    Observation,
+    State,
+    advance,
+    begin,
+    replay,
+    share_of,
+)
+from utils.rollout.gate import (
+    Counts,
+    judge,
+)
+from utils.rollout.policy import (
+    FULL_BP,
+    METRICS,
+    UNITS,
+    Metric,
+    Policy,
+)
 
 POLICY = Policy(min_step_s=1, bake_s=10, bake_units=20)
 STEP = POLICY.steps[0]
@@ -53,7 +67,7 @@ def full_ramp() -> list[Observation]:
 class Evidence(unittest.TestCase):
     def test_expectation_under_the_null_is_one_for_every_rate_test(self) -> None:
         n, share = 12, 0.1
-        for ratio, log_e in ((1.0, eprocess.worse_rate), (3.0, lambda by: eprocess.not_worse_rate(by, 3.0))):
+        for ratio, log_e in ((1.0, e_process.worse_rate), (3.0, lambda by: e_process.not_worse_rate(by, 3.0))):
             p = share * ratio / (share * ratio + 1 - share)
             x = np.arange(n + 1)
             weights = np.array([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in x])
@@ -63,30 +77,30 @@ class Evidence(unittest.TestCase):
         n = 10
         x = np.arange(n + 1)
         half = np.array([math.comb(n, k) / 2**n for k in x])
-        self.assertAlmostEqual(float((half * np.exp(eprocess.worse_pairs(x, n - x))).sum()), 1.0, places=9)
+        self.assertAlmostEqual(float((half * np.exp(e_process.worse_pairs(x, n - x))).sum()), 1.0, places=9)
         at = np.array([math.comb(n, k) * 0.01**k * 0.99 ** (n - k) for k in x])
-        self.assertAlmostEqual(float((at * np.exp(eprocess.below_objective(x, n, 0.01))).sum()), 1.0, places=9)
-        self.assertAlmostEqual(float((at * np.exp(eprocess.above_bound(x, n, 0.01))).sum()), 1.0, places=9)
+        self.assertAlmostEqual(float((at * np.exp(e_process.below_objective(x, n, 0.01))).sum()), 1.0, places=9)
+        self.assertAlmostEqual(float((at * np.exp(e_process.above_bound(x, n, 0.01))).sum()), 1.0, places=9)
         # one pair that is lost with probability 0.3, won with 0.1: exactly at the margin 0.2
         results = (np.array([1, 0, 0]), np.array([0, 1, 0]), np.array([0, 0, 1]))
-        mean = float((np.array([0.3, 0.1, 0.6]) * np.exp(eprocess.not_worse_pairs(*results, 0.2))).sum())
+        mean = float((np.array([0.3, 0.1, 0.6]) * np.exp(e_process.not_worse_pairs(*results, 0.2))).sum())
         self.assertAlmostEqual(mean, 1.0, places=9)
 
     def test_three_errors_against_an_error_free_production_are_enough_at_one_percent(self) -> None:
         def e_value(errors: int) -> float:
-            return math.exp(eprocess.worse_rate([(0.01, (errors, 0))]))
+            return math.exp(e_process.worse_rate([(0.01, (errors, 0))]))
 
         self.assertLess(e_value(2), 500)
         self.assertGreater(e_value(3), 500)
 
     def test_without_any_error_three_hundred_units_and_a_little_show_one_percent(self) -> None:
-        needed = next(n for n in range(1, 2000) if eprocess.below_objective(0, n, 0.01) >= math.log(20))
+        needed = next(n for n in range(1, 2000) if e_process.below_objective(0, n, 0.01) >= math.log(20))
         # ln 20 / -ln(1 - 0.01) = 298 for the best alternative alone; the mixture pays for not knowing it
         self.assertTrue(298 <= needed <= 450, needed)
 
     def test_a_bound_is_that_of_clopper_and_pearson(self) -> None:
-        self.assertAlmostEqual(float(eprocess.upper_bound(0, 100, 0.05)), 1 - 0.05 ** (1 / 100), places=9)
-        self.assertEqual(float(eprocess.upper_bound(0, 0, 0.05)), 1.0)
+        self.assertAlmostEqual(float(e_process.upper_bound(0, 100, 0.05)), 1 - 0.05 ** (1 / 100), places=9)
+        self.assertEqual(float(e_process.upper_bound(0, 0, 0.05)), 1.0)
 
 
 class Gate(unittest.TestCase):
@@ -130,7 +144,7 @@ class Gate(unittest.TestCase):
     @given(st.integers(0, 30), st.integers(0, 60), st.sampled_from([100, 1000, 5000]))
     def test_more_errors_on_the_canary_never_look_better(self, canary: int, control: int, share_bp: int) -> None:
         def log_e(errors: int) -> float:
-            return float(eprocess.worse_rate([(share_bp / FULL_BP, (errors, control))]))
+            return float(e_process.worse_rate([(share_bp / FULL_BP, (errors, control))]))
 
         if canary > control * share_bp / (FULL_BP - share_bp):  # below its share one error more is no evidence
             self.assertGreaterEqual(log_e(canary + 1), log_e(canary))

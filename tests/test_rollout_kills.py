@@ -5,7 +5,6 @@ Real journal and real loop; the balancer is a map with HAProxy's lease, so that 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 import unittest
@@ -13,20 +12,28 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from config import RolloutSection  # noqa: E402
-from utils.canary import loop  # noqa: E402
-from utils.canary.haproxy import LEASE, SHARE  # noqa: E402
-from utils.canary.journal import Journal, read  # noqa: E402
-from utils.canary.loop import Loop, Timing  # noqa: E402
-from utils.canary.service import policy_of  # noqa: E402
-from utils.exceptions import BalancerError  # noqa: E402
-from utils.rollout.controller import share_of  # noqa: E402
-from utils.rollout.gate import Counts  # noqa: E402
-from utils.rollout.policy import FULL_BP, UNITS  # noqa: E402
+from config import RolloutSection
+from utils.exceptions import BalancerError
+from utils.rollout.controller import share_of
+from utils.rollout.edge import rollout_loop
+from utils.rollout.edge.haproxy import (
+    LEASE,
+    SHARE,
+)
+from utils.rollout.edge.journal import (
+    Journal,
+    read,
+)
+from utils.rollout.edge.rollout_loop import (
+    Loop,
+    Timing,
+)
+from utils.rollout.edge.service import policy_of
+from utils.rollout.gate import Counts
+from utils.rollout.policy import (
+    FULL_BP,
+    UNITS,
+)
 
 POLICY = policy_of(
     RolloutSection(objective=0.3, min_step_seconds=0, bake_minutes=0, bake_units=1, golden="none"), has_prompts=False
@@ -156,7 +163,7 @@ class Kills(LoopTest):
         for bad_from, ends in ((FULL_BP + 1, "promoted"), (5000, "rolled_back")):
             whole = Operations()
             balancer = MapBalancer(self.root, whole)
-            with mock.patch.object(loop, "completed", return_value={"canary": 0, "production": 0}):
+            with mock.patch.object(rollout_loop, "completed", return_value={"canary": 0, "production": 0}):
                 self.assertEqual(self.run_until(self.rollout(0, bad_from), balancer, bad_from), ends)
                 shares = [name for name in whole.done if name.startswith(SHARE)]
                 self.assertIn(f"{SHARE}=5000", shares)
@@ -204,7 +211,7 @@ class Refusals(LoopTest):
             plain(**values)
 
         with (
-            mock.patch.object(loop, "completed", return_value={"canary": 0, "production": 0}),
+            mock.patch.object(rollout_loop, "completed", return_value={"canary": 0, "production": 0}),
             mock.patch.object(balancer, "set", set_),
         ):
             self.assertEqual(self.run_until(path, balancer, FULL_BP + 1), "promoted")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import config as settings
 from tests.rollout_support import ON_REQUEST, REAL_PROCESSES, has_haproxy
-from utils import base_model
-from utils.canary import journal
 from utils.exceptions import ArtefactError
+from utils.models import sources
+from utils.rollout.edge import journal
 
 
 @unittest.skipUnless(os.environ.get(REAL_PROCESSES), ON_REQUEST)
@@ -26,13 +26,13 @@ class Demo(unittest.TestCase):
     def test_a_good_candidate_is_promoted_and_a_broken_one_rolled_back_by_its_answers_while_http_is_healthy(
         self,
     ) -> None:
-        from utils.canary import demo
+        from utils.rollout.edge import demo
 
         root = Path(tempfile.mkdtemp(prefix="ro-"))
         self.addCleanup(shutil.rmtree, root, ignore_errors=True)
         section = settings.smollm2_135m().base
         try:
-            base_model.fetch(section, root)
+            sources.fetch(section, root)
         except ArtefactError as error:
             self.skipTest(f"the embedded base model cannot be fetched here: {error}")
         found = demo.run(section, root, "")

@@ -5,22 +5,26 @@ Each demand is a function of the gate, so the same ones are run against "always 
 
 from __future__ import annotations
 
-import sys
 import unittest
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from utils.rollout.gate import Counts  # noqa: E402
-from utils.rollout.policy import UNITS, Policy, Step  # noqa: E402
-from utils.rollout.simulation import Gate, Outcome, Scenario, our_gate, ramp  # noqa: E402
+from utils.rollout.gate import Counts
+from utils.rollout.policy import (
+    UNITS,
+    Policy,
+    Step,
+)
+from utils.rollout.simulation import (
+    Gate,
+    Outcome,
+    Scenario,
+    our_gate,
+    ramp,
+)
 
 POLICY = Policy()
 RUNS = 2000

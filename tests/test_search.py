@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import math
-import sys
 import unittest
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from config import TrainSection  # noqa: E402
-from tests.support import ARCHITECTURES, document_text, expert_factors, random_factors, relative  # noqa: E402
-from utils import adapters, evaluation, frozen_lora, interference, probing, stages, toy  # noqa: E402
-from utils.composition import Factors, Recipe, compose  # noqa: E402
-from utils.composition.search import SURE, Choice, Keeping, Point, paired, pareto, search  # noqa: E402
-from utils.training_data import PackedDocuments, tokenise_pairs  # noqa: E402
+from config import TrainSection
+from tests.support import ARCHITECTURES, document_text, expert_factors, random_factors, relative
+from utils.adapters import (
+    inference_layers,
+    peft_model,
+)
+from utils.adapters.factors import Factors
+from utils.composition import (
+    dev_losses,
+    interference,
+)
+from utils.composition.methods import (
+    Recipe,
+    compose,
+)
+from utils.composition.search import (
+    SURE,
+    Choice,
+    Keeping,
+    Point,
+    paired,
+    pareto,
+    search,
+)
+from utils.data.batches import (
+    PackedDocuments,
+    tokenise_pairs,
+)
+from utils.inference import scoring
+from utils.models.architectures import toy
 
 ITEMS, DOCUMENTS, TOKENS = 60, 12, 5
 
@@ -218,7 +236,7 @@ class Search(unittest.TestCase):
             Point("sum", (1.0, 1.0), first, tokens, tuple(documents)),
             Point("sum", (0.5, 1.0), second, tokens, tuple(documents)),
         )
-        from utils.statistics import ratio_interval
+        from utils.evaluation.intervals import ratio_interval
 
         deltas = [a - b for a, b in zip(first, second, strict=True)]
         interval = ratio_interval(deltas, tokens, documents, resamples=20_000, seed=1)
@@ -231,7 +249,7 @@ class Search(unittest.TestCase):
 class ProbeOnAModel(unittest.TestCase):
     """Losses and derivatives on toys, against PEFT's layers and against differences."""
 
-    def probe(self, architecture: str, weights_size: float = 0.1) -> probing.Probe:
+    def probe(self, architecture: str, weights_size: float = 0.1) -> dev_losses.Probe:
         model, tokenizer = ARCHITECTURES[architecture]()
         targets = ("q_proj", "o_proj")
         self.parts: list[Factors] = [
@@ -244,7 +262,7 @@ class ProbeOnAModel(unittest.TestCase):
         ]
         from datasets import Dataset
 
-        from utils import chat
+        from utils.models import chat
 
         texts = [document_text(i) for i in range(3)]
         ids = chat.document_ids(tokenizer, texts)
@@ -255,13 +273,13 @@ class ProbeOnAModel(unittest.TestCase):
             ]
         )
         rows = TrainSection(sequence_tokens=256, batch_tokens=512, micro_batch_tokens=512)
-        pad = stages.pad_id(tokenizer)
+        pad = chat.pad_id(tokenizer)
         pairs, _ = tokenise_pairs(examples, tokenizer, "s", 400)
-        questions, _ = evaluation.questions(examples, tokenizer, "s", 400)
-        data = probing.DevData(
+        questions, _ = scoring.questions(examples, tokenizer, "s", 400)
+        data = dev_losses.DevData(
             questions, pairs, [e["document"] for e in examples], PackedDocuments(documents, rows, 0, pad), pad, 512
         )
-        return probing.Probe(model.eval().requires_grad_(False), self.parts, data)
+        return dev_losses.Probe(model.eval().requires_grad_(False), self.parts, data)
 
     def test_losses_at_any_weights_are_those_of_the_adapter_composed_at_these_weights(self) -> None:
         for architecture in ARCHITECTURES:
@@ -270,12 +288,12 @@ class ProbeOnAModel(unittest.TestCase):
                 found = probe.point(method, weights)
                 fresh = ARCHITECTURES[architecture]()[0].eval().requires_grad_(False)
                 if any(weights):
-                    fresh = adapters.add(fresh, "composed", compose(self.parts, Recipe(method, weights))).eval()
+                    fresh = peft_model.add(fresh, "composed", compose(self.parts, Recipe(method, weights))).eval()
                     fresh.requires_grad_(False)
                 data = probe.data
                 common = {"batch_tokens": 512, "device": torch.device("cpu"), "what": "x"}
-                items = evaluation.score_questions(fresh, data.questions, pad_id=data.pad_id, **common)
-                documents = evaluation.score_documents(fresh, data.documents, **common)
+                items = scoring.score_questions(fresh, data.questions, pad_id=data.pad_id, **common)
+                documents = scoring.score_documents(fresh, data.documents, **common)
                 for a, b in zip(found.answer_nlls, items, strict=True):
                     self.assertAlmostEqual(a, b.answer_nll + b.end_nll, places=3)
                 self.assertEqual(list(found.answer_tokens), [item.answer_tokens + 1 for item in items])
@@ -321,7 +339,7 @@ class ProbeOnAModel(unittest.TestCase):
     def test_activation_figures_are_those_of_the_dense_updates(self) -> None:
         probe = self.probe("llama")
         batches = probe.answer_batches()
-        frozen_lora.select(probe.model, {})
+        inference_layers.select(probe.model, {})
         inputs: dict[str, list[torch.Tensor]] = {}
         name = "model.layers.1.self_attn.q_proj"
         handle = probe.model.get_submodule(name).register_forward_hook(
@@ -351,9 +369,9 @@ class FrozenExperts(unittest.TestCase):
         ids = torch.arange(20)[None]
         with torch.no_grad():
             before = model(input_ids=ids, use_cache=False).logits
-            frozen_lora.attach(model, {"x": expert_factors(model, 2, 4.0, 1)})
+            inference_layers.attach(model, {"x": expert_factors(model, 2, 4.0, 1)})
             changed = model(input_ids=ids, use_cache=False).logits
-            frozen_lora.select(model, {})
+            inference_layers.select(model, {})
             after = model(input_ids=ids, use_cache=False).logits
         self.assertGreater(relative(changed, before), 0.1)
         self.assertLess(relative(after, before), 1e-6)

@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-import config as settings  # noqa: E402
-from tests.support import SECRETS, Workspace, temporary_directory, write_jsonl  # noqa: E402
-from tests.whole_pipeline import whole  # noqa: E402
-from utils import cli, logger, runs, secrets  # noqa: E402
-from utils.exceptions import ArtefactError, ConfigError, Problem  # noqa: E402
+import config as settings
+from tests.support import SECRETS, Workspace, temporary_directory, write_jsonl
+from tests.whole_pipeline import whole
+from utils import (
+    cli,
+    logger,
+    secrets,
+)
+from utils.artifacts import runs
+from utils.exceptions import (
+    ArtefactError,
+    ConfigError,
+    Problem,
+)
 
 HUB, PASSWORD = "hf_" + "Ab1" * 12, "p4ssw0rd-of-somebody"
 # what is looked for: values of the environment, of arguments, and the password out of its URL

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import unittest
 import warnings
 from collections.abc import Sequence
@@ -16,21 +15,40 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import peft
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MiniMaxM2ForCausalLM
 
-import peft  # noqa: E402
-import torch  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM, MiniMaxM2ForCausalLM  # noqa: E402
-
-from config import ATTENTION, LoraSection  # noqa: E402
-from tests import minimax_support  # noqa: E402
-from tests.support import expert_factors, random_factors, relative, temporary_directory  # noqa: E402
-from utils import adapter_files, adapters, base_model, cli, misloaded, preflight, stages, toy, watching  # noqa: E402
-from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, VerificationError  # noqa: E402
+from config import ATTENTION, LoraSection
+from tests import minimax_support
+from tests.support import expert_factors, random_factors, relative, temporary_directory
+from utils import (
+    cli,
+    logger,
+)
+from utils.adapters import (
+    adapter_files,
+    peft_model,
+)
+from utils.exceptions import (
+    ArtefactError,
+    ConfigError,
+    NonFiniteError,
+    VerificationError,
+)
+from utils.models import (
+    load_checks,
+    loading,
+    sources,
+)
+from utils.models.architectures import toy
+from utils.planning import preflight
+from utils.training import (
+    guards,
+    training_run,
+)
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 DOMAIN, TASK, BOTH = "domain", "task", ["domain", "task"]
@@ -43,7 +61,7 @@ WRONG = 0.1
 def setUpModule() -> None:
     unittest.enterModuleContext(warnings.catch_warnings())
     warnings.simplefilter("ignore")
-    unittest.enterModuleContext(base_model.quiet_transformers())
+    unittest.enterModuleContext(logger.quiet_transformers())
 
 
 def loaded_by_transformers(directory: Path) -> torch.nn.Module:
@@ -74,7 +92,7 @@ def two(*, experts: bool = False) -> PeftModel:
     factors = random_factors(model, ATTENTION, 2, 4, seed=1)
     if experts:
         factors |= expert_factors(model, 2, 4, seed=2)
-    return stages.new_adapter(adapters.add(model, DOMAIN, factors), TASK, LORA, 0, [DOMAIN])
+    return training_run.new_adapter(peft_model.add(model, DOMAIN, factors), TASK, LORA, 0, [DOMAIN])
 
 
 @torch.no_grad()
@@ -83,7 +101,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def trainable(model: torch.nn.Module) -> set[str]:
-    return set(adapters.trainable_parameters(model))
+    return set(peft_model.trainable_parameters(model))
 
 
 class Loading(unittest.TestCase):
@@ -103,30 +121,30 @@ class Loading(unittest.TestCase):
         self.assertEqual([len(m.model.rotary_emb.inv_freq) for m in (right, wrong)], [16, 32], "mended in transformers")
         self.assertGreater(relative(logits(wrong), logits(right)), WRONG)
         with self.assertRaisesRegex(ArtefactError, r"config\.json has no rotary_dim: whole heads would be rotated"):
-            base_model.fetch(minimax_support.section("bfloat16", source=str(directory)), directory.parent)
+            sources.fetch(minimax_support.section("bfloat16", source=str(directory)), directory.parent)
         # and once more after loading, whatever config.json says
-        (problem,) = misloaded._wrong_rotation(wrong, directory)
+        (problem,) = load_checks._wrong_rotation(wrong, directory)
         self.assertIn("64 of the 64 values of a head are rotated, its config.json says nothing", problem.what)
         wrong.config.rotary_dim = 32
-        (problem,) = misloaded._wrong_rotation(wrong, directory)
+        (problem,) = load_checks._wrong_rotation(wrong, directory)
         self.assertIn("64 of the 64 values of a head are rotated, its config.json says 32", problem.what)
-        self.assertEqual(misloaded.problems(base_model.load_model(*self.ours("bfloat16")), directory), [])
+        self.assertEqual(load_checks.problems(loading.load_model(*self.ours("bfloat16")), directory), [])
 
     def test_a_router_that_is_rounded_to_bfloat16_is_refused_and_ours_is_bit_equal_to_the_file(self) -> None:
         directory = minimax_support.checkpoint("bfloat16")
         wrong = loaded_by_transformers(directory)
         self.assertEqual(wrong.model.layers[0].mlp.gate.weight.dtype, torch.bfloat16, "mended in transformers")
-        told = "; ".join(str(problem) for problem in misloaded.problems(wrong, directory))
+        told = "; ".join(str(problem) for problem in load_checks.problems(wrong, directory))
         self.assertIn("4 router tensors were not loaded as float32", told)
         self.assertIn("model.layers.0.mlp.gate.weight torch.bfloat16", told)
         with (
-            mock.patch.object(base_model, "FLOAT32_ROUTER", set()),
+            mock.patch.object(loading, "FLOAT32_ROUTER", set()),
             self.assertRaisesRegex(ArtefactError, "router tensors were not loaded as float32"),
         ):
-            base_model.load_model(*self.ours("bfloat16"))
+            loading.load_model(*self.ours("bfloat16"))
         for kind in ("bfloat16", "fp8"):
             with self.subTest(kind):
-                right, directory = base_model.load_model(*self.ours(kind)), minimax_support.checkpoint(kind)
+                right, directory = loading.load_model(*self.ours(kind)), minimax_support.checkpoint(kind)
                 state = {n: t for p in directory.glob("*.safetensors") for n, t in load_file(p).items()}
                 for layer, module in enumerate(right.model.layers):
                     place = f"model.layers.{layer}.block_sparse_moe"
@@ -136,7 +154,7 @@ class Loading(unittest.TestCase):
                     self.assertTrue(bias.any())
                 # one buffer alone is seen too
                 right.model.layers[1].mlp.e_score_correction_bias.data = bias.bfloat16()
-                (problem,) = misloaded.problems(right, directory)
+                (problem,) = load_checks.problems(right, directory)
                 self.assertIn("1 router tensors", problem.what)
 
     def test_an_fp8_checkpoint_that_is_de_quantised_unasked_or_left_as_codes_is_refused(self) -> None:
@@ -144,10 +162,10 @@ class Loading(unittest.TestCase):
         unasked = loaded_by_transformers(directory)  # no GPU: transformers de-quantises, with a warning at most
         self.assertEqual(unasked.model.layers[0].self_attn.q_proj.weight.dtype, torch.bfloat16, "mended")
         with self.assertRaisesRegex(ArtefactError, "were to stay FP8, and transformers de-quantised them"):
-            base_model.load_model(*self.ours("fp8"), native_fp8=True)
+            loading.load_model(*self.ours("fp8"), native_fp8=True)
         with minimax_support.fp8_on_this_cpu():
             codes = loaded_by_transformers(directory)
-        told = " ".join(problem.what for problem in misloaded.problems(codes, directory))
+        told = " ".join(problem.what for problem in load_checks.problems(codes, directory))
         # four of attention and two of the experts in each of two layers
         self.assertIn("12 weights are FP8 codes and were to be de-quantised", told)
 
@@ -168,7 +186,7 @@ class Widened(unittest.TestCase):
             return real(model, settings, **names)
 
         with mock.patch("peft.get_peft_model", asked):
-            adapters.attach(fresh(), DOMAIN, LORA)
+            peft_model.attach(fresh(), DOMAIN, LORA)
 
     def test_all_linear_takes_the_experts_and_the_router_and_is_refused_three_times(self) -> None:
         wide = stock(target_modules="all-linear")
@@ -178,7 +196,7 @@ class Widened(unittest.TestCase):
         with self.assertRaisesRegex(ArtefactError, "PEFT adapted other modules than asked .*mlp.experts"):
             self.attach(target_modules="all-linear")
         config = cli.resolve(["--preset", "tiny_minimax_m2", "--domain.lora.rank=2"], {})
-        base = base_model.fetch(config.base, temporary_directory())
+        base = sources.fetch(config.base, temporary_directory())
         counted = sum(p.numel() for p in wide.parameters() if p.requires_grad)
         with self.assertRaisesRegex(ArtefactError, f"{counted:,} parameters are trainable, the domain adapter's"):
             preflight.check_trainable(wide, config, DOMAIN, base)
@@ -211,8 +229,8 @@ class Widened(unittest.TestCase):
             mock.patch("peft.get_peft_model", restricted),
             self.assertRaisesRegex(ArtefactError, r"PEFT adapted other modules than asked .*layers\.1\.mlp\.experts"),
         ):
-            adapters.add(fresh(), DOMAIN, wanted)
-        self.assertEqual(set(adapters.factors_of(adapters.add(fresh(), DOMAIN, wanted), DOMAIN)), set(wanted))
+            peft_model.add(fresh(), DOMAIN, wanted)
+        self.assertEqual(set(peft_model.factors_of(peft_model.add(fresh(), DOMAIN, wanted), DOMAIN)), set(wanted))
         # such an adapter of another tool is read as what PEFT trained: the experts of both layers
         with torch.no_grad():
             for name, parameter in wide.named_parameters():
@@ -221,8 +239,8 @@ class Widened(unittest.TestCase):
         directory = temporary_directory()
         wide.save_pretrained(directory)
         config = cli.resolve(["--preset", "tiny_minimax_m2"], {})
-        base = base_model.fetch(config.base, temporary_directory())
-        read = adapters.add(fresh(), DOMAIN, adapter_files.load(directory, base))
+        base = sources.fetch(config.base, temporary_directory())
+        read = peft_model.add(fresh(), DOMAIN, adapter_files.load(directory, base))
         self.assertLess(relative(logits(read), logits(wide)), 1e-5)
 
 
@@ -231,7 +249,7 @@ class Untrained(unittest.TestCase):
 
     def gradients(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         model(IDS, labels=IDS, use_cache=False).loss.backward()
-        return adapters.trainable_parameters(model)
+        return peft_model.trainable_parameters(model)
 
     def test_adapters_on_fp8_experts_get_no_gradient_and_are_refused_before_and_after(self) -> None:
         with minimax_support.fp8_on_this_cpu():
@@ -241,33 +259,33 @@ class Untrained(unittest.TestCase):
             self.assertEqual(without, {name for name in wrong if ".experts." in name}, "mended in PEFT or transformers")
             self.assertTrue(without)
             with self.assertRaises(NonFiniteError) as caught:
-                watching.refuse_without_gradient(wrong)
+                guards.refuse_without_gradient(wrong)
             # A and B of two parameters in two layers, of the 8 x 4 + 8 tensors
             self.assertIn("8 of 24 tensors are trainable and got no gradient", str(caught.exception))
             self.assertIn("layers.0.mlp.experts.base_layer.lora_A", str(caught.exception))
             # ours is refused before that, by what is there and by the settings
             for name, refused in (
-                ("attach", lambda m: adapters.attach(m, TASK, LORA.model_copy(update={"experts": True}))),
-                ("add", lambda m: adapters.add(m, DOMAIN, expert_factors(m, 2, 4, seed=1))),
+                ("attach", lambda m: peft_model.attach(m, TASK, LORA.model_copy(update={"experts": True}))),
+                ("add", lambda m: peft_model.add(m, DOMAIN, expert_factors(m, 2, 4, seed=1))),
             ):
                 with self.subTest(name), self.assertRaisesRegex(ArtefactError, "FP8 experts would be silently wrong"):
                     refused(minimax_support.load_native_fp8())
             with self.subTest("attention alone"):
-                right = self.gradients(stages.new_adapter(minimax_support.load_native_fp8(), TASK, LORA, 0))
+                right = self.gradients(training_run.new_adapter(minimax_support.load_native_fp8(), TASK, LORA, 0))
                 self.assertEqual(len(right), 2 * 4 * 2)
-                watching.refuse_without_gradient(right)
+                guards.refuse_without_gradient(right)
         found = refused_by_config("--base.fp8=native", "--base.dtype=bfloat16", "--task.lora.experts=true")
         self.assertIn("task.lora.experts with base.fp8 native", found)
 
     def test_a_dead_or_infinite_gradient_is_named(self) -> None:
         model = two(experts=True)
         found = self.gradients(model)
-        watching.refuse_without_gradient(found)
+        guards.refuse_without_gradient(found)
         name = next(name for name in found if "lora_B" in name)
         for value, said in ((0.0, "1 of 16 tensors are a B whose gradient is all zero"), (float("nan"), "with NaN")):
             found[name].grad.fill_(value)
             with self.assertRaises(NonFiniteError) as caught:
-                watching.refuse_without_gradient(found)
+                guards.refuse_without_gradient(found)
             self.assertIn(said, str(caught.exception))
             self.assertIn(name, str(caught.exception))
 
@@ -277,13 +295,13 @@ class State(unittest.TestCase):
 
     def refused(self, model: PeftModel, active: Sequence[str] = BOTH) -> str:
         with self.assertRaises(VerificationError) as caught:
-            adapters.refuse_other_state(model, active, trainable=TASK)
+            peft_model.refuse_other_state(model, active, trainable=TASK)
         return str(caught.exception)
 
     def test_switching_both_on_trains_the_domain_adapter_and_is_refused(self) -> None:
         model = two()
-        adapters.refuse_other_state(model, BOTH, trainable=TASK)
-        before = watching.frozen_adapters(model)
+        peft_model.refuse_other_state(model, BOTH, trainable=TASK)
+        before = guards.frozen_adapters(model)
         own = trainable(model)
         model.base_model.set_adapter(BOTH)
         accident = trainable(model) - own
@@ -292,12 +310,12 @@ class State(unittest.TestCase):
         self.assertIn(f"{len(accident)} tensors are trained beside the task adapter", found)
         self.assertIn(min(accident), found)
         # and were it trained all the same, the digest that is compared before anything is published has changed
-        optimizer = torch.optim.AdamW(adapters.trainable_parameters(model).values(), lr=0.1)
+        optimizer = torch.optim.AdamW(peft_model.trainable_parameters(model).values(), lr=0.1)
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         optimizer.step()
-        adapters.activate(model, BOTH, trainable=TASK)
+        peft_model.activate(model, BOTH, trainable=TASK)
         with self.assertRaisesRegex(VerificationError, "the frozen adapter below it changed"):
-            watching.refuse_changed(before, watching.frozen_adapters(model), "task adapter")
+            guards.refuse_changed(before, guards.frozen_adapters(model), "task adapter")
 
     def test_an_adapter_that_is_switched_off_merged_or_missing_is_refused(self) -> None:
         model = two()
@@ -305,14 +323,14 @@ class State(unittest.TestCase):
         model.set_adapter(TASK)  # PEFT's own way to choose what is trained
         self.assertGreater(relative(logits(model), with_both), WRONG, "PEFT no longer switches the other one off")
         self.assertIn("domain is off and should not be, in 8 modules", self.refused(model))
-        adapters.refuse_other_state(model, [TASK], trainable=TASK)
+        peft_model.refuse_other_state(model, [TASK], trainable=TASK)
         model = two()
         model.merge_adapter([DOMAIN])
         self.assertIn("domain is merged into the weights, in 8 modules", self.refused(model))
         model = two()
         model.base_model.disable_adapter_layers()
         self.assertIn("task is off and should not be", self.refused(model))
-        alone = stages.new_adapter(fresh(), TASK, LORA, 0)
+        alone = training_run.new_adapter(fresh(), TASK, LORA, 0)
         self.assertIn("the model does not carry the adapter domain", self.refused(alone))
         frozen = two()
         frozen.requires_grad_(False)
@@ -345,11 +363,11 @@ class State(unittest.TestCase):
         ):
             with self.subTest(order=order):
                 root, model = temporary_directory(), two()
-                adapters.activate(model, order, trainable=TASK)
+                peft_model.activate(model, order, trainable=TASK)
                 trained(model, root, 1, resumes=False)
-                adapters.refuse_other_state(model, BOTH, trainable=TASK)
+                peft_model.refuse_other_state(model, BOTH, trainable=TASK)
                 again = two()
-                adapters.activate(again, order, trainable=TASK)
+                peft_model.activate(again, order, trainable=TASK)
                 trained(again, root, 2, resumes=True)
                 self.assertEqual(len(again.active_adapters), 1, "transformers no longer drops one of two adapters")
                 found = self.refused(again)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 import unittest
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from utils.statistics import Interval, ratio_interval  # noqa: E402
+from utils.evaluation.intervals import (
+    Interval,
+    ratio_interval,
+)
 
 
 def interval(top: np.ndarray, bottom: np.ndarray, clusters: np.ndarray, resamples: int = 2000) -> Interval:

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import unittest
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,15 +15,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from safetensors.torch import load_file, save_file
 
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from config import BaseModelSection, Config, RolloutSection  # noqa: E402
-from tests.support import (  # noqa: E402
+from config import BaseModelSection, Config, RolloutSection
+from tests.support import (
     PRESET,
     Completed,
     Script,
@@ -36,17 +31,32 @@ from tests.support import (  # noqa: E402
     temporary_directory,
     write_jsonl,
 )
-from tests.whole_pipeline import Whole, whole  # noqa: E402
-from utils import adapter_settings, base_model, chat, checkpoints, cli, files, lineage, prepared  # noqa: E402
-from utils.base_model import BaseModel  # noqa: E402
-from utils.canary import sides  # noqa: E402
-from utils.corpus import extraction, tables  # noqa: E402
-from utils.corpus.documents import read_documents  # noqa: E402
-from utils.corpus.task_examples import read_task_examples  # noqa: E402
-from utils.exceptions import PipelineError  # noqa: E402
-from utils.prepared import Prepared  # noqa: E402
+from tests.whole_pipeline import Whole, whole
+from utils import cli
+from utils.adapters import (
+    adapter_config,
+    find,
+)
+from utils.artifacts import files
+from utils.data import (
+    extraction,
+    prepared,
+    tables,
+)
+from utils.data.documents import read_documents
+from utils.data.examples import read_task_examples
+from utils.data.prepared import Prepared
+from utils.exceptions import PipelineError
+from utils.models import (
+    chat,
+    loading,
+    sources,
+)
+from utils.models.base_model import BaseModel
+from utils.rollout.edge import sides
+from utils.training import checkpoints
 
-CONFIG, WEIGHTS = adapter_settings.CONFIG, adapter_settings.WEIGHTS
+CONFIG, WEIGHTS = adapter_config.CONFIG, adapter_config.WEIGHTS
 COMMIT = "a" * 40
 DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
     "truncated": lambda content, other: content[: len(content) // 2],
@@ -113,23 +123,23 @@ class Files(Tampering):
         for kind, other in (("domain", "task"), ("composed", "domain")):
             for _, path in self.each_damage(copy[kind], copy[other]):
                 with self.refused(named(path)):
-                    lineage.any_run(config_for(copy), base, copy[kind], flag="--domain_adapter")
-        self.assertEqual(lineage.any_run(config_for(copy), base, copy["domain"], flag="").manifest["kind"], "domain")
+                    find.any_run(config_for(copy), base, copy[kind], flag="--domain_adapter")
+        self.assertEqual(find.any_run(config_for(copy), base, copy["domain"], flag="").manifest["kind"], "domain")
 
     def test_of_a_merged_model_also_when_its_digest_is_remembered_and_the_file_has_the_same_size_and_time(self) -> None:
         copy = whole()[0].copy()
         section = BaseModelSection(source=str(copy["merged"]))
-        fetched = base_model.fetch(section, copy.roots[1])
+        fetched = sources.fetch(section, copy.roots[1])
         for _, path in self.each_damage(copy["merged"], copy["base"]):
             with self.refused(named(path)):
-                base_model.fetch(section, copy.roots[1])
-        self.assertEqual(base_model.fetch(section, copy.roots[1]), fetched)
+                sources.fetch(section, copy.roots[1])
+        self.assertEqual(sources.fetch(section, copy.roots[1]), fetched)
 
     def test_of_prepared_data(self) -> None:
         copy = whole()[0].copy()
         for _, path in self.each_damage(copy["prepared"], copy["domain"]):
             with self.refused(named(path)):
-                lineage.prepared_run(config_for(copy, "--inputs.prepared", str(copy["prepared"])), toy_base())
+                find.prepared_run(config_for(copy, "--inputs.prepared", str(copy["prepared"])), toy_base())
 
     def test_a_whole_checkpoint_of_another_run_or_step_is_not_gone_on_from(self) -> None:
         mine, theirs = (temporary_directory() / name for name in ("mine", "theirs"))
@@ -179,12 +189,12 @@ class OtherBase(Tampering):
             for config in (pinned, newest):
                 with self.subTest(name):
                     with self.refused(reason):
-                        lineage.domain_run(config, base)  # what the task adapter is trained on
+                        find.domain_run(config, base)  # what the task adapter is trained on
                     with self.refused(reason):
-                        lineage.adapter_runs(config, base)  # what is composed and merged
+                        find.adapter_runs(config, base)  # what is composed and merged
             if name.startswith("tokenizer"):
                 with self.subTest(name), self.refused("prepared with another tokenizer"):
-                    lineage.prepared_run(newest, base)
+                    find.prepared_run(newest, base)
 
     def test_the_scripts_refuse_it_and_write_nothing(self) -> None:
         copy = whole()[0].copy()
@@ -213,7 +223,7 @@ class OurAdapter(Tampering):
             path = copy["domain"] / "adapter" / CONFIG
             files.write_json(path, {**files.read_json(path), **change})
             with self.subTest(change), self.refused(path, "restore"):
-                lineage.adapter_runs(config_for(copy), toy_base())
+                find.adapter_runs(config_for(copy), toy_base())
 
     def test_a_link_out_of_a_run_is_refused(self) -> None:
         copy = whole()[0].copy()
@@ -221,7 +231,7 @@ class OurAdapter(Tampering):
         shutil.move(copy["domain"] / "adapter", outside)
         (copy["domain"] / "adapter").symlink_to(outside)
         with self.refused("leads out of"):
-            lineage.adapter_runs(config_for(copy), toy_base())
+            find.adapter_runs(config_for(copy), toy_base())
 
     def test_merged_weights_with_a_leftover_adapter_are_refused_where_they_are_served_and_adapted(self) -> None:
         copy = whole()[0].copy()
@@ -232,7 +242,7 @@ class OurAdapter(Tampering):
                 str(copy["merged"]), "", slots=copy.root, slot="canary", known=None, section=RolloutSection()
             )
         with self.refused(CONFIG, "remove it: a base model has none"):
-            base_model.fetch(BaseModelSection(source=str(copy["merged"])), copy.roots[1])
+            sources.fetch(BaseModelSection(source=str(copy["merged"])), copy.roots[1])
         done = forked(
             "inference", "--preset", PRESET, *copy.flags, "--merge_path", str(copy["merged"]), "--weights=1,0.5"
         )
@@ -249,7 +259,7 @@ class ForeignAdapter(Tampering):
         return directory
 
     def use(self, directory: Path) -> None:
-        lineage.foreign_run(config_for(whole()[0]), toy_base(), "domain", directory)
+        find.foreign_run(config_for(whole()[0]), toy_base(), "domain", directory)
 
     def test_settings_that_do_not_fit_the_factors_are_refused(self) -> None:
         for settings, parts in (
@@ -310,7 +320,7 @@ class ForeignAdapter(Tampering):
         for settings in ({"target_modules": endless}, {"rank_pattern": {endless: 4}}, {"alpha_pattern": {endless: 4}}):
             with (
                 self.subTest(settings),
-                mock.patch.object(adapter_settings, "PATIENCE_S", 0.3),
+                mock.patch.object(adapter_config, "PATIENCE_S", 0.3),
                 self.refused("longer than 0.3 s"),
             ):
                 self.use(self.foreign(**settings))
@@ -348,7 +358,7 @@ class Pickles(Tampering):
             (directory / name).write_bytes(self.payload)
             with self.subTest(name), self.refused(directory):
                 base = fetched(directory)
-                base_model.load_model(base, BaseModelSection(source=str(directory), dtype="float32"))
+                loading.load_model(base, BaseModelSection(source=str(directory), dtype="float32"))
 
     def test_in_a_checkpoint_whose_manifest_was_forged_for_it(self) -> None:
         root = temporary_directory() / "checkpoints"
@@ -395,11 +405,11 @@ class ModelDirectory(Tampering):
         auto_map = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
         self.change("config.json", auto_map=auto_map)
         self.change("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
-        base_model.load_model(fetched(self.directory), section)
-        base_model.load_tokenizer(self.directory)
+        loading.load_model(fetched(self.directory), section)
+        chat.load_tokenizer(self.directory)
         self.change("config.json", model_type="evil")
         with self.refused(self.directory):
-            base_model.load_model(fetched(self.directory), section)
+            loading.load_model(fetched(self.directory), section)
         self.assertFalse(victim.exists())
 
     def test_paths_that_lead_out_are_refused(self) -> None:
@@ -426,20 +436,18 @@ class ModelDirectory(Tampering):
         del state[lost]
         save_file(state, self.directory / "model.safetensors", metadata={"format": "pt"})
         with self.refused("lack 1 tensors", lost):
-            base_model.load_model(
-                fetched(self.directory), BaseModelSection(source=str(self.directory), dtype="float32")
-            )
+            loading.load_model(fetched(self.directory), BaseModelSection(source=str(self.directory), dtype="float32"))
 
     def test_a_model_built_here_and_changed_since_is_refused_before_it_is_used(self) -> None:
         copy = whole()[0].copy()
         section = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
-        base_model.fetch(section, copy.roots[1])
+        sources.fetch(section, copy.roots[1])
         path = copy["base"] / "model.safetensors"
         stat = path.stat()
         path.write_bytes(flipped(path.read_bytes()))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         with self.refused("model.safetensors was changed after it was written"):
-            base_model.fetch(section, copy.roots[1])
+            sources.fetch(section, copy.roots[1])
 
 
 class Data(Tampering):
@@ -514,7 +522,7 @@ class Data(Tampering):
         self.assertEqual(sorted(found), sorted(row["question"].strip() for row in rows))
 
     def test_many_long_documents_are_tokenised_in_groups_and_give_the_same_ids(self) -> None:
-        tokenizer = base_model.load_tokenizer(whole()[0]["base"])
+        tokenizer = chat.load_tokenizer(whole()[0]["base"])
         texts = [f"document {i} " * (i + 1) for i in range(30)]
         grouped = [ids for group in prepared._groups(texts, 200) for ids in chat.document_ids(tokenizer, group)]
         self.assertEqual(grouped, chat.document_ids(tokenizer, texts))
@@ -582,13 +590,13 @@ def config_for(place: Whole, *more: str) -> Config:
 
 
 def fetched(directory: Path) -> BaseModel:
-    return base_model.fetch(BaseModelSection(source=str(directory), dtype="float32"), directory.parent / "models")
+    return sources.fetch(BaseModelSection(source=str(directory), dtype="float32"), directory.parent / "models")
 
 
 @functools.cache
 def toy_base() -> BaseModel:
     section = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
-    return base_model.fetch(section, whole()[0].roots[1])
+    return sources.fetch(section, whole()[0].roots[1])
 
 
 def listed(root: Path) -> list[tuple[str, str]]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.test_corpus import hub_dataset  # noqa: E402
-from utils.corpus.splits import leaks, split_by_document  # noqa: E402
-from utils.corpus.task_examples import read_task_examples  # noqa: E402
-from utils.exceptions import DataError  # noqa: E402
+from tests.test_corpus import hub_dataset
+from utils.data.examples import read_task_examples
+from utils.data.splits import (
+    leaks,
+    split_by_document,
+)
+from utils.exceptions import DataError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

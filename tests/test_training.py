@@ -8,27 +8,27 @@ import math
 import random
 import shutil
 import signal
-import sys
 import time
 import unittest
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from config import TrainSection  # noqa: E402
-from tests.support import Completed, Script, Workspace, last_json, temporary_directory, write_jsonl  # noqa: E402
-from utils import adapter_files, adapters, base_model, files  # noqa: E402
-from utils.evaluation import score_documents  # noqa: E402
-from utils.prepared import Prepared  # noqa: E402
-from utils.training import learning_rate  # noqa: E402
-from utils.training_data import PackedDocuments  # noqa: E402
+from config import TrainSection
+from tests.support import Completed, Script, Workspace, last_json, temporary_directory, write_jsonl
+from utils import logger
+from utils.adapters import (
+    adapter_files,
+    peft_model,
+)
+from utils.artifacts import files
+from utils.data.batches import PackedDocuments
+from utils.data.prepared import Prepared
+from utils.inference.scoring import score_documents
+from utils.training.training_loop import learning_rate
 
 SETTINGS = {
     "epochs": 2,
@@ -230,13 +230,13 @@ class Numbers(Runs):
             self.assertEqual(measured["kept_step"], best if keep == "best" else measured["steps"])
             data = Prepared(Path(manifest["parents"][0]["path"])).documents("dev_documents")
             packed = PackedDocuments(data, TrainSection(**SETTINGS, sequence_tokens=128), 0, 0)
-            model = adapters.add(self.base(), "domain", adapter_files.load(Path(result["adapter"]))).eval()
+            model = peft_model.add(self.base(), "domain", adapter_files.load(Path(result["adapter"]))).eval()
             scores = score_documents(model, packed, batch_tokens=128, device=torch.device("cpu"), what="dev")
             found = sum(score.nll for score in scores) / sum(score.tokens for score in scores)
             self.assertAlmostEqual(found / dev_losses[measured["kept_step"]], 1.0, places=5)
 
     def base(self) -> torch.nn.Module:
-        with base_model.quiet_transformers():
+        with logger.quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(self.place.models / "base" / "tiny-minimax-m2")
         return model.requires_grad_(False).eval()
 

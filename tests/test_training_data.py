@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import random
-import sys
 import unittest
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from config import TrainSection  # noqa: E402
-from tests.support import ARCHITECTURES, toy  # noqa: E402
-from utils.exceptions import DataError  # noqa: E402
-from utils.losses import NextTokenLoss  # noqa: E402
-from utils.training_data import (  # noqa: E402
-    IGNORED,
+from config import TrainSection
+from tests.support import ARCHITECTURES, toy
+from utils.data.batches import (
     BucketedPairs,
     PackedDocuments,
     Pair,
@@ -33,6 +24,11 @@ from utils.training_data import (  # noqa: E402
     group,
     pack,
     tokenise_pairs,
+)
+from utils.exceptions import DataError
+from utils.models.losses import (
+    IGNORED,
+    NextTokenLoss,
 )
 
 ROW = 32

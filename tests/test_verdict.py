@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
-import sys
 import unittest
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from utils import verdict  # noqa: E402
-from utils.statistics import MIN_CLUSTERS, holm, ratio_interval  # noqa: E402
-from utils.verdict import Scores, Verdict, judge  # noqa: E402
+from utils.evaluation import verdict
+from utils.evaluation.intervals import (
+    MIN_CLUSTERS,
+    holm,
+    ratio_interval,
+)
+from utils.evaluation.verdict import (
+    Scores,
+    Verdict,
+    judge,
+)
 
 MARGIN = 0.05
 DOCUMENTS = 20

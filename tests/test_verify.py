@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from tests.support import forked, last_json, run_script, saved_model, temporary_directory  # noqa: E402
-from tests.whole_pipeline import Whole, whole  # noqa: E402
-from utils import adapter_files, checkpoints, files, manifests, verification  # noqa: E402
-from utils.verification import Verdict  # noqa: E402
+from tests.support import forked, last_json, run_script, saved_model, temporary_directory
+from tests.whole_pipeline import Whole, whole
+from utils.adapters import adapter_files
+from utils.artifacts import (
+    files,
+    manifests,
+)
+from utils.export import verification
+from utils.export.verification import Verdict
+from utils.training import checkpoints
 
 ADAPTER = "adapter/adapter_model.safetensors"
 FILES = {

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import ATTENTION, LoraSection
-from utils import known_models, plan_report, planning
 from utils.exceptions import ConfigError, Problem
-from utils.planning import GIB, Dtype, ModelSizes, Step
+from utils.models.architectures import minimax_m2
+from utils.models.model_shapes import GIB, Dtype, ModelSizes
+from utils.planning import estimates, plan_report
+from utils.planning.estimates import Step
 
 # of the memory that is free, what a prediction may take: the rest is for what no arithmetic knows
 ROOM = 0.92
@@ -31,7 +33,7 @@ class Scale:
 
 
 def _shape(**changed: Any) -> dict[str, Any]:
-    return {key: value for key, value in known_models.MINIMAX_M2.items() if key != "quantization_config"} | changed
+    return {key: value for key, value in minimax_m2.MINIMAX_M2.items() if key != "quantization_config"} | changed
 
 
 REAL = Scale(
@@ -81,10 +83,10 @@ def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
     layer are gathered once forward and once backward, either hidden behind the arithmetic or not at all.
     """
     whole, one = sizes(REAL, REAL.moe["num_hidden_layers"]), step(REAL, REAL.attention, "bfloat16")
-    flops = planning.flops_per_token(whole, row_tokens=one.row_tokens, checkpointing=True)
+    flops = estimates.flops_per_token(whole, row_tokens=one.row_tokens, checkpointing=True)
     seconds = one.tokens * flops / (found["hardware_utilisation"] * tflops * 1e12)
-    gathering = 2 * planning.weight_bytes(whole, "bfloat16") * (GPUS - 1) / GPUS / LINK_BYTES_PER_SECOND
-    memory = [planning.training_memory(whole, one, shards=GPUS, careful=careful).total for careful in (False, True)]
+    gathering = 2 * estimates.weight_bytes(whole, "bfloat16") * (GPUS - 1) / GPUS / LINK_BYTES_PER_SECOND
+    memory = [estimates.training_memory(whole, one, shards=GPUS, careful=careful).total for careful in (False, True)]
     return {
         "gpus": GPUS,
         "layers": whole.num_layers,
@@ -101,7 +103,7 @@ def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
 
 def sizes(scale: Scale, layers: int) -> ModelSizes:
     """MiniMax-M2's shapes with so many layers."""
-    return known_models.minimax_m2({**scale.moe, "num_hidden_layers": layers})
+    return minimax_m2.minimax_m2({**scale.moe, "num_hidden_layers": layers})
 
 
 def step(scale: Scale, lora: LoraSection, base: Dtype) -> Step:
@@ -110,6 +112,6 @@ def step(scale: Scale, lora: LoraSection, base: Dtype) -> Step:
     return Step(base, plan_report.adapter(lora), tokens, tokens, packed=True, checkpointing=True)
 
 
-def predicted(scale: Scale, layers: int, lora: LoraSection, base: Dtype, *, careful: bool = False) -> planning.Memory:
+def predicted(scale: Scale, layers: int, lora: LoraSection, base: Dtype, *, careful: bool = False) -> estimates.Memory:
     """What such a step takes of one GPU."""
-    return planning.training_memory(sizes(scale, layers), step(scale, lora, base), careful=careful)
+    return estimates.training_memory(sizes(scale, layers), step(scale, lora, base), careful=careful)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from config import Config, LoraSection
-from utils import base_model, composing, lineage
-from utils.base_model import BaseModel
-from utils.composition import ModuleFactors
+from utils.adapters import find
+from utils.adapters.factors import ModuleFactors
+from utils.artifacts.runs import Run
+from utils.composition import composed_adapter
+from utils.data.prepared import Prepared
 from utils.exceptions import ArtefactError
 from utils.logger import event, warning
-from utils.prepared import Prepared
-from utils.runs import Run
+from utils.models import chat
+from utils.models.base_model import BaseModel
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,12 @@ class TokenStream:
 def token_stream(config: Config, base: BaseModel, count: int) -> TokenStream:
     """`count` tokens of the newest prepared corpus, repeated when it is shorter; random ids when there is none."""
     try:
-        run = lineage.prepared_run(config, base)
+        run = find.prepared_run(config, base)
         documents = Prepared(run.directory).documents("corpus").select_columns("input_ids")
     except ArtefactError:
         event("no prepared documents for this base model: random token ids")
         generator = torch.Generator().manual_seed(config.run.seed)
-        vocabulary = len(base_model.load_tokenizer(base.directory))
+        vocabulary = len(chat.load_tokenizer(base.directory))
         return TokenStream(torch.randint(0, vocabulary, (count,), generator=generator), torch.arange(count), "random")
     pieces: list[torch.Tensor] = []
     total = number = 0
@@ -48,7 +50,7 @@ def token_stream(config: Config, base: BaseModel, count: int) -> TokenStream:
 def adapter_runs(config: Config, base: BaseModel) -> tuple[Run, Run] | None:
     """The domain and task run that would be served together, or None."""
     try:
-        domain, task = lineage.pair(config, base)
+        domain, task = find.pair(config, base)
     except ArtefactError:
         domain, task = None, None
     if domain is None or task is None:
@@ -63,8 +65,8 @@ def adapter_pair(
     """The factors of both runs with the weights that are used folded into the scale, or random ones."""
     if runs is None:
         return random_factors(model, config.domain.lora, seed=1), random_factors(model, config.task.lora, seed=2)
-    found = composing.composition(config, base)
-    domain, task = composing.weighted_parts(found)
+    found = composed_adapter.composition(config, base)
+    domain, task = composed_adapter.weighted_parts(found)
     return domain, task
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.composition.factors import Factors, zero_modules
+from utils.adapters.factors import Factors, zero_modules
 from utils.composition.methods import METHODS, Recipe, compose, relative_errors
 
 # float32 rounding of a sum of a few rank-r products, with room

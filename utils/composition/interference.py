@@ -1,65 +1,94 @@
-"""Where two adapters collide, from their factors alone: explains, never decides.
+"""Where two adapters collide on a model: per layer how much each moves it and what that does to each loss.
 
-Per module: how large each update is beside the other, the angle between them, how far their input and output subspaces
-overlap, and how much of the smaller update meets the opposite sign in the larger one.
+The headline is the derivative of each loss in each adapter's weight at the weights that are used: a positive derivative
+of the answer loss in the domain's weight says that more of the domain would hurt the task there. It explains and never
+decides; a search decides.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from utils.composition.factors import Factors, ModuleFactors, delta, inner, norm
+from utils.adapters.factors import Factors, norm
+from utils.composition.collisions import collisions
+from utils.composition.dev_losses import Probe
+from utils.composition.methods import Recipe, weights_at
+from utils.models.weights.tensor_names import layer_of
 
-# entries are compared on this many experts of a fused parameter: all of them would be the dense updates of a layer
-SAMPLED_EXPERTS = 4
-
-
-@dataclass(frozen=True)
-class Collision:
-    """Two updates D and T of one module."""
-
-    norm_ratio: float
-    """||D|| / ||T|| (Frobenius)."""
-    cosine: float
-    """<D, T> / (||D|| ||T||)."""
-    input_overlap: float
-    """Share of the smaller input subspace that lies in the other: mean squared cosine of the principal angles."""
-    output_overlap: float
-    """The same for the output subspaces."""
-    sign_conflict: float
-    """Share of the smaller update's mass, entry by entry, that meets the opposite sign."""
+FIRST, SECOND = 0, 1
 
 
-def collisions(first: Factors, second: Factors) -> dict[str, Collision]:
-    """Every module that both adapters change."""
-    return {name: _collision(first[name], second[name]) for name in first if name in second}
+def explain(probe: Probe, recipe: Recipe) -> dict[str, Any]:
+    """Per layer and per module figures about the first two adapters, as plain values. Missing data is left out."""
+    parts, layers = probe.parts, probe.layers
+    weights_kL = torch.tensor(
+        [weights_at(f"model.layers.{layer}.x", recipe, len(parts), layers) for layer in range(layers)]
+    ).T
+    found: dict[str, Any] = {"layers": layers, "adapters": ["domain", "task"], "derivatives": {}}
+    answers, documents = probe.answer_batches(), probe.document_batches()
+    for name, batches in (("answer", answers), ("domain", documents)):
+        if batches:
+            loss, gradient_kL = probe.gradient(weights_kL, batches)
+            found["derivatives"][name] = {"loss": loss, "per_layer": gradient_kL[:2].tolist()}
+    modules: dict[str, dict[str, float]] = {
+        name: asdict(collision) for name, collision in collisions(parts[FIRST], parts[SECOND]).items()
+    }
+    if answers:
+        for name, overlap in probe.overlaps(FIRST, SECOND, answers).items():
+            modules.setdefault(name, {}).update({f"activation_{key}": value for key, value in overlap.items()})
+    found["modules"] = modules
+    found["per_layer"] = {
+        "first_norm": _per_layer(parts[FIRST], layers, norm),
+        "second_norm": _per_layer(parts[SECOND], layers, norm),
+        **{
+            key: [
+                _mean([m[key] for name, m in modules.items() if layer_of(name) == layer and key in m])
+                for layer in range(layers)
+            ]
+            for key in sorted({key for m in modules.values() for key in m})
+        },
+    }
+    return found
 
 
-def _collision(d: ModuleFactors, t: ModuleFactors) -> Collision:
-    size_d, size_t = norm(d), norm(t)
-    dot = inner(d, t)
-    return Collision(
-        norm_ratio=size_d / size_t if size_t else float("inf"),
-        cosine=dot / (size_d * size_t) if size_d and size_t else 0.0,
-        input_overlap=_overlap(d.a_rI.mT, t.a_rI.mT),
-        output_overlap=_overlap(d.b_Or, t.b_Or),
-        sign_conflict=_sign_conflict(d, t),
-    )
+def lines(found: dict[str, Any]) -> list[str]:
+    """The figures for a terminal: totals, then the layers that stand out."""
+    text = []
+    for loss, derivative in found["derivatives"].items():
+        totals = [sum(row) for row in derivative["per_layer"]]
+        pairs = zip(found["adapters"], totals, strict=True)
+        shown = ", ".join(f"{name} {total:+.3f}" for name, total in pairs)
+        text.append(f"  derivative of the {loss} loss ({derivative['loss']:.3f} per token) in the weight of: {shown}")
+    answer = found["derivatives"].get("answer")
+    if answer:
+        worst = sorted(range(found["layers"]), key=lambda layer: -answer["per_layer"][FIRST][layer])[:3]
+        where = ", ".join(f"{layer} ({answer['per_layer'][FIRST][layer]:+.3f})" for layer in worst)
+        text.append(f"  layers where more of the domain would hurt the answers most: {where}")
+    per_layer = found["per_layer"]
+    for key, what in (
+        ("activation_cosine", "cosine of the two changes on task inputs"),
+        ("cosine", "cosine of the two updates"),
+        ("input_overlap", "overlap of their input subspaces"),
+        ("sign_conflict", "share of the smaller update under the opposite sign"),
+    ):
+        values = [v for v in per_layer.get(key, []) if v is not None]
+        if values:
+            text.append(f"  {what}: {sum(values) / len(values):.3f} (layers {min(values):.3f} to {max(values):.3f})")
+    return text
 
 
-def _overlap(first: torch.Tensor, second: torch.Tensor) -> float:
-    """||Q_1^T Q_2||_F^2 / min(r_1, r_2), averaged over experts; 0 orthogonal, 1 contained."""
-    q_1, q_2 = torch.linalg.qr(first.float())[0], torch.linalg.qr(second.float())[0]
-    shared = (q_1.mT @ q_2).square().sum((-2, -1)) / min(q_1.shape[-1], q_2.shape[-1])
-    return float(shared.mean())
+def _per_layer(factors: Factors, layers: int, size: Callable[[Any], float]) -> list[float]:
+    """Root of the summed squares of a layer's modules."""
+    sums = [0.0] * layers
+    for name, f in factors.items():
+        if (layer := layer_of(name)) is not None:
+            sums[layer] += size(f) ** 2
+    return [total**0.5 for total in sums]
 
 
-def _sign_conflict(d: ModuleFactors, t: ModuleFactors) -> float:
-    if d.is_experts:
-        d, t = (ModuleFactors(f.a_rI[:SAMPLED_EXPERTS], f.b_Or[:SAMPLED_EXPERTS], f.scale) for f in (d, t))
-    update_d, update_t = delta(d), delta(t)
-    smaller = torch.minimum(update_d.abs(), update_t.abs())
-    total = float(smaller.sum())
-    return float(smaller[update_d * update_t < 0].sum()) / total if total else 0.0
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

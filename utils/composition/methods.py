@@ -7,15 +7,13 @@ else, and the invariants in the tests run over every row.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from utils.composition import dense
-from utils.composition.factors import Factors, ModuleFactors, distance, norm, scaled, stacked
+from utils.adapters.factors import Factors, ModuleFactors, distance, norm, scaled, stacked
+from utils.composition import approximate
 from utils.composition.truncation import truncated
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+from utils.models.weights.tensor_names import layer_of
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,18 @@ def _sum_truncated(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) 
 
 
 def _ties(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
-    return dense.low_rank(dense.ties(parts, recipe.density), recipe.rank or sum(part.rank for part in parts))
+    return approximate.low_rank(
+        approximate.ties(parts, recipe.density), recipe.rank or sum(part.rank for part in parts)
+    )
 
 
 def _dare(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
-    made = dense.dare(parts, recipe.density, f"{recipe.seed}:{module}")
-    return dense.low_rank(made, recipe.rank or sum(part.rank for part in parts))
+    made = approximate.dare(parts, recipe.density, f"{recipe.seed}:{module}")
+    return approximate.low_rank(made, recipe.rank or sum(part.rank for part in parts))
 
 
 def _factor_sum(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
-    return dense.sum_of_factors(parts)
+    return approximate.sum_of_factors(parts)
 
 
 def _linear_in_depth(own: Sequence[float], layer: int, depth: int) -> float:
@@ -94,12 +94,6 @@ def depth(adapters: Sequence[Factors]) -> int:
     """Number of layers up to the deepest that any adapter changes; at least 1."""
     layers = [layer for adapter in adapters for name in adapter if (layer := layer_of(name)) is not None]
     return 1 + max(layers, default=0)
-
-
-def layer_of(module: str) -> int | None:
-    """The decoder layer of a module; None outside the layers (embeddings, output head)."""
-    found = _LAYER.search(f".{module}.")
-    return int(found[1]) if found else None
 
 
 def weights_at(module: str, recipe: Recipe, adapters: int, layers: int) -> list[float]:

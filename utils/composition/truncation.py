@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from utils.composition.factors import ModuleFactors
+from utils.adapters.factors import ModuleFactors
 
 
 def truncated(factors: ModuleFactors, rank: int) -> ModuleFactors:

@@ -1,6 +1,6 @@
 """The rollout as a fold: `advance(state, observation, policy) -> decision`. No clock, no disk, no balancer in here.
 
-The loop in `utils/canary/loop.py` makes one observation a tick, asks for a decision, writes the observation to the
+The loop in `utils/rollout/edge/rollout_loop.py` makes one observation a tick, asks for a decision, writes it to the
 journal, and only then acts. Replaying the journal's observations gives the same state, so what was decided and why can
 be checked by anyone afterwards. Terminal phases are never left: a rolled-back candidate does not come back by itself.
 """

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from utils.exceptions import DataError, Problem
-from utils.rollout import eprocess
+from utils.rollout import e_process
 from utils.rollout.policy import FULL_BP, NEW_UNITS, UNITS, Policy, Step
 
 Action = Literal["rollback", "hold", "advance"]
@@ -138,14 +138,14 @@ def alarms(counts: Counts, policy: Policy) -> list[tuple[str, Any, float]]:
     found = []
     for metric in policy.rates:
         by_share = [(bp / FULL_BP, counts.at(bp, metric.name)) for bp in counts.rates]
-        log_e = eprocess.worse_rate(by_share)
+        log_e = e_process.worse_rate(by_share)
         if metric.name == "errors" and FULL_BP in counts.rates:
             # two tests of one metric: their mean is an e-value again, so the metric's part of the budget is kept
             log_e = np.logaddexp(log_e, _without_control(counts, metric.name)) - math.log(2)
         found.append((metric.name, log_e, math.log(metric.limit)))
     for metric in policy.paired:
         losses, wins, _ = counts.pairs.get(metric.name, (0, 0, 0))
-        found.append((metric.name, eprocess.worse_pairs(losses, wins), math.log(metric.limit)))
+        found.append((metric.name, e_process.worse_pairs(losses, wins), math.log(metric.limit)))
     return found
 
 
@@ -158,16 +158,16 @@ def evidence(here: Counts, counts: Counts, policy: Policy, step: Step) -> list[t
     limit = math.log(policy.evidence)
     events, seen = here.at(step.share_bp, "errors"), here.at(step.share_bp, UNITS)
     units = np.maximum(seen, events)  # a session that was counted before a restart may err after it
-    found = [("errors", "not worse", eprocess.not_worse_rate([(step.share, events)], step.ratio), limit)]
+    found = [("errors", "not worse", e_process.not_worse_rate([(step.share, events)], step.ratio), limit)]
     if policy.objective:
         found.append(
-            ("errors", "below objective", eprocess.below_objective(events[0], units[0], policy.objective), limit)
+            ("errors", "below objective", e_process.below_objective(events[0], units[0], policy.objective), limit)
         )
     if policy.needs_quality:
         for metric in policy.paired:
             if metric.name in ("quality", "output"):
                 results = counts.pairs.get(metric.name, (0, 0, 0))
-                found.append((metric.name, "not worse", eprocess.not_worse_pairs(*results, step.margin), limit))
+                found.append((metric.name, "not worse", e_process.not_worse_pairs(*results, step.margin), limit))
     return found
 
 
@@ -175,15 +175,15 @@ def _without_control(counts: Counts, metric: str) -> Any:
     """At 100% there is no control: against the upper confidence bound of its rate at the earlier steps."""
     before = [bp for bp in counts.rates if 0 < bp < FULL_BP]
     events, units = (sum(counts.at(bp, name)[1] for bp in before) for name in (metric, UNITS))
-    return eprocess.above_bound(
-        counts.at(FULL_BP, metric)[0], counts.at(FULL_BP, UNITS)[0], eprocess.upper_bound(events, units, BOUND_ALPHA)
+    return e_process.above_bound(
+        counts.at(FULL_BP, metric)[0], counts.at(FULL_BP, UNITS)[0], e_process.upper_bound(events, units, BOUND_ALPHA)
     )
 
 
 def _share_finding(here: Counts, policy: Policy, step: Step) -> Finding:
     drawn = NEW_UNITS if NEW_UNITS in here.rates.get(step.share_bp, {}) else UNITS
     canary, control = here.at(step.share_bp, drawn)
-    return _finding("share", "share", eprocess.other_share(canary, control, step.share), -math.log(policy.share_alpha))
+    return _finding("share", "share", e_process.other_share(canary, control, step.share), -math.log(policy.share_alpha))
 
 
 def _finding(metric: str, test: Any, log_e: Any, log_limit: float) -> Finding:

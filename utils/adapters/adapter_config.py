@@ -1,0 +1,262 @@
+"""What `adapter_config.json` says: read strictly, and written so that every tool reads the same.
+
+Only what leaves the update at scale * B @ A is understood; every other setting has to be off.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.adapters.factors import Factors
+from utils.artifacts import files
+from utils.exceptions import ArtefactError, Problem
+from utils.models import directory_checks
+from utils.models.base_model import BaseModel
+from utils.models.weights import tensor_names
+from utils.models.weights.tensor_names import layer_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+WEIGHTS = "adapter_model.safetensors"
+PATIENCE_S = 30.0
+CONFIG = "adapter_config.json"
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _text_or_texts(value: Any) -> bool:
+    return isinstance(value, str) or _texts(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# settings that are read here, or do not touch the update, and what their values may be; every other one has to be off
+_UNDERSTOOD: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("peft_type", "peft_version", "base_model_name_or_path", "revision"), lambda v: isinstance(v, str)),
+    "task_type": lambda v: v == "CAUSAL_LM",
+    **dict.fromkeys(("inference_mode", "use_rslora"), lambda v: isinstance(v, bool)),
+    **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), lambda v: True),  # see _unreadable
+    "init_lora_weights": lambda v: isinstance(v, (str, bool)),
+    "lora_dropout": lambda v: isinstance(v, (int, float)) and 0 <= v <= 1,
+    "bias": lambda v: isinstance(v, str),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _text_or_texts),
+    "target_parameters": _texts,
+    "layers_to_transform": lambda v: _whole(v) or (isinstance(v, list) and all(_whole(layer) for layer in v)),
+    # the name of a module that PEFT would import
+    "megatron_core": lambda v: v == "megatron.core",
+    "qalora_group_size": _whole,
+    **dict.fromkeys(("eva_config", "runtime_config"), lambda v: isinstance(v, dict)),
+}
+_REASONS = {
+    "use_dora": "DoRA rescales the whole weight, so two such adapters do not add up",
+    "lora_bias": "the bias of B is not part of a low-rank update",
+    "modules_to_save": "full copies of modules cannot be added to another adapter",
+    "trainable_token_indices": "changed embedding rows cannot be added to another adapter",
+    "use_qalora": "QA-LoRA pools its input",
+    "layer_replication": "replicated layers are another architecture",
+    "fan_in_fan_out": "transposed weights (GPT-2's Conv1D) are not supported",
+    "auto_mapping": "it names classes to import, and an adapter runs no code here",
+}
+_OF_TRANSFORMERS = re.compile(r"transformers\.models\.[a-z0-9_.]+ [A-Za-z0-9_]+")
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LEFT_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+
+
+class _EndlessError(Exception):
+    """An expression that was stopped."""
+
+
+_BAD_PATTERN = (re.error, OverflowError, RecursionError, _EndlessError)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The adapter's configuration, checked. Raises ArtefactError for each setting that is not just scale * B @ A."""
+    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+        have = sorted(p.name for p in directory.glob("*")) if directory.is_dir() else "no such directory"
+        pickled = any(str(name).endswith((".bin", ".pt", ".pth")) for name in have)
+        fix = "pickled weights are refused: save it with safetensors" if pickled else "give the adapter/ folder"
+        raise ArtefactError(Problem(f"{directory} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}", have, fix))
+    if links := [name for name in (CONFIG, WEIGHTS) if directory_checks.leads_out(directory / name, directory)]:
+        fix = "put the files themselves there"
+        raise ArtefactError([Problem(f"{directory / name} leads out of {directory}", fix=fix) for name in links])
+    settings = files.read_object(directory / CONFIG)
+    problems = [
+        Problem(f"{directory}: {key} is set: {_REASONS.get(key, 'its effect on the update is not known here')}", value)
+        for key, value in settings.items()
+        if key not in _UNDERSTOOD and value and not (key == "auto_mapping" and _names_transformers(value))
+    ]
+    problems += [
+        Problem(f"{directory}: {key} cannot have this value", settings[key], "restore it from a copy")
+        for key, fits in _UNDERSTOOD.items()
+        if settings.get(key) is not None and not fits(settings[key])
+    ]
+    if settings.get("peft_type") != "LORA":
+        problems.append(Problem(f"{directory}: peft_type is not LORA", settings.get("peft_type")))
+    if settings.get("bias", "none") != "none":
+        problems.append(Problem(f"{directory}: bias is trained too: it is not part of the update", settings["bias"]))
+    initialisation = str(settings.get("init_lora_weights")).lower()
+    if initialisation.startswith(_CHANGED_BASE):
+        fix = "save it with path_initial_model_for_weight_conversion"
+        problems.append(
+            Problem(f"{directory}: its initialisation changed the base", settings["init_lora_weights"], fix)
+        )
+    elif initialisation not in _LEFT_BASE:
+        what = f"{directory}: init_lora_weights: whether this initialisation changed the base is not known here"
+        problems.append(Problem(what, settings["init_lora_weights"]))
+    problems += [Problem(f"{directory}: {what} in {CONFIG}", value) for what, value in _unreadable(settings)]
+    if problems:
+        raise ArtefactError(problems)
+    return settings
+
+
+def config_for(factors: Factors) -> LoraConfig:
+    """The PEFT configuration that gives these factors their ranks and scales (alpha = rank * scale)."""
+    from peft import LoraConfig
+
+    kinds = [(f.rank, f.scale) for f in factors.values()]
+    common = max(set(kinds), key=lambda kind: (kinds.count(kind), kind))
+    odd = {name: f for name, f in factors.items() if (f.rank, f.scale) != common}
+    plain = {name: f for name, f in factors.items() if not f.is_experts}
+    fused = {name: f for name, f in factors.items() if f.is_experts}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=common[0],
+        lora_alpha=tidy(common[0] * common[1]),
+        rank_pattern=_by_leaf({name: f.rank for name, f in odd.items()}, factors),
+        alpha_pattern=_by_leaf({name: tidy(f.rank * f.scale) for name, f in odd.items()}, factors),
+        target_modules=shortest_targets(plain) if plain else [],
+        target_parameters=shortest_targets(fused, keep=3) if fused else None,
+        use_rslora=False,
+        inference_mode=True,
+    )
+
+
+def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[str]:
+    """Names that PEFT adapts by these settings: modules by its own rule, parameters by the end of their name."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    parameters = settings.get("target_parameters") or []
+    found = set()
+    places = tensor_names.places(base.model_type, tensor_names.tensor_shapes(base.directory))
+    try:
+        rule = LoraConfig(**{key: settings.get(key) for key in keys})
+        with _in_time():
+            for name, place in places.items():
+                # an expert's own matrix goes by its name on disk, as it does in the adapter's keys
+                module = (place.parameter if place.expert is None else name).removesuffix(".weight")
+                by_rule = bool(rule.target_modules) and bool(check_target_module_exists(rule, module))
+                if by_rule or any(f".{place.parameter}".endswith(f".{parameter}") for parameter in parameters):
+                    found.add(place.parameter.removesuffix(".weight"))
+    except (TypeError, ValueError, *_BAD_PATTERN) as error:
+        what = f"{directory}: target_modules and what restricts them cannot be read ({error})"
+        raise ArtefactError(Problem(what, {key: settings[key] for key in keys if settings.get(key)})) from error
+    return found
+
+
+def scale_of(module: str, rank: int, settings: dict[str, Any]) -> float:
+    alpha = float(by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"]))
+    return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
+
+
+def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: a key matches the end of the module's path. Raises ArtefactError for a key that never ends."""
+    for key, value in (patterns or {}).items():
+        try:
+            with _in_time():
+                matched = re.match(rf"(.*\.)?({key})$", module)
+        except _BAD_PATTERN as error:
+            raise ArtefactError(Problem(f"a pattern of {CONFIG} cannot be matched ({error})", key)) from error
+        if matched:
+            return value
+    return default
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """An expression such as (a+)+ takes longer than the universe on some names; `re` lets a signal stop it."""
+
+    def stop(*_: object) -> None:
+        raise _EndlessError(f"it took longer than {PATIENCE_S:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tidy(number: float) -> int | float:
+    return int(number) if float(number).is_integer() else float(number)
+
+
+def shortest_targets(factors: Factors, keep: int = 1) -> list[str]:
+    """The last `keep` parts of the names when all of them are adapted in the same layers; else full paths."""
+    layers: dict[str, set[int | None]] = {}
+    for name in factors:
+        layers.setdefault(".".join(name.split(".")[-keep:]), set()).add(layer_of(name))
+    count = 1 + max((layer for found in layers.values() for layer in found if layer is not None), default=0)
+    everywhere = all(found == set(range(count)) for found in layers.values())
+    return sorted(layers) if everywhere else sorted(factors)
+
+
+def _names_transformers(value: Any) -> bool:
+    """PEFT writes auto_mapping when no task_type was given; classes of transformers itself are what it then names."""
+    names = [value.get(key) for key in ("parent_library", "base_model_class")] if isinstance(value, dict) else []
+    return all(isinstance(name, str) for name in names) and bool(_OF_TRANSFORMERS.fullmatch(" ".join(names)))
+
+
+def _unreadable(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(what is wrong, the value) of ranks, scales and patterns."""
+
+    def is_rank(value: Any) -> bool:
+        return _whole(value) and value >= 1
+
+    def is_number(value: Any) -> bool:
+        # beyond that a float32 sum is no number any more; it also says no to infinity and NaN
+        return (_whole(value) or isinstance(value, float)) and abs(value) < 1e30
+
+    found = []
+    for key, patterns, fits in (("r", "rank_pattern", is_rank), ("lora_alpha", "alpha_pattern", is_number)):
+        kind = "whole number from 1" if fits is is_rank else "finite number"
+        if not fits(settings.get(key)):
+            found.append((f"{key} is no {kind}", settings.get(key)))
+        own = settings.get(patterns) or {}
+        if not isinstance(own, dict):
+            found.append((f"{patterns} is no dictionary", own))
+            continue
+        for pattern, value in own.items():
+            if not fits(value):
+                found.append((f"{patterns} has no {kind} for {pattern}", value))
+            try:
+                re.compile(pattern)
+            except _BAD_PATTERN as error:
+                found.append((f"{patterns} has a key that is no regular expression ({error})", pattern))
+    return found
+
+
+def _by_leaf(values: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
+    """Patterns by leaf name where every module of that leaf has the same value, else by full path."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        leaf = name.rpartition(".")[2]
+        alike = {values.get(other) for other in factors if other.rpartition(".")[2] == leaf} == {value}
+        found[leaf if alike else name] = value
+    return found

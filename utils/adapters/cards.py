@@ -1,0 +1,235 @@
+"""Model cards: the README.md of an adapter, a composed adapter and a merged model, with the hub's metadata.
+
+A card says how to use what lies beside it, how it was made and from what; `model_index` adds how good it is. It holds
+no path of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from utils.artifacts.runs import Run
+from utils.models.base_model import BaseModel
+from utils.models.model_shapes import PLAIN
+
+TRAINED = {
+    "domain": "next-token prediction on unlabelled documents",
+    "task": "supervised pairs, with the loss on the answer only",
+}
+# from the directory of one run's adapter to another's, as utils/artifacts/runs.py lays them out
+OTHER_ADAPTER = "../../../{stage}/{run}/adapter"
+_HERE = 'folder, version = ".", None  # this directory, or the id of a repository and its branch'
+
+
+def adapter_card(stage: str, base: BaseModel, parents: Sequence[Run], *, system_prompt: str = "") -> str:
+    """Card of a domain or a task adapter."""
+    below = next((parent for parent in parents if stage == "task" and parent.manifest["kind"] == "domain"), None)
+    lines = [f"LoRA, trained by {TRAINED[stage]}."]
+    if below:
+        lines += ["", "It was trained on the frozen domain adapter named below and is used together with it."]
+    lines += _usage(_adapter_snippet(stage, base, system_prompt, below))
+    return _card(_adapter_metadata(stage, base), f"{stage.capitalize()} adapter", [*lines, *_lineage(base, parents)])
+
+
+def composed_card(
+    base: BaseModel,
+    parents: Sequence[Run],
+    *,
+    method: str,
+    source: str,
+    weights: Sequence[float],
+    exact: bool,
+    searched: bool,
+    check: str,
+) -> str:
+    """Card of several adapters composed into one; `source` is the method's paper, `weights` as many for each parent."""
+    lines = [
+        f"{len(parents)} adapters as one LoRA adapter.",
+        *_usage(_adapter_snippet("composed", base, _system_prompt(parents))),
+        *_composition(parents, method, source, weights, exact=exact, searched=searched),
+        *_self_check(check),
+        *_lineage(base, parents),
+    ]
+    return _card(_adapter_metadata("composed", base), "Composed adapter", lines)
+
+
+def merged_card(
+    base: BaseModel,
+    parents: Sequence[Run],
+    *,
+    method: str,
+    source: str,
+    weights: Sequence[float],
+    exact: bool,
+    searched: bool,
+    dtype: str,
+    check: str = "",
+) -> str:
+    """Card of a standalone merged model; `dtype` is what its weights were rounded to, base is the checkpoint's own."""
+    metadata = {
+        "library_name": "transformers",
+        "base_model": base_id(base),
+        # not merge: on a hub that is several models made into one; this is one model plus what was trained on it
+        "base_model_relation": "finetune",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora-merged"],
+    }
+    kept = "the dtype of the base model's files" if dtype == "base" else dtype.removeprefix("torch.")
+    lines = [
+        "A base model with adapters merged into its weights. It loads like any other model, without peft.",
+        *_usage(_merged_snippet(_system_prompt(parents))),
+        *_composition(parents, method, source, weights, exact=exact, searched=searched),
+        "",
+        f"The weights were summed in float32 and rounded once, to {kept}.",
+        *_self_check(check),
+        *_lineage(base, parents),
+    ]
+    return _card(metadata, "Merged model", lines)
+
+
+def for_hub(card: str, repository: str, branch: str = "") -> str:
+    """The card as it is published: its snippet loads from the repository instead of from this directory."""
+    there = f"folder, version = {json.dumps(repository)}, {json.dumps(branch) if branch else None}"
+    return card.replace(_HERE, there)
+
+
+def base_id(base: BaseModel) -> str:
+    """The base model as a hub would name it; a path of this machine says nothing elsewhere and stays out."""
+    if _is_on_hub(base):
+        return base.source
+    # a hub refuses a card whose base model has other characters
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", base.directory.name).strip("-.") or "base"
+
+
+def _is_on_hub(base: BaseModel) -> bool:
+    """A commit can be given beside a local directory too; then the directory is what was used."""
+    return bool(base.revision) and Path(base.source) != base.directory
+
+
+def _adapter_metadata(stage: str, base: BaseModel) -> dict[str, object]:
+    """What PEFT writes, with the relation said and not inferred."""
+    return {
+        "library_name": "peft",
+        "base_model": base_id(base),
+        "base_model_relation": "adapter",
+        "pipeline_tag": "text-generation",
+        "tags": sorted([f"base_model:adapter:{base_id(base)}", "lora", "transformers", f"{stage}-adapter"]),
+    }
+
+
+def _adapter_snippet(stage: str, base: BaseModel, system_prompt: str, below: Run | None = None) -> list[str]:
+    """Base model and adapter; for a task adapter trained on a domain adapter, both, active together."""
+    name, commit, note = json.dumps(base.source), json.dumps(base.revision), ""
+    if not _is_on_hub(base):
+        name, commit, note = json.dumps(base.directory.name), "None", "  # its directory: this base model is on no hub"
+    load = ["model = PeftModel.from_pretrained(model, folder, revision=version)"]
+    if below:
+        where = OTHER_ADAPTER.format(stage="domain", run=below.directory.name)
+        load = [
+            f'model = PeftModel.from_pretrained(model, "{where}", adapter_name="domain")',
+            'model.load_adapter(folder, adapter_name="task", revision=version)',
+            'model.base_model.set_adapter(["domain", "task"])',
+        ]
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        _HERE,
+        f"base, commit = {name}, {commit}{note}",
+        "tokenizer = AutoTokenizer.from_pretrained(base, revision=commit)",
+        "model = AutoModelForCausalLM.from_pretrained(base, revision=commit)",
+        *load,
+        *(_continue_text() if stage == "domain" else _answer(system_prompt)),
+    ]
+
+
+def _merged_snippet(system_prompt: str) -> list[str]:
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        _HERE,
+        "tokenizer = AutoTokenizer.from_pretrained(folder, revision=version)",
+        "model = AutoModelForCausalLM.from_pretrained(folder, revision=version)",
+        *_answer(system_prompt),
+    ]
+
+
+def _answer(system_prompt: str) -> list[str]:
+    system = [f'    {{"role": "system", "content": {json.dumps(system_prompt)}}},'] if system_prompt else []
+    return [
+        "messages = [",
+        *system,
+        '    {"role": "user", "content": "Your question"},',
+        "]",
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        ")",
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
+def _continue_text() -> list[str]:
+    return [
+        'inputs = tokenizer("The beginning of a document", return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+    ]
+
+
+def _usage(snippet: Sequence[str]) -> list[str]:
+    return ["", "## Use", "", "```python", *snippet, "```"]
+
+
+def _composition(
+    parents: Sequence[Run], method: str, source: str, weights: Sequence[float], *, exact: bool, searched: bool
+) -> list[str]:
+    kind = "Exact: up to rounding, the weighted sum of the adapters' updates." if exact else "An approximation."
+    choice = "The weights were chosen on the dev split." if searched else "The weights were not searched."
+    given = list(weights) or [1.0] * len(parents)
+    numbers, left = divmod(len(given), len(parents))
+    if left:
+        raise ValueError(f"{len(given)} weights cannot be dealt to {len(parents)} adapters")
+    rows = [
+        f"| {_named(parent)} | {', '.join(f'{w:g}' for w in given[i * numbers : (i + 1) * numbers])} |"
+        for i, parent in enumerate(parents)
+    ]
+    said = [f"`{method}`: {source}.", "", f"{kind} {choice}"]
+    return ["", "## Method", "", *said, "", "| adapter | weight |", "|---|---|", *rows]
+
+
+def _self_check(check: str) -> list[str]:
+    return ["", f"Self-check: {check}"] if check else []
+
+
+def _lineage(base: BaseModel, parents: Sequence[Run]) -> list[str]:
+    made_from = f", made from `{base.source}`" if base.source.startswith(("wheel:", "toy:")) else ""
+    commit = f" at `{base.revision}`" if _is_on_hub(base) else ""
+    if base.quantization != PLAIN:
+        made_from += f", quantised to {base.quantization} by bitsandbytes: its de-quantised weights are the base"
+    return [
+        "",
+        "## Lineage",
+        "",
+        f"* base `{base_id(base)}`{commit}{made_from}, digest `{base.digest}`",
+        *(f"* {_named(parent)}, digest `{parent.digest}`" for parent in parents),
+    ]
+
+
+def _named(run: Run) -> str:
+    return f"{run.manifest['kind']} `{run.directory.name}`"
+
+
+def _system_prompt(parents: Sequence[Run]) -> str:
+    """The one that the task adapter among the parents was trained with."""
+    return next((str(p.manifest["system_prompt"]) for p in parents if p.manifest.get("system_prompt")), "")
+
+
+def _card(metadata: dict[str, object], title: str, lines: Sequence[str]) -> str:
+    header = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n\n# {title}\n\n" + "\n".join(lines) + "\n"

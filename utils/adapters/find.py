@@ -1,0 +1,253 @@
+"""How stages find their parents: pinned, or the newest that fits; our own runs, or adapters that another tool made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from config import BaseModelSection, Config
+from utils.adapters import adapter_config, adapter_files
+from utils.artifacts import files, runs
+from utils.artifacts.runs import Run
+from utils.data import prepared
+from utils.exceptions import ArtefactError, Problem
+from utils.logger import event, warning
+from utils.models import sources
+from utils.models.base_model import BaseModel
+from utils.models.model_shapes import PLAIN
+
+ELSEWHERE = "elsewhere"
+# adapters trained here are at 0.3 to 4% of the weights (median over modules); lora_alpha times 100 is far above
+UNUSUAL_SIZE = 0.25
+
+
+def prepared_run(config: Config, base: BaseModel) -> Run:
+    """The prepared data to use: pinned, or the newest that fits this tokenizer and any --data flags of this command."""
+    said = sorted(path for path in config.overrides if path.startswith("data."))
+    wanted = files.fingerprint(prepared.identity(config.data, base, config.run.seed)) if said else ""
+
+    def fits(run: Run) -> str:
+        if run.manifest["identity"]["tokenizer"] != base.tokenizer_digest:
+            return "prepared with another tokenizer"
+        if wanted and run.manifest["fingerprint"] != wanted:
+            return f"prepared with other settings than {', '.join('--' + path for path in said)}"
+        return ""
+
+    hint = "" if config.preset == "smollm2_135m" else f" --preset {config.preset}"
+    root = config.run.data_dir
+    return runs.parent(root, "prepared", config.inputs.prepared, fits, flag="--inputs.prepared", hint=hint)
+
+
+def domain_run(config: Config, base: BaseModel) -> Run:
+    """The domain adapter: pinned (any folder in PEFT's format), or the newest run for this base model."""
+    pinned = config.inputs.domain_adapter
+    if pinned and not (own := _own(Path(pinned))):
+        return foreign_run(config, base, "domain", Path(pinned))
+    return runs.parent(
+        config.run.models_dir,
+        "domain",
+        str(own) if pinned else "",
+        _for_base(base),
+        flag="--domain_adapter",
+        hint=_preset(config),
+    )
+
+
+def task_run(config: Config, base: BaseModel) -> Run:
+    """The task adapter: pinned (any folder in PEFT's format), or the newest run that was trained on `task.on`."""
+    pinned, wanted, right_base = config.inputs.task_adapter, config.task.on, _for_base(base)
+    if pinned and not (own := _own(Path(pinned))):
+        return foreign_run(config, base, "task", Path(pinned))
+
+    def fits(run: Run) -> str:
+        trained_on = run.manifest["identity"]["on"]
+        if reason := right_base(run):
+            return reason
+        return "" if trained_on == wanted else f"trained on {trained_on}, not on {wanted} (say --task.on {trained_on})"
+
+    return runs.parent(
+        config.run.models_dir,
+        "task",
+        str(own) if pinned else "",
+        right_base if pinned else fits,
+        flag="--task_adapter",
+        hint=_preset(config) + ("" if wanted == "domain" else f" --task.on {wanted}"),
+    )
+
+
+def further_runs(config: Config, base: BaseModel) -> list[Run]:
+    """The adapters of `compose.also`."""
+    return [any_run(config, base, Path(path), flag="--compose.also") for path in config.compose.also]
+
+
+def any_run(config: Config, base: BaseModel, path: Path, *, flag: str) -> Run:
+    """An adapter of ours or of another tool at a path. Raises ArtefactError when it belongs to another base model."""
+    own = _own(path)
+    run = Run(own, files.verify(own)) if own else foreign_run(config, base, "further", path)
+    if reason := _for_base(base)(run):
+        raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", str(path)))
+    return run
+
+
+def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
+    """An adapter that another tool made, as a run: identified by its files' digests, checked against the base model."""
+    directory = adapter_files.find(path)
+    if (directory.parent / "identity.json").exists() and not (directory.parent / files.MANIFEST).exists():
+        raise ArtefactError(
+            Problem(f"{directory.parent} is an unfinished run", fix="run the same training command again")
+        )
+    settings = adapter_config.read(directory)
+    named, revision = settings.get("base_model_name_or_path") or "", settings.get("revision") or ""
+    problem = Problem(
+        f"{directory} was made for another base model", f"{named} {revision}".strip(), f"this one is {base.source}"
+    )
+    if is_model(named):
+        is_this = Path(named).resolve() == base.directory.resolve()
+        as_ours = BaseModelSection(source=str(named), quantization=PLAIN if is_this else base.quantization)
+        other = sources.fetch(as_ours, config.run.models_dir)
+        if other.digest != base.digest:
+            raise ArtefactError(problem)
+    elif named and base.revision and (named != base.source or revision not in ("", "main", base.revision)):
+        raise ArtefactError(problem)
+    else:
+        warning(
+            "the base model of this adapter cannot be verified, only that its shapes fit",
+            adapter=directory,
+            made_for=named or "not said",
+        )
+    size = adapter_files.relative_size(adapter_files.load(directory, base), base)
+    if size > UNUSUAL_SIZE:
+        warning(
+            "the update of this adapter is unusually large beside the weights: is its lora_alpha the one it had?",
+            adapter=directory,
+            share=size,
+            lora_alpha=settings["lora_alpha"],
+        )
+    event(f"using an adapter of another tool as the {stage} adapter", path=directory, peft=settings.get("peft_version"))
+    return Run(
+        directory,
+        {
+            "kind": stage,
+            "digest": adapter_files.digest(directory),
+            "files": adapter_files.digests(directory),
+            "base": base.record(),
+            "parents": [],
+            "identity": {"stage": stage, "on": ELSEWHERE},
+            "system_prompt": config.task.system_prompt,
+            "adapter": ".",
+        },
+    )
+
+
+def adapter_runs(config: Config, base: BaseModel, which: str = "both") -> list[Run]:
+    """The adapters that are put together, domain before task, then the further ones; `which` as in inference.
+
+    Raises ArtefactError when one is missing, belongs to another base or domain adapter, or is given twice.
+    """
+    if which == "domain":
+        return [domain_run(config, base)]
+    domain, task = pair(config, base)
+    if which == "task":
+        return [task]
+    found = [domain or domain_run(config, base), task, *further_runs(config, base)]  # domain_run says what is missing
+    for i, run in enumerate(found):
+        if any(run.digest == other.digest for other in found[:i]):
+            raise ArtefactError(
+                Problem("the same adapter is given twice", str(run.directory), "give it once, with a larger --weights")
+            )
+    return found
+
+
+def parent_of(run: Run, kind: str, root: Path) -> Run | None:
+    """The parent of that kind, found by digest, so a moved or renamed directory is found too; None when it has none."""
+    if not any(p["kind"] == kind for p in run.manifest["parents"]):
+        return None
+    return parent_by_digest(run, kind, (root,))
+
+
+def parent_by_digest(run: Run, kind: str, roots: Sequence[Path]) -> Run:
+    """The parent of that kind under one of the roots. Raises ArtefactError when there is none."""
+    wanted = next((p for p in run.manifest["parents"] if p["kind"] == kind), None)
+    if wanted is None:
+        raise ArtefactError(Problem(f"{run.directory} names no {kind} run that it was made from"))
+    found = next((r for root in roots for r in runs.complete_runs(root, kind) if r.digest == wanted["digest"]), None)
+    if found is None:
+        where = " or ".join(str(root) for root in roots)
+        raise ArtefactError(
+            Problem(
+                f"{run.directory} was made from the {kind} run {wanted['path']}, which is not under {where}",
+                wanted["digest"],
+            )
+        )
+    files.verify(found.directory)
+    return found
+
+
+def data_of(config: Config, base: BaseModel, found: Sequence[Run]) -> Run | None:
+    """The prepared data these adapters were trained on; for adapters of other tools the newest that fits, if any."""
+    for run in reversed(found):
+        if (data := parent_of(run, "prepared", config.run.data_dir)) is not None:
+            return data
+    with suppress(ArtefactError):
+        return prepared_run(config, base)
+    return None
+
+
+def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
+    """(domain run, task run) that belong together: a stacked task adapter fixes its domain adapter by digest."""
+    task = task_run(config, base)
+    stacked_on = next((p["digest"] for p in task.manifest["parents"] if p["kind"] == "domain"), None)
+    if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
+        asked = domain_run(config, base)
+        if stacked_on and asked.digest != stacked_on:
+            raise ArtefactError(
+                Problem(
+                    f"{task.directory} was trained on another domain adapter than the one asked for",
+                    str(asked.directory),
+                    "leave out --domain_adapter, or train the task adapter on it",
+                )
+            )
+        return asked, task
+    if stacked_on:
+        return parent_of(task, "domain", config.run.models_dir), task
+    with suppress(ArtefactError):
+        return domain_run(config, base), task
+    return None, task
+
+
+def is_model(named: str) -> bool:
+    """Whether an adapter's base model is a directory here; what it says may be any text."""
+    with suppress(OSError, ValueError):
+        return bool(named) and (Path(named) / "config.json").is_file()
+    return False
+
+
+def _own(path: Path) -> Path | None:
+    """The directory of a complete run of ours at `path`, which may also name its adapter/ folder."""
+    for directory in (path, path.parent if path.name == "adapter" else path):
+        if (directory / files.MANIFEST).exists():
+            return directory
+    return None
+
+
+def _for_base(base: BaseModel) -> Callable[[Run], str]:
+    def fits(run: Run) -> str:
+        found = run.manifest["base"]
+        trained_on = found.get("quantization", PLAIN)
+        if found["digest"] != base.digest and trained_on != base.quantization:
+            says = {PLAIN: "the base model as it is"}
+            ours, theirs = (says.get(kind, f"the base model in {kind}") for kind in (base.quantization, trained_on))
+            return f"trained on {theirs}, this is {ours} (say --base.quantization {trained_on})"
+        if found["digest"] != base.digest:
+            other, ours = found["digest"][:12], base.digest[:12]
+            return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
+        if found.get("tokenizer_digest", base.tokenizer_digest) != base.tokenizer_digest:
+            return f"made with another tokenizer or chat template than that of {base.directory}"
+        return ""
+
+    return fits
+
+
+def _preset(config: Config) -> str:
+    return "" if config.preset == "smollm2_135m" else f" --preset {config.preset}"

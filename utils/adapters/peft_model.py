@@ -1,0 +1,204 @@
+"""Adapters on the model, as PEFT layers: attached for training, put on from factors, activated explicitly.
+
+What PEFT leaves to chance is asserted here: the modules adapted are those asked for, the active list is what was asked
+for, and nothing is trainable but the adapter that should be.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from config import LoraSection
+from utils.adapters import adapter_config, fused_experts
+from utils.adapters.factors import Factors, ModuleFactors
+from utils.exceptions import ArtefactError, Problem, VerificationError
+from utils.models import parallel
+from utils.models.weights import tensor_names
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> PeftModel:
+    """Add a fresh adapter (B = 0, so the model's output does not change) in float32.
+
+    Raises ArtefactError when the model lacks what is to be adapted, or PEFT adapted anything else: on a mixture of
+    experts it takes some names for the router or the experts too.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [n for n, m in inner.named_modules() if n.rpartition(".")[2] in lora.target_modules and _is_linear(m)]
+    problems = [
+        Problem(f"lora.target_modules {target}: the base model has no such module", fix="see its config.json")
+        for target in lora.target_modules
+        if not any(module.rpartition(".")[2] == target for module in modules)
+    ]
+    fused = tensor_names.fused_parameters(inner) if lora.experts else []
+    if lora.experts and not fused:
+        problems.append(Problem("lora.experts: the base model has no fused experts", fix="leave out --*.lora.experts"))
+    problems += _on_fp8(inner, fused)
+    if problems:
+        raise ArtefactError(problems)
+    peft_config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        target_modules=list(lora.target_modules),
+        target_parameters=fused or None,  # full paths, as `add` writes them: PEFT compares the spellings of adapters
+    )
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, peft_config)
+    else:
+        model = get_peft_model(model, peft_config, adapter_name=name)
+    if odd := sorted(set(lora_layers(model, name)) ^ {*modules, *fused}):
+        raise ArtefactError(Problem("PEFT adapted other modules than asked", odd[:5]))
+    return model
+
+
+def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors) -> PeftModel:
+    """Put factors on the model as an adapter called `name`, with their scales; its effect is exactly their deltas."""
+    from peft import PeftModel, get_peft_model
+
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    refuse_misfits(inner, factors)
+    if problems := _on_fp8(inner, [name for name, f in factors.items() if f.is_experts]):
+        raise ArtefactError(problems)
+    peft_config = adapter_config.config_for(factors)
+    # full paths: a leaf name would also take layers that the adapter leaves out
+    peft_config.target_modules = {name for name, f in factors.items() if not f.is_experts}
+    peft_config.target_parameters = [name for name, f in factors.items() if f.is_experts] or None
+    with warnings.catch_warnings():
+        # peft 0.21 says that rank patterns of fused parameters are ignored, and applies them
+        warnings.filterwarnings("ignore", message=".*did not match.*")
+        if isinstance(model, PeftModel):
+            if name in model.peft_config:  # PEFT returns without doing anything for a name that exists
+                model.delete_adapter(name)
+            model.add_adapter(name, peft_config)
+        else:
+            model = get_peft_model(model, peft_config, adapter_name=name)
+    layers = lora_layers(model, name)
+    if set(layers) != set(factors):
+        raise ArtefactError(Problem("PEFT adapted other modules than asked", sorted(set(layers) ^ set(factors))[:5]))
+    with torch.no_grad():
+        for module, layer in layers.items():
+            lora_A, lora_B = fused_experts.to_peft(factors[module])
+            layer.lora_A[name].weight.copy_(lora_A)
+            layer.lora_B[name].weight.copy_(lora_B)
+            layer.scaling[name] = factors[module].scale
+    return model
+
+
+def activate(model: PeftModel, names: Sequence[str], *, trainable: str = "") -> None:
+    """Make exactly these adapters active and exactly one (or none) trainable.
+
+    `base_model.set_adapter` is the form that takes several; it makes all of them trainable, which is undone here.
+    """
+    if names:
+        model.base_model.enable_adapter_layers()
+        model.base_model.set_adapter(list(names))
+    else:
+        model.base_model.disable_adapter_layers()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(trainable) and "lora_" in name and f".{trainable}." in name)
+    if names and list(model.active_adapters) != list(names):
+        raise ArtefactError(Problem(f"active adapters are {model.active_adapters}, not {list(names)}"))
+
+
+def refuse_other_state(model: PeftModel, active: Sequence[str], *, trainable: str) -> None:
+    """Raises VerificationError unless exactly these adapters take part in the forward pass and exactly one is trained.
+
+    Asked of the layers themselves: PEFT's `set_adapter` makes every adapter it switches on trainable, a trainer's
+    resume switches on the first one only, and merging one takes the others out, each without an error.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    problems = []
+    carried = {name for layer in model.modules() if isinstance(layer, LoraLayer) for name in layer.lora_A}
+    if missing := sorted({*active, trainable} - carried):
+        problems.append(Problem(f"the model does not carry the adapter {' and '.join(missing)}", sorted(carried)))
+    wrong: dict[str, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            on = set() if layer.disable_adapters else set(layer.active_adapters) & set(layer.lora_A)
+            for name in on ^ (set(active) & set(layer.lora_A)):
+                said = f"{name} is {'on' if name in on else 'off'} and should not be"
+                wrong[said] = wrong.get(said, 0) + 1
+            for name in layer.merged_adapters:
+                wrong[f"{name} is merged into the weights"] = wrong.get(f"{name} is merged into the weights", 0) + 1
+    problems += [Problem(f"adapter {said}, in {count} modules") for said, count in wrong.items()]
+    trained = set(trainable_parameters(model))
+    own = {name for name, _ in model.named_parameters() if "lora_" in name and f".{trainable}." in name}
+    if others := sorted(trained - own):
+        problems.append(Problem(f"{len(others)} tensors are trained beside the {trainable} adapter", others[:3]))
+    if frozen := sorted(own - trained):
+        problems.append(Problem(f"{len(frozen)} tensors of the {trainable} adapter are not trained", frozen[:3]))
+    if problems:
+        raise VerificationError(problems)
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter of everything that is trained, in a fixed order."""
+    return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def lora_layers(model: PeftModel, name: str) -> dict[str, Any]:
+    """Module path (fused parameters: parameter path) in the base model -> PEFT layer that carries the adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for path, module in model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            parameter = getattr(module, "parameter_name", "weight")
+            own = path.replace(".base_layer", "")
+            found[own if parameter == "weight" else f"{own}.{parameter}"] = module
+    return found
+
+
+def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
+    """A detached float32 copy of an adapter on the model; of one that is dealt out, every process has to ask for it."""
+    found = {}
+    for path, layer in lora_layers(model, name).items():
+        sides = (parallel.whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
+        lora_A, lora_B = (side.detach().float().cpu().clone() for side in sides)
+        scale = float(layer.scaling[name])
+        is_experts = getattr(layer, "num_experts", 1) > 1
+        found[path] = (
+            fused_experts.from_peft(lora_A, lora_B, layer.r[name], scale)
+            if is_experts
+            else ModuleFactors(lora_A, lora_B, scale)
+        )
+    return found
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """A router is none, though PEFT would adapt its weight."""
+    return isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
+
+
+def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
+    """PEFT adds an update to FP8 codes without their block factors, and gives it no gradient: neither with an error."""
+    dtypes = {name.replace(".base_layer", ""): parameter.dtype for name, parameter in model.named_parameters()}
+    codes = [name for name in fused if dtypes[name] == torch.float8_e4m3fn]
+    fix = "--base.fp8 dequantise"
+    return [Problem("an adapter on FP8 experts would be silently wrong", codes[:3], fix)] if codes else []
+
+
+def refuse_misfits(model: torch.nn.Module, factors: Factors) -> None:
+    """Raises ArtefactError when the model has no weight of the right shape for an update."""
+    shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in model.named_parameters()}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes |= {name: (m.out_features, m.in_features) for name, m in linear.items()}  # in 4 bits a weight is packed
+    shapes = {name.replace(".base_layer", ""): shape for name, shape in shapes.items()}
+    odd = [name for name, f in factors.items() if shapes.get(name) != f.shape][:5]
+    if odd:
+        raise ArtefactError(
+            Problem("the adapter does not fit this base model", odd, "it was made for another architecture")
+        )

@@ -1,0 +1,265 @@
+"""Run directories: where each stage writes, how a run is found again, and how parents are chosen.
+
+    data/prepared/<run>/     models/base/<name>/        models/domain/<run>/     models/task/<run>/
+    models/composed/<run>/   models/evaluation/<run>/   models/benchmark/<run>/
+
+A run's name ends in the first 8 digits of the fingerprint of everything that decides its result, so the same command
+finds the same directory again: complete, it is reused; incomplete, it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import disk, logger
+from utils.artifacts import files, locks, manifests
+from utils.exceptions import ArtefactError, Problem
+from utils.logger import event, warning
+from utils.secrets import redact
+
+FORMAT_VERSION = 1
+LATEST = ".latest.json"
+IDENTITY = "identity.json"
+METRICS = "metrics.jsonl"
+STAGES = {
+    "prepared": "python scripts/prepare_data.py",
+    "domain": "accelerate launch scripts/train_domain_adapter.py",
+    "task": "accelerate launch scripts/train_task_adapter.py",
+    "composed": "python scripts/compose.py",
+    "evaluation": "python scripts/evaluate.py",
+    "benchmark": "python scripts/benchmark.py",
+}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete artefact: its directory and its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return str(self.manifest["digest"])
+
+    @property
+    def adapter(self) -> Path:
+        """The folder in PEFT's format: ours keep it in adapter/, a folder of another tool is one itself."""
+        return self.directory / self.manifest.get("adapter", "adapter")
+
+    def as_parent(self) -> dict[str, str]:
+        """What a child records about it."""
+        seal = {key: self.manifest[key] for key in (manifests.SEAL,) if key in self.manifest}
+        return {"kind": self.manifest["kind"], "path": str(self.directory), "digest": self.digest, **seal}
+
+
+def directory_for(root: Path, stage: str, name: str, preset: str, identity: dict[str, Any]) -> Path:
+    """The directory of the run with this identity; `name` (from `--run.name`) replaces the derived one."""
+    return root / stage / (name or f"{preset}-{files.fingerprint(identity)[:8]}")
+
+
+def open_run(directory: Path, identity: dict[str, Any]) -> Run | None:
+    """The complete run in `directory`, or None when it is still to be made.
+
+    Raises ArtefactError when the directory holds a run with other settings, so nothing is ever overwritten.
+    """
+    if not directory.exists():
+        return None
+    expected = files.fingerprint(identity)
+    if (directory / files.MANIFEST).exists():
+        run = _checked(directory, files.verify(directory))
+        _refuse_other(directory, run.manifest["identity"], identity, run.manifest["fingerprint"], expected)
+        return run
+    started = directory / IDENTITY
+    if started.exists():
+        found = files.read_json(started)
+        _refuse_other(directory, found, identity, files.fingerprint(found), expected)
+    return None
+
+
+def make(directory: Path, identity: dict[str, Any], what: str, fill: Callable[[], dict[str, Any]]) -> tuple[Run, bool]:
+    """The complete run in `directory` and whether it was there already; else `fill` makes it, under its lock.
+
+    `fill()` writes into the directory, goes on from what an interrupted call left there, and returns the manifest. Its
+    events are kept in run.log. Raises ArtefactError when the directory holds other settings, another process has it
+    (`what` says of what), or the disk refuses something.
+    """
+    if (run := open_run(directory, identity)) is not None:
+        return run, True
+    with files.locked(directory, what), disk.errors(directory):
+        if (run := open_run(directory, identity)) is not None:  # whoever held the lock may have finished it
+            return run, True
+        with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
+            start(directory, identity)
+            facts = fill()
+        return Run(directory, files.seal(directory, facts)), False
+
+
+def start(directory: Path, identity: dict[str, Any]) -> None:
+    """Write down what the directory (its lock is held) is going to hold, so that a resume can refuse other settings.
+
+    Raises ArtefactError when another process finished it, or started it with other settings, before the lock was free.
+    """
+    if open_run(directory, identity) is not None:
+        raise ArtefactError(Problem(f"{directory} was finished by another process", fix="run the same command again"))
+    if not (directory / IDENTITY).exists():
+        _mention_unfinished(directory, identity)
+    files.make_directory(directory)
+    locks.sweep(directory, held=True)
+    files.write_json(directory / IDENTITY, identity)
+
+
+def manifest(
+    kind: str,
+    identity: dict[str, Any],
+    *,
+    base: dict[str, Any],
+    parents: list[Run],
+    measured: dict[str, Any],
+    **facts: Any,
+) -> dict[str, Any]:
+    """The facts every artefact records: what it is, from what, made how, with which versions."""
+    return {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created_ns": time.time_ns(),
+        "fingerprint": files.fingerprint(identity),
+        "identity": identity,
+        "base": base,
+        "parents": [parent.as_parent() for parent in parents],
+        "versions": versions(),
+        "command": redact(shlex.join(sys.argv)),
+        "measured": measured,
+        **facts,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def complete_runs(root: Path, stage: str) -> list[Run]:
+    """Every complete run of a stage: first the one made or asked for last, then by age, newest first.
+
+    One whose manifest cannot be read is passed over with a warning: it must not stand in the way of the others.
+    """
+    found = []
+    for path in (root / stage).glob(f"*/{files.MANIFEST}"):
+        if not path.parent.name.startswith("."):
+            try:
+                found.append(_checked(path.parent, files.read_manifest(path.parent)))
+            except ArtefactError as error:
+                warning("a run with an unreadable manifest is passed over", reason=error.problems[0].what)
+    latest = _latest(root, stage)
+    return sorted(
+        found, key=lambda run: (run.directory.name == latest, run.manifest.get("created_ns", 0)), reverse=True
+    )
+
+
+def parent(
+    root: Path, stage: str, pinned: str, fits: Callable[[Run], str], *, flag: str, hint: str = "", quiet: bool = False
+) -> Run:
+    """The parent run: the pinned one, or the newest complete one that fits; says which.
+
+    `fits(run)` returns an empty string, or the reason why the run cannot be used. Raises ArtefactError with the reason
+    for each run that was looked at.
+    """
+    make = f"make one with: {STAGES[stage]}{hint}"
+    if pinned:
+        directory = Path(pinned)
+        if not (directory / files.MANIFEST).exists():
+            raise ArtefactError(Problem(f"{flag}: no complete {stage} run there", pinned, make))
+        run = _checked(directory, files.verify(directory))
+        reason = f"it is a {run.manifest.get('kind')} run" if run.manifest.get("kind") != stage else fits(run)
+        if reason:
+            raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", pinned, make))
+        return run
+    looked_at = []
+    for run in complete_runs(root, stage):
+        reason = fits(run)
+        if not reason:
+            files.verify(run.directory)
+            if not quiet:
+                event(f"using the newest complete {stage} run", path=run.directory)
+            return run
+        looked_at.append(Problem(f"{run.directory}: {reason}"))
+    missing = Problem(f"no complete {stage} run that fits under {root / stage}", fix=make)
+    raise ArtefactError([*looked_at[:5], missing])
+
+
+def mark_latest(root: Path, stage: str, directory: Path) -> None:
+    """Remember the run that was made or asked for last: later stages take it when nothing pins another."""
+    locks.sweep(root / stage)
+    files.write_json(root / stage / LATEST, {"run": directory.name})
+
+
+def _checked(directory: Path, manifest: dict[str, Any]) -> Run:
+    """The run with this manifest. Raises ArtefactError when it lacks what a run of its kind says."""
+    if missing := manifests.missing(manifest):
+        what = f"{directory / files.MANIFEST} is not a manifest of this version"
+        fix = "restore it, or remove the directory and make it anew"
+        raise ArtefactError([Problem(f"{what}: {reason}", fix=fix) for reason in missing[:5]])
+    return Run(directory, manifest)
+
+
+def _latest(root: Path, stage: str) -> str:
+    """The name in the pointer; a damaged pointer points nowhere, which is what a missing one does."""
+    with suppress(ArtefactError):
+        pointer = files.read_json(root / stage / LATEST)
+        return str(pointer.get("run", "")) if isinstance(pointer, dict) else ""
+    return ""
+
+
+def _mention_unfinished(directory: Path, identity: dict[str, Any]) -> None:
+    """Say so when this run starts from nothing although an interrupted one is there that differs in a few settings."""
+    unfinished = []
+    for path in directory.parent.glob(f"*/{IDENTITY}"):
+        if not (path.parent / files.MANIFEST).exists():
+            with suppress(ArtefactError):
+                unfinished.append((sorted(_differences(files.read_json(path), identity)), path.parent))
+    unfinished = [(changed, path) for changed, path in unfinished if changed]
+    if unfinished:
+        changed, kept = min(unfinished, key=lambda found: len(found[0]))
+        event(
+            "starting anew: the unfinished run that is most like this one has other settings and is kept",
+            unfinished=kept,
+            changed="; ".join(changed[:4]),
+        )
+
+
+def _refuse_other(directory: Path, found: dict, wanted: dict, found_print: str | None, wanted_print: str) -> None:
+    if found_print == wanted_print:
+        return
+    changed = sorted(_differences(found, wanted))
+    shown = "; ".join(changed[:8]) or "its settings"
+    raise ArtefactError(
+        Problem(
+            f"{directory} holds a run with other settings: {shown}",
+            fix="give this run its own --run.name, or remove that directory to start anew",
+        )
+    )
+
+
+def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted({*found, *wanted})
+        return [d for key in keys for d in _differences(found.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if found == wanted else [f"{path} was {found!r}, now {wanted!r}"]

@@ -1,0 +1,234 @@
+"""Adapters that were found become one: loaded strictly, composed by the recipe, checked before anything uses it.
+
+`inference`, `evaluate`, `benchmark` and the merge all come through `composition`. It takes the newest composed run of
+the same adapters when the command says nothing about weights, so what a search chose is what is used.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import BaseModelSection, Config
+from utils.adapters import adapter_files, find, inference_layers, peft_model
+from utils.adapters.factors import Factors, scaled
+from utils.artifacts import files, runs
+from utils.artifacts.runs import Run
+from utils.composition.checks import FactorCheck, check
+from utils.composition.methods import METHODS, Recipe, compose, depth, weights_at
+from utils.exceptions import ArtefactError, Problem, VerificationError
+from utils.logger import event
+from utils.models import float32_model
+from utils.models.base_model import BaseModel
+from utils.models.weights import layer_sample
+from utils.models.weights.safetensors_io import Checkpoint
+
+# float32 logits of equal models differ by rounding only, relative to the largest logit
+SAME_LOGITS = 1e-4
+# an adapter that moves logits less than this does nothing that could be told from rounding
+AN_EFFECT = 1e-3
+RECIPE_FIELDS = ("compose.method", "compose.weights", "compose.rank", "compose.density")
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One adapter made of several, what it was made of, and what was checked."""
+
+    factors: Factors
+    parts: tuple[Factors, ...]
+    runs: tuple[Run, ...]
+    recipe: Recipe
+    check: FactorCheck
+    searched: bool
+    run: Run | None = None
+
+    def line(self) -> str:
+        """The check in one line."""
+        c = self.check
+        if c.exact:
+            laws = f"identity {c.identity_error:.1e}, absence {c.absence_error:.1e}, order {c.order_error:.1e}"
+            return f"exact: relative error {c.relative_error:.1e}, {laws}"
+        return (
+            f"approximate: {c.mean_relative_error:.1%} from the exact sum, {c.relative_error:.1%} at {c.worst_module}"
+        )
+
+
+def composition(config: Config, base: BaseModel, which: str = "both") -> Composition:
+    """The adapters of this command, composed and checked. Raises ArtefactError or VerificationError."""
+    found = find.adapter_runs(config, base, which)
+    parts = load(found, base)
+    if which != "both":
+        given = config.compose.weights if config.compose.method == "sum" else ()
+        return made(parts, found, Recipe(weights=(given[which == "task"] if given else 1.0,)), searched=False)
+    said = [field for field in RECIPE_FIELDS if field in config.overrides]
+    if not said and (run := _composed_run(config, base, found)):
+        files.verify(run.directory)
+        recorded = run.manifest["composition"]
+        recipe = Recipe(**{**recorded["recipe"], "weights": tuple(recorded["recipe"]["weights"])})
+        event("using the newest composed run of these adapters", path=run.directory, weights=recipe.weights)
+        factors = adapter_files.load(run.adapter, base)
+        return Composition(
+            factors, parts, tuple(found), recipe, _checked(factors, parts, recipe), recorded["searched"], run
+        )
+    return made(parts, found, recipe_of(config), searched=False)
+
+
+def load(found: Sequence[Run], base: BaseModel) -> tuple[Factors, ...]:
+    """The factors of each adapter, checked against the base model's own tensors."""
+    return tuple(adapter_files.load(run.adapter, base) for run in found)
+
+
+def made(parts: Sequence[Factors], found: Sequence[Run], recipe: Recipe, *, searched: bool) -> Composition:
+    """Compose and check. Raises ArtefactError when the recipe does not fit, VerificationError when a check fails."""
+    try:
+        factors = compose(parts, recipe)
+    except ValueError as error:
+        raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
+    return Composition(factors, tuple(parts), tuple(found), recipe, _checked(factors, parts, recipe), searched)
+
+
+def recipe_of(config: Config) -> Recipe:
+    """What the settings ask for."""
+    section = config.compose
+    return Recipe(section.method, section.weights, section.rank, section.density, config.run.seed)
+
+
+def record(found: Composition) -> dict[str, Any]:
+    """What a manifest says about a composition."""
+    return {
+        "recipe": asdict(found.recipe),
+        "exact": METHODS[found.recipe.method].exact,
+        "source": METHODS[found.recipe.method].source,
+        "searched": found.searched,
+        "check": asdict(found.check),
+    }
+
+
+def say(found: Composition) -> None:
+    """One line about what is used, and one when its weights are untested."""
+    names = ", ".join(run.directory.as_posix() for run in found.runs)
+    weights = found.recipe.weights or (1.0,) * len(found.runs)
+    event("composed", adapters=names, method=found.recipe.method, weights=weights, check=found.line())
+    if len(found.runs) > 1 and not found.searched:
+        event("these weights are untested: `python scripts/compose.py --compose.search` chooses them on the dev split")
+
+
+def check_on_model(base: BaseModel, found: Composition, section: BaseModelSection, scratch: Path) -> dict[str, Any]:
+    """Points 3 and 4 of the self-check, on the base model in float32; on some of its layers where it is too large.
+
+    Raises VerificationError. `scratch` is a directory that does not exist, for the small model.
+    """
+    checkpoint = Checkpoint(base.directory)
+    layers = layer_sample.choose(checkpoint, found.factors, float32_model.available())
+    parts, factors = weighted_parts(found), found.factors
+    try:
+        if len(layers) < layer_sample.layer_count(checkpoint):
+            event("the model is larger than memory: some of its layers are checked", checked_layers=layers)
+            layer_sample.write(checkpoint, layers, scratch)
+            base = replace(base, directory=scratch)
+            parts = [layer_sample.factors_of(part, layers) for part in parts]
+            factors = layer_sample.factors_of(factors, layers)
+        model = float32_model.in_float32(base, section)
+        checked = check_logits(parts, factors, model, float32_model.probe(checkpoint), exact=found.check.exact)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {"checked_layers": layers, **checked}
+
+
+@torch.no_grad()
+def check_logits(
+    parts: Sequence[Factors], composed: Factors, model: Any, ids_BT: torch.Tensor, *, exact: bool
+) -> dict[str, float]:
+    """All weighted parts active = the one composed adapter, which is neither the base nor the last part alone.
+
+    The parts go through our layers, the composed adapter through PEFT's, which stays on `model`, the bare base in
+    float32. Returns differences relative to the largest logit. Raises VerificationError.
+    """
+    names = [f"part{i}" for i in range(len(parts))]
+    ids_BT = ids_BT.to(model.device)
+    several = inference_layers.attach(inference_layers.sharing_weights(model), dict(zip(names, parts, strict=True)))
+    active = several(ids_BT).logits.float()
+    inference_layers.select(several, {names[-1]: 1.0})
+    alone, plain = several(ids_BT).logits.float(), model(ids_BT).logits.float()
+    together = peft_model.add(model, "composed", composed)(ids_BT).logits.float()
+    size = float(together.abs().max())
+    pairs = {
+        "parts_active_to_composed": (active, together),
+        "composed_to_base": (together, plain),
+        "composed_to_last_part": (together, alone),
+    }
+    differences = {name: float((one - other).abs().max()) / (size or 1.0) for name, (one, other) in pairs.items()}
+    problems = []
+    if not 0 < size < float("inf"):
+        problems.append(Problem("the composed model's logits are zero or not finite", size, "use smaller weights"))
+    if exact and not differences["parts_active_to_composed"] <= SAME_LOGITS:
+        what = "all adapters active and the composed one differ"
+        problems.append(Problem(what, differences["parts_active_to_composed"]))
+    if not differences["composed_to_base"] > AN_EFFECT:
+        problems.append(Problem("the composed adapter does not change the model", differences["composed_to_base"]))
+    if any(parts[:-1]) and not differences["composed_to_last_part"] > AN_EFFECT:
+        problems.append(Problem("only the last adapter has an effect", differences["composed_to_last_part"]))
+    if problems:
+        raise VerificationError(problems)
+    return differences
+
+
+def weighted_parts(found: Composition) -> list[Factors]:
+    """Each adapter with its weights folded in, without the modules where it has weight 0."""
+    layers, count = depth(found.parts), len(found.parts)
+    return [
+        {m: scaled(f, w) for m, f in part.items() if (w := weights_at(m, found.recipe, count, layers)[i]) != 0.0}
+        for i, part in enumerate(found.parts)
+    ]
+
+
+def select_by(recipe: Recipe, parts: Sequence[Factors], names: Sequence[str]) -> Callable[[str], dict[str, float]]:
+    """Module -> weight of each named part, for `frozen_lora.select`."""
+    layers = depth(parts)
+    return lambda module: dict(zip(names, weights_at(module, recipe, len(parts), layers), strict=True))
+
+
+def refuse_inside(target: Path, base: BaseModel, found: Sequence[Run]) -> None:
+    """Raises ArtefactError when an output would be written into one of its inputs."""
+    for source in (base.directory, *(run.directory for run in found)):
+        if target.resolve().is_relative_to(source.resolve()):
+            raise ArtefactError(
+                Problem(f"the output lies inside its input {source}", str(target), "choose another path")
+            )
+
+
+def refuse_models_inside(config: Config) -> None:
+    """Raises ArtefactError when --run.models_dir lies inside an adapter folder that is read."""
+    for source in filter(None, (config.inputs.domain_adapter, config.inputs.task_adapter, *config.compose.also)):
+        if config.run.models_dir.resolve().is_relative_to(Path(source).resolve()):
+            what = f"the output lies inside its input {source}"
+            raise ArtefactError(Problem(what, str(config.run.models_dir), "choose another --run.models_dir"))
+
+
+def refuse_recipe(recipe: Recipe, parts: Sequence[Factors]) -> None:
+    """Raises ArtefactError when the weights are not as many as the method takes for these adapters."""
+    try:
+        weights_at("", recipe, len(parts), depth(parts))
+    except ValueError as error:
+        raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
+
+
+def _checked(factors: Factors, parts: Sequence[Factors], recipe: Recipe) -> FactorCheck:
+    done = check(factors, parts, recipe)
+    if done.problems:
+        raise VerificationError([Problem(f"the composed adapter is not what it should be: {p}") for p in done.problems])
+    return done
+
+
+def _composed_run(config: Config, base: BaseModel, found: Sequence[Run]) -> Run | None:
+    wanted = [run.digest for run in found]
+    for run in runs.complete_runs(config.run.models_dir, "composed"):
+        identity = run.manifest["identity"]
+        if identity["base"] == base.digest and identity["adapters"] == wanted:
+            return run
+    return None

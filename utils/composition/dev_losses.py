@@ -1,0 +1,265 @@
+"""What the dev split says about a composition: losses at any weights, their derivatives in the weights, activations.
+
+One loaded base carries every adapter; changing the weights changes a few small matrices and nothing else.
+
+Shapes: k adapters, L layers, N tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import BaseModelSection, ComposeSection, Config, TrainSection
+from utils.adapters import inference_layers
+from utils.adapters.factors import Factors
+from utils.artifacts import files
+from utils.composition import search as weight_search
+from utils.composition.methods import Recipe, depth, weights_at
+from utils.composition.search import Choice, Point
+from utils.data.batches import Batch, BucketedPairs, PackedDocuments, tokenise_pairs
+from utils.data.prepared import Prepared
+from utils.data.splits import hash_share
+from utils.exceptions import ArtefactError, DataError, NonFiniteError, Problem
+from utils.inference import scoring
+from utils.logger import event
+from utils.models import chat, loading
+from utils.models.base_model import BaseModel
+from utils.models.losses import NextTokenLoss
+from utils.models.weights.tensor_names import layer_of
+from utils.progress import Progress
+
+ROW_TOKENS = 1024
+FIT_STEPS, FIT_RATE = 8, 0.1
+
+
+@dataclass(frozen=True)
+class DevData:
+    """Questions with their gold answers, and documents, both from dev; either may be missing."""
+
+    questions: list[scoring.Question]
+    pairs: list[Any]
+    pair_documents: list[str]
+    documents: PackedDocuments | None
+    pad_id: int
+    batch_tokens: int
+
+
+def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: str) -> DevData:
+    """Dev pairs and dev documents of prepared data, as tokens. Missing ones are left out."""
+    tokenizer, section = chat.load_tokenizer(base.directory), config.compose
+    source, pad, longest = Prepared(directory), chat.pad_id(tokenizer), config.evaluate.batch_tokens
+    try:
+        examples = _some(source.examples("dev"), section.max_dev_items, config.run.seed)
+    except ArtefactError:
+        examples = []
+    gold = [{**example, "choices": None, "answer_index": None} for example in examples]
+    questions, _ = scoring.questions(gold, tokenizer, system_prompt, longest)
+    pairs, _ = tokenise_pairs(gold, tokenizer, system_prompt, longest)
+    document_of = {str(example["id"]): str(example["document"]) for example in gold}
+    documents = None
+    if (directory / "dev_documents").is_dir():
+        found = source.documents("dev_documents")
+        ids = found["id"][:]
+        order = sorted(range(len(ids)), key=lambda i: hash_share(ids[i], config.run.seed))
+        chosen = found.select(sorted(order[: section.max_dev_documents or len(order)]))
+        documents = PackedDocuments(chosen, _rows(longest), 0, pad)
+    return DevData(questions, pairs, [document_of[p.name] for p in pairs], documents, pad, longest)
+
+
+def search(probe: Probe | None, section: ComposeSection, remembered: Path) -> Choice:
+    """Weights chosen on dev. Each measured point is a line of `remembered`, so an interrupted search goes on.
+
+    Raises DataError when there is nothing to choose on.
+    """
+    if probe is None or not probe.data.questions:
+        raise DataError(
+            Problem(
+                "compose.search has no dev pairs to choose weights on, or too little memory for the model",
+                fix="prepare data with --data.task FILE, on a machine that holds the model; or set --weights",
+            )
+        )
+    known = {(point.method, point.weights): point for point in _points(remembered)}
+    if known:
+        event("the weight search goes on", measured=len(known))
+        # without what a kill left of a line: the next one would be appended to it
+        files.write_text(remembered, "".join(json.dumps(asdict(point)) + "\n" for point in known.values()))
+
+    def evaluate(method: str, weights: tuple[float, ...]) -> Point:
+        if (method, weights) not in known:
+            point = known[method, weights] = probe.point(method, weights)
+            with remembered.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(asdict(point)) + "\n")
+            shown = ", ".join(f"{w:g}" for w in weights[:6])
+            event(f"{method} ({shown})", answer_loss=point.answer_nll, domain_loss=point.domain_nll, number=len(known))
+        return known[method, weights]
+
+    fit = probe.fit_per_layer if "per_layer" in section.search_methods else None
+    return weight_search.search(
+        evaluate, len(probe.parts), section.search_methods, retention=section.domain_retention, fit_per_layer=fit
+    )
+
+
+def _points(path: Path) -> list[Point]:
+    """Points that were measured before; what a kill cut short or an older version wrote is measured again."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError, TypeError):
+            values = json.loads(line)
+            found.append(Point(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+    return found
+
+
+def recipe_with(recipe: Recipe, choice: Choice) -> Recipe:
+    """The recipe with what was chosen."""
+    return replace(recipe, method=choice.chosen.method, weights=choice.chosen.weights)
+
+
+class Probe:
+    """The base with adapters on it, and dev data to ask it about."""
+
+    @classmethod
+    def on(cls, base: BaseModel, section: BaseModelSection, parts: Sequence[Factors], data: DevData) -> Probe:
+        """Load the base once."""
+        return cls(loading.load_model(base, section), parts, data)
+
+    def __init__(self, model: Any, parts: Sequence[Factors], data: DevData):
+        self.names = [f"part{i}" for i in range(len(parts))]
+        self.parts, self.data, self.layers = parts, data, depth(parts)
+        self.model = inference_layers.attach(model, dict(zip(self.names, parts, strict=True))).eval()
+        self.device = next(model.parameters()).device
+
+    def point(self, method: str, weights: tuple[float, ...]) -> Point:
+        """Losses of dev at these weights."""
+        recipe, data = Recipe(method, weights), self.data
+        inference_layers.select(
+            self.model, lambda module: self._named(weights_at(module, recipe, len(self.parts), self.layers))
+        )
+        common = {"batch_tokens": data.batch_tokens, "device": self.device}
+        what = f"{method} {', '.join(f'{w:g}' for w in weights[:4])}"
+        items = scoring.score_questions(self.model, data.questions, pad_id=data.pad_id, what=what, **common)
+        documents = []
+        if data.documents is not None:
+            documents = scoring.score_documents(self.model, data.documents, what=what, **common)
+        return Point(
+            method,
+            weights,
+            tuple(item.answer_nll + item.end_nll for item in items),
+            tuple(item.answer_tokens + 1 for item in items),
+            tuple(item.document for item in items),
+            tuple(d.nll for d in documents),
+            tuple(d.tokens for d in documents),
+        )
+
+    def gradient(self, weights_kL: torch.Tensor, batches: Sequence[Batch]) -> tuple[float, torch.Tensor]:
+        """(mean NLL per label, its derivative (k, L)) in a weight per adapter and layer, by one backward pass each.
+
+        Raises NonFiniteError.
+        """
+        loss_of, total = NextTokenLoss(self.model), 0.0
+        labels = sum(batch.num_labels for batch in batches)
+        gradient = torch.zeros_like(weights_kL)
+        for batch in batches:
+            leaf = weights_kL.detach().clone().to(self.device).requires_grad_()
+            inference_layers.select(self.model, lambda module, leaf=leaf: self._named(leaf[:, self._layer(module)]))
+            loss = loss_of(*(t.to(self.device) for t in (batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)))
+            loss.backward()
+            total += float(loss.detach())
+            gradient += leaf.grad.cpu()
+        if not torch.isfinite(gradient).all():
+            raise NonFiniteError(Problem("a derivative of the dev loss is NaN or infinite", fix="check the adapters"))
+        return total / labels, gradient / labels
+
+    def fit_per_layer(self, start: Sequence[float], documents: Sequence[str]) -> tuple[float, ...]:
+        """Weights per adapter and layer by gradient descent (Adam) on the dev pairs of these documents."""
+        batches = self.answer_batches(set(documents))
+        weights = torch.tensor(start)[:, None].repeat(1, self.layers)
+        optimizer = torch.optim.Adam([weights], lr=FIT_RATE)
+        with Progress("per-layer weights", total=FIT_STEPS, unit="step") as bar:
+            for _ in range(FIT_STEPS):
+                loss, weights.grad = self.gradient(weights, batches)
+                optimizer.step()
+                bar.advance(1, loss=loss)
+        return tuple(round(float(w), 4) for w in weights.flatten())
+
+    def answer_batches(self, documents: set[str] | None = None) -> list[Batch]:
+        """Dev pairs as batches; only those of some documents, if given."""
+        data = self.data
+        kept = [p for p, d in zip(data.pairs, data.pair_documents, strict=True) if documents is None or d in documents]
+        pairs = BucketedPairs(kept, _rows(ROW_TOKENS), 0, data.pad_id)
+        return [pairs.batch(0, rows) for step in pairs.steps(0) for rows in step]
+
+    def document_batches(self) -> list[Batch]:
+        """Dev documents as batches."""
+        documents = self.data.documents
+        return [documents.batch(0, rows) for step in documents.steps(0) for rows in step] if documents else []
+
+    @torch.no_grad()
+    def overlaps(self, first: int, second: int, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
+        """Module -> how two updates D and T act on the same inputs: ||D x|| / ||W x||, ||T x|| / ||W x||, their cosine.
+
+        Linear modules only: a fused expert sees its own tokens, and is compared by its factors.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        handles = []
+
+        def watch(name: str, module: inference_layers.FrozenLoraLinear) -> None:
+            (a_d, b_d), (a_t, b_t) = (module.update.parts[self.names[i]] for i in (first, second))
+
+            def measure(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> None:
+                x = inputs[0].reshape(-1, inputs[0].shape[-1]).to(a_d.dtype)
+                d, t = (x @ a_d.mT) @ b_d, (x @ a_t.mT) @ b_t
+                w = module.base(inputs[0]).float()
+                w = w if module.base.bias is None else w - module.base.bias.float()
+                found = torch.stack([(d * d).sum(), (t * t).sum(), (d * t).sum(), (w * w).sum()]).double().cpu()
+                sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + found
+
+            handles.append(module.register_forward_hook(measure))
+
+        for name, module in self.model.named_modules():
+            if isinstance(module, inference_layers.FrozenLoraLinear) and {self.names[first], self.names[second]} <= set(
+                module.update.parts
+            ):
+                watch(name, module)
+        try:
+            for batch in batches:
+                self.model(
+                    batch.input_ids_BT.to(self.device),
+                    position_ids=batch.position_ids_BT.to(self.device),
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {
+            name: {
+                "first_to_base": float((d / w).sqrt()),
+                "second_to_base": float((t / w).sqrt()),
+                "cosine": float(dot / (d * t).sqrt()) if d and t else 0.0,
+            }
+            for name, (d, t, dot, w) in sums.items()
+        }
+
+    def _named(self, weights: Any) -> dict[str, Any]:
+        return {name: weights[i] for i, name in enumerate(self.names)}
+
+    def _layer(self, module: str) -> int:
+        layer = layer_of(module)
+        return self.layers - 1 if layer is None else layer
+
+
+def _rows(tokens: int) -> TrainSection:
+    size = min(tokens, ROW_TOKENS)
+    return TrainSection(sequence_tokens=size, batch_tokens=max(tokens, size), micro_batch_tokens=max(tokens, size))
+
+
+def _some(examples: list[dict[str, Any]], limit: int, seed: int) -> list[dict[str, Any]]:
+    order = sorted(examples, key=lambda example: hash_share(str(example["id"]), seed))
+    return order[: limit or len(order)]

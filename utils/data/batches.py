@@ -1,0 +1,314 @@
+"""Rows and batches: packed documents for the domain adapter, length-bucketed pairs for the task adapter.
+
+A row is token ids, position ids and next-token labels; -100 marks what is not trained. Padding always follows the last
+real token and starts its own positions at 0, and so does every packed piece: attention never crosses such a border
+(transformers reads it off the position ids), so no attention mask is needed and pad tokens may equal eos.
+
+Shape suffixes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from config import TrainSection
+from utils.exceptions import DataError, Problem
+from utils.models import chat
+from utils.models.losses import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+OPEN_ROWS = 64  # rows kept open while packing: larger fills better and costs a longer scan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass; `names` says which documents or examples it holds, for error messages."""
+
+    input_ids_BT: torch.Tensor
+    position_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    names: tuple[str, ...]
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.labels_BT != IGNORED).sum())
+
+
+MicroBatch = tuple[int, ...]
+Step = list[MicroBatch]
+
+
+class TrainingData(Protocol):
+    """What the training loop needs to know about data."""
+
+    def steps(self, epoch: int) -> list[Step]:
+        """The optimiser steps of an epoch, each a list of micro-batches of row numbers; the same at every call."""
+
+    def batch(self, epoch: int, rows: MicroBatch) -> Batch:
+        """The tensors of a micro-batch."""
+
+    def num_labels(self, epoch: int, step: Step) -> int:
+        """Trained tokens in a step, over all its micro-batches."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens start..end of a document."""
+
+    document: int
+    start: int
+    end: int
+
+
+class PackedDocuments:
+    """Documents packed into rows of `sequence_tokens`; a long one continues in another row, no token is lost."""
+
+    def __init__(self, documents: Dataset, train: TrainSection, seed: int, pad_id: int):
+        self.documents, self.train, self.seed, self.pad_id = documents, train, seed, pad_id
+        self.lengths = np.asarray(documents.with_format("numpy")["num_tokens"][:], dtype=np.int64)
+        self._packed: tuple[int, list[list[Piece]]] = (-1, [])
+
+    def rows(self, epoch: int) -> list[list[Piece]]:
+        """The pieces of each row; packing is redone each epoch, so neighbours change."""
+        if self._packed[0] != epoch:
+            self._packed = (
+                epoch,
+                pack(self.lengths, self.train.sequence_tokens, random.Random(f"{self.seed}:{epoch}")),
+            )
+        return self._packed[1]
+
+    def steps(self, epoch: int) -> list[Step]:
+        length = self.train.sequence_tokens
+        return group(list(range(len(self.rows(epoch)))), [length] * len(self.rows(epoch)), self.train)
+
+    def batch(self, epoch: int, rows: MicroBatch) -> Batch:
+        length = self.train.sequence_tokens
+        ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
+        labels = np.full((len(rows), length), IGNORED, dtype=np.int64)
+        positions = np.zeros((len(rows), length), dtype=np.int64)
+        names: list[str] = []
+        for row, number in enumerate(rows):
+            at = 0
+            for piece in self.rows(epoch)[number]:
+                document = self.documents[piece.document]
+                tokens = np.asarray(document["input_ids"][piece.start : piece.end + 1], dtype=np.int64)
+                size = piece.end - piece.start
+                ids[row, at : at + size] = tokens[:size]
+                labels[row, at : at + len(tokens) - 1] = tokens[
+                    1:
+                ]  # across a cut, the next row's first token is the label
+                positions[row, at : at + size] = np.arange(size)
+                names.append(document["id"])
+                at += size
+            positions[row, at:] = np.arange(length - at)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), tuple(names))
+
+    def num_labels(self, epoch: int, step: Step) -> int:
+        rows = self.rows(epoch)
+        pieces = [piece for micro in step for number in micro for piece in rows[number]]
+        return sum(p.end - p.start - int(p.end == self.lengths[p.document]) for p in pieces)
+
+
+class BucketedPairs:
+    """Prompt-answer pairs in batches of similar length; the answer and its end-of-turn token are trained.
+
+    Of the prompt's tokens a share, `prompt_loss_weight`, is drawn anew in each epoch and trained as well: on average
+    the loss with this weight on all of them (Shi et al. 2024, arXiv 2405.14394), for fewer logits.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], train: TrainSection, seed: int, pad_id: int, *, prompt_loss_weight: float = 0.0
+    ):
+        self.pairs, self.train, self.seed, self.pad_id = pairs, train, seed, pad_id
+        self.prompt_loss_weight = prompt_loss_weight
+
+    def steps(self, epoch: int) -> list[Step]:
+        order = list(range(len(self.pairs)))
+        generator = random.Random(f"{self.seed}:{epoch}")
+        generator.shuffle(order)
+        lengths = [len(self.pairs[i].ids) for i in order]
+        order = [i for _, i in sorted(zip(lengths, order, strict=True), key=lambda pair: pair[0])]
+        steps = group(order, [len(self.pairs[i].ids) for i in order], self.train)
+        generator.shuffle(steps)
+        return steps
+
+    def batch(self, epoch: int, rows: MicroBatch) -> Batch:
+        batch = pad([self.pairs[row] for row in rows], self.pad_id)
+        for at, row in enumerate(rows):
+            drawn = self._drawn(epoch, row)
+            batch.labels_BT[at, drawn] = batch.input_ids_BT[at, drawn + 1]
+        return batch
+
+    def num_labels(self, epoch: int, step: Step) -> int:
+        rows = [row for micro in step for row in micro]
+        return sum(self.pairs[row].num_answer_tokens + len(self._drawn(epoch, row)) for row in rows)
+
+    def _drawn(self, epoch: int, row: int) -> torch.Tensor:
+        """Positions in the prompt whose next token, of the prompt too, is trained; the same at every call."""
+        pair = self.pairs[row]
+        count = len(pair.ids) - pair.num_answer_tokens - 1 if self.prompt_loss_weight else 0
+        draw = np.random.default_rng((self.seed, epoch, row)).random(max(0, count))
+        return torch.from_numpy(np.flatnonzero(draw < self.prompt_loss_weight))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tokenised example: prompt, then answer and end-of-turn token."""
+
+    name: str
+    ids: tuple[int, ...]
+    num_answer_tokens: int
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What became of the examples."""
+
+    usable: int
+    answer_does_not_fit: int
+    contexts_shortened: int
+
+    @property
+    def unusable_share(self) -> float:
+        return self.answer_does_not_fit / max(1, self.usable + self.answer_does_not_fit)
+
+
+def pack(lengths: Sequence[int], row_tokens: int, generator: random.Random) -> list[list[Piece]]:
+    """Rows of at most `row_tokens`: documents in random order, each piece into the open row it fills best."""
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    done: list[list[Piece]] = []
+    open_rows: list[tuple[int, list[Piece]]] = []  # (free tokens, pieces)
+    for document in order:
+        for start in range(0, int(lengths[document]), row_tokens):
+            piece = Piece(document, start, min(start + row_tokens, int(lengths[document])))
+            size = piece.end - piece.start
+            fitting = [(free, at) for at, (free, _) in enumerate(open_rows) if free >= size]
+            if fitting:
+                free, at = min(fitting)
+                open_rows[at] = (free - size, [*open_rows[at][1], piece])
+            else:
+                open_rows.append((row_tokens - size, [piece]))
+            if len(open_rows) > OPEN_ROWS:
+                fullest = min(range(len(open_rows)), key=lambda at: open_rows[at][0])
+                done.append(open_rows.pop(fullest)[1])
+    rows = done + [pieces for _, pieces in open_rows]
+    generator.shuffle(rows)
+    return rows
+
+
+def group(order: Sequence[int], lengths: Sequence[int], train: TrainSection) -> list[Step]:
+    """Rows into micro-batches of at most micro_batch_tokens padded tokens, these into steps of at most batch_tokens."""
+    steps: list[Step] = [[]]
+    micro: list[int] = []
+    longest = step_tokens = 0
+    for row, length in zip(order, lengths, strict=True):
+        if micro and max(longest, length) * (len(micro) + 1) > train.micro_batch_tokens:
+            steps[-1].append(tuple(micro))
+            step_tokens += longest * len(micro)
+            micro, longest = [], 0
+        if not micro and steps[-1] and step_tokens + length > train.batch_tokens:
+            steps.append([])
+            step_tokens = 0
+        elif micro and step_tokens + max(longest, length) * (len(micro) + 1) > train.batch_tokens:
+            steps[-1].append(tuple(micro))
+            steps.append([])
+            micro, longest, step_tokens = [], 0, 0
+        micro.append(row)
+        longest = max(longest, length)
+    if micro:
+        steps[-1].append(tuple(micro))
+    return [step for step in steps if step]
+
+
+def pad(pairs: Sequence[Pair], pad_id: int) -> Batch:
+    """Right-padded pairs with next-token labels on the answers."""
+    length = max(len(pair.ids) for pair in pairs)
+    ids = torch.full((len(pairs), length), pad_id)
+    labels = torch.full((len(pairs), length), IGNORED)
+    for row, pair in enumerate(pairs):
+        tokens = torch.tensor(pair.ids)
+        ids[row, : len(tokens)] = tokens
+        first = len(tokens) - pair.num_answer_tokens
+        labels[row, first - 1 : len(tokens) - 1] = tokens[first:]
+    positions = torch.arange(length).expand(len(pairs), -1).contiguous()
+    return Batch(ids, positions, labels, tuple(pair.name for pair in pairs))
+
+
+def tokenise_pairs(
+    examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, system_prompt: str, max_tokens: int
+) -> tuple[list[Pair], PairReport]:
+    """Examples as pairs of at most `max_tokens`: a long context loses its end, an answer is never cut.
+
+    An example whose question and answer do not fit even without context is left out and counted.
+    """
+    pairs: list[Pair] = []
+    dropped = shortened = 0
+    for example in examples:
+        answer = chat.answer_ids(tokenizer, example["answers"][0], example.get("reasoning"))
+        prompt, was_cut = fitting_prompt(example, tokenizer, system_prompt, max_tokens - len(answer))
+        if prompt is None:
+            dropped += 1
+            continue
+        shortened += was_cut
+        pairs.append(Pair(str(example["id"]), (*prompt, *answer), len(answer)))
+    return pairs, PairReport(len(pairs), dropped, shortened)
+
+
+def fitting_prompt(
+    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, system_prompt: str, room: int
+) -> tuple[list[int] | None, bool]:
+    """The prompt in at most `room` tokens and whether its context was shortened; None when it cannot fit."""
+    prompt = chat.prompt_ids(tokenizer, example, system_prompt)
+    if len(prompt) <= room:
+        return prompt, False
+    context = example.get("context")
+    if not context:
+        return None, False
+    context_ids = chat.text_ids(tokenizer, [context])[0]
+    keep = len(context_ids) - (len(prompt) - room)
+    while keep > 0:
+        shorter = {**example, "context": tokenizer.decode(context_ids[:keep])}
+        prompt = chat.prompt_ids(tokenizer, shorter, system_prompt)
+        if len(prompt) <= room:
+            return prompt, True
+        keep -= len(prompt) - room  # re-tokenising the shortened text can merge differently
+    return None, False
+
+
+def check_usable(report: PairReport, max_unusable_share: float, max_tokens: int) -> None:
+    """Raises DataError when too many examples had to be left out, or none is left."""
+    if report.usable and report.unusable_share <= max_unusable_share:
+        return
+    raise DataError(
+        Problem(
+            f"{report.answer_does_not_fit} of {report.usable + report.answer_does_not_fit} training pairs do not fit "
+            f"{max_tokens} tokens with their answer",
+            f"{report.unusable_share:.1%}",
+            f"raise --task.train.sequence_tokens (and micro_batch_tokens), or allow it with --task.max_unusable_share "
+            f"{min(1.0, report.unusable_share + 0.01):.2f}",
+        )
+    )
+
+
+def dev_batches(data: TrainingData, settings: TrainSection) -> list[Batch]:
+    """The dev data in its first fixed order, up to max_dev_tokens."""
+    batches: list[Batch] = []
+    tokens = 0
+    for step in data.steps(0):
+        for rows in step:
+            batch = data.batch(0, rows)
+            tokens += batch.input_ids_BT.numel()
+            if batches and settings.max_dev_tokens and tokens > settings.max_dev_tokens:
+                return batches
+            batches.append(batch)
+    return batches

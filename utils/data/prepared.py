@@ -1,0 +1,321 @@
+"""Prepared data: what `scripts/prepare_data.py` writes and every later stage reads.
+
+data/prepared/<run>/   corpus/  dev_documents/  heldout_documents/     Arrow: id, text, input_ids, num_tokens
+                       task_train.jsonl  task_dev.jsonl  task_test.jsonl     the common format, one example a line
+                       manifest.json                                         counts, what was dropped and why
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import BUILT_IN_TASKS, DataSection
+from utils import disk
+from utils.artifacts import files
+from utils.data.documents import read_documents
+from utils.data.domains.built_in import BuiltIn
+from utils.data.domains.invented import invented_domain
+from utils.data.domains.python_demo import other_modules, python_demo
+from utils.data.examples import read_task_examples
+from utils.data.splits import hash_share, leaks, split_by_document
+from utils.exceptions import ArtefactError, DataError, Problem
+from utils.logger import event
+from utils.models import chat
+from utils.models.base_model import BaseModel
+from utils.models.chat import load_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "dev", "test")
+Splits = dict[str, list[dict[str, Any]]]
+NONE = "none"
+SAMPLED, SAMPLED_CHARACTERS = 256, 10_000
+# manifests, counts, labelled pairs
+SMALL_FILES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A directory of prepared data."""
+
+    directory: Path
+
+    def documents(self, which: str) -> Dataset:
+        """`corpus`, `dev_documents` or `heldout_documents`, memory-mapped. Raises ArtefactError when there are none."""
+        from datasets import load_from_disk
+
+        if not (self.directory / which).is_dir():
+            raise ArtefactError(
+                Problem(
+                    f"{self.directory} has no {which}",
+                    fix="prepare data with --data.corpus PATH (and held-out documents)",
+                )
+            )
+        return load_from_disk(str(self.directory / which))
+
+    def examples(self, split: str) -> list[dict[str, Any]]:
+        """The labelled pairs of `train`, `dev` or `test`. Raises ArtefactError when there are none."""
+        path = self.directory / f"task_{split}.jsonl"
+        if not path.is_file():
+            raise ArtefactError(
+                Problem(f"{self.directory} has no {split} pairs", fix="prepare data with --data.task FILE")
+            )
+        # not splitlines(): a question may hold U+2028, at which it would break
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def identity(data: DataSection, base: BaseModel, seed: int) -> dict[str, Any]:
+    """Everything that decides the prepared data: settings, contents of the sources, tokenizer, seed."""
+    domain = _built_in(data, seed)
+    sources = {
+        name: _contents(value, domain)
+        for name in ("corpus", "corpus_heldout", "task", "task_dev", "task_test")
+        if (value := getattr(data, name))
+    }
+    return {"data": data.model_dump(mode="json"), "sources": sources, "tokenizer": base.tokenizer_digest, "seed": seed}
+
+
+def prepare(data: DataSection, base: BaseModel, seed: int, directory: Path) -> dict[str, Any]:
+    """Read, clean, split, tokenise and write everything to `directory`; returns the counts for the manifest."""
+    cache = directory / ".reading"
+    domain = _built_in(data, seed)
+    try:
+        counts: dict[str, Any] = {}
+        if data.corpus != (NONE,):
+            counts["documents"] = _prepare_documents(data, domain, base, seed, directory, cache)
+        if data.task != NONE:
+            counts["examples"] = _prepare_examples(data, domain, base, seed, directory, cache)
+        if domain:
+            counts["groups"] = domain.groups
+        return counts
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def space_bytes(parts: Iterable[Dataset], tokenizer: Any) -> int:
+    """About what tokenising these documents takes on the disk: texts and int32 ids, while they are made and once kept.
+
+    Tokens are counted on the beginnings of a sample of SAMPLED documents.
+    """
+    total = 0
+    for part in parts:
+        chosen = part.select(range(0, len(part), max(1, len(part) // SAMPLED)))
+        sample = [text[:SAMPLED_CHARACTERS] for text in chosen["text"]]
+        tokens = sum(len(ids) for ids in chat.document_ids(tokenizer, sample))
+        texts = part.data.column("text").nbytes * len(part) // max(1, part.data.num_rows)
+        total += texts + round(4 * tokens / max(1, sum(len(t.encode()) for t in sample)) * texts)
+    return 2 * total + SMALL_FILES
+
+
+def _built_in(data: DataSection, seed: int) -> BuiltIn | None:
+    """The domain that the settings name instead of files, or None."""
+    named = {data.task, *data.corpus}
+    if "python_docs" in named:
+        return python_demo(seed)
+    if "python_docs_other" in named:
+        return other_modules(seed)
+    if not named & {"invented", "invented_shuffled"}:
+        return None
+    return invented_domain(
+        towns=data.invented_towns,
+        attributes=data.invented_attributes,
+        dev_share=data.dev_share,
+        test_share=data.test_share,
+        shuffled="invented_shuffled" in named,
+        seed=seed,
+    )
+
+
+def _prepare_documents(
+    data: DataSection, domain: BuiltIn | None, base: BaseModel, seed: int, directory: Path, cache: Path
+) -> dict[str, Any]:
+    counts: dict[str, Any] = {}
+    if data.corpus[0] in BUILT_IN_TASKS:
+        corpus, report = _from_list(domain.documents), {"dropped": {}}
+    else:
+        corpus, read = read_documents(data.corpus, cache_dir=cache, hub_revision=data.corpus_revision or None)
+        report = read.to_json()
+    counts["read"] = report
+    order = sorted(range(len(corpus)), key=lambda i, ids=corpus["id"][:]: hash_share(ids[i], seed))
+    if data.max_documents:
+        counts["beyond_max_documents"] = max(0, len(order) - data.max_documents)
+        order = order[: data.max_documents]
+    if data.corpus[0] in BUILT_IN_TASKS:
+        outside = _from_list(domain.heldout)
+    elif data.corpus_heldout:
+        outside, _ = read_documents(data.corpus_heldout, cache_dir=cache, hub_revision=data.corpus_revision or None)
+    else:
+        held = max(2, round(len(order) * data.heldout_share)) if len(order) >= 10 and data.heldout_share else 0
+        outside, order = corpus.select(sorted(order[:held])), order[held:]
+    # choosing (checkpoints, weights) and reporting never look at the same held-out documents
+    halves = sorted(range(len(outside)), key=lambda i, ids=outside["id"][:]: hash_share(ids[i], seed))
+    middle = len(halves) // 2
+    parts = {"corpus": corpus.select(sorted(order))}
+    if middle:
+        parts["dev_documents"] = outside.select(sorted(halves[:middle]))
+        parts["heldout_documents"] = outside.select(sorted(halves[middle:]))
+    tokenizer = load_tokenizer(base.directory)
+    disk.require(directory.parent, space_bytes(parts.values(), tokenizer), "preparing these documents")
+    for name, part in parts.items():
+        event(f"tokenising {name}", documents=len(part))
+        tokenised = part.map(
+            lambda batch: _tokenise(batch["text"], tokenizer),
+            batched=True,
+            batch_size=200,
+            writer_batch_size=200,
+            keep_in_memory=False,
+            cache_file_name=str(_fresh(cache / f"{name}.arrow")),
+            desc=f"tokenising {name}",
+        )
+        tokenised.save_to_disk(str(directory / name), max_shard_size="500MB")
+        (cache / f"{name}.arrow").unlink(missing_ok=True)
+        counts[name] = {
+            "documents": len(tokenised),
+            "tokens": _total(tokenised, "num_tokens"),
+            "bytes": _total(tokenised, "utf8_bytes"),
+        }
+    return counts
+
+
+def _prepare_examples(
+    data: DataSection, domain: BuiltIn | None, base: BaseModel, seed: int, directory: Path, cache: Path
+) -> dict[str, Any]:
+    counts: dict[str, Any] = {}
+    if data.task in BUILT_IN_TASKS:
+        splits, counts["dropped"] = domain.examples, dict(domain.dropped)
+    else:
+        splits, counts = _read_splits(data, seed, cache)
+    limits = {"train": data.max_train_examples, "dev": data.max_dev_examples, "test": data.max_test_examples}
+    tokenizer = load_tokenizer(base.directory)
+    for split, examples in splits.items():
+        if limits[split] and len(examples) > limits[split]:
+            kept = {e["id"] for e in sorted(examples, key=lambda e: hash_share(e["id"], seed))[: limits[split]]}
+            examples = [e for e in examples if e["id"] in kept]
+        lines = [json.dumps(example, ensure_ascii=False) for example in examples]
+        files.write_text(directory / f"task_{split}.jsonl", "\n".join(lines) + "\n")
+        answers = [len(chat.answer_ids(tokenizer, e["answers"][0], e.get("reasoning"))) for e in examples]
+        counts[split] = {
+            "examples": len(examples),
+            "documents": len({e["document"] for e in examples}),
+            "with_choices": sum(bool(e.get("choices")) for e in examples),
+            "answer_tokens": sum(answers),
+        }
+    return counts
+
+
+def _read_splits(data: DataSection, seed: int, cache: Path) -> tuple[Splits, dict[str, Any]]:
+    """Train, dev and test from the person's files; what is missing is split off by document."""
+
+    def read(source: str, split: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        examples, report = read_task_examples(
+            source, cache_dir=cache, hub_revision=data.task_revision or None, split=split
+        )
+        return examples, report.to_json()
+
+    counts: dict[str, Any] = {"read": {}}
+    given: dict[str, list[dict[str, Any]]] = {}
+    for split, source in (("train", data.task), ("dev", data.task_dev), ("test", data.task_test)):
+        if source:
+            given[split], counts["read"][split] = read(source, None)
+    if set(given) == {"train"}:
+        splits = split_by_document(given["train"], dev_share=data.dev_share, test_share=data.test_share, seed=seed)
+    elif set(given) == set(SPLITS):
+        splits = given
+    else:
+        missing = "dev" if "dev" not in given else "test"
+        share = data.dev_share if missing == "dev" else data.test_share
+        splits = given | _split_off(given["train"], missing, share, seed)
+    counts["dropped"] = {}
+    for later, earlier in (("test", "train"), ("dev", "train"), ("test", "dev")):
+        leaked = {id(example) for example in leaks(splits[later], splits[earlier])}
+        splits[earlier] = [example for example in splits[earlier] if id(example) not in leaked]
+        counts["dropped"][f"{earlier} pairs that are in {later}"] = len(leaked)
+    if empty := [split for split in SPLITS if not splits[split]]:
+        raise DataError(
+            Problem(f"no labelled pairs left for {' and '.join(empty)}", fix="give more, or separate files")
+        )
+    return splits, counts
+
+
+def _split_off(
+    examples: Sequence[dict[str, Any]], name: str, share: float, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    documents = sorted({e["document"] for e in examples}, key=lambda d: hash_share(d, seed))
+    if len(documents) < 2:
+        raise DataError(
+            Problem(f"one document cannot be split into train and {name}", documents, f"give --data.task_{name} FILE")
+        )
+    off = set(documents[: max(1, round(share * len(documents)))])
+    return {
+        "train": [e for e in examples if e["document"] not in off],
+        name: [e for e in examples if e["document"] in off],
+    }
+
+
+def _tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, list[Any]]:
+    ids = [tokens for group in _groups(texts) for tokens in chat.document_ids(tokenizer, group)]
+    return {
+        "input_ids": ids,
+        "num_tokens": [len(tokens) for tokens in ids],
+        "utf8_bytes": [len(text.encode("utf-8")) for text in texts],
+    }
+
+
+def _groups(texts: Sequence[str], most_characters: int = 1 << 22) -> Iterator[list[str]]:
+    """Consecutive texts: tokenising takes 150 bytes of memory per character, and 200 books have 200 million."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > most_characters:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
+
+
+def _from_list(documents: Iterable[dict[str, str]]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"id": d["id"], "text": d["text"]} for d in documents])
+
+
+def _total(dataset: Dataset, column: str) -> int:
+    import numpy as np
+
+    return int(np.sum(dataset.with_format("numpy")[column][:], dtype=np.int64))
+
+
+def _fresh(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _contents(value: str | Sequence[str], domain: BuiltIn | None) -> Any:
+    """What identifies the contents of sources: digests of local files and of the built-in domain."""
+    found = []
+    for source in [value] if isinstance(value, str) else value:
+        path = Path(source).expanduser()
+        if domain and source in BUILT_IN_TASKS:
+            # the texts and not a version: what a Python documents depends on its platform and on how it was built
+            found.append({"sha256": files.fingerprint([domain.documents, domain.heldout, domain.examples])})
+        elif path.is_file():
+            found.append({"sha256": files.sha256_file(path)})
+        elif path.is_dir():
+            # links are followed, as they are when the folder is read
+            walked = ((Path(root), names) for root, _, names in os.walk(path, followlinks=True))
+            inside = sorted(root / name for root, names in walked for name in names if not name.startswith("."))
+            found.append(
+                {"sha256": files.fingerprint({str(p.relative_to(path)): files.sha256_file(p) for p in inside})}
+            )
+        else:
+            found.append({"name": source})
+    return found

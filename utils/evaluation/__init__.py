@@ -1,0 +1,11 @@
+"""The proof: does the adaptation help? Which runs take part, what is scored, what follows, how it is shown.
+
+run_groups       the runs that are compared: one group for each seed, with its controls
+controls         training what a comparison lacks, by the pipeline's own scripts
+scored_rows      each row as an adapter on one loaded base; scoring it
+measures         from per-item scores to numbers with intervals, contrasts, examples
+intervals        paired intervals over documents and seeds       verdict   four contrasts and the word that follows
+test_reads       how often a test split has been read            comparison   all of it, as `evaluate` runs it
+report/          report.html and the table for a terminal        lm_eval/  the same test split in another program
+find_evaluation  the evaluation of a composed model, for its card
+"""

@@ -1,0 +1,165 @@
+"""The comparison that `scripts/evaluate.py` runs: gather who takes part, score every row, conclude, show."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from utils.artifacts import files, runs
+from utils.artifacts.runs import Run
+from utils.composition import composed_adapter
+from utils.data import contamination
+from utils.data.prepared import Prepared
+from utils.evaluation import measures, scored_rows, test_reads
+from utils.evaluation.run_groups import Participants
+from utils.evaluation.scored_rows import Material, Row
+from utils.models import devices
+from utils.models.base_model import BaseModel
+from utils.secrets import redact
+
+FEW_DOCUMENTS = 12
+NEVER_ENDS = 0.5
+
+
+def compare(config: Config, base: BaseModel, parts: Participants, directory: Path) -> dict[str, Any]:
+    """Score every row on the same tokens and conclude. Returns what `results.json` holds."""
+    began = time.perf_counter()
+    if parts.composed:
+        composed_adapter.say(parts.composed)
+    on = scored_rows.material(config, base, parts, directory / ".reading")
+    rows = scored_rows.rows(config, base, parts)
+    read = test_reads.record(
+        directory.parent,
+        test=test_reads.digest([str(e["id"]) for e in on.examples], [str(e["question"]) for e in on.examples]),
+        composed=files.fingerprint([run.digest for run in parts.composed.runs] if parts.composed else []),
+        run=directory.name,
+    )
+    raw = scored_rows.score(config, base, rows, on, directory)
+    found = measures.assemble(rows, raw, config.evaluate, config.run.seed)
+    found |= {
+        "examples": _examples(config, base, rows, raw, on, directory),
+        "test_items": len(on.items),
+        "test_documents": len({item.document for item in on.items}),
+        "items_without_document": _without_document(on),
+        "left_out": len(on.left_out),
+        "seeds": [family.seed for family in parts.families],
+        "task_trained_on": parts.first.task.manifest["identity"]["on"],
+        "missing": parts.missing,
+        "reads": {**read, "sentence": test_reads.sentence(read)},
+        "lineage": _lineage(base, parts),
+        "dataset": _dataset(parts.data),
+        "contamination": _contamination(config, parts, rows, raw),
+        "command": redact(shlex.join(sys.argv)),
+        "versions": runs.versions(),
+    }
+    found["cautions"] = cautions(found, parts)
+    if parts.composed:
+        recorded = composed_adapter.record(parts.composed)
+        found["composition"] = {
+            **{key: recorded[key] for key in ("recipe", "exact", "searched")},
+            "adapters": [run.digest for run in parts.composed.runs],
+        }
+        found["composed_run"] = str(parts.composed.run.directory) if parts.composed.run else None
+    found["measured"] = {
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_memory_bytes": devices.peak_memory_bytes(),
+    }
+    return found
+
+
+def _examples(
+    config: Config, base: BaseModel, rows: Sequence[Row], raw: Mapping[str, Any], on: Material, directory: Path
+) -> dict[str, Any]:
+    """The items where composed won and lost most against the task adapter alone, with what both say."""
+    first = {row.cell: row for row in reversed(rows)}
+    if not {"composed", "task"} <= set(first) or not config.evaluate.generated_answers:
+        return {}
+    shown = [first["task"], first["composed"]]
+    path = directory / "examples.json"
+    if not path.exists():
+        chosen = measures.chosen_examples(raw[shown[1].name]["items"], raw[shown[0].name]["items"])
+        by_name = {str(example["id"]): example for example in on.examples}
+        names = [*chosen["won"], *chosen["lost"]]
+        texts = scored_rows.answers_to(config, base, shown, on, [by_name[name] for name in names])
+        said = {cell: dict(zip(names, answers, strict=True)) for cell, answers in texts.items()}
+        scores = {row.cell: raw[row.name] for row in shown}
+        files.write_json(
+            path, {kind: measures.described(listed, by_name, scores, said) for kind, listed in chosen.items()}
+        )
+    return dict(files.read_json(path))
+
+
+def _contamination(config: Config, parts: Participants, rows: Sequence[Row], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Which test items stand in what was trained on, and the verdict without them."""
+    measured = contamination.report(Prepared(parts.data.directory))
+    rest = measures.without(rows, raw, config.evaluate, config.run.seed, set(measured.flagged))
+    return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
+
+
+def cautions(found: Mapping[str, Any], parts: Participants) -> list[str]:
+    """What a reader has to know before believing the numbers."""
+    said = [test_reads.sentence(found["reads"])]
+    if found["items_without_document"]:
+        said.append(
+            f"{found['items_without_document']} of {found['test_items'] + found['left_out']} test questions name no "
+            "document: each counts as one of its own; where some share a source the intervals are too narrow."
+        )
+    if found["left_out"]:
+        said.append(f"{found['left_out']} test questions do not fit --evaluate.batch_tokens and are left out.")
+    if found["test_documents"] < FEW_DOCUMENTS:
+        documents = f"{found['test_documents']} document{'s' * (found['test_documents'] != 1)}"
+        said.append(f"The test questions are about {documents}: few to draw conclusions from.")
+    if parts.composed and not parts.composed.searched:
+        said.append("The composition's weights were not chosen on dev: `python scripts/compose.py --compose.search`.")
+    if len(parts.families) == 1:
+        said.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
+    trained = parts.first.task.manifest["identity"]
+    if found["verdict"] == "interferes" and "train" in trained and not trained.get("prompt_loss_weight"):
+        said.append(
+            "Where prompts are long and answers short, a task adapter trained on part of the prompt as well may "
+            "leave more of the domain: --task.prompt_loss_weight 0.1; look on dev before you read the test again."
+        )
+    silent = [c for c, cell in found["cells"].items() if cell.get("format", {}).get("ended", 1.0) < NEVER_ENDS]
+    if silent:
+        said.append(
+            f"Most answers of {', '.join(silent)} do not end by themselves: their exact match and F1 mean little."
+        )
+    return [sentence for sentence in said if sentence]
+
+
+def _without_document(on: Material) -> int:
+    """Items that stand for a document of their own: their intervals assume that they have nothing in common.
+
+    A document that several items share was named, even where it has the name of one of them.
+    """
+    items = Counter(str(e["document"]) for e in on.examples)
+    return sum(str(e["document"]) == str(e["id"]) and items[str(e["document"])] == 1 for e in on.examples)
+
+
+def _lineage(base: BaseModel, parts: Participants) -> list[dict[str, Any]]:
+    own = [{"kind": "base", "path": base.source, "digest": base.digest}]
+    return own + [
+        {**run.as_parent(), "measured": {k: v for k, v in run.manifest.get("measured", {}).items() if _is_small(v)}}
+        for run in parts.runs()
+    ]
+
+
+def _dataset(data: Run) -> dict[str, Any]:
+    """Where the test questions and the held-out documents came from."""
+    said = data.manifest["identity"]["data"]
+    return {
+        "task": said["task_test"] or said["task"],
+        "task_revision": said["task_revision"],
+        "corpus": said["corpus_heldout"] or said["corpus"],
+        "corpus_revision": said["corpus_revision"],
+    }
+
+
+def _is_small(value: Any) -> bool:
+    return not isinstance(value, (list, dict))

@@ -1,0 +1,195 @@
+"""Training what a comparison lacks: the baseline, the controls, further seeds.
+
+Everything is made by the pipeline's own scripts with the settings of the run it stands beside, under
+`models/controls/` and `data/controls/`, so that no later stage takes it for the newest run of a person. What exists
+with the same identity is used instead, wherever it lies. Interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from utils import cli
+from utils.adapters import adapter_files, find
+from utils.adapters.factors import random_like
+from utils.artifacts import files, runs
+from utils.artifacts.runs import Run
+from utils.data import prepared
+from utils.exceptions import ArtefactError, Interrupted, PipelineError, Problem
+from utils.logger import event
+from utils.models.base_model import BaseModel
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = "controls"
+# built-in domains have a wrong one of the same form; for a person's own documents it is Python's documentation
+WRONG_FOR = {"python_docs": "python_docs_other", "invented": "invented_shuffled"}
+# what decides the built-in domains' sizes and splits
+SIZES = ("invented_towns", "invented_attributes", "dev_share", "test_share")
+
+
+class Trainer:
+    """Finds a run by what decides it, or makes it."""
+
+    def __init__(self, config: Config, base: BaseModel):
+        self.config, self.base = config, base
+        self.models, self.data = config.run.models_dir / FOLDER, config.run.data_dir / FOLDER
+
+    def wrong_data(self, of: Run) -> Run:
+        """Prepared documents of another domain than those that `of` (prepared data) holds."""
+        corpus = self.config.evaluate.wrong_corpus
+        if not corpus:
+            corpus = (WRONG_FOR.get(of.manifest["identity"]["data"]["corpus"][0], "python_docs"),)
+        own = of.manifest["identity"]["data"]
+        section = {key: own[key] for key in SIZES if key in own} | {"corpus": corpus, "task": prepared.NONE}
+        config = self._config({"data": section}, int(of.manifest["identity"]["seed"]))
+        identity = prepared.identity(config.data, self.base, config.run.seed)
+        return self._found_or_made("prepared", identity, config, ("data",), "the wrong domain's documents")
+
+    def domain(self, like: Run, seed: int, data: Run | None = None) -> Run:
+        """A domain adapter with the settings and the number of steps of `like`: another seed, or other documents."""
+        identity = {**like.manifest["identity"], "seed": seed}
+        what = f"a domain adapter with seed {seed}"
+        if data is not None:
+            what = f"a wrong-domain adapter with seed {seed}"
+            train, steps = dict(identity["train"]), like.manifest["measured"]["steps"]
+            tokens = data.manifest["counts"]["documents"]["corpus"]["tokens"]
+            train |= {"max_steps": steps, "epochs": 1 + math.ceil(steps * train["batch_tokens"] / max(1, tokens))}
+            identity |= {"data": data.digest, "train": train}
+        section = {"lora": identity["lora"], "train": identity["train"]}
+        inputs = {"prepared": str((data or find.parent_by_digest(like, "prepared", self._roots(True))).directory)}
+        config = self._config({"domain": section, "inputs": inputs}, seed, identity)
+        return self._found_or_made("domain", identity, config, ("domain", "inputs"), what)
+
+    def random_domain(self, like: Run, seed: int) -> Run:
+        """An adapter of random numbers with the shapes of `like` and its norm in every module."""
+        identity = {"stage": "domain", "control": "random", "like": like.digest, "seed": seed}
+        directory = self.models / "domain" / f"random-{files.fingerprint(identity)[:8]}"
+        if (run := runs.open_run(directory, identity)) is not None:
+            return run
+        factors = random_like(adapter_files.load(like.adapter, self.base), seed)
+
+        def manifest() -> dict[str, Any]:
+            return runs.manifest("domain", identity, base=self.base.record(), parents=[like], measured={})
+
+        with files.publish(directory, manifest) as temporary:
+            adapter_files.save(temporary / "adapter", factors, self.base)
+        return Run(directory, files.verify(directory))
+
+    def task(self, like: Run, seed: int, domain: Run | None, *, rank: int = 0) -> Run:
+        """A task adapter with the settings of `like`: another seed, another domain adapter (None: the base), a rank."""
+        on = like.manifest["identity"]["on"] if domain else "base"
+        identity = {**like.manifest["identity"], "seed": seed, "on": on}
+        identity["domain_adapter"] = domain.digest if domain else None
+        what = f"a task adapter on {domain.directory.name if domain else 'the base'} with seed {seed}"
+        if rank:
+            lora = dict(identity["lora"])
+            # the same scale, so that the rank is all that differs
+            lora |= {"rank": rank, "alpha": lora["alpha"] * _scale_ratio(lora, rank)}
+            identity["lora"] = lora
+            what = f"a task adapter of rank {rank} with seed {seed}"
+        section = {
+            "on": on,
+            "lora": identity["lora"],
+            "train": identity["train"],
+            "system_prompt": identity["system_prompt"],
+            "prompt_loss_weight": identity.get("prompt_loss_weight", 0.0),
+            "max_unusable_share": self.config.task.max_unusable_share,
+        }
+        inputs = {"prepared": str(find.parent_by_digest(like, "prepared", self._roots(True)).directory)}
+        if domain:
+            inputs["domain_adapter"] = str(domain.directory)
+        config = self._config({"task": section, "inputs": inputs}, seed, identity)
+        return self._found_or_made("task", identity, config, ("task", "inputs"), what)
+
+    def existing(self, stage: str, identity: dict[str, Any]) -> Run | None:
+        """The complete run with this identity, the person's own first."""
+        wanted = files.fingerprint(identity)
+        for root in self._roots(stage == "prepared"):
+            for run in runs.complete_runs(root, stage):
+                if run.manifest["fingerprint"] == wanted:
+                    files.verify(run.directory)
+                    return run
+        return None
+
+    def _roots(self, of_data: bool) -> tuple[Path, Path]:
+        return (self.config.run.data_dir, self.data) if of_data else (self.config.run.models_dir, self.models)
+
+    def _found_or_made(
+        self, stage: str, identity: dict[str, Any], config: Config, sections: tuple[str, ...], what: str
+    ) -> Run:
+        if (run := self.existing(stage, identity)) is not None:
+            return run
+        script = {"prepared": "prepare_data", "domain": "train_domain_adapter", "task": "train_task_adapter"}[stage]
+        starter = shlex.split(self.config.evaluate.launcher) if stage != "prepared" else []
+        flags = cli.arguments(config, (*sections, "base", "run"))
+        command = [*(starter or [sys.executable]), str(ROOT / "scripts" / f"{script}.py"), *flags]
+        event(f"making {what}", command=shlex.join(command[len(starter or [""]) :]))
+        result = _run(command, what)
+        directory = Path(result["run"])
+        run = Run(directory, files.verify(directory))
+        if run.manifest["fingerprint"] != files.fingerprint(identity):
+            raise ArtefactError(Problem(f"{directory} was made with other settings than asked for", fix="report this"))
+        return run
+
+    def _config(self, sections: dict[str, Any], seed: int, identity: dict[str, Any] | None = None) -> Config:
+        """This command's settings with these sections instead, writing to the controls' own folders."""
+        values = self.config.model_dump()
+        base = {"source": str(self.base.directory.resolve()), "revision": ""}
+        if identity:
+            base |= {"dtype": identity["dtype"].removeprefix("torch."), "attention": identity["attention"]}
+        run = {"seed": seed, "name": "", "trackers": (), "models_dir": self.models, "data_dir": self.data}
+        changed = {
+            "base": values["base"] | base,
+            "run": values["run"] | run,
+            "inputs": {},
+            **{name: values[name] | section if name == "task" else section for name, section in sections.items()},
+        }
+        return Config.model_validate(values | changed)
+
+
+def _scale_ratio(lora: dict[str, Any], rank: int) -> float:
+    """By what alpha grows with the rank for an unchanged scale."""
+    return (rank / lora["rank"]) ** (0.5 if lora["use_rslora"] else 1.0)
+
+
+def _run(command: list[str], what: str) -> dict[str, Any]:
+    """Run one of our scripts; its messages go where ours go. Returns its last line; raises what it said."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(cli.ENV_PREFIX)}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    with child, _passed_on(child):
+        printed = child.communicate()[0]
+    if child.returncode == Interrupted.exit_code or child.returncode in (-signal.SIGTERM, -signal.SIGINT, 130):
+        raise Interrupted(Problem(f"stopped while making {what}", fix="run the same command again"))
+    if child.returncode:
+        error = PipelineError(
+            Problem(f"making {what} failed, see above", f"exit code {child.returncode}", shlex.join(command))
+        )
+        error.exit_code = child.returncode if child.returncode > 0 else 1
+        raise error
+    return dict(json.loads(printed.strip().rpartition("\n")[2]))
+
+
+@contextmanager
+def _passed_on(child: subprocess.Popen[str]) -> Iterator[None]:
+    """A SIGTERM to us reaches the child, which writes a checkpoint; a terminal's Ctrl-C reaches both by itself."""
+
+    def forward(number: int, frame: Any) -> None:
+        child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, forward), signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])

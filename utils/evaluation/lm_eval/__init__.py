@@ -1,0 +1,1 @@
+"""The test split as tasks for lm-evaluation-harness."""

@@ -1,0 +1,273 @@
+"""report.html: what an evaluation found, for people who decide whether the adaptation was worth it.
+
+Made from results.json, the runs behind it and nothing else; one file that needs no network and no script. The numbers
+are those of results.json: each stands in a `<data>` element with its exact value. What is said where is in
+report.html.jinja; what is computed for it is here, and no number of an evaluation is.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.artifacts import files
+from utils.artifacts.runs import Run
+from utils.evaluation.report import report_facts, report_figures
+from utils.evaluation.verdict import CLAIMS, LEVEL
+from utils.html import numbers, pages
+
+COMMAND = "scripts/evaluate.py"
+# verdict -> its colour, and what it means for somebody who has to decide
+WORDS = {
+    "helps": ("good", "Composed keeps the domain, answers better, and does so because of this domain."),
+    "coexists": (
+        "calm",
+        "Composed keeps the domain and answers no worse than the task adapter alone; more than that is not shown.",
+    ),
+    "interferes": ("bad", "One adapter spoils the other: composed is shown to be worse, or to have lost the domain."),
+    "undecided": (
+        "warn",
+        "These data cannot tell; more of them would: test questions about more documents, held-out documents, seeds.",
+    ),
+}
+NATS = "gain in answer NLL, nats per token; above 0 when composed is the better"
+STYLES = {"domain": "domain", "task": "task", "composed": "composed"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column: where its number is, how it reads, which way is better, and why it may be absent."""
+
+    key: str
+    title: str
+    meaning: str
+    form: Callable[[float], str]
+    better: str = "low"
+    absent: str = ""
+
+    def of(self, cell: Mapping[str, Any]) -> float | None:
+        if self.key in cell.get("format", {}):
+            return cell["format"][self.key]
+        return cell.get(self.key)
+
+    def interval(self, cell: Mapping[str, Any]) -> list[float] | None:
+        return cell.get("intervals", {}).get(self.key)
+
+
+NO_HELDOUT = "the prepared data has no held-out documents"
+NO_CORPUS = "the prepared data has no corpus"
+NO_CHOICES = "the test questions come without choices"
+NO_ANSWERS = "no answers were generated (--evaluate.generated_answers is 0)"
+LIKELIHOODS = (
+    Measure("answer_nll", "answer NLL", "loss of the gold answer, nats per token", numbers.nats),
+    Measure("choice_accuracy", "choice accuracy", "the right choice is likeliest", numbers.share, "high", NO_CHOICES),
+    Measure(
+        "choice_accuracy_per_token",
+        "choice accuracy by token",
+        "the same by loss per token",
+        numbers.share,
+        "high",
+        NO_CHOICES,
+    ),
+    Measure("domain_ppl", "held-out perplexity", "documents nobody trained on", numbers.perplexity, "low", NO_HELDOUT),
+    Measure(
+        "corpus_ppl",
+        "corpus perplexity",
+        "the domain adapter trained on these",
+        numbers.perplexity,
+        "low",
+        NO_CORPUS,
+    ),
+    Measure("general_ppl", "general perplexity", "ordinary prose: forgetting", numbers.perplexity),
+)
+ANSWERS = (
+    Measure("em", "exact match", "after SQuAD's normalisation", numbers.share, "high", NO_ANSWERS),
+    Measure("f1", "token F1", "words shared with the gold answer", numbers.share, "high", NO_ANSWERS),
+    Measure("ended", "ends by itself", "before the longest length", numbers.share, "high", NO_ANSWERS),
+    Measure("repetitive", "repeats itself", "goes round in circles", numbers.share, "low", NO_ANSWERS),
+    Measure("thinking_left", "thinking left", "reasoning inside the answer", numbers.share, "low", NO_ANSWERS),
+    Measure("tokens", "length", "mean tokens", numbers.general, "", NO_ANSWERS),
+)
+LOSSES = (
+    Measure("domain_nll", "held-out NLL", "nats per token", numbers.nats, "low", NO_HELDOUT),
+    Measure("domain_nll_per_byte", "held-out NLL per byte", "nats per byte", numbers.nats, "low", NO_HELDOUT),
+    Measure("corpus_nll", "corpus NLL", "nats per token", numbers.nats, "low", NO_CORPUS),
+    Measure("general_nll", "general NLL", "nats per token", numbers.nats),
+    Measure("end_of_turn_nll", "end of turn", "loss of ending there, nats", numbers.nats),
+)
+TILES = ("answer_nll", "f1", "choice_accuracy", "domain_ppl", "general_ppl")
+
+
+def write(directory: Path, results: dict[str, Any], runs: Sequence[Run], composed: Run | None) -> Path:
+    """report.html in the evaluation's directory. Raises ArtefactError when it cannot be written or a run is damaged."""
+    target, identity = directory / "report.html", directory / "identity.json"
+    settings = files.read_json(identity) if identity.exists() else {}
+    files.write_text(target, page(directory.name, results, runs, composed, settings))
+    return target
+
+
+def page(
+    name: str,
+    results: Mapping[str, Any],
+    runs: Sequence[Run],
+    composed: Run | None,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as text; `settings` is the evaluation's identity."""
+    cells = results["cells"]
+    colour, gloss = WORDS[results["verdict"]]
+    return pages.render(
+        "evaluation/report/report.html.jinja",
+        title=f"{results['verdict'].capitalize()}: {name}",
+        name=name,
+        results=results,
+        colour=colour,
+        sentence=_without_word(results["sentence"], results["verdict"]),
+        gloss=gloss,
+        tiles=[
+            m for key in TILES for m in (*LIKELIHOODS, *ANSWERS) if m.key == key and key in cells.get("composed", {})
+        ],
+        untested=list(untested(results)),
+        forests=forests(results),
+        matrices=[
+            ("What the models know", matrix(cells, LIKELIHOODS)),
+            ("What they say when asked", matrix(cells, ANSWERS)),
+            ("The same as losses", matrix(cells, LOSSES)),
+        ],
+        answers=next((cell["format"]["answers"] for cell in cells.values() if "format" in cell), 0),
+        curves=[
+            picture
+            for kind, title in (("domain", "Domain adapter"), ("task", "Task adapters"))
+            if (picture := report_figures.losses(title, report_facts.trained(runs, kind)))
+        ],
+        training=report_facts.training_rows(runs),
+        search=_read(composed, "search.json"),
+        interference=_read(composed, "interference.json"),
+        pictures=report_figures,
+        composed=composed,
+        data=report_facts.data_of(runs),
+        lineage=report_facts.lineage_rows(results, runs),
+        settings={k: v for k, v in (settings or {}).items() if k in ("evaluate", "dtype", "seed")},
+        figures=numbers,
+        command=command,
+        level=LEVEL,
+    )
+
+
+def command(results: Mapping[str, Any], flag: str = "") -> str:
+    """The command of this evaluation with one more flag."""
+    said = results.get("command") or COMMAND
+    return f"python {said} {flag}".strip() if flag.partition(" ")[0] not in shlex.split(said) else f"python {said}"
+
+
+def untested(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """What the verdict does not rest on: the claim or the row, why, and the command that would test it."""
+    controls = command(results, "--evaluate.controls")
+    for name, why in results["untested"].items():
+        yield {"what": f"{name}: composed {CLAIMS[name]}", "why": why, "command": "" if name == "H1" else controls}
+    for cell, why in results["missing"].items():
+        yield {"what": f"the row {cell}", "why": why, "command": ""}
+    cells = results["cells"]
+    if "composed" in cells and "rank_matched" not in cells and "H4" not in results["untested"]:
+        why = "whether more rank alone would have done it"
+        yield {"what": "a task adapter of the ranks together", "why": why, "command": controls}
+    if len(results["seeds"]) < 2:
+        why = "everything was trained once, so what another training run would give is not known"
+        yield {"what": "other seeds", "why": why, "command": command(results, "--evaluate.seeds 1,2")}
+
+
+def forests(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups of intervals that share an axis: H1; H2 to H4; composed against every other row."""
+    contrasts, cells = results["contrasts"], results["cells"]
+    others = [
+        {
+            "name": (other := key.removesuffix(" - composed")),
+            "text": cells.get(other, {}).get("meaning", ""),
+            "found": found,
+            "style": STYLES.get(other, "other"),
+            **_against(found),
+        }
+        for key, found in results["differences"].items()
+    ]
+    groups = (
+        ("Is the domain kept?", "share of the domain adapter's gain that composed keeps", ["H1"], numbers.share),
+        ("Are the answers better?", NATS, [name for name in CLAIMS if name != "H1"], numbers.gain),
+    )
+    found = [
+        _group(title, axis, [_claim(name, contrasts[name]) for name in names if name in contrasts], form)
+        for title, axis, names, form in groups
+    ]
+    found.append(_group("Composed against every other row", NATS, others, numbers.gain))
+    return [group for group in found if group["rows"]]
+
+
+def matrix(cells: Mapping[str, Any], measures: Sequence[Measure]) -> dict[str, Any]:
+    """Cells by the measures that the data support, the best of each column, and why the others are absent."""
+    shown = [m for m in measures if any(m.of(cell) is not None for cell in cells.values())]
+    best = {}
+    for measure in shown:
+        found = [value for cell in cells.values() if (value := measure.of(cell)) is not None]
+        if measure.better and len(set(found)) > 1:
+            best[measure.key] = min(found) if measure.better == "low" else max(found)
+    absent: dict[str, list[str]] = {}
+    for measure in measures:
+        if measure not in shown:
+            absent.setdefault(measure.absent or "not measured", []).append(measure.title)
+    return {"measures": shown, "best": best, "absent": absent, "cells": cells}
+
+
+def _group(title: str, axis: str, rows: list[dict[str, Any]], form: Callable[[float], str]) -> dict[str, Any]:
+    """Rows with their pictures on one axis."""
+    group: dict[str, Any] = {"title": title, "axis": axis, "form": form, "rows": rows}
+    group["plain"] = numbers.nats if form is numbers.gain else form
+    if rows:
+        scale = report_figures.interval_scale([row["found"] for row in rows])
+        group["svg_axis"] = report_figures.axis_row(scale, "%" if form is numbers.share else "")
+        for row in rows:
+            said = f"{row['name']}: {_in_words(row['found'], form)}"
+            row["svg"] = report_figures.interval_row(row["found"], scale, row["style"], row["filled"], said)
+    return group
+
+
+def _claim(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    holds = found["holds"]
+    return {
+        "name": name,
+        "text": f"composed {found['claim']}",
+        "found": found,
+        "style": "composed" if holds else "other",
+        "filled": holds,
+        "result": "shown" if holds else "not shown",
+        "colour": "good" if holds else "warn",
+    }
+
+
+def _against(found: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = found["low"], found["high"]
+    if low is not None and low > 0:
+        return {"result": "better", "colour": "good", "filled": True}
+    if high is not None and high < 0:
+        return {"result": "worse", "colour": "bad", "filled": True}
+    return {"result": "cannot tell", "colour": "warn", "filled": False}
+
+
+def _without_word(sentence: str, word: str) -> str:
+    """The sentence without the verdict in front of it, which stands there already."""
+    rest = sentence.removeprefix(f"{word.capitalize()}: ")
+    return rest[:1].upper() + rest[1:]
+
+
+def _in_words(found: Mapping[str, Any], form: Callable[[float], str]) -> str:
+    if found["low"] is None or found["high"] is None:
+        return f"{form(found['estimate'])}, no interval: {found['clusters']} documents are too few"
+    interval = f"95% interval {form(found['low'])} to {form(found['high'])}, against {form(found['null'])}"
+    seen = f", enough documents to see {form(found['detectable'])}" if found.get("detectable") is not None else ""
+    return f"{form(found['estimate'])}, {interval}{seen}"
+
+
+def _read(run: Run | None, name: str) -> dict[str, Any] | None:
+    path = run.directory / name if run else None
+    return files.read_json(path) if path and path.exists() else None

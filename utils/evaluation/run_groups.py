@@ -1,0 +1,229 @@
+"""The runs that are compared: a family for each seed, made of the adapters, the baseline and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import BaseModelSection, Config
+from utils.adapters import adapter_files, find
+from utils.artifacts import files
+from utils.artifacts.runs import Run
+from utils.composition import composed_adapter
+from utils.composition.composed_adapter import Composition
+from utils.evaluation.controls import Trainer
+from utils.exceptions import ArtefactError, Problem
+from utils.logger import event, warning
+from utils.models import devices, quantization, sources
+from utils.models.base_model import BaseModel
+
+REGIME = ("on", "domain_adapter")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one seed trained. `task` belongs to the composed model, `baseline` was trained on the base.
+
+    A control stands for the domain adapter (`wrong_domain`, `random`: the adapter and the task adapter trained on it in
+    the same regime) or is a task adapter of the ranks together (`rank_matched`).
+    """
+
+    seed: int
+    domain: Run | None
+    task: Run
+    baseline: Run | None
+    controls: dict[str, tuple[Run, ...]] = field(default_factory=dict)
+
+    def runs(self) -> list[Run]:
+        own = [run for run in (self.domain, self.task, self.baseline) if run is not None]
+        return own + [run for runs in self.controls.values() for run in runs]
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A further row of `evaluate.also`: adapters that are applied together, or a merged model."""
+
+    name: str
+    adapters: tuple[Run, ...]
+    model: BaseModel | None = None
+
+
+@dataclass(frozen=True)
+class Participants:
+    """Everyone, the data they are judged on, and why somebody is missing."""
+
+    data: Run
+    families: tuple[Family, ...]
+    composed: Composition | None
+    guests: tuple[Guest, ...]
+    missing: dict[str, str]
+
+    @property
+    def first(self) -> Family:
+        return self.families[0]
+
+    def runs(self) -> list[Run]:
+        """Each run once, in order."""
+        made = [self.composed.run] if self.composed and self.composed.run else []
+        further = list(self.composed.runs[2:]) if self.composed else []
+        everyone = [run for family in self.families for run in family.runs()]
+        everyone += [run for guest in self.guests for run in guest.adapters]
+        return list({run.digest: run for run in [*everyone, self.data, *made, *further]}.values())
+
+
+def gather(config: Config, base: BaseModel) -> Participants:
+    """Find the runs; with `evaluate.controls` and `evaluate.seeds` also make the ones that are missing.
+
+    Raises ArtefactError when a run is missing that cannot be made here.
+    """
+    domain, task = find.pair(config, base)
+    data = find.data_of(config, base, [task])
+    if data is None:
+        raise ArtefactError(
+            Problem(
+                f"{task.directory} does not say which data it was trained on",
+                fix="prepare data: scripts/prepare_data.py",
+            )
+        )
+    guests = tuple(_guest(config, base, Path(path), at) for at, path in enumerate(config.evaluate.also))
+    trainer = Trainer(config, base)
+    missing: dict[str, str] = {}
+    first = _family(config, trainer, missing, domain, task)
+    families = [first]
+    for seed in config.evaluate.seeds:
+        if any(seed == family.seed for family in families):
+            raise ArtefactError(Problem("evaluate.seeds: this seed is there already", seed, "leave it out"))
+        families.append(_sibling(config, trainer, missing, first, seed))
+    composed = composed_adapter.composition(config, base) if domain else None
+    for name, why in missing.items():
+        warning(f"{name} is left out: {why}")
+    return Participants(data, tuple(families), composed, guests, missing)
+
+
+def identity(config: Config, base: BaseModel, parts: Participants) -> dict[str, Any]:
+    """Everything that decides the numbers."""
+    return {
+        "stage": "evaluation",
+        "base": base.digest,
+        "runs": [run.digest for run in parts.runs()],
+        "models": {guest.name: guest.model.digest for guest in parts.guests if guest.model},
+        "recipe": asdict(parts.composed.recipe) if parts.composed else None,
+        "evaluate": config.evaluate.model_dump(mode="json", exclude={"launcher"}),
+        "dtype": str(devices.compute_dtype(config.base.dtype)),
+        **quantization.quantisation(base),
+        "seed": config.run.seed,
+    }
+
+
+def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> Family:
+    """The adapters that were asked for, with their baseline and controls."""
+    if task.manifest["identity"]["on"] == find.ELSEWHERE:
+        missing["task"] = "the adapter comes from elsewhere: the settings of a fair baseline are not known"
+        return Family(config.run.seed, domain, task, None)
+    seed = int(task.manifest["identity"]["seed"])
+    return Family(
+        seed,
+        domain,
+        task,
+        _baseline(config, trainer, missing, task),
+        _made(config, trainer, missing, domain, task, seed),
+    )
+
+
+def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: Family, seed: int) -> Family:
+    """The same family with another seed."""
+    domain, task = first.domain, first.task
+    foreign = [run for run in (domain, task) if run and run.manifest["identity"].get("on") == find.ELSEWHERE]
+    if foreign:
+        raise ArtefactError(
+            Problem(
+                "evaluate.seeds: how an adapter from elsewhere was trained is not known, so no other seed can be",
+                str(foreign[0].directory),
+                "leave out --evaluate.seeds",
+            )
+        )
+    other_domain = trainer.domain(domain, seed) if domain else None
+    stacked = task.manifest["identity"]["on"] != "base"
+    other_task = trainer.task(task, seed, other_domain if stacked else None)
+    baseline = other_task if not stacked else (trainer.task(task, seed, None) if first.baseline else None)
+    return Family(
+        seed, other_domain, other_task, baseline, _made(config, trainer, missing, other_domain, other_task, seed)
+    )
+
+
+def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], task: Run) -> Run | None:
+    """The adapter trained on the base with the same data, steps and settings as `task`."""
+    found = task.manifest["identity"]
+    if found["on"] == "base":
+        return task
+    run = trainer.existing("task", {**found, **dict(zip(REGIME, ("base", None), strict=True))})
+    if run is None and config.evaluate.controls:
+        run = trainer.task(task, int(found["seed"]), None)
+    if run is None:
+        missing["task"] = (
+            "no task adapter was trained on the base with the same settings: train it with `accelerate launch "
+            "scripts/train_task_adapter.py --task.on base`, or add --evaluate.controls"
+        )
+    else:
+        event("the task row is the adapter trained on the base", path=run.directory)
+    return run
+
+
+def _made(
+    config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run, seed: int
+) -> dict[str, tuple[Run, ...]]:
+    """The controls of one family: nothing without the flag or without a domain adapter."""
+    if not config.evaluate.controls or domain is None:
+        return {}
+    stacked = task.manifest["identity"]["on"] != "base"
+
+    def with_task(other: Run) -> tuple[Run, ...]:
+        return other, trainer.task(task, seed, other) if stacked else task
+
+    found: dict[str, tuple[Run, ...]] = {}
+    makers: dict[str, Callable[[], tuple[Run, ...]]] = {
+        "random": lambda: with_task(trainer.random_domain(domain, seed)),
+        "rank_matched": lambda: (trainer.task(task, seed, None, rank=_rank(domain) + _rank(task)),),
+    }
+    if domain.manifest["identity"].get("on") == find.ELSEWHERE:
+        missing["wrong_domain"] = "the domain adapter comes from elsewhere: how to train another is not known"
+    else:
+        data = find.parent_by_digest(domain, "prepared", (config.run.data_dir, config.run.data_dir / "controls"))
+        makers["wrong_domain"] = lambda: with_task(trainer.domain(domain, seed, trainer.wrong_data(data)))
+    for name, make in makers.items():
+        found[name] = make()
+    return found
+
+
+def _rank(run: Run) -> int:
+    if "lora" in run.manifest["identity"]:
+        return int(run.manifest["identity"]["lora"]["rank"])
+    return max(f.rank for f in adapter_files.load(run.adapter).values())
+
+
+def _guest(config: Config, base: BaseModel, path: Path, at: int) -> Guest:
+    """What a path of `evaluate.also` names. Raises ArtefactError when it is nothing that can be compared."""
+    name = f"also{at + 1}_{path.resolve().name}"
+    is_model = (path / "config.json").is_file() and not any(
+        (path / folder / "adapter_config.json").is_file() for folder in (".", "adapter")
+    )
+    if is_model and not (path / "identity.json").exists():
+        model = sources.fetch(BaseModelSection(source=str(path)), config.run.models_dir)
+        if model.tokenizer_digest != base.tokenizer_digest:
+            raise ArtefactError(
+                Problem(
+                    "--evaluate.also: this model has another tokenizer, so likelihoods per token do not compare",
+                    str(path),
+                    "compare models of one tokenizer",
+                )
+            )
+        if (path / files.MANIFEST).exists():
+            files.verify(path)
+        return Guest(name, (), model)
+    run = find.any_run(config, base, path, flag="--evaluate.also")
+    if run.manifest["kind"] == "task" and run.manifest["identity"]["on"] in ("domain", "domain_ready"):
+        below = find.parent_by_digest(run, "domain", (config.run.models_dir, config.run.models_dir / "controls"))
+        return Guest(name, (below, run))
+    return Guest(name, (run,))

@@ -1,0 +1,246 @@
+"""The rows of the comparison: which adapters each has, and what the model then does on the held-out data.
+
+All cells of one tokenizer are scored on the same tokens by the same loaded base; merged models of `evaluate.also` are
+loaded one after the other. A cell is written whole or not at all, so an interrupted evaluation goes on at the next one.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from config import Config, InferenceSection, TrainSection
+from utils.adapters import adapter_files, inference_layers
+from utils.adapters.factors import Factors
+from utils.artifacts import files
+from utils.composition.methods import Recipe, compose
+from utils.data.batches import PackedDocuments
+from utils.data.documents import read_documents
+from utils.data.prepared import Prepared
+from utils.data.splits import hash_share
+from utils.evaluation.intervals import MIN_CLUSTERS
+from utils.evaluation.run_groups import Family, Participants
+from utils.exceptions import DataError, NonFiniteError, Problem
+from utils.inference import generation, scoring
+from utils.logger import event, warning
+from utils.models import chat, loading
+from utils.models.base_model import BaseModel
+
+WINDOW_TOKENS = 1024
+SEEN_DOCUMENTS = 60
+GENERAL = Path(__file__).with_name("general.jsonl")
+# what each row is, for the report
+MEANING = {
+    "base": "the base model",
+    "domain": "the domain adapter alone",
+    "task": "a task adapter trained on the base with the same data, steps and settings",
+    "composed": "domain and task adapter composed",
+    "task_without_domain": "composed's task adapter with its domain adapter taken away",
+    "wrong_domain": "as composed, with an adapter of other documents as the domain adapter",
+    "random": "as composed, with random numbers of the same size as the domain adapter",
+    "rank_matched": "a task adapter of the ranks together, trained on the base",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell with one seed: the factors on the base (none for the base itself), or another model."""
+
+    cell: str
+    seed: int | None
+    factors: Factors | None = None
+    model: BaseModel | None = None
+
+    @property
+    def name(self) -> str:
+        return self.cell if self.seed is None else f"{self.cell}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every cell is scored on."""
+
+    examples: list[dict[str, Any]]
+    items: list[scoring.Question]
+    left_out: list[str]
+    documents: dict[str, PackedDocuments]
+    asked: list[dict[str, Any]]
+    system_prompt: str
+    pad_id: int
+
+
+def rows(config: Config, base: BaseModel, parts: Participants) -> list[Row]:
+    """Every row in the order of the report; the first family's come first in each cell."""
+    found = [Row("base", None)]
+    for cell in MEANING:
+        for family in parts.families:
+            if cell != "base" and (factors := _factors(cell, family, base, parts)) is not None:
+                found.append(Row(cell, family.seed, factors))
+    for guest in parts.guests:
+        adapters = [adapter_files.load(run.adapter, base) for run in guest.adapters]
+        found.append(Row(guest.name, None, compose(adapters, Recipe()) if adapters else None, guest.model))
+    return found
+
+
+def material(config: Config, base: BaseModel, parts: Participants, scratch: Path) -> Material:
+    """Test items and documents as tokens. Raises DataError when no test item can be scored."""
+    settings, tokenizer = config.evaluate, chat.load_tokenizer(base.directory)
+    prompt, source = parts.first.task.manifest["system_prompt"], Prepared(parts.data.directory)
+    examples = source.examples("test")
+    items, left_out = scoring.questions(examples, tokenizer, prompt, settings.batch_tokens)
+    if left_out:
+        warning("test items that do not fit evaluate.batch_tokens are left out", count=len(left_out))
+    if not items:
+        raise DataError(Problem("no test item can be scored", len(left_out), "raise --evaluate.batch_tokens"))
+    pad_id = chat.pad_id(tokenizer)
+    documents = _document_sets(config, source, pad_id)
+    documents["general"] = _general(config, tokenizer, pad_id, scratch)
+    order = sorted(examples, key=lambda e: hash_share(str(e["id"]), config.run.seed))
+    return Material(examples, items, left_out, documents, order[: settings.generated_answers], prompt, pad_id)
+
+
+def score(config: Config, base: BaseModel, wanted: Sequence[Row], on: Material, directory: Path) -> dict[str, Any]:
+    """Row name -> its scores, from `directory/cell_<row>.json` where they are there already."""
+    paths = {row.name: directory / f"cell_{row.name}.json" for row in wanted}
+    todo = [row for row in wanted if not paths[row.name].exists()]
+    first_of_cell = {row.cell: row.name for row in reversed(wanted)}
+    for row, model in _models(config, base, todo):
+        # generating costs far more than scoring: the first seed answers for its cell
+        asked = on.asked if first_of_cell[row.cell] == row.name else []
+        try:
+            found = _score_row(config, model, base, row, on, asked)
+        except NonFiniteError as error:
+            raise NonFiniteError([replace(problem, value=row.name) for problem in error.problems]) from error
+        files.write_json(paths[row.name], found)
+    return {name: files.read_json(path) for name, path in paths.items()}
+
+
+def answers_to(
+    config: Config, base: BaseModel, wanted: Sequence[Row], on: Material, examples: Sequence[dict[str, Any]]
+) -> dict[str, list[str]]:
+    """What some rows say to some examples: row's cell -> texts."""
+    tokenizer = chat.load_tokenizer(base.directory)
+    how = InferenceSection(max_new_tokens=config.evaluate.max_new_tokens)
+    return {
+        row.cell: [given.spoken for given in generation.answer_all(model, tokenizer, examples, on.system_prompt, how)]
+        for row, model in _models(config, base, wanted)
+    }
+
+
+def _models(config: Config, base: BaseModel, wanted: Sequence[Row]) -> Iterator[tuple[Row, Any]]:
+    """Each row with the model that is in its state; the base is loaded once, with every adapter on it."""
+    on_base = [row for row in wanted if row.model is None]
+    if on_base:
+        adapters = {row.name: row.factors for row in on_base if row.factors}
+        model = inference_layers.attach(loading.load_model(base, config.base), adapters).eval()
+        for row in on_base:
+            inference_layers.select(model, {row.name: 1.0} if row.factors else {})
+            yield row, model
+        del model
+        gc.collect()
+    for row in wanted:
+        if row.model is not None:
+            yield row, loading.load_model(row.model, config.base).eval()
+            gc.collect()
+
+
+def _factors(cell: str, family: Family, base: BaseModel, parts: Participants) -> Factors | None:
+    """The adapter of a cell in a family, or None where the family does not have it."""
+
+    def load(*found: Any) -> list[Factors]:
+        return [adapter_files.load(run.adapter, base) for run in found]
+
+    if cell == "domain":
+        return load(family.domain)[0] if family.domain else None
+    if cell == "task":
+        return load(family.baseline)[0] if family.baseline else None
+    if cell == "task_without_domain":
+        stacked = family.domain and family.baseline is not family.task
+        return load(family.task)[0] if stacked else None
+    if cell == "rank_matched":
+        return load(*family.controls[cell])[0] if cell in family.controls else None
+    if parts.composed is None or family.domain is None:
+        return None
+    if cell == "composed" and family is parts.first:
+        return parts.composed.factors
+    pair = (family.domain, family.task) if cell == "composed" else family.controls.get(cell)
+    if pair is None:
+        return None
+    # further adapters of the composition are the same for every seed and control
+    return compose([*load(*pair), *parts.composed.parts[2:]], parts.composed.recipe)
+
+
+def _score_row(
+    config: Config, model: Any, base: BaseModel, row: Row, on: Material, asked: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    settings = config.evaluate
+    common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "device": next(model.parameters()).device}
+    scored = scoring.score_questions(model, on.items, pad_id=on.pad_id, what=f"{row.name}: questions", **common)
+    found: dict[str, Any] = {"items": scoring.to_json(scored)}
+    for name, packed in on.documents.items():
+        found[name] = scoring.to_json(
+            scoring.score_documents(model, packed, what=f"{row.name}: {name} documents", **common)
+        )
+    tokenizer = chat.load_tokenizer(base.directory)
+    found["answers"] = scoring.answered(
+        model, tokenizer, asked, on.system_prompt, settings.max_new_tokens, what=f"{row.name}: answers"
+    )
+    event(f"{row.name} scored", answer_nll=scoring.summary(scored, [])["answer_nll"])
+    return found
+
+
+def _document_sets(config: Config, source: Prepared, pad_id: int) -> dict[str, PackedDocuments]:
+    found, most = {}, config.evaluate.max_heldout_documents
+    for name, which, limit in (
+        ("heldout", "heldout_documents", most),
+        ("seen", "corpus", min(SEEN_DOCUMENTS, most or SEEN_DOCUMENTS)),
+    ):
+        if (source.directory / which).is_dir():
+            documents = source.documents(which)
+            if limit and len(documents) > limit:
+                ids = documents["id"][:]
+                order = sorted(range(len(ids)), key=lambda i, ids=ids: hash_share(ids[i], config.run.seed))
+                documents = documents.select(sorted(order[:limit]))
+            if name == "heldout" and len(documents) < MIN_CLUSTERS:
+                # said before the hours that an evaluation may take
+                warning(
+                    f"whether the domain is kept (H1) is not tested with fewer than {MIN_CLUSTERS} held-out documents: "
+                    "raise --evaluate.max_heldout_documents, or prepare data with more",
+                    documents=len(documents),
+                )
+            found[name] = PackedDocuments(documents, _window(config), 0, pad_id)
+    return found
+
+
+def _general(config: Config, tokenizer: Any, pad_id: int, scratch: Path) -> PackedDocuments:
+    """Ordinary prose, for what was forgotten."""
+    path = Path(config.evaluate.general_text or GENERAL)
+    if not path.exists():
+        raise DataError(Problem("evaluate.general_text: no such file or folder", str(path)))
+    try:
+        texts, _ = read_documents((str(path),), cache_dir=scratch)
+        return PackedDocuments(_tokenised(texts, tokenizer), _window(config), 0, pad_id)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _tokenised(texts: Any, tokenizer: Any) -> Any:
+    return texts.map(
+        lambda batch: {
+            "input_ids": (ids := chat.document_ids(tokenizer, batch["text"])),
+            "num_tokens": [len(tokens) for tokens in ids],
+            "utf8_bytes": [len(text.encode()) for text in batch["text"]],
+        },
+        batched=True,
+        keep_in_memory=True,
+        desc="tokenising general text",
+    )
+
+
+def _window(config: Config) -> TrainSection:
+    size = max(WINDOW_TOKENS, config.evaluate.batch_tokens)
+    return TrainSection(sequence_tokens=WINDOW_TOKENS, micro_batch_tokens=size)

@@ -1,0 +1,1 @@
+"""What leaves the pipeline: merged models, GGUF, hubs, and whether an artefact can be trusted."""

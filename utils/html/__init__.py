@@ -1,0 +1,6 @@
+"""Self-contained HTML pages: one file, no network, no script, for a screen, a phone and paper, light and dark.
+
+pages      templates with everything escaped, and the page around them
+numbers    figures as people read them, with the exact value behind
+charts     inline SVG that fills whatever width it gets
+"""

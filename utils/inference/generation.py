@@ -1,0 +1,153 @@
+"""Answers: one, streamed; many, batched. What a model prints is made harmless for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from config import InferenceSection
+from utils.logger import printable
+from utils.models import chat
+from utils.models.losses import autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, its reasoning included, in how many tokens, and whether it ended by itself.
+
+    `opened`: the prompt left a think block open, so that the text begins in it.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    opened: bool
+
+    @property
+    def reasoning(self) -> str:
+        """What stands in the think block."""
+        return chat.parted(self.text, opened=self.opened)[0]
+
+    @property
+    def spoken(self) -> str:
+        """The answer without its reasoning; empty when the tokens ran out in it."""
+        return chat.spoken(self.text, opened=self.opened)
+
+
+class Parting:
+    """A text that is streamed: what stands in the think block goes to one place, the answer to another."""
+
+    def __init__(self, thoughts: Callable[[str], None], answer: Callable[[str], None], *, opened: bool):
+        self._thoughts, self._answer, self._inside, self._held = thoughts, answer, opened, ""
+
+    def __call__(self, piece: str) -> None:
+        if not self._inside:
+            self._answer(piece)
+            return
+        before, mark, after = (self._held + piece).partition(chat.THINK_END)
+        if mark:
+            self._inside, self._held = False, ""
+            self._thoughts(before)
+            self._answer(after.lstrip("\n"))
+            return
+        # the beginning of what may become the mark waits for the next piece
+        kept = next((n for n in range(len(chat.THINK_END) - 1, 0, -1) if before.endswith(chat.THINK_END[:n])), 0)
+        self._held = before[len(before) - kept :]
+        self._thoughts(before[: len(before) - kept])
+
+    def end(self) -> None:
+        """Give out what was held back."""
+        self._thoughts(self._held)
+        self._held = ""
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stream: Callable[[str], None] | None = None,
+) -> list[Answer]:
+    """The model's answer to each prompt (token ids); left-padded as one batch.
+
+    `stream`, for a single prompt, receives the text as it is made.
+    """
+    from transformers import TextStreamer
+
+    device = next(model.parameters()).device
+    end = int(tokenizer.eos_token_id)
+    pad = end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+
+    class Streamer(TextStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            if not self.next_tokens_are_prompt:
+                value = torch.tensor(chat.shown_ids(tokenizer, value.tolist()))
+            if len(value):
+                super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if stream is not None:
+                stream(printable(text))
+
+    streamer = Streamer(tokenizer, skip_prompt=True) if stream and len(prompts) == 1 else None
+    with torch.no_grad(), autocast(model, device):
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=end,
+            streamer=streamer,
+            **sampling,
+        )
+    opened = chat.opens_thinking(tokenizer)
+    found = []
+    for row in made[:, length:].tolist():
+        ended = end in row
+        kept = row[: row.index(end)] if ended else row
+        text = printable(tokenizer.decode(chat.shown_ids(tokenizer, kept)))
+        found.append(Answer(text, len(kept) + ended, ended, opened))
+    return found
+
+
+def answer_all(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict[str, Any]],
+    system_prompt: str,
+    settings: InferenceSection,
+    on_done: Callable[[int], None] = lambda count: None,
+    batch_size: int = 8,
+) -> list[Answer]:
+    """Answers to many examples in their order, prompts of similar length together."""
+    prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, Answer] = {}
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size]
+        found = answer(
+            model,
+            tokenizer,
+            [prompts[i] for i in rows],
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+        answers.update(zip(rows, found, strict=True))
+        on_done(len(rows))
+    return [answers[i] for i in range(len(prompts))]

@@ -1,0 +1,292 @@
+"""What a model knows and does, per item: answer NLL, choice likelihoods, document NLL.
+
+Every cell of a comparison is the same loaded base with other adapters active, scored on the same tokens. A question and
+all its candidate answers are one row: the prompt is computed once and each candidate attends to it and to itself only.
+
+Shape suffixes: B rows, T tokens, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from config import InferenceSection
+from utils.data import answer_metrics
+from utils.data.batches import Batch, fitting_prompt
+from utils.exceptions import NonFiniteError, Problem
+from utils.inference import generation
+from utils.models import chat
+from utils.models.losses import IGNORED, autocast, token_nll
+from utils.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Question:
+    """One test item as tokens: the prompt, and candidate answers of which the first is the gold answer.
+
+    `choice_of` maps the item's choices to candidates. `skip` is the length of the template's think block in front of
+    each answer; it is conditioned on and not scored. Each candidate ends with the end-of-turn token.
+    """
+
+    name: str
+    document: str
+    prompt: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    skip: int
+    choice_of: tuple[int, ...]
+    answer_index: int | None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + sum(len(candidate) for candidate in self.candidates)
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """NLL sums of one item: the gold answer's text, its end-of-turn token, and each choice's text."""
+
+    name: str
+    document: str
+    answer_nll: float
+    answer_tokens: int
+    end_nll: float
+    choice_nlls: list[float] = field(default_factory=list)
+    choice_tokens: list[int] = field(default_factory=list)
+    answer_index: int | None = None
+
+    def chosen(self, *, normalised: bool) -> int | None:
+        """The choice of highest likelihood, or of highest likelihood per token."""
+        if not self.choice_nlls:
+            return None
+        divisors = self.choice_tokens if normalised else [1] * len(self.choice_nlls)
+        scores = [nll / n for nll, n in zip(self.choice_nlls, divisors, strict=True)]
+        return scores.index(min(scores))
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """NLL sum of one document over its predicted tokens, and its size in bytes."""
+
+    name: str
+    nll: float
+    tokens: int
+    utf8_bytes: int
+
+
+def questions(
+    examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, system_prompt: str, max_tokens: int
+) -> tuple[list[Question], list[str]]:
+    """Test items as tokens, and the names of those left out because prompt and longest answer exceed `max_tokens`."""
+    found: list[Question] = []
+    too_long: list[str] = []
+    skip = chat.answer_offset(tokenizer)
+    for example in examples:
+        texts = [example["answers"][0]]
+        choice_of = []
+        for choice in example.get("choices") or []:
+            if choice not in texts:
+                texts.append(choice)
+            choice_of.append(texts.index(choice))
+        candidates = tuple(tuple(chat.answer_ids(tokenizer, text)) for text in texts)
+        prompt, _ = fitting_prompt(example, tokenizer, system_prompt, max_tokens - max(len(c) for c in candidates))
+        if prompt is None or any(len(c) == skip + 1 for c in candidates):
+            too_long.append(str(example["id"]))
+            continue
+        index = example.get("answer_index") if choice_of else None
+        found.append(
+            Question(
+                str(example["id"]), str(example["document"]), tuple(prompt), candidates, skip, tuple(choice_of), index
+            )
+        )
+    return found, too_long
+
+
+@torch.no_grad()
+def score_questions(
+    model: Any, items: Sequence[Question], *, batch_tokens: int, pad_id: int, device: torch.device, what: str
+) -> list[ItemScore]:
+    """Scores in the order of `items`; long and short ones are batched apart."""
+    order = sorted(range(len(items)), key=lambda i: items[i].num_tokens)
+    scores: dict[int, ItemScore] = {}
+    with Progress(what, total=len(items), unit="item") as bar:
+        for rows in _batches(order, [items[i].num_tokens for i in order], batch_tokens):
+            batch = [items[i] for i in rows]
+            for i, score in zip(rows, _score_batch(model, batch, pad_id, device), strict=True):
+                scores[i] = score
+            bar.advance(len(rows))
+    return [scores[i] for i in range(len(items))]
+
+
+@torch.no_grad()
+def score_documents(
+    model: Any, data: Any, *, batch_tokens: int, device: torch.device, what: str
+) -> list[DocumentScore]:
+    """NLL of each document of a PackedDocuments, in rows whose documents do not see each other."""
+    settings = data.train
+    rows = list(range(len(data.rows(0))))
+    size = max(1, batch_tokens // settings.sequence_tokens)
+    sums: dict[int, list[float]] = {}
+    with Progress(what, total=len(rows), unit="row") as bar:
+        for at in range(0, len(rows), size):
+            chosen = tuple(rows[at : at + size])
+            batch: Batch = data.batch(0, chosen)
+            nll_N = _nll(model, batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT, None, device)
+            position = 0
+            for number in chosen:
+                for piece in data.rows(0)[number]:
+                    count = piece.end - piece.start - int(piece.end == data.lengths[piece.document])
+                    total = sums.setdefault(piece.document, [0.0, 0])
+                    total[0] += float(nll_N[position : position + count].double().sum())
+                    total[1] += count
+                    position += count
+            bar.advance(len(chosen))
+    facts = data.documents.select_columns(["id", "utf8_bytes"])
+    return [DocumentScore(facts[d]["id"], nll, n, facts[d]["utf8_bytes"]) for d, (nll, n) in sorted(sums.items()) if n]
+
+
+@torch.no_grad()
+def answered(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict[str, Any]],
+    system_prompt: str,
+    max_new_tokens: int,
+    *,
+    what: str,
+) -> list[dict[str, Any]]:
+    """Greedy answers and what they are worth: exact match, token F1, and whether their form is right."""
+    how = InferenceSection(max_new_tokens=max_new_tokens)
+    with Progress(what, total=len(examples), unit="answer") as bar:
+        given = generation.answer_all(model, tokenizer, examples, system_prompt, how, bar.advance)
+    thinks = chat.opens_thinking(tokenizer)
+    found = []
+    for example, answer in zip(examples, given, strict=True):
+        text = answer.spoken
+        left_over = "<think>" in text or (chat.THINK_END in answer.text) != thinks
+        found.append(
+            {
+                "name": str(example["id"]),
+                "document": str(example["document"]),
+                "text": text,
+                "tokens": answer.tokens,
+                "ended": answer.ended,
+                "repetitive": answer_metrics.is_repetitive(text or answer.text),
+                "thinking_left": left_over if answer.ended else "<think>" in text,
+                "exact_match": answer_metrics.exact_match(text, example["answers"]),
+                "f1": answer_metrics.token_f1(text, example["answers"]),
+            }
+        )
+    return found
+
+
+def summary(items: Sequence[ItemScore], documents: Sequence[DocumentScore]) -> dict[str, float]:
+    """The numbers of one cell; a key that the data does not support is absent."""
+    found: dict[str, float] = {}
+    if documents:
+        nll = sum(d.nll for d in documents)
+        found["domain_nll"] = nll / sum(d.tokens for d in documents)
+        found["domain_nll_per_byte"] = nll / sum(d.utf8_bytes for d in documents)
+        found["domain_ppl"] = float(torch.exp(torch.tensor(found["domain_nll"], dtype=torch.float64)))
+    if items:
+        found["answer_nll"] = sum(i.answer_nll for i in items) / sum(i.answer_tokens for i in items)
+        found["end_of_turn_nll"] = sum(i.end_nll for i in items) / len(items)
+    with_choices = [i for i in items if i.choice_nlls and i.answer_index is not None]
+    if with_choices:
+        for key, normalised in (("choice_accuracy", False), ("choice_accuracy_per_token", True)):
+            right = sum(i.chosen(normalised=normalised) == i.answer_index for i in with_choices)
+            found[key] = right / len(with_choices)
+    return found
+
+
+def to_json(scores: Sequence[ItemScore | DocumentScore]) -> list[dict[str, Any]]:
+    """Scores as plain values."""
+    return [asdict(score) for score in scores]
+
+
+def _score_batch(model: Any, items: list[Question], pad_id: int, device: torch.device) -> list[ItemScore]:
+    """Row layout: the prompt without its last token, then per candidate that last token and the candidate's inputs.
+
+    So each candidate predicts its own first token, at the position it has when it stands alone after the prompt.
+    """
+    length = max(item.num_tokens for item in items)
+    ids = torch.full((len(items), length), pad_id)
+    positions = torch.zeros((len(items), length), dtype=torch.long)
+    labels = torch.full((len(items), length), IGNORED)
+    # True where a query may look; pad queries see themselves, because a row without any key is NaN
+    visible = torch.eye(length, dtype=torch.bool).repeat(len(items), 1, 1)
+    for row, item in enumerate(items):
+        shared = len(item.prompt) - 1
+        ids[row, :shared] = torch.tensor(item.prompt[:-1])
+        positions[row, :shared] = torch.arange(shared)
+        visible[row, :shared, :shared] = torch.ones(shared, shared, dtype=torch.bool).tril()
+        at = shared
+        for candidate in item.candidates:
+            end = at + len(candidate)
+            ids[row, at:end] = torch.tensor((item.prompt[-1], *candidate[:-1]))
+            positions[row, at:end] = torch.arange(shared, shared + len(candidate))
+            labels[row, at:end] = torch.tensor(candidate)
+            visible[row, at:end, :shared] = True
+            visible[row, at:end, at:end] = torch.ones(end - at, end - at, dtype=torch.bool).tril()
+            at = end
+    nll_N = _nll(model, ids, positions, labels, visible, device)
+    scores = []
+    at = 0
+    for item in items:
+        sums = []
+        for candidate in item.candidates:
+            own = nll_N[at : at + len(candidate)].double()
+            sums.append((float(own[item.skip : -1].sum()), len(candidate) - item.skip - 1, float(own[-1])))
+            at += len(candidate)
+        chosen = [sums[i] for i in item.choice_of]
+        scores.append(
+            ItemScore(
+                name=item.name,
+                document=item.document,
+                answer_nll=sums[0][0],
+                answer_tokens=sums[0][1],
+                end_nll=sums[0][2],
+                choice_nlls=[nll for nll, _, _ in chosen],
+                choice_tokens=[tokens for _, tokens, _ in chosen],
+                answer_index=item.answer_index,
+            )
+        )
+    return scores
+
+
+def _nll(
+    model: Any,
+    ids_BT: torch.Tensor,
+    positions_BT: torch.Tensor,
+    labels_BT: torch.Tensor,
+    visible_BTT: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """NLL of each labelled position (N,), float32 on the CPU. Raises NonFiniteError instead of returning NaN."""
+    mask = None
+    if visible_BTT is not None:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        # additive, because eager attention adds it and sdpa takes it in the query's dtype
+        mask = torch.zeros(visible_BTT.shape, dtype=dtype).masked_fill_(~visible_BTT, torch.finfo(dtype).min)
+        mask = mask[:, None].to(device)
+    with autocast(model, device):
+        nll_N = token_nll(model, ids_BT.to(device), positions_BT.to(device), labels_BT.to(device), mask).cpu()
+    if not torch.isfinite(nll_N).all():
+        raise NonFiniteError(Problem("the model gives NaN or infinite log-likelihoods", fix="check its weights"))
+    return nll_N
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Consecutive groups whose padded size stays within `batch_tokens`."""
+    groups: list[list[int]] = [[]]
+    for i, length in zip(order, lengths, strict=True):
+        if groups[-1] and length * (len(groups[-1]) + 1) > batch_tokens:  # lengths ascend: the newest is the longest
+            groups.append([])
+        groups[-1].append(i)
+    return [group for group in groups if group]

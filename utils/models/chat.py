@@ -1,0 +1,192 @@
+"""Prompt and answer as token ids: one convention for training, evaluation and inference.
+
+The prompt is the chat template with the generation prompt; the answer is appended to exactly that, and ends with the
+end-of-turn token. Templates that open a think block for generation (MiniMax-M2) get it closed first, empty unless the
+data has reasoning, because their generation prompt is not a prefix of the rendered conversation.
+
+What a person wrote is text: a special token that stands in it (`<|im_end|>`) is spelled out in ordinary tokens. The
+template and this module alone put real ones; the marks of a think block in a conversation stay what templates cut at.
+
+The reasoning of earlier turns is handed to the template beside their content (`reasoning_content`), and the template
+decides: MiniMax-M2's shows that of turns after the last question alone, so in a prompt it shows none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.exceptions import ArtefactError, Problem
+from utils.models.directory_checks import readable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THINK_START, THINK_END = THINK_MARKS = ("<think>", "</think>")
+# stands for a special token that a person wrote while a template is rendered; private use, so in no template
+_STAND_IN = 0xF0000
+
+
+def user_text(example: Mapping[str, Any]) -> str:
+    """What the user says: the question, after its context when there is one."""
+    context = example.get("context")
+    return f"{context}\n\nQuestion: {example['question']}" if context else str(example["question"])
+
+
+def messages(example: Mapping[str, Any], system_prompt: str) -> list[dict[str, str]]:
+    """The conversation up to the answer; the system message is always explicit, or templates insert their own."""
+    system = {"role": "system", "content": example.get("system") or system_prompt}
+    return [system, *(example.get("history") or []), {"role": "user", "content": user_text(example)}]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> list[int]:
+    """Token ids of everything before the answer."""
+    turns, written = _with_stand_ins(tokenizer, messages(example, system_prompt))
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    if not written:
+        return _template_ids(tokenizer, text)
+    ids: list[int] = []
+    pending = ""
+    for piece in _special_tokens(tokenizer).split(text):  # the template's own special tokens, and what is between them
+        if written.keys().isdisjoint(piece):
+            pending += piece
+            continue
+        literal = "".join(written.get(character, character) for character in piece)
+        ids += [*_template_ids(tokenizer, pending), *text_ids(tokenizer, [literal])[0]]
+        pending = ""
+    return [*ids, *_template_ids(tokenizer, pending)]
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> str:
+    """The prompt as the template renders it; a special token that a person wrote looks like a real one in it."""
+    return str(
+        tokenizer.apply_chat_template(messages(example, system_prompt), tokenize=False, add_generation_prompt=True)
+    )
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, reasoning: str | None = None) -> list[int]:
+    """Token ids that the model should produce after the prompt, the end-of-turn token last."""
+    # the closing and the answer are tokenised apart: together their white space could merge over the border
+    return [*_closing_ids(tokenizer, reasoning), *text_ids(tokenizer, [answer])[0], int(tokenizer.eos_token_id)]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of what a person wrote: no special token comes out, whatever stands in it."""
+    # one call for all: the tokenizer then works on every core; its advice about length is ours to follow
+    made = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return [list(ids) for ids in made["input_ids"]]
+
+
+def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> int:
+    """How many of `answer_ids` precede the answer itself (the closing of the think block)."""
+    return len(_closing_ids(tokenizer, reasoning))
+
+
+def answer_opening(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> str:
+    """The text between prompt and answer: the closing of the think block where the template opens one."""
+    return f"{reasoning or ''}\n{THINK_END}\n\n" if opens_thinking(tokenizer) else ""
+
+
+def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> list[int]:
+    if not opens_thinking(tokenizer):
+        return []
+    text, end = reasoning or "", f"\n{THINK_END}\n\n"
+    if _special_tokens(tokenizer).search(text):
+        return [*text_ids(tokenizer, [text])[0], *_template_ids(tokenizer, end)]
+    return _template_ids(tokenizer, text + end)
+
+
+def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template's generation prompt leaves a think block open."""
+    probe = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    return str(rendered).rstrip().endswith(THINK_START)
+
+
+def parted(text: str, *, opened: bool) -> tuple[str, str]:
+    """(reasoning, answer) of a generated text; `opened`: its prompt left a think block open.
+
+    What a block that is never closed holds is reasoning: servers return it as such, beside an empty answer.
+    """
+    before, mark, after = text.rpartition(THINK_END)
+    thoughts, answer = (before, after) if mark else (text, "") if opened else ("", text)
+    return thoughts.strip().removeprefix(THINK_START).strip(), answer.strip()
+
+
+def spoken(text: str, *, opened: bool = False) -> str:
+    """A generated text without its reasoning, as it is scored and shown."""
+    return parted(text, opened=opened)[1]
+
+
+def shown_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Generated ids without special tokens but for the think marks, which tell reasoning from answer."""
+    known = tokenizer.added_tokens_decoder
+    return [i for i in ids if i not in known or not known[i].special or str(known[i]) in THINK_MARKS]
+
+
+def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of unlabelled documents: no chat tokens, bos before and eos after each."""
+    begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    end = [int(tokenizer.eos_token_id)]
+    return [[*begin, *ids, *end] for ids in text_ids(tokenizer, texts)]
+
+
+def _with_stand_ins(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The turns with a character in place of each special token that stands in them, and what each stands for."""
+    texts = ("content", "reasoning_content")
+    pattern, said = _special_tokens(tokenizer), "".join(turn.get(key, "") for turn in turns for key in texts)
+    tokens = sorted({found for found in pattern.findall(said)})
+    free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in said)
+    stand_ins = dict(zip(tokens, free, strict=False))
+
+    def replaced(value: str) -> str:
+        return pattern.sub(lambda found: stand_ins[found[0]], value)
+
+    turns = [{key: replaced(value) if key in texts else value for key, value in turn.items()} for turn in turns]
+    return turns, {character: token for token, character in stand_ins.items()}
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds each special token but the think marks; split at it, a text keeps them."""
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted(known.difference(THINK_MARKS), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, tokens)) or '(?!)'})")
+
+
+UNNAMED_PAD = "]!p~["
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer with an end-of-turn token; padding is by position here, so any pad token will do.
+
+    MiniMax-M2 has one that its settings do not name; other programs that mask by id would lose the end-of-turn label.
+    """
+    from transformers import AutoTokenizer
+
+    with readable(directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if tokenizer.pad_token_id is None and UNNAMED_PAD in tokenizer.get_vocab():
+        tokenizer.pad_token = UNNAMED_PAD
+    problems = []
+    if tokenizer.eos_token_id is None:
+        problems.append(Problem(f"the tokenizer in {directory} has no eos token", fix="set eos_token in its config"))
+    if not tokenizer.chat_template:
+        problems.append(Problem(f"the tokenizer in {directory} has no chat template", fix="use an instruct model"))
+    if problems:
+        raise ArtefactError(problems)
+    with readable(directory):
+        opens_thinking(tokenizer)  # a template that cannot be rendered is found here and not after hours
+    return tokenizer
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any token will do: padding is by position."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

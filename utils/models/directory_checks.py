@@ -1,0 +1,113 @@
+"""What is refused in a model directory before any library opens it: pickles, code, and paths that lead out of it.
+
+Reads names and the JSON files only. A hub cache keeps its files as links into its `blobs` folder, which is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.artifacts import files
+from utils.exceptions import ArtefactError, PipelineError, Problem, is_lost_process, is_out_of_memory
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"
+# transformers fetches and runs a kernel from a hub when one of these names a repository
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+
+def problems(directory: Path) -> list[Problem]:
+    """Everything for which `directory` is not a model to be trusted with."""
+    found = []
+    if not (directory / CONFIG).is_file():
+        found.append(Problem(f"{directory} has no {CONFIG}", fix="point --base.source at a model directory"))
+    if not any(directory.glob("*.safetensors")):
+        found.append(Problem(f"{directory} has no .safetensors file; pickled weights (.bin, .pt) are refused"))
+    if (directory / "adapter_config.json").exists():
+        # transformers would load the adapter on top of the weights without a word
+        found.append(Problem(f"{directory} contains adapter_config.json", fix="remove it: a base model has none"))
+    found += [
+        Problem(f"{path} leads out of {directory}", str(path.resolve()), "put the file itself there")
+        for path in _opened(directory)
+        if leads_out(path, directory)
+    ]
+    return found or [*_named_code(directory), *_named_paths(directory), *_rotation(directory)]
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a link takes `path` to a file outside of `root` that is no blob of a hub cache."""
+    target = path.resolve()
+    is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not is_blob and not target.is_relative_to(root.resolve())
+
+
+def rotated_share(settings: Mapping[str, Any]) -> float | None:
+    """The share of each head that RoPE rotates, as config.json says it; None where it does not."""
+    for place in (settings, settings.get("rope_parameters") or {}):
+        if place.get("partial_rotary_factor") is not None:
+            return float(place["partial_rotary_factor"])
+    if settings.get("rotary_dim") is not None and settings.get("head_dim"):
+        return settings["rotary_dim"] / settings["head_dim"]
+    return None
+
+
+def _opened(directory: Path) -> Iterator[Path]:
+    """Files that transformers may open."""
+    for path in (*directory.glob("*"), *directory.glob(f"{TEMPLATES}/*")):
+        if path.name == TEMPLATES or not path.is_dir():
+            yield path
+
+
+def _named_code(directory: Path) -> Iterator[Problem]:
+    for place, key, value in _entries(files.read_object(directory / CONFIG), CONFIG):
+        if key.removeprefix("_").startswith(_IMPLEMENTATIONS) and isinstance(value, str) and "/" in value:
+            yield Problem(f"{directory / CONFIG}: {place} names code on a hub", value, "remove it; no remote code runs")
+
+
+def _named_paths(directory: Path) -> Iterator[Problem]:
+    """Files that the model's own JSON names: each has to be one beside it."""
+    for name, key in (("tokenizer_config.json", "fast_tokenizer_files"), (INDEX, "weight_map")):
+        named = files.read_object(directory / name).get(key) if (directory / name).is_file() else None
+        values = named.values() if isinstance(named, dict) else named if isinstance(named, list) else ()
+        if elsewhere := sorted({str(value) for value in values if "/" in str(value)}):
+            yield Problem(f"{directory / name}: {key} leads out of {directory}", elsewhere[:3], "restore the file")
+        if name == INDEX and (directory / name).is_file() and not isinstance(named, dict):
+            yield Problem(f"{directory / name} has no {key}", fix="fetch it again")
+
+
+def _rotation(directory: Path) -> Iterator[Problem]:
+    """A MiniMax-M2 whose config.json does not say how much of a head is rotated is rotated whole, without a word."""
+    settings = files.read_object(directory / CONFIG)
+    if settings.get("model_type") == "minimax_m2" and rotated_share(settings) is None:
+        what = f"{directory / CONFIG} has no rotary_dim: whole heads would be rotated, and every answer be wrong"
+        yield Problem(what, fix='restore it: MiniMax-M2 has "rotary_dim": 64 beside "head_dim": 128')
+
+
+def _entries(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
+    """(where, key, value) of every entry of nested JSON."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield f"{place}:{key}", str(key), inner
+        yield from _entries(inner, f"{place}:{key}")
+
+
+@contextmanager
+def readable(directory: Path) -> Iterator[None]:
+    """A damaged or foreign model directory is an artefact error, whichever library notices."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:  # of a file that is not what they expect, libraries raise whatever their next line does
+        if is_out_of_memory(error) or is_lost_process(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtefactError(
+            Problem(
+                f"the model in {directory} cannot be loaded: {reason}",
+                fix="mend what the reason names, or restore the files",
+            )
+        ) from error

@@ -1,0 +1,137 @@
+"""Negative log-likelihood of next tokens, with logits computed only where there is a label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+IGNORED = -100
+# positions whose logits exist at a time: 25 MB of float32 at a 49k vocabulary, and one shape for every full chunk
+CHUNK_POSITIONS = 128
+# models with one of these change the logits after the output head; they take the ordinary forward pass
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class NextTokenLoss(torch.nn.Module):
+    """Sum of the NLL over the labelled positions, as a module so that distributed wrappers see the forward pass."""
+
+    def __init__(self, model: PeftModel | PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, labels_BT: torch.Tensor
+    ) -> torch.Tensor:
+        wanted = labels_BT != IGNORED
+        labels_N = labels_BT[wanted]
+        if not _plain_logits(self.model):
+            logits_NV = _causal(self.model)(input_ids_BT, position_ids=position_ids_BT, use_cache=False).logits[wanted]
+            return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+        hidden_NH = _hidden(self.model, input_ids_BT, position_ids_BT)[wanted]
+        if not len(labels_N):
+            return hidden_NH.float().sum() * 0.0
+        head = _causal(self.model).get_output_embeddings().weight
+        return FrozenHeadNLL.apply(hidden_NH, head, labels_N)
+
+
+class FrozenHeadNLL(torch.autograd.Function):
+    """Summed NLL of labels under a frozen output head; the gradient is made in the forward pass, chunk by chunk.
+
+    Because the head is frozen, each chunk's logits can be turned into d loss / d hidden = (softmax - onehot) W at once
+    and dropped (the idea of Liger's and torch's linear cross-entropy). torch 2.13's own chunked form was measured 1.5x
+    slower per step here, its unchunked one 1.2x; see decision_document.md.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: torch.Tensor, head_VH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        grad_NH = torch.empty_like(hidden_NH)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
+        for at in range(0, len(labels_N), CHUNK_POSITIONS):
+            here = slice(at, at + CHUNK_POSITIONS)
+            labels_C1 = labels_N[here, None]
+            logits_CV = hidden_NH[here].to(head_VH.dtype) @ head_VH.t()
+            log_p_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+            total -= log_p_CV.gather(1, labels_C1).sum()
+            p_CV = log_p_CV.exp_().scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
+            grad_NH[here] = (p_CV.to(head_VH.dtype) @ head_VH).to(grad_NH.dtype)
+        ctx.save_for_backward(grad_NH)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_NH,) = ctx.saved_tensors
+        return grad_NH * grad, None, None
+
+
+@torch.no_grad()
+def token_nll(
+    model: PeftModel | PreTrainedModel,
+    input_ids_BT: torch.Tensor,
+    position_ids_BT: torch.Tensor,
+    labels_BT: torch.Tensor,
+    mask_B1TT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """NLL in float32 of each labelled position, in row order (N,); logits exist for CHUNK_POSITIONS at a time.
+
+    `mask_B1TT` is added to the attention scores; without it attention is causal within runs of positions.
+    """
+    wanted = labels_BT != IGNORED
+    labels_N = labels_BT[wanted]
+    if not len(labels_N):
+        return torch.zeros(0)
+    if not _plain_logits(model):
+        outputs = _causal(model)(input_ids_BT, attention_mask=mask_B1TT, position_ids=position_ids_BT, use_cache=False)
+        return F.cross_entropy(outputs.logits[wanted].float(), labels_N, reduction="none")
+    hidden_NH = _hidden(model, input_ids_BT, position_ids_BT, mask_B1TT)[wanted]
+    head = _causal(model).get_output_embeddings().weight
+    parts = [
+        F.cross_entropy(F.linear(h.to(head.dtype), head).float(), y, reduction="none")
+        for h, y in zip(hidden_NH.split(CHUNK_POSITIONS), labels_N.split(CHUNK_POSITIONS), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _causal(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _hidden(
+    model: Any, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, mask_B1TT: torch.Tensor | None = None
+) -> torch.Tensor:
+    decoder = _causal(model).get_decoder()
+    outputs = decoder(input_ids=input_ids_BT, attention_mask=mask_B1TT, position_ids=position_ids_BT, use_cache=False)
+    return outputs.last_hidden_state
+
+
+def _plain_logits(model: Any) -> bool:
+    """Whether the model's logits are just hidden states times the output head."""
+    if getattr(_causal(model).get_output_embeddings(), "bias", None) is not None:
+        return False
+    settings = _causal(model).config.get_text_config()
+    return all(getattr(settings, name, None) in (None, 1.0) for name in LOGIT_CHANGES)
+
+
+@contextmanager
+def autocast(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """bfloat16 autocast for PEFT's float32 factors on bfloat16 weights: the factors are cast, not the activations.
+
+    A bare model computes in its own dtype, and `frozen_lora` picks its own: nothing is cast for them.
+    """
+    from peft.helpers import disable_input_dtype_casting
+    from peft.tuners.lora import LoraLayer
+
+    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    if dtype != torch.bfloat16 or not any(isinstance(module, LoraLayer) for module in model.modules()):
+        yield
+        return
+    # PEFT would first cast every activation to the factors' float32, 210 times forward and back in the default model
+    with torch.autocast(device.type, torch.bfloat16), disable_input_dtype_casting(model):
+        yield

@@ -1,0 +1,115 @@
+"""Fused experts: one update in its three spellings, and where a checkpoint's own tensors sit in the model.
+
+transformers 5 keeps the experts of a layer as one 3-D parameter (E, O, I); checkpoints, vLLM and older adapters have
+one 2-D matrix per expert. Here factors are A (E, r, I), B (E, O, r). On disk PEFT lays them out as lora_A (E*r, I),
+expert-major, and lora_B (O, r*E), rank-major (peft 0.21 `ParamWrapper`): joining two such files along a dimension is
+wrong (measured relative error 1.05), joining factors expert by expert is exact.
+
+Shapes: E experts, r rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.exceptions import ArtefactError, Problem
+
+# registration order in the modelling code: PEFT nests its wrappers in this order, the last one outermost
+FUSED = ("gate_up_proj", "down_proj")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one on-disk tensor sits: all of `parameter`, or rows of one expert of it (part i of n equal ones)."""
+
+    parameter: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+
+def fused_parameters(model: torch.nn.Module) -> list[str]:
+    """Paths of the fused expert parameters, also of a model that already carries adapters."""
+    named = ((name.replace(".base_layer", ""), parameter) for name, parameter in model.named_parameters())
+    return [name for name, p in named if p.ndim == 3 and name.rpartition(".")[2] in FUSED]
+
+
+def places(model_type: str, names: Iterable[str]) -> dict[str, Place]:
+    """On-disk tensor name -> its place in the model, by the conversion rules with which transformers loads them.
+
+    Tensors whose conversion is anything but stacking experts and joining row blocks keep their renamed name, so a
+    delta for such a parameter finds no tensor and the merge says so.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    rules = get_checkpoint_conversion_mapping(model_type) or []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    sources = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters)
+        place = Place(renamed)
+        if pattern is not None and (expert := _EXPERT.search(name)):
+            operations = sources[pattern].operations
+            kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
+            if kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+                siblings = list(sources[pattern].source_patterns)
+                place = Place(renamed, int(expert[1]), siblings.index(pattern), len(siblings))
+            else:
+                place = Place(name)
+        found[name] = place
+    return found
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a model directory, from the headers of its safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as reader:
+                found |= {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ArtefactError(Problem(f"{path} is damaged ({error})", fix="restore it from a copy")) from error
+    return found
+
+
+def weight_shapes(directory: Path, model_type: str) -> dict[str, tuple[int, ...]]:
+    """Name under which factors refer to it -> shape, for every matrix that an adapter could update.
+
+    A linear module goes by its path, a fused parameter by its own name; scales of block-quantised weights are left out.
+    """
+    on_disk = {n: s for n, s in tensor_shapes(directory).items() if not n.endswith("weight_scale_inv")}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, place in places(model_type, on_disk).items():
+        shape = on_disk[name]
+        if place.expert is not None:
+            experts = max(place.expert + 1, found.get(place.parameter, (0,))[0])
+            found[place.parameter] = (experts, place.parts * shape[0], shape[1])
+        elif len(shape) in (2, 3):
+            found[place.parameter.removesuffix(".weight")] = shape
+    return found
+
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def layer_of(module: str) -> int | None:
+    """The decoder layer of a module; None outside the layers (embeddings, output head)."""
+    found = _LAYER.search(f".{module}.")
+    return int(found[1]) if found else None

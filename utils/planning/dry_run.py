@@ -1,0 +1,150 @@
+"""What `--dry-run` says about size and time under MiniMax-M2, per script, from the settings alone: no torch, no hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from config import Config, is_minimax_m2
+from utils.artifacts import files
+from utils.models.architectures import minimax_m2
+from utils.models.model_shapes import Dtype, ModelSizes
+from utils.planning import estimates, plan_report
+from utils.planning.plan_report import gb, gib
+
+
+def lines(config: Config, script: str) -> list[str]:
+    """The plan's part in a script's dry run; empty for other models than MiniMax-M2."""
+    source = config.base.source
+    settings = Path(source) / "config.json"
+    if settings.is_file():
+        shape = files.read_object(settings)
+        if shape.get("model_type") != "minimax_m2":
+            return []
+        sizes = minimax_m2.minimax_m2(shape)
+    elif is_minimax_m2(source) and not source.startswith("toy:"):
+        sizes = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
+    else:
+        return []
+    base: Dtype = "float32" if config.base.dtype == "float32" else "bfloat16"
+    return [plan_report.headline(sizes, base), *_SCRIPTS[script](config, sizes, base)]
+
+
+def _training(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
+    def described(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+        base = plan_report.trained_in(config, sizes, base)
+        asked = plan_report.choice(sizes, config.plan, stage, plan_report.step(config, stage, base))
+        tokens = plan_report.planned_tokens(config)[stage]
+        takes = plan_report.hours(config, stage, asked.tokens_per_second, tokens)
+        section = getattr(config, stage)
+        written = estimates.disk(
+            sizes, asked.step.adapter, keep_checkpoints=section.train.keep_checkpoints, merged="bfloat16"
+        )
+        return [
+            f"train {plan_report.trainable(sizes, asked.step.adapter)}",
+            plan_report.verdict(asked, config.plan),
+            *(f"instead: {change}" for change in plan_report.changes(config, sizes, asked)),
+            *plan_report.loading(config, sizes, base, sharded=asked.shards > 1),
+            f"about {plan_report.duration(takes)} for {tokens:,} tokens an epoch ({asked.tokens_per_second:,.0f} "
+            f"tokens/s at an assumed {config.plan.utilisation:.0%} of {config.plan.gpu_tflops:g} TFLOP/s a GPU)",
+            *([plan_report.EXPECT_LESS] if sizes.experts else []),
+            f"disk: {gb(written.checkpoints)} of checkpoints, then {gb(written.adapter)} of adapter",
+            *plan_report.launching(config, sizes, asked),
+        ]
+
+    return described
+
+
+def _prepare(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+    download = estimates.weight_bytes(sizes, sizes.stored)
+    return [f"fetch the model where it is not here yet: {gb(download)}; preparing reads its tokenizer alone"]
+
+
+def _compose(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+    return [_adapters(config, sizes), _checking(sizes)]
+
+
+def _inference(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+    if config.merge.path:
+        merged: Dtype = "fp8" if config.merge.dtype == "fp8" else "bfloat16"
+        size = estimates.weight_bytes(sizes, merged)
+        return [
+            f"stream {gb(estimates.weight_bytes(sizes, sizes.stored))} into {gb(size)} of {merged} on the disk of "
+            f"{config.merge.path}; no GPU is needed, and memory for one file of it",
+            _checking(sizes),
+            f"then serve it: vllm serve {config.merge.path} --tensor-parallel-size {_tensor_parallel(config, size)}",
+        ]
+    together = config.domain.lora.rank + config.task.lora.rank
+    rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512, 2**30) if together <= r)  # those vLLM takes
+    parallel = _tensor_parallel(config, estimates.weight_bytes(sizes, "bfloat16"))
+    return [
+        _one_process(sizes, base, "answering"),
+        "so merge with --merge_path DIR and serve that, or serve the adapter on a bfloat16 copy of the base: "
+        f"vllm serve BASE --tensor-parallel-size {parallel} --enable-lora --max-lora-rank {rank} "
+        "--lora-modules mine=ADAPTER",
+    ]
+
+
+def _evaluate(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+    return [_one_process(sizes, base, "scoring")]
+
+
+def _benchmark(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+    loading = sorted({"inference", "training"}.intersection(config.benchmark.suite))
+    return [_one_process(sizes, base, f"the suite {' and '.join(loading)}")] if loading else []
+
+
+def _rollout(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+    found = []
+    for dtype in ("bfloat16", "fp8"):
+        size = estimates.weight_bytes(sizes, dtype)
+        found.append(f"{_tensor_parallel(config, size)} GPUs in {dtype} ({gib(size)})")
+    return [f"production and candidate each take {' or '.join(found)}, side by side while the rollout lasts"]
+
+
+def _verify(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+    size = estimates.weight_bytes(sizes, sizes.stored)
+    return [f"reading the base model's {gb(size)} takes {plan_report.duration(size / 1e9 / 3600)} at 1 GB/s"]
+
+
+def _whole(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+    tokens, base = plan_report.planned_tokens(config), plan_report.trained_in(config, sizes, base)
+    return [line for line in plan_report.report(config, sizes, base, tokens)[0][1:] if line]
+
+
+def _adapters(config: Config, sizes: ModelSizes) -> str:
+    parts = []
+    for stage in plan_report.STAGES:
+        count = sum(estimates.lora_parameters(sizes, plan_report.adapter(getattr(config, stage).lora)).values())
+        parts.append(f"{stage} {gb(4 * count)}")
+    return f"adapters in float32: {', '.join(parts)}, composed as much as both"
+
+
+def _checking(sizes: ModelSizes) -> str:
+    needed = gib(estimates.checking_bytes(sizes))
+    return f"checking it takes {needed} of main memory for one layer; with more memory more layers are checked"
+
+
+def _one_process(sizes: ModelSizes, base: Dtype, what: str) -> str:
+    size = gib(estimates.weight_bytes(sizes, base))
+    return f"{what} loads the model in one process: {size} of memory in {base}, and refused where that is not there"
+
+
+def _tensor_parallel(config: Config, size: int) -> int:
+    """GPUs that hold these weights and leave a tenth for keys and values, as a power of two."""
+    room = 0.9 * plan_report.usable(config.plan)
+    return next(n for n in (1, 2, 4, 8, 16, 32, 64, 2**30) if size <= n * room)
+
+
+_SCRIPTS: dict[str, Callable[[Config, ModelSizes, Dtype], list[str]]] = {
+    "prepare_data": _prepare,
+    "train_domain_adapter": _training("domain"),
+    "train_task_adapter": _training("task"),
+    "compose": _compose,
+    "inference": _inference,
+    "evaluate": _evaluate,
+    "benchmark": _benchmark,
+    "rollout": _rollout,
+    "verify": _verify,
+    "plan": _whole,
+}

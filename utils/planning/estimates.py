@@ -1,0 +1,271 @@
+"""What fits where, before any weight is loaded: parameters, memory, disk and time. Numbers in, numbers out.
+
+Bytes unless a name says otherwise; GiB = 2**30. Every size follows from the model's own shapes; what the training step
+keeps for its backward pass was read off autograd, tensor by tensor, and is checked against measured peaks
+(tests/test_planning.py). What no arithmetic knows (CUDA's context, NCCL, fragmentation) is the caller's headroom.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.models.model_shapes import FP8_BLOCK, NF4_BLOCK, TRANSIENT_LAYERS, Dtype, Matrix, ModelSizes
+
+# positions whose logits exist at a time (utils/models/losses.py)
+LOSS_POSITIONS = 128
+# float32: value, gradient and AdamW's two moments
+TRAINED_BYTES = 16
+# a second adapter on the experts: its measured transient, and that of one alone, in a layer's experts (PEFT 0.21)
+TWO_EXPERT_ADAPTERS, ONE_EXPERT_ADAPTER = 3.67, 1.41
+# matrices with the same input, which LoRA keeps once
+_SHARED_INPUTS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one LoRA adapter is on."""
+
+    targets: tuple[str, ...]
+    rank: int
+    experts: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward pass on one process: `tokens` with padding, in rows of `row_tokens`, maybe packed."""
+
+    base: Dtype
+    adapter: Adapter
+    tokens: int
+    row_tokens: int
+    packed: bool = False
+    checkpointing: bool = False
+    below: Adapter | None = None
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of one activation."""
+        return 4 if self.base == "float32" else 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes on one GPU (or of one CPU process). `kept` is for the backward pass; `passing` comes and goes."""
+
+    weights: int
+    gathered: int
+    adapters: int
+    kept: int
+    passing: int
+    expert_weights: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gathered + self.adapters + self.kept + self.passing + self.expert_weights
+
+
+Verdict = Literal["fits", "tight", "no"]
+# a prediction is not a measurement: with less than this share of the memory to spare it is only called tight
+COMFORT = 0.1
+
+
+def verdict(low: int, high: int, available: float) -> Verdict:
+    """Whether a peak between `low` and `high` bytes has room in `available` ones."""
+    if high <= (1 - COMFORT) * available:
+        return "fits"
+    return "tight" if low <= available else "no"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of what the pipeline writes for this model."""
+
+    download: int
+    checkpoints: int
+    adapter: int
+    merged: int
+
+
+def lora_parameters(sizes: ModelSizes, adapter: Adapter) -> dict[str, int]:
+    """Trainable parameters by leaf name, in the model's order."""
+    found: dict[str, int] = {}
+    for matrix in sizes.matrices:
+        if matrix.name in adapter.targets if not matrix.is_experts else adapter.experts:
+            found[matrix.name] = found.get(matrix.name, 0) + matrix.lora_parameters(adapter.rank)
+    return found
+
+
+def weight_bytes(sizes: ModelSizes, dtype: Dtype) -> int:
+    """Bytes of the whole model with its weights in this dtype.
+
+    FP8 is for matrices alone, nf4 and int8 for those that are no experts; the rest stays bfloat16.
+    """
+    plain = 4 if dtype == "float32" else 2
+    router = sizes.parameters["router"] * (4 if sizes.float32_router else plain)
+    rest = sizes.total - sizes.parameters["router"]
+    if dtype in ("nf4", "int8"):
+        linear = [matrix for matrix in sizes.matrices if not matrix.is_experts]
+        bits = sum(_quantised_bytes(matrix, dtype) for matrix in linear)
+        return bits + (rest - sum(matrix.parameters for matrix in linear)) * plain + router
+    if dtype != "fp8":
+        return rest * plain + router
+    quantised = sum(matrix.parameters for matrix in sizes.matrices)
+    blocks = sum(
+        matrix.copies * math.ceil(matrix.out_features / FP8_BLOCK) * math.ceil(matrix.in_features / FP8_BLOCK)
+        for matrix in sizes.matrices
+    )
+    return quantised + 4 * blocks + (rest - quantised) * plain + router
+
+
+def training_memory(
+    sizes: ModelSizes, step: Step, *, shards: int = 1, careful: bool = False, whole_logits: bool = False
+) -> Memory:
+    """Peak of one training step. `shards` processes hold the weights and adapters together (FSDP2); 1: each holds all.
+
+    `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and adapters on the
+    experts find the transients of the ones before still there. `whole_logits` is for a loss that is not chunked.
+    """
+    trained = sum(lora_parameters(sizes, step.adapter).values())
+    frozen = sum(lora_parameters(sizes, step.below).values()) if step.below else 0
+    layer = _share(weight_bytes(sizes, step.base) * sizes.layer_parameters, sizes.total)
+    layer += _share(4 * (trained + frozen), sizes.num_layers)
+    # embeddings and head are gathered with the loss and stay until it is done
+    outside = (sizes.parameters["embeddings"] + sizes.parameters["head"]) * (4 if step.base == "float32" else 2)
+    saved, working = _layer_activations(sizes, step)
+    width, hidden = step.activation_bytes, sizes.hidden
+    # the last norm keeps its input in float32
+    kept = step.tokens * 4 * hidden + (
+        sizes.num_layers * step.tokens * width * hidden if step.checkpointing else sizes.num_layers * saved
+    )
+    casts = 2 * trained if step.base != "float32" else 0  # autocast keeps the factors in bfloat16 too
+    passing = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
+    if step.base in ("nf4", "int8"):  # a matrix is de-quantised whole for each product
+        passing += max(width * m.out_features * m.in_features for m in sizes.matrices if not m.is_experts)
+    return Memory(
+        weights=_share(weight_bytes(sizes, step.base), shards),
+        gathered=layer * (2 if careful else 1) + outside if shards > 1 else 0,
+        adapters=_share(TRAINED_BYTES * trained + 4 * frozen, shards),
+        kept=kept + _share(casts, shards),
+        passing=max(_loss(sizes, step, whole_logits), passing),
+        expert_weights=_expert_weights(sizes, step, careful),
+    )
+
+
+def inference_memory(sizes: ModelSizes, dtype: Dtype, *, tokens: int, shards: int = 1) -> int:
+    """Bytes on one GPU to answer: weights, and the keys and values of `tokens` tokens in the activations' dtype."""
+    width = 4 if dtype == "float32" else 2
+    return _share(weight_bytes(sizes, dtype), shards) + 2 * sizes.num_layers * sizes.key * tokens * width
+
+
+def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: bool) -> int:
+    """Host memory of one node while loading: a copy per process, or one that the first process deals out."""
+    return weight_bytes(sizes, dtype) * (1 if sharded else processes)
+
+
+def checking_bytes(sizes: ModelSizes) -> int:
+    """Least memory in which a merge can be checked: one layer in float32 with what passes, embeddings and head."""
+    shared = sizes.parameters["embeddings"] + sizes.parameters["head"]
+    return 4 * (shared + (1 + TRANSIENT_LAYERS) * sizes.layer_parameters)
+
+
+def disk(sizes: ModelSizes, adapter: Adapter, *, keep_checkpoints: int, merged: Dtype) -> Disk:
+    """What one training run and one merge write; a checkpoint has the adapter, the best one and two moments."""
+    factors = 4 * sum(lora_parameters(sizes, adapter).values())
+    return Disk(
+        download=weight_bytes(sizes, sizes.stored),
+        checkpoints=4 * factors * (keep_checkpoints + 1),  # the new one is written before the oldest goes
+        adapter=factors,
+        merged=weight_bytes(sizes, merged),
+    )
+
+
+def flops_per_token(sizes: ModelSizes, *, row_tokens: int = 0, checkpointing: bool) -> int:
+    """Operations to train on one token: 2 per parameter forward, 2 for the inputs' gradients, 2 to recompute.
+
+    Frozen weights need no gradient of their own. Attention over `row_tokens` is added, half of it behind the diagonal.
+    """
+    forward = 2 * sizes.multiplied + 2 * row_tokens * sizes.query * sizes.num_layers
+    return forward * (3 if checkpointing else 2)
+
+
+def expert_lora_flops(sizes: ModelSizes, adapter: Adapter, *, checkpointing: bool) -> int:
+    """Operations of one forward and backward pass whatever its tokens: B A is made for every expert of every layer."""
+    if not adapter.experts:
+        return 0
+    once = 2 * adapter.rank * sizes.parameters["experts"]
+    return once * (4 if checkpointing else 3)  # forward, gradients of A and of B, and again to recompute
+
+
+def tokens_per_second(
+    sizes: ModelSizes, step: Step, *, row_tokens: int, gpus: int, tflops: float, utilisation: float
+) -> float:
+    """Trained tokens per second of all GPUs together, at a stated share of their peak."""
+    per_pass = flops_per_token(sizes, row_tokens=row_tokens, checkpointing=step.checkpointing) * step.tokens
+    per_pass += expert_lora_flops(sizes, step.adapter, checkpointing=step.checkpointing)
+    return step.tokens * gpus * tflops * 1e12 * utilisation / per_pass
+
+
+def _layer_activations(sizes: ModelSizes, step: Step) -> tuple[int, int]:
+    """(kept for the backward pass of one layer, what that pass needs beside it)."""
+    e, hidden, query, inner = step.activation_bytes, sizes.hidden, sizes.query, sizes.intermediate
+    touched = lora_parameters(sizes, step.adapter)
+    per_token = 4 * (2 * hidden + (query + sizes.key if sizes.has_qk_norm else 0))  # norms compute in float32
+    # queries, keys, values, the heads' outputs, and these side by side for the output projection; a mask between packed
+    # documents makes transformers repeat keys and values for every head
+    per_token += e * (3 * query + 2 * (query if step.packed else sizes.key)) + 4 * sizes.heads
+    per_token += sum(e * hidden for group in _SHARED_INPUTS if touched.keys() & group)
+    per_token += e * step.adapter.rank * sum(m.name in touched and not m.is_experts for m in sizes.matrices)
+    if sizes.experts:
+        chosen = sizes.experts_per_token
+        # gate and up, silu(gate), the output before its weight; indices; the router's scores
+        per_token += chosen * (e * (3 * inner + hidden) + 40) + 4 * sizes.experts
+        if step.adapter.experts:
+            per_token += chosen * e * (hidden + inner)  # the inputs of both products
+        # the weighted outputs are float32: their gradient, and that times weight and times output
+        working = chosen * max(12 * hidden, e * (hidden + 3 * inner))
+    else:
+        per_token += e * (3 + ("down_proj" in touched)) * inner
+        working = 3 * e * inner
+    mask = step.tokens * step.row_tokens * e if step.packed else 0
+    return step.tokens * per_token + mask, step.tokens * max(working, 3 * e * query)
+
+
+def _loss(sizes: ModelSizes, step: Step, whole_logits: bool) -> int:
+    """Logits, their float32 copy and log-probabilities, and those of the chunk before; the hidden states' gradient."""
+    narrow = step.base != "float32"
+    hidden = 2 * step.tokens * step.activation_bytes * sizes.hidden
+    if whole_logits:
+        return step.tokens * sizes.vocabulary * (10 if narrow else 8) + hidden
+    chunk = 10 if narrow else 8
+    if step.tokens > LOSS_POSITIONS:
+        chunk += 4
+    return min(LOSS_POSITIONS, step.tokens) * sizes.vocabulary * chunk + hidden
+
+
+def _expert_weights(sizes: ModelSizes, step: Step, careful: bool) -> int:
+    """Experts with their update and the gradient of that, which PEFT makes for all experts of a layer at once.
+
+    Of one adapter's gradient, that of the larger matrices and the updated smaller ones are not there at the same time.
+    """
+    if not sizes.experts:
+        return 0
+    layer = _share(sizes.parameters["experts"] * step.activation_bytes, sizes.num_layers)
+    updated = [a for a in (step.adapter, step.below) if a and a.experts]
+    if not updated:
+        return 0
+    kept = 1 if step.checkpointing else sizes.num_layers
+    gradient = 1.0 if careful else ONE_EXPERT_ADAPTER - 1
+    second = TWO_EXPERT_ADAPTERS - (0 if careful else ONE_EXPERT_ADAPTER) if len(updated) > 1 else 0
+    return int(layer * (kept + gradient + second))
+
+
+def _quantised_bytes(matrix: Matrix, dtype: Dtype) -> int:
+    if dtype == "nf4":
+        return matrix.parameters // 2 + 4 * math.ceil(matrix.parameters / NF4_BLOCK)
+    return matrix.parameters + 4 * matrix.out_features * matrix.copies
+
+
+def _share(amount: int, parts: int) -> int:
+    return math.ceil(amount / parts)

@@ -1,0 +1,310 @@
+"""Before any weight is read: what the model is, whether it fits the memory there is, and what training will take."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from config import BaseModelSection, Config, is_minimax_m2
+from utils.adapters import peft_model
+from utils.artifacts import files
+from utils.exceptions import ArtefactError, Problem
+from utils.logger import event, warning
+from utils.models import devices, parallel, sources
+from utils.models.architectures import minimax_m2
+from utils.models.base_model import BaseModel
+from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
+from utils.models.weights import fp8
+from utils.planning import count_parameters, estimates, native_fp8, plan_report
+from utils.planning.native_fp8 import Choice
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# smaller models are loaded without a word about their size
+WORTH_SAYING_BYTES = 16 * GIB
+# how long the hub may take to say that it is there
+HUB_SECONDS = 5
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process runs: `shards` processes hold the weights together, `local` run on this node."""
+
+    shards: int
+    local: int
+    gpu_bytes: int
+    host_bytes: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This process's launcher and memory."""
+        on_gpu = devices.device().type == "cuda"
+        return cls(
+            shards=int(os.environ.get("WORLD_SIZE", "1")) if parallel.asked() else 1,
+            local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            gpu_bytes=torch.cuda.get_device_properties(devices.device()).total_memory if on_gpu else 0,
+            host_bytes=_host_bytes(),
+        )
+
+
+def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
+    """Say what is about to be loaded, and refuse (ArtefactError) what this machine cannot hold; nothing is fetched yet.
+
+    `stage` is the adapter that will be trained. Models whose shapes are not known before they are here (wheels, foreign
+    hub ids offline) pass.
+    """
+    found = _quick(config.base, config.run.models_dir)
+    if found is None:
+        return
+    dtype, why = loaded_dtype(config.base), ""
+    if config.base.quantization != PLAIN:
+        dealt_out = loads_model and Machine.here().shards > 1
+        if cannot := quantization_refusals(found, dtype, dealt_out=dealt_out):
+            raise ArtefactError(cannot)
+    if found.stored == "fp8":
+        choice = keep_fp8(config, stage) if stage else Choice(False, "only training can keep it FP8")
+        dtype, why = ("fp8" if choice.native else dtype), choice.why
+    if estimates.weight_bytes(found, dtype) >= WORTH_SAYING_BYTES:
+        event(plan_report.headline(found, dtype))
+    if loads_model and (problems := refusals(found, dtype, Machine.here(), why)):
+        raise ArtefactError(problems)
+
+
+def keep_fp8(config: Config, stage: str) -> Choice:
+    """Whether an FP8 checkpoint stays FP8 while this adapter is trained here, and why. Raises ArtefactError when it
+    has to (`base.fp8` native) and cannot."""
+    on_experts = getattr(config, stage).lora.experts
+    if stage == "task" and config.task.on != "base":
+        on_experts = on_experts or config.domain.lora.experts
+    on_gpu = devices.device().type == "cuda"
+    capability = torch.cuda.get_device_capability(devices.device()) if on_gpu else None
+    can = capability is not None and capability >= native_fp8.LEAST_CAPABILITY and config.base.fp8 != "dequantise"
+    narrow = devices.compute_dtype(config.base.dtype) == torch.bfloat16
+    return native_fp8.choose(
+        config.base.fp8,
+        native_fp8.Facts(
+            capability=capability,
+            kernels=_missing_kernels() if can else "",
+            on_experts=on_experts,
+            computes_in="bfloat16" if narrow else "float32",
+        ),
+    )
+
+
+def form(config: Config, stage: str, base: BaseModel) -> Choice:
+    """As `fp8`, for a base model that is here; one that is not stored in FP8 is loaded as it is, for no reason."""
+    if fp8.is_fp8(files.read_object(base.directory / "config.json")):
+        return keep_fp8(config, stage)
+    if config.base.fp8 == "native":
+        what = f"--base.fp8 native: {base.source} is no FP8 checkpoint"
+        raise ArtefactError(Problem(what, fix="leave out --base.fp8"))
+    return Choice(False, "")
+
+
+def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -> list[Problem]:
+    """Why these weights cannot be loaded on this machine, with the numbers and what mends it.
+
+    `why` is the reason for which an FP8 checkpoint is de-quantised.
+    """
+    whole = estimates.weight_bytes(found, dtype)
+    host = estimates.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
+    if machine.shards > 1 and not machine.gpu_bytes:
+        host += whole * machine.local // machine.shards  # on CPUs the parts are in main memory too
+    places = [("main memory", host, machine.host_bytes)]
+    if machine.gpu_bytes:
+        places.append(("GPU memory per process", whole // machine.shards, machine.gpu_bytes))
+    fix = (
+        f"plan it: python scripts/plan.py {_preset(found)}--plan.gpus 8 --plan.gpu_memory_gib 80 names the launch file "
+        "for your GPUs; here take a smaller model: --preset smollm2_135m, or --base.source DIRECTORY"
+    )
+    if dtype == "float32" and estimates.weight_bytes(found, "bfloat16") <= min(there for _, _, there in places):
+        fix = "--base.dtype bfloat16 halves it"
+    stored = ""
+    if found.stored == "fp8" and dtype != "fp8":
+        size = plan_report.gib(estimates.weight_bytes(found, "fp8"))
+        stored = f"; it is stored in FP8 ({size}) and de-quantised{f', because {why}' if why else ''}"
+    processes = f" for {machine.local} processes, each with its copy" if machine.local > 1 >= machine.shards else ""
+    return [
+        Problem(
+            f"{found.model_type} has {found.total:,} parameters: in {dtype} its weights take {needed / GIB:,.1f} GiB "
+            f"of {place}{processes}, {there / GIB:,.1f} GiB are there{stored}",
+            fix=fix,
+        )
+        for place, needed, there in places
+        if needed > there
+    ]
+
+
+def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Memory | None:
+    """What one training step of this stage takes here by arithmetic; None for an architecture that is not understood.
+
+    On a GPU that is what `torch.cuda.max_memory_allocated` will say; a CPU's figure has the libraries in it too.
+    """
+    found = _understood(files.read_object(base.directory / "config.json"))
+    if found is None:
+        return None
+    machine = Machine.here()
+    dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
+    step = plan_report.step(config, stage, dtype)
+    memory = estimates.training_memory(found, step, shards=machine.shards)
+    there = machine.gpu_bytes or machine.host_bytes
+    if memory.total > there:
+        asked = plan_report.Choice(stage, step, machine.shards, memory, memory, "no", 0.0)
+        warning(
+            f"the {stage} adapter's training step is predicted not to fit",
+            predicted_gib=memory.total / GIB,
+            there_gib=there / GIB,
+            instead="; ".join(plan_report.changes(config, found, asked)[:3]),
+        )
+    return memory
+
+
+def check_trainable(model: PeftModel, config: Config, stage: str, base: BaseModel) -> None:
+    """Raises ArtefactError when another number of parameters is trainable than the settings ask for.
+
+    PEFT widens some targets on mixtures of experts, and doubles ranks, without a word.
+    """
+    found = _understood(files.read_object(base.directory / "config.json"))
+    if found is None:
+        return
+    wanted = sum(estimates.lora_parameters(found, plan_report.adapter(getattr(config, stage).lora)).values())
+    count = sum(p.numel() for p in peft_model.trainable_parameters(model).values())
+    if count != wanted:
+        what = f"{count:,} parameters are trainable, the {stage} adapter's settings ask for {wanted:,}"
+        raise ArtefactError(Problem(what, fix=f"name leaf modules in --{stage}.lora.target_modules"))
+
+
+def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
+    """The shapes counted on the meta device, from config.json alone: of a directory, the hub, or what is built here.
+
+    MiniMax-M2's are known by heart where the hub cannot be reached. Raises ArtefactError for what cannot be counted.
+    """
+    try:
+        settings = _settings(section, models_dir, ask_hub=True)
+        if settings is None:
+            settings = files.read_object(sources.fetch(section, models_dir).directory / "config.json")
+        return count_parameters.of_settings(settings)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"the architecture of {section.source} cannot be counted: {str(error).splitlines()[0]}"
+        raise ArtefactError(Problem(what, fix="give a causal language model that transformers knows")) from error
+
+
+def loaded_dtype(section: BaseModelSection) -> Dtype:
+    """What the frozen weights become in memory, where an FP8 checkpoint is de-quantised."""
+    if section.quantization != PLAIN:
+        return section.quantization
+    return "float32" if devices.compute_dtype(section.dtype) == torch.float32 else "bfloat16"
+
+
+@functools.cache
+def _missing_kernels() -> str:
+    """Why transformers' FP8 kernels are not there, asked of transformers itself; empty when they are."""
+    from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+
+    try:
+        load_finegrained_fp8_kernel()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # the hub's and the driver's errors too
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+def _quick(section: BaseModelSection, models_dir: Path) -> ModelSizes | None:
+    settings = _settings(section, models_dir, ask_hub=not is_minimax_m2(section.source))
+    return _understood(settings) if settings else None
+
+
+def _understood(settings: dict[str, Any]) -> ModelSizes | None:
+    try:
+        if settings.get("model_type") == "minimax_m2":
+            return minimax_m2.minimax_m2(settings)
+        return count_parameters.of_settings(settings)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+
+
+def _settings(section: BaseModelSection, models_dir: Path, *, ask_hub: bool) -> dict[str, Any] | None:
+    """config.json of a base model, without its weights; None when it can only be known after fetching or building."""
+    kind, _, rest = section.source.partition(":")
+    directory = models_dir / "base" / section.name if kind in ("wheel", "toy") and rest else Path(section.source)
+    if (directory / "config.json").is_file():
+        return files.read_object(directory / "config.json")
+    if directory.is_dir() or (kind in ("wheel", "toy") and rest):
+        return None
+    if not ask_hub:
+        return minimax_m2.MINIMAX_M2
+    from huggingface_hub import constants, get_session, hf_hub_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    known = is_minimax_m2(section.source)
+    try:
+        if known and not constants.HF_HUB_OFFLINE:
+            # one look first: a download tries again for half a minute before it says that there is no network
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        return files.read_object(
+            Path(hf_hub_download(section.source, "config.json", revision=section.revision or None))
+        )
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not known:
+            return None
+        reason = str(error).splitlines()[0]
+        warning("the hub cannot be reached: counting MiniMax-M2 as it was published", reason=reason)
+        return minimax_m2.MINIMAX_M2
+
+
+def _host_bytes() -> int:
+    """Memory that can still be had, within the container's limit where there is one."""
+    available = psutil.virtual_memory().available
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(available, int(limit)) if limit.isdigit() else available
+
+
+def _preset(found: ModelSizes) -> str:
+    return "--preset minimax_m2 " if found.model_type == "minimax_m2" else ""
+
+
+def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseModel:
+    """Threads, seed and the base model; the main process fetches or builds it while the others wait.
+
+    A model that this machine cannot hold is refused before it is fetched, unless the script only streams its files.
+    `stage` is the adapter that the script trains, if it does.
+    """
+    from accelerate import PartialState
+
+    parallel.check(trains=bool(stage))
+    check(config, loads_model=loads_model, stage=stage)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    state = PartialState(cpu=devices.device().type == "cpu", timeout=parallel.PATIENCE)
+    with state.main_process_first():
+        return sources.fetch(config.base, config.run.models_dir)
+
+
+def quantization_refusals(found: ModelSizes, kind: Dtype, *, dealt_out: bool = False) -> list[Problem]:
+    """Why a model of these shapes cannot be quantised, with the numbers; empty for one that can.
+
+    `dealt_out`: the launcher would have FSDP deal the weights out to its processes.
+    """
+    fix = "leave out --base.quantization"
+    if dealt_out:  # accelerate leaves bytes out of sharding, so each process would hold all of them
+        what = "FSDP does not deal out weights in 4 or 8 bits"
+        return [Problem(what, kind, f"{fix}, or launch with scripts/launch/one_gpu.yaml")]
+    if found.experts:
+        whole, kept = estimates.weight_bytes(found, "bfloat16") / GIB, estimates.weight_bytes(found, kind) / GIB
+        what = (
+            f"{found.model_type} keeps {found.parameters['experts'] / found.total:.0%} of its weights in fused "
+            f"experts, which bitsandbytes does not quantise: {kind} would leave {kept:,.1f} of {whole:,.1f} GiB"
+        )
+        also = ", and it refuses an FP8 checkpoint" if found.stored == "fp8" else ""
+        return [Problem(what + also, kind, fix)]
+    if found.stored == "fp8":
+        return [Problem("the checkpoint is FP8: bitsandbytes refuses it", kind, f"{fix}, or give a bfloat16 copy")]
+    return []

@@ -1,0 +1,242 @@
+"""Model servers over the OpenAI HTTP API: one timed answer, which model answers, and servers of merged directories.
+
+Works with vLLM, SGLang, llama.cpp and `transformers serve`: only /health and /v1/chat/completions are relied on, and
+/v1/models where it tells more. A server of ours runs in `<slot>/`, where `model` links to the merged directory, so that
+both models have the same name for clients: a server that is pinned to one name answers 400 to any other.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from utils.artifacts import files
+from utils.exceptions import ArtefactError, Problem
+
+MODEL = "model"
+# servers outlive their controller on purpose; a Popen that is collected while its process runs warns
+_STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One streamed answer. Times are seconds; `error` says what went wrong, empty when nothing did."""
+
+    text: str = ""
+    finish_reason: str = ""
+    error: str = ""
+    status: int = 0
+    first_token_s: float = 0.0
+    per_token_s: float = 0.0
+    """Mean time between pieces of text; 0 with fewer than two."""
+    digest: str = ""
+
+
+def ask(
+    address: str, messages: Sequence[dict[str, str]], *, max_tokens: int, timeout_s: float, model: str = ""
+) -> Answer:
+    """Stream one greedy answer. Never raises for what a server does: that is what is measured."""
+    body: dict[str, Any] = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    if model:
+        body["model"] = model
+    start = time.monotonic()
+    connection = http.client.HTTPConnection(address, timeout=timeout_s)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        digest = response.headers.get("x-model-digest", "")
+        if response.status != 200:
+            return Answer(error=f"HTTP {response.status}", status=response.status, digest=digest)
+        return _streamed(response, start, timeout_s, digest)
+    except (OSError, http.client.HTTPException) as error:
+        return Answer(error=type(error).__name__ + (f": {error}" if str(error) else ""))
+    finally:
+        connection.close()
+
+
+def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float, digest: str) -> Answer:
+    """Read the events of a 200; what ends without a finish reason and [DONE] was cut."""
+    pieces: list[str] = []
+    moments: list[float] = []
+    finish, done, error = "", False, ""
+    while not done and (line := response.readline()):
+        if time.monotonic() - start > timeout_s:
+            error = "timeout"
+            break
+        if not line.startswith(b"data:"):
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            done = True
+            continue
+        try:
+            event = json.loads(data)
+            if event.get("error"):
+                error = f"error in the stream: {str(event['error'])[:120]}"
+                break
+            for choice in event.get("choices") or []:
+                text = (choice.get("delta") or {}).get("content") or ""
+                finish = choice.get("finish_reason") or finish
+                if text:
+                    pieces.append(text)
+                    moments.append(time.monotonic())
+        except (ValueError, AttributeError) as broken:
+            error = f"unreadable event: {broken}"
+            break
+    if not error and not finish:
+        error = "the stream was cut"
+    between = (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else 0.0
+    first = moments[0] - start if moments else 0.0
+    return Answer("".join(pieces), finish, error, 200, first, between, digest)
+
+
+def get(address: str, path: str, timeout_s: float = 3.0) -> tuple[int, bytes]:
+    """Status and body; (0, b"") when there is no answer."""
+    connection = http.client.HTTPConnection(address, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read(1 << 20)
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def served_digest(address: str) -> str:
+    """Digest of the model that this address serves, or "" when nothing tells.
+
+    In this order: an `x-model-digest` header; the model's path in /v1/models (vLLM's `root`) where a manifest stands;
+    the working directory of the local process that listens there, when it is a slot of ours.
+    """
+    connection = http.client.HTTPConnection(address, timeout=3.0)
+    try:
+        connection.request("GET", "/v1/models")
+        response = connection.getresponse()
+        body = response.read(1 << 20)
+        if response.headers.get("x-model-digest"):
+            return str(response.headers["x-model-digest"])
+        listed = json.loads(body).get("data") or [] if response.status == 200 else []
+    except (OSError, http.client.HTTPException, ValueError, AttributeError):
+        listed = []
+    finally:
+        connection.close()
+    roots = [Path(str(entry.get("root") or "")) for entry in listed if isinstance(entry, dict) and entry.get("root")]
+    return next(
+        (d for d in map(_directory_digest, [r for r in roots if r.is_absolute()]) if d), _process_digest(address)
+    )
+
+
+def _directory_digest(directory: Path) -> str:
+    try:
+        return str(files.read_manifest(directory).get("digest", ""))
+    except (ArtefactError, OSError):
+        return ""
+
+
+def _process_digest(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return ""
+    with suppress(psutil.Error, OSError):
+        for found in psutil.net_connections("tcp"):
+            if found.status == psutil.CONN_LISTEN and found.laddr.port == int(port) and found.pid:
+                return _directory_digest(Path(psutil.Process(found.pid).cwd()) / MODEL)
+    return ""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody holds now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Process:
+    """A server that we started: enough to find it again, and to end nothing else."""
+
+    pid: int
+    created: float
+    address: str
+
+    @property
+    def is_running(self) -> bool:
+        with suppress(psutil.Error):
+            found = psutil.Process(self.pid)
+            return abs(found.create_time() - self.created) < 1 and found.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    def stop(self, patience_s: float = 10.0) -> None:
+        """SIGTERM to its process group, SIGKILL after `patience_s`; nothing when the id is another program's now."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not self.is_running:
+                return
+            with suppress(OSError):
+                os.killpg(self.pid, number)
+            end = time.monotonic() + patience_s
+            while self.is_running and time.monotonic() < end:
+                with suppress(OSError):  # ours to reap when we started it ourselves
+                    os.waitpid(self.pid, os.WNOHANG)
+                time.sleep(0.05)
+
+
+def launch(directory: Path, slot: Path, command: str) -> Process:
+    """Start the server of a merged directory in `slot`, in a session of its own; its output is `slot/server.log`."""
+    files.make_directory(slot)
+    link = slot / MODEL
+    link.unlink(missing_ok=True)
+    link.symlink_to(directory.resolve(), target_is_directory=True)
+    port = free_port()
+    words = shlex.split(command.format(model=MODEL, port=port))
+    # a script run as .venv/bin/python has no activated environment
+    words[0] = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent)) or words[0]
+    # a merged directory is all it needs; threads that spin while they wait starve the other model
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1"}
+    with (slot / "server.log").open("ab") as log:
+        try:
+            started = subprocess.Popen(
+                words,
+                cwd=slot,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        except OSError as error:
+            fix = "install it, or set --rollout.serve_command, or give addresses of running servers"
+            raise ArtefactError(Problem(f"the server cannot be started: {error.strerror}", words[0], fix)) from error
+    _STARTED.append(started)
+    return Process(started.pid, psutil.Process(started.pid).create_time(), f"127.0.0.1:{port}")
+
+
+def wait_ready(address: str, *, model: str, patience_s: float, alive: Any = lambda: True) -> None:
+    """Ready is one real completion; /health says ok before a model can answer. Raises ArtefactError otherwise."""
+    end = time.monotonic() + patience_s
+    hello = [{"role": "user", "content": "Hello"}]
+    last = Answer(error="no answer")
+    while time.monotonic() < end and alive():
+        if get(address, "/health")[0] == 200:
+            last = ask(address, hello, max_tokens=1, timeout_s=max(1.0, end - time.monotonic()), model=model)
+            if not last.error:
+                return
+        time.sleep(0.1)
+    why = last.error if alive() else "the server has ended; see server.log in its slot"
+    raise ArtefactError(Problem(f"the server gives no completion: {why}", address, "start it, or see its log"))

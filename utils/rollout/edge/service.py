@@ -1,0 +1,345 @@
+"""A service: its balancer, its servers, its rollouts. What each command of scripts/rollout.py does.
+
+models/rollout/<service>/  service.json     who is production, who is the candidate, which processes are ours
+                           haproxy.cfg      control.map  admin.sock  log.sock  balancer.pid
+                           slots/<digest>/  model -> merged directory, server.log
+                           rollouts/<id>/   journal.jsonl  live.json  report.html
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from config import RolloutSection
+from utils.artifacts import files
+from utils.exceptions import (
+    ArtefactError,
+    BalancerError,
+    ConfigError,
+    Incident,
+    Interrupted,
+    PipelineError,
+    Problem,
+    RolledBack,
+    Undecided,
+    VerificationError,
+)
+from utils.logger import event, warning
+from utils.rollout.controller import Observation, State, begin
+from utils.rollout.edge import golden, haproxy, journal, rollout_report, servers
+from utils.rollout.edge.haproxy import Balancer
+from utils.rollout.edge.journal import Journal
+from utils.rollout.edge.promotion import publish, restore
+from utils.rollout.edge.rollout_loop import Loop, Timing, send_command
+from utils.rollout.edge.service_state import Service
+from utils.rollout.edge.sides import Side, open_side, verify_side
+from utils.rollout.edge.traffic import Collector
+from utils.rollout.gate import Counts
+from utils.rollout.policy import Policy, Step
+
+
+def policy_of(section: RolloutSection, *, has_prompts: bool) -> Policy:
+    """The policy that the settings ask for. Raises ConfigError when they overdraw the error budget."""
+    plain = Policy()
+    metrics = tuple(replace(m, alpha=m.alpha * section.alpha / plain.alpha) for m in plain.metrics)
+    steps = zip(section.steps, section.ratios, section.margins, strict=True)
+    return Policy(
+        metrics=metrics,
+        steps=tuple(Step(round(share * 10_000), ratio, margin) for share, ratio, margin in steps),
+        alpha=section.alpha,
+        objective=section.objective,
+        needs_quality=has_prompts,
+        step_deadline_s=60 * section.step_minutes,
+        rollout_deadline_s=60 * section.rollout_minutes,
+        bake_s=60 * section.bake_minutes,
+        bake_units=section.bake_units,
+        min_step_s=section.min_step_seconds,
+    )
+
+
+def start(service: Service, prompts: list[golden.Prompt], seed: int) -> dict[str, Any]:
+    """A whole rollout. Returns when the candidate is production; raises when it was rolled back or refused."""
+    with files.locked(service.home, "the service"):
+        _refuse_unfinished(service)
+        candidate = _prepare_sides(service)
+        previous = service.side("previous")
+        if previous:  # kept warm since the last promotion
+            previous.stop()
+            service.remember(previous=None)
+        balancer = service.balancer
+        _switch_on(service, balancer)
+        identity = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{candidate.digest[:8] or 'unknown'}"
+        directory = service.home / "rollouts" / identity
+        files.make_directory(directory)
+        prober = _prober(service, prompts, seed, asked=0)
+        first = _preflight(service, prober)
+        policy = policy_of(service.section, has_prompts=bool(prompts))
+        header = {
+            "id": identity,
+            "started_at": time.time(),
+            "policy": policy.to_json(),
+            "production": service.facts["production"],
+            "candidate": service.facts["candidate"],
+            "seed": seed,
+            "prompts": len(prompts),
+        }
+        writer = Journal(directory / "journal.jsonl")
+        writer.append("header", header)
+        service.remember(rollout=identity)
+        return _drive(service, balancer, writer, prober, policy, begin(header["started_at"]), first, "")
+
+
+def resume(service: Service, prompts: list[golden.Prompt]) -> dict[str, Any]:
+    """Go on after the controller died: never at the share it had, but from the first step, with all counts kept."""
+    with files.locked(service.home, "the service"):
+        story, directory = service.story(), service.rollout
+        assert directory is not None
+        writer, state, balancer = Journal(directory / "journal.jsonl"), story.state, service.balancer
+        if state.phase == "ramp" or state.phase == "bake":
+            with suppress(BalancerError):  # before anything else: nobody knows how long we were away
+                balancer.set(canary_bp=0, lease_until=0)
+            _switch_on(service, balancer)
+            probed = state.total.pairs.get("probe_errors", (0, 0, 0))
+            prober = _prober(service, prompts, story.header["seed"], asked=sum(probed))
+            why = "the controller was started again"
+            return _drive(service, balancer, writer, prober, story.policy, state, Counts(), why)
+        return _finish(service, balancer, writer, state, None)
+
+
+def abort(service: Service) -> dict[str, Any]:
+    """Everything to production now. Needs neither the controller nor the journal, nor a writable disk."""
+    directory, balancer = service.rollout, service.balancer
+    if directory is None:
+        service.story()
+    assert directory is not None
+    with suppress(OSError):  # first, so that a running controller does not take us for a stranger
+        send_command(directory, "abort")
+    answered = True
+    try:
+        balancer.set(canary_bp=0, lease_until=0)
+    except BalancerError as error:
+        answered = False
+        warning("the balancer does not answer; its lease ends the canary by itself", reason=str(error))
+    end = time.monotonic() + 5 * service.section.tick_seconds + 5
+    while time.monotonic() < end:
+        try:
+            with files.locked(service.home, "the service"):
+                _abort_without_controller(service, directory)
+                return {"aborted": True, "share_bp": 0 if answered else None, "rollout": str(directory)}
+        except ArtefactError as error:
+            if "in use by" not in str(error):
+                raise
+            with suppress(ArtefactError):
+                if service.story().is_finished:
+                    return {"aborted": True, "share_bp": 0 if answered else None, "rollout": str(directory)}
+            time.sleep(0.1)
+    raise VerificationError(Problem("the running controller did not take the abort", fix="end its process; share is 0"))
+
+
+def promote(service: Service) -> dict[str, Any]:
+    """Ask the running controller to take the next step without waiting for evidence; alarms stay armed."""
+    story, directory = service.story(), service.rollout
+    assert directory is not None
+    if story.state.is_over:
+        raise ArtefactError(Problem(f"this rollout is over: {story.state.phase}", str(directory)))
+    if not _is_controlled(service):
+        raise ArtefactError(Problem("no controller is running", fix="python scripts/rollout.py resume"))
+    send_command(directory, "promote")
+    return {"asked": "promote", "rollout": str(directory)}
+
+
+def stop(service: Service) -> dict[str, Any]:
+    """End the balancer and every server that we started. The service is off after this."""
+    with files.locked(service.home, "the service"):
+        service.balancer.stop()
+        stopped = [which for which in ("candidate", "production", "previous") if service.side(which)]
+        for which in stopped:
+            side = service.side(which)
+            assert side is not None
+            side.stop()
+    return {"stopped": ["balancer", *stopped]}
+
+
+def _refuse_unfinished(service: Service) -> None:
+    if service.rollout is None or not (service.rollout / "journal.jsonl").exists():
+        return
+    if not service.story().is_finished:
+        fix = "python scripts/rollout.py resume, or python scripts/rollout.py abort"
+        raise ArtefactError(Problem("a rollout of this service is not finished", str(service.rollout), fix))
+
+
+def _prepare_sides(service: Service) -> Side:
+    """Both servers up, each proven to be the model it should be by a real completion and its digest."""
+    section, known = service.section, service.side("production")
+
+    def opened(given: str, digest: str, slot: str) -> Side:
+        known = service.side(slot)
+        return open_side(given, digest, slots=service.home / "slots", slot=slot, known=known, section=section)
+
+    if not (section.production or known):
+        raise ConfigError(Problem("what serves now is not known", fix="give --rollout.production DIRECTORY or ADDRESS"))
+    if not section.candidate:
+        raise ConfigError(Problem("there is no candidate", fix="give --rollout.candidate DIRECTORY or ADDRESS"))
+    started: list[Side] = []
+    try:
+        given = section.production
+        production = opened(given, section.production_digest, "production") if given else known
+        assert production is not None
+        if production != known:
+            started.append(production)
+        running = service.balancer.master() is not None
+        if running and known and (known.address, known.digest) != (production.address, production.digest):
+            fix = "leave out --rollout.production, or python scripts/rollout.py stop"
+            raise ConfigError(Problem("another production serves behind this balancer", known.address, fix))
+        candidate = opened(section.candidate, section.candidate_digest, "candidate")
+        started.append(candidate)
+        port = section.port or service.facts.get("port") or servers.free_port()
+        for side in (production, candidate):
+            verify_side(side, section)
+    except (PipelineError, OSError, KeyboardInterrupt):
+        for side in started:  # nobody else would know that they run
+            side.stop()
+        raise
+    facts = {which: vars(side) for which, side in (("production", production), ("candidate", candidate))}
+    service.remember(port=port, **facts)
+    return candidate
+
+
+def _switch_on(service: Service, balancer: Balancer) -> None:
+    """The balancer with both backends and share 0, started or reloaded."""
+    balancer.write(service.layout(with_canary=True))
+    if balancer.master() is None:
+        balancer.start()
+    else:
+        balancer.reload()
+    found = balancer.settings()
+    if found[haproxy.SHARE] != 0:
+        raise VerificationError(Problem("a fresh balancer does not start with share 0", found))
+    event("balancer ready", at=f"http://127.0.0.1:{service.facts['port']}", share="0%")
+
+
+def _prober(service: Service, prompts: list[golden.Prompt], seed: int, asked: int) -> golden.Prober:
+    candidate, production = service.side("candidate"), service.side("production")
+    if candidate is None or production is None:
+        raise ArtefactError(Problem("this rollout's servers are not known", str(service.facts_path), "start another"))
+    section = service.section
+    return golden.Prober(
+        prompts,
+        candidate.address,
+        production.address,
+        seed=seed,
+        every_s=section.probe_seconds,
+        max_tokens=section.probe_tokens,
+        timeout_s=section.server_timeout_seconds,
+        tolerance=section.latency_tolerance,
+        model=section.model_name,
+        digest=candidate.digest,
+        asked=asked,
+    )
+
+
+def _preflight(service: Service, prober: golden.Prober) -> Counts:
+    """Golden prompts before any user: refused when most of them fail on the candidate alone. The pairs count later."""
+    asked = min(service.section.preflight_prompts, len(prober.prompts))
+    found = prober.now(asked)
+    broken = sum(found.pairs.get(metric, (0, 0, 0))[0] for metric in ("probe_errors", "output"))
+    if prober.wrong_model or (asked >= 4 and 2 * broken > asked):
+        prober.close()
+        candidate = service.side("candidate")
+        assert candidate is not None
+        candidate.stop()
+        shown = prober.examples[0] if prober.examples else None
+        what = prober.wrong_model or f"{broken} of {asked} golden prompts fail on the candidate and not on production"
+        seen = f"{shown.prompt[:80]} -> {shown.canary[:80]!r}" if shown else None
+        raise VerificationError(Problem(f"refused before any user saw it: {what}", seen, "look at the merged model"))
+    return found
+
+
+def _drive(
+    service: Service,
+    balancer: Balancer,
+    writer: Journal,
+    prober: golden.Prober,
+    policy: Policy,
+    state: State,
+    first: Counts,
+    interrupted: str,
+) -> dict[str, Any]:
+    section = service.section
+    timing = Timing(section.tick_seconds, section.lease_seconds, section.drain_seconds)
+    collector = Collector(tolerance=section.latency_tolerance)
+    loop = Loop(balancer, writer, prober, policy, state, timing, collector)
+    try:
+        state = loop.run(first, interrupted)
+    except KeyboardInterrupt:
+        fix = "python scripts/rollout.py resume, or abort"
+        raise Interrupted(Problem("stopped; all traffic is at production", fix=fix)) from None
+    return _finish(service, balancer, writer, state, loop)
+
+
+def _report(writer: Journal, loop: Loop | None) -> str:
+    """The page beside the journal; a disk that refuses it does not change the outcome."""
+    examples = [vars(example) for example in loop.prober.examples] if loop else []
+    try:
+        path = str(rollout_report.write(writer.path, examples))
+    except (OSError, PipelineError) as error:
+        warning("the report could not be written", reason=str(error))
+        return ""
+    event("report written", path=path)
+    return path
+
+
+def _finish(service: Service, balancer: Balancer, writer: Journal, state: State, loop: Loop | None) -> dict[str, Any]:
+    """What follows from a final state; done again after a crash it does no harm."""
+    story = journal.read(writer.path)
+    if state.phase == "promoted" and not story.happened("abandoned"):
+        if not story.happened("published"):
+            try:
+                publish(service, balancer, writer)
+            except VerificationError:
+                with suppress(BalancerError):
+                    balancer.set(canary_bp=0, lease_until=0)
+                raise
+        event("promoted", production=service.facts["production"]["address"])
+        page = _report(writer, loop)
+        return {"outcome": "promoted", "rollout": str(writer.path.parent), "reason": state.reason, "report": page}
+    with suppress(BalancerError):
+        balancer.set(canary_bp=0, lease_until=0)
+    if loop is not None:
+        loop.drain()
+    candidate = service.side("candidate")
+    if candidate:
+        candidate.stop()
+    with suppress(OSError):
+        writer.event("rolled_back", time.time(), cause=state.cause)
+    outcome = {"undecided": Undecided, "incident": Incident}.get(state.cause, RolledBack)
+    page = _report(writer, loop)
+    reason = "given up by a person before it was carried out" if state.phase == "promoted" else state.reason
+    raise outcome(Problem(reason, fix=f"what was seen: {page or writer.path}"))
+
+
+def _abort_without_controller(service: Service, directory: Path) -> None:
+    story, writer = journal.read(directory / "journal.jsonl"), Journal(directory / "journal.jsonl")
+    if story.happened("published"):
+        return
+    with suppress(OSError):
+        if not story.state.is_over:
+            writer.append("seen", Observation(at=time.time(), command="abort").to_json())
+        elif story.state.phase == "promoted":
+            restore(service, service.balancer)
+            writer.event("abandoned", time.time())
+    candidate = service.side("candidate")
+    if candidate:
+        candidate.stop()
+
+
+def _is_controlled(service: Service) -> bool:
+    try:
+        with files.locked(service.home, "the service"):
+            return False
+    except ArtefactError:
+        return True

@@ -1,0 +1,1 @@
+"""Training one adapter: the loop, its checkpoints and guards, and the run around it."""

@@ -1,0 +1,129 @@
+"""What is watched while an adapter is trained: numbers that must be finite, frozen adapters that must stay, metrics.
+
+A non-finite number stops every process within one step, also when only one of them met it, and names the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from utils import disk
+from utils.artifacts import files
+from utils.exceptions import NonFiniteError, Problem, VerificationError
+from utils.models import parallel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+NAMED = 8
+
+
+def refuse_without_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """After the first backward: every trained tensor has a finite gradient, and every B one that is not zero.
+
+    A tensor without a gradient would silently stay as it is (FP8 experts do that). A's gradient is zero while B is.
+    Every process has to call it. Raises NonFiniteError that names the tensors.
+    """
+    gradients = {name: parallel.whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+    faults = {
+        "are trainable and got no gradient": [name for name in parameters if name not in gradients],
+        "got a gradient with NaN or infinity": [n for n, g in gradients.items() if not torch.isfinite(g).all()],
+        "are a B whose gradient is all zero": [n for n, g in gradients.items() if "lora_B" in n and not g.any()],
+    }
+    fix = "nothing was trained; this is a defect of the base model's files or of a library"
+    problems = [
+        Problem(f"after the first backward pass {len(names)} of {len(parameters)} tensors {what}", names[:5], fix)
+        for what, names in faults.items()
+        if names
+    ]
+    if problems:
+        raise NonFiniteError(problems)
+
+
+def non_finite(what: str, names: Sequence[str]) -> NonFiniteError:
+    """A loss or gradient that is NaN or infinite, with what was in the batch."""
+    return NonFiniteError(
+        Problem(
+            f"the {what} is NaN or infinite; the last checkpoint is kept",
+            ", ".join(names[:NAMED]),
+            "look at these documents or examples, or lower the learning rate",
+        )
+    )
+
+
+def from_every_process(accelerator: Accelerator, names: list[str]) -> list[str]:
+    """The names of all processes, on each of them."""
+    if accelerator.num_processes == 1:
+        return names
+    from accelerate.utils import gather_object
+
+    return list(dict.fromkeys(gather_object(names)))
+
+
+def frozen_adapters(model: torch.nn.Module) -> str:
+    """Digest of the adapters that are on the model and not trained; empty when there are none."""
+    frozen = sorted((n, p) for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad)
+    digest = hashlib.sha256()
+    for name, parameter in frozen:
+        digest.update(name.encode() + b"\0")
+        whole = parallel.whole(parameter).detach().cpu().contiguous()
+        digest.update(whole.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest() if frozen else ""
+
+
+def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
+    """Raises VerificationError, in every process, when what all of them hold is no longer the same in each.
+
+    An average of gradients keeps adapters equal only as long as nothing else touches one of them; what is published is
+    the first process's, so the others would have trained for nothing, or it on gradients of something else.
+    """
+    if parallel.is_alone():
+        return
+    held = {name: parallel.checksum(tensor) for name, tensor in parallel.held_whole(module)}
+    parallel.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
+
+
+def refuse_changed(before: str, after: str, what: str) -> None:
+    """Raises VerificationError when the frozen adapters are not what they were."""
+    if before != after:
+        fix = "this is a bug of the training loop or of a library: nothing was published"
+        raise VerificationError(Problem(f"{what}: the frozen adapter below it changed while it was trained", fix=fix))
+
+
+class Metrics:
+    """metrics.jsonl, cut back to the step a run is resumed from, and accelerate's trackers."""
+
+    def __init__(self, path: Path, step: int, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.path = path if accelerator.is_main_process else None
+        if self.path is not None and path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if 0 < _step_of(line) <= step]
+            files.write_text(path, "".join(line + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        """One line, whole or not at all. Raises ArtefactError when the disk is full."""
+        if self.path is not None:
+            disk.append_line(self.path, json.dumps(values))
+        self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+
+    def sync(self) -> None:
+        """Put the lines on the disk: a checkpoint must not outlive the metrics of its steps."""
+        if self.path is not None and self.path.exists():
+            with disk.errors(self.path), self.path.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of metrics; 0 for one that a dead machine left damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return 0
