@@ -96,7 +96,7 @@ def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, di
     recipe, choice, probe = composed_adapter.recipe_of(config), None, None
     dev = dev_losses.dev_data(config, base, data.directory, prompt) if data else None
     if dev is not None and float32_model.fits(base):
-        probe = dev_losses.Probe.on(base, config.base, parts, dev)
+        probe = dev_losses.DevProbe.on(base, config.base, parts, dev)
     if config.compose.search:
         choice = dev_losses.search(probe, config.compose, directory / "search_points.jsonl")
         recipe = dev_losses.recipe_with(recipe, choice)

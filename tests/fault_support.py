@@ -151,7 +151,7 @@ class Unchecked:
 
 
 def resolve(where: str) -> tuple[Any, str]:
-    """`utils.training.training_loop._Loop._save` -> (the class, "_save")."""
+    """`utils.training.training_loop._TrainingLoop._save` -> (the class, "_save")."""
     *parts, name = where.split(".")
     for length in range(len(parts), 0, -1):
         try:

@@ -20,7 +20,7 @@ from utils.artifacts.runs import Run
 from utils.data.contamination import Contamination, Overlap
 from utils.evaluation import measures
 from utils.evaluation.report import evaluation_report
-from utils.evaluation.scored_rows import Row
+from utils.evaluation.scored_rows import ModelRow
 
 SEEDS = (0, 7)
 QUESTIONS, DOCUMENTS = 48, 16
@@ -93,7 +93,7 @@ def evaluation(
     cells: Sequence[str] = tuple(EFFECTS), seeds: Sequence[int] = SEEDS, *, question: str = "What is it?", **kinds: bool
 ) -> dict[str, Any]:
     """A results.json of made-up scores, assembled by the same code as a real one."""
-    rows = [Row(cell, seed) for cell in cells for seed in ((None,) if cell == "base" else seeds)]
+    rows = [ModelRow(cell, seed) for cell in cells for seed in ((None,) if cell == "base" else seeds)]
     raw = {row.name: scores(row.cell, row.seed or 0, **kinds) for row in rows}
     settings = EvaluateSection(resamples=400)
     first = {row.cell: raw[row.name] for row in reversed(rows)}

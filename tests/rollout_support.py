@@ -18,11 +18,7 @@ from typing import Any
 from config import RolloutSection
 from tests.support import ROOT
 from utils.exceptions import ArtefactError
-from utils.rollout.edge import (
-    haproxy,
-    journal,
-    servers,
-)
+from utils.rollout.edge import haproxy, journal, servers
 from utils.rollout.edge.load import Load
 from utils.rollout.edge.service import Service
 

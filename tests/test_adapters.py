@@ -15,19 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from config import ATTENTION, LoraSection
 from tests.support import ARCHITECTURES, random_factors, relative, saved_model, temporary_directory
-from utils.adapters import (
-    adapter_config,
-    adapter_files,
-    peft_model,
-)
-from utils.adapters.factors import (
-    Factors,
-    delta,
-)
-from utils.composition.methods import (
-    Recipe,
-    compose,
-)
+from utils.adapters import adapter_config, adapter_files, peft_model
+from utils.adapters.factors import Factors, delta
+from utils.composition.methods import Recipe, compose
 from utils.exceptions import ArtefactError
 from utils.models.base_model import BaseModel
 

@@ -24,33 +24,15 @@ from pyarrow import parquet
 from config import BaseModelSection, Config
 from tests.support import PRESET, temporary_directory
 from tests.whole_pipeline import Whole, whole
-from utils import (
-    cli,
-    secrets,
-)
-from utils.adapters import (
-    adapter_config,
-    adapter_files,
-    find,
-)
-from utils.artifacts import (
-    files,
-    manifests,
-    runs,
-)
+from utils import cli, secrets
+from utils.adapters import adapter_config, adapter_files, find
+from utils.artifacts import files, manifests, runs
 from utils.data import tables
-from utils.data.documents import (
-    DOCUMENT_SUFFIXES,
-    read_documents,
-)
+from utils.data.documents import DOCUMENT_SUFFIXES, read_documents
 from utils.data.examples import read_task_examples
 from utils.exceptions import PipelineError
 from utils.export import verification
-from utils.models import (
-    chat,
-    loading,
-    sources,
-)
+from utils.models import chat, loading, sources
 from utils.models.base_model import BaseModel
 from utils.rollout.edge import golden
 

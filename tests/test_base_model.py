@@ -13,11 +13,7 @@ from torch.nn import functional
 from config import BaseModelSection
 from tests.support import saved_model, temporary_directory
 from utils.exceptions import ArtefactError
-from utils.models import (
-    devices,
-    loading,
-    sources,
-)
+from utils.models import devices, loading, sources
 
 TOY = BaseModelSection(source="toy:minimax_m2", name="toy", dtype="float32")
 

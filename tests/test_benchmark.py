@@ -21,18 +21,8 @@ from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection, tiny_
 from tests.support import ROOT, Workspace, last_json, temporary_directory
 from utils.adapters import inference_layers
 from utils.adapters.factors import scaled
-from utils.benchmarks import (
-    inputs,
-    suite_data,
-    suite_evaluation,
-    suite_inference,
-    suite_merge,
-    suite_training,
-)
-from utils.composition.methods import (
-    Recipe,
-    compose,
-)
+from utils.benchmarks import inputs, suite_data, suite_evaluation, suite_inference, suite_merge, suite_training
+from utils.composition.methods import Recipe, compose
 from utils.exceptions import ArtefactError
 from utils.models.architectures import toy
 

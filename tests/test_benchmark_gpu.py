@@ -12,21 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from config import tiny_minimax_m2
 from tests.support import Workspace, last_json
 from utils.benchmarks import suite_gpu
-from utils.benchmarks.gpu_scale import (
-    REAL,
-    ROOM,
-    TOY,
-    extrapolation,
-    most_layers,
-    predicted,
-    sizes,
-)
+from utils.benchmarks.gpu_scale import REAL, ROOM, TOY, extrapolation, most_layers, predicted, sizes
 from utils.exceptions import ConfigError
 from utils.models.model_shapes import GIB
-from utils.planning import (
-    estimates,
-    plan_report,
-)
+from utils.planning import estimates, plan_report
 
 
 class Shapes(unittest.TestCase):

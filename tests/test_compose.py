@@ -25,31 +25,15 @@ from tests.support import (
     temporary_directory,
 )
 from tests.test_pipeline import built
-from utils.adapters import (
-    adapter_files,
-    inference_layers,
-)
-from utils.adapters.factors import (
-    Factors,
-    delta,
-)
+from utils.adapters import adapter_files, inference_layers
+from utils.adapters.factors import Factors, delta
 from utils.artifacts import files
 from utils.artifacts.runs import Run
-from utils.composition import (
-    composed_adapter,
-    dev_losses,
-)
+from utils.composition import composed_adapter, dev_losses
 from utils.composition.methods import Recipe
 from utils.composition.search import Point
-from utils.exceptions import (
-    DataError,
-    VerificationError,
-)
-from utils.models import (
-    float32_model,
-    loading,
-    sources,
-)
+from utils.exceptions import DataError, VerificationError
+from utils.models import float32_model, loading, sources
 from utils.models.weights import layer_sample
 from utils.models.weights.safetensors_io import Checkpoint
 

@@ -11,35 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support import relative, temporary_directory, toy
-from utils.adapters import (
-    adapter_files,
-    fused_experts,
-)
-from utils.adapters.factors import (
-    Factors,
-    ModuleFactors,
-    delta,
-    distance,
-    inner,
-    norm,
-    scaled,
-    stacked,
-    zero_modules,
-)
+from utils.adapters import adapter_files, fused_experts
+from utils.adapters.factors import Factors, ModuleFactors, delta, distance, inner, norm, scaled, stacked, zero_modules
 from utils.composition.checks import check
 from utils.composition.collisions import collisions
-from utils.composition.methods import (
-    METHODS,
-    Recipe,
-    compose,
-    depth,
-    relative_errors,
-    weights_at,
-)
-from utils.composition.truncation import (
-    tail,
-    truncated,
-)
+from utils.composition.methods import METHODS, Recipe, compose, depth, relative_errors, weights_at
+from utils.composition.truncation import tail, truncated
 
 LAYERS = 3
 Q, V, E = "model.layers.{}.q_proj", "model.layers.{}.v_proj", "model.layers.{}.mlp.experts.down_proj"

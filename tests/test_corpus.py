@@ -17,31 +17,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 from tests.support import ROOT
-from utils.data.documents import (
-    CHARACTERS_PER_BATCH,
-    read_documents,
-)
-from utils.data.domains.python_docs import (
-    _entries,
-    python_documents,
-    python_qa,
-    standard_modules,
-)
-from utils.data.extraction import (
-    clean_text,
-    extract_html,
-)
-from utils.data.splits import (
-    hash_share,
-    leaks,
-    split_by_document,
-)
-from utils.data.tables import (
-    ProblemList,
-    UniqueIds,
-    digest16,
-    iter_rows,
-)
+from utils.data.documents import CHARACTERS_PER_BATCH, read_documents
+from utils.data.domains.python_docs import _entries, python_documents, python_qa, standard_modules
+from utils.data.extraction import clean_text, extract_html
+from utils.data.splits import hash_share, leaks, split_by_document
+from utils.data.tables import ProblemList, UniqueIds, digest16, iter_rows
 from utils.exceptions import DataError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -37,10 +37,7 @@ from utils import logger
 from utils.adapters import adapter_files
 from utils.artifacts import files
 from utils.exceptions import ConfigError
-from utils.models import (
-    loading,
-    parallel,
-)
+from utils.models import loading, parallel
 from utils.models.weights import safetensors_io
 
 FSDP_FILE = LAUNCH / "cpu_two_processes_fsdp.yaml"
@@ -99,7 +96,7 @@ class SameAsOneProcess(unittest.TestCase):
         for name, ways in (("fewer", ("ddp", "fsdp", "one")), ("more", ("one", "fsdp", "ddp"))):
             for part, way in enumerate(ways):
                 stop = (
-                    At("utils.training.training_loop._Loop._step", Send(signal.SIGTERM), 3)
+                    At("utils.training.training_loop._TrainingLoop._step", Send(signal.SIGTERM), 3)
                     if part + 1 < len(ways)
                     else None
                 )

@@ -27,27 +27,14 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OIDCError
 
 from config import HubSection
-from utils.adapters import (
-    adapter_files,
-    cards,
-    peft_model,
-)
+from utils.adapters import adapter_files, cards, peft_model
 from utils.adapters.factors import delta
-from utils.artifacts import (
-    files,
-    runs,
-)
+from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.composition.methods import METHODS
 from utils.exceptions import ArtefactError
-from utils.export import (
-    gguf,
-    hub,
-)
-from utils.models import (
-    base_model,
-    loading,
-)
+from utils.export import gguf, hub
+from utils.models import base_model, loading
 from utils.models.base_model import BaseModel
 
 COMMIT = "f62f643a718e8be697da52e7d5d8b8d12b991001"

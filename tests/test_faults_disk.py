@@ -36,10 +36,7 @@ from tests.fault_support import (
 )
 from tests.support import Completed, Script, last_json
 from utils import disk
-from utils.artifacts import (
-    files,
-    runs,
-)
+from utils.artifacts import files, runs
 from utils.data import prepared
 from utils.exceptions import ArtefactError
 from utils.models import chat

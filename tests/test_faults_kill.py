@@ -32,10 +32,7 @@ from tests.fault_support import (
     within,
 )
 from tests.support import ROOT, Script, clean_environment, last_json
-from utils.artifacts import (
-    files,
-    runs,
-)
+from utils.artifacts import files, runs
 
 SLOW = SlowWriting(0.02)
 

@@ -87,13 +87,13 @@ class InWeight:
     def __call__(self) -> None:
         from utils.training import training_loop
 
-        made, held = training_loop._Loop.__init__, []
+        made, held = training_loop._TrainingLoop.__init__, []
 
         def init(loop: Any, *arguments: Any) -> None:
             made(loop, *arguments)
             held.append(loop)
 
-        training_loop._Loop.__init__ = init
+        training_loop._TrainingLoop.__init__ = init
 
         def spoil() -> None:
             with torch.no_grad():
@@ -109,7 +109,7 @@ class InFrozen:
     def __call__(self) -> None:
         from utils.training import training_loop
 
-        finish = training_loop._Loop.finish
+        finish = training_loop._TrainingLoop.finish
 
         def moved(loop: Any) -> Any:
             with torch.no_grad():
@@ -117,7 +117,7 @@ class InFrozen:
                 frozen[0][0, 0] += 1e-3
             return finish(loop)
 
-        training_loop._Loop.finish = moved
+        training_loop._TrainingLoop.finish = moved
 
 
 class Training(unittest.TestCase):
@@ -158,11 +158,13 @@ class Training(unittest.TestCase):
                 self.resumes(name, 4)
 
     def test_a_weight_that_is_not_finite_is_in_no_checkpoint_and_in_no_adapter(self) -> None:
-        done = self.failed("nan-weight", InWeight(NAN, "utils.training.training_loop._Loop._save", 2))
+        done = self.failed("nan-weight", InWeight(NAN, "utils.training.training_loop._TrainingLoop._save", 2))
         self.assertIn("of the checkpoint after step 8", done.stderr)
         self.assertIn("1 tensors hold NaN or infinity", done.stderr)
         done = self.failed(
-            "inf-weight", InWeight(INF, "utils.training.training_loop._Loop.finish", 1), "--domain.train.keep=last"
+            "inf-weight",
+            InWeight(INF, "utils.training.training_loop._TrainingLoop.finish", 1),
+            "--domain.train.keep=last",
         )
         self.assertIn("the domain adapter of step 44: 1 tensors hold NaN or infinity", done.stderr)
 

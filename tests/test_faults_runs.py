@@ -29,11 +29,7 @@ from tests.fault_support import (
     with_both_adapters,
 )
 from tests.support import ROOT, Script, last_json, saved_model, temporary_directory
-from utils.artifacts import (
-    files,
-    locks,
-    runs,
-)
+from utils.artifacts import files, locks, runs
 from utils.exceptions import ArtefactError
 from utils.training import checkpoints
 

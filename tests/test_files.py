@@ -13,10 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 from tests.support import ROOT, clean_environment, temporary_directory
-from utils.artifacts import (
-    files,
-    locks,
-)
+from utils.artifacts import files, locks
 from utils.exceptions import ArtefactError
 
 HOLD = """

@@ -20,31 +20,13 @@ from safetensors.torch import load_file, save_file
 from config import BaseModelSection, Config, tiny_minimax_m2
 from tests.support import Completed, Workspace, last_json, relative, saved_model, temporary_directory
 from utils import logger
-from utils.adapters import (
-    adapter_config,
-    adapter_files,
-    find,
-    peft_model,
-)
-from utils.adapters.factors import (
-    Factors,
-    delta,
-)
-from utils.artifacts import (
-    files,
-    runs,
-)
+from utils.adapters import adapter_config, adapter_files, find, peft_model
+from utils.adapters.factors import Factors, delta
+from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
-from utils.composition.methods import (
-    Recipe,
-    compose,
-)
+from utils.composition.methods import Recipe, compose
 from utils.exceptions import ArtefactError
-from utils.models import (
-    chat,
-    loading,
-    sources,
-)
+from utils.models import chat, loading, sources
 from utils.models.base_model import BaseModel
 
 State = dict[str, torch.Tensor]

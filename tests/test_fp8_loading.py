@@ -16,33 +16,15 @@ from transformers import AutoModelForCausalLM, MiniMaxM2Config
 from config import ATTENTION, PRESETS, Config, LoraSection
 from tests import minimax_support
 from tests.support import relative, saved_model, temporary_directory
-from utils import (
-    cli,
-    logger,
-)
+from utils import cli, logger
 from utils.adapters import peft_model
-from utils.exceptions import (
-    ArtefactError,
-    ConfigError,
-)
-from utils.models import (
-    devices,
-    loading,
-)
+from utils.exceptions import ArtefactError, ConfigError
+from utils.models import devices, loading
 from utils.models.architectures import minimax_m2
-from utils.models.losses import (
-    NextTokenLoss,
-    autocast,
-)
+from utils.models.losses import NextTokenLoss, autocast
 from utils.models.model_shapes import GIB
-from utils.planning import (
-    native_fp8,
-    preflight,
-)
-from utils.planning.native_fp8 import (
-    Facts,
-    choose,
-)
+from utils.planning import native_fp8, preflight
+from utils.planning.native_fp8 import Facts, choose
 from utils.planning.preflight import Machine
 from utils.training import training_run
 
@@ -112,7 +94,7 @@ class Choice(unittest.TestCase):
                 self.assertEqual(preflight.keep_fp8(resolve(*flags), stage).native, native)
         with hardware((9, 0), kernels="`kernels` is not installed"):
             self.assertEqual(
-                preflight.keep_fp8(resolve(), "task"), native_fp8.Choice(False, "`kernels` is not installed")
+                preflight.keep_fp8(resolve(), "task"), native_fp8.Fp8Choice(False, "`kernels` is not installed")
             )
 
     def test_kernels_are_asked_of_transformers_itself(self) -> None:
@@ -181,7 +163,7 @@ class Loaded(unittest.TestCase):
         config = cli.resolve(
             ["--preset", "tiny_minimax_m2", "--base.source", section.source, "--base.dtype", "bfloat16"], {}
         )
-        native = native_fp8.Choice(True, "as on a GPU")
+        native = native_fp8.Fp8Choice(True, "as on a GPU")
         data = mock.Mock(digest="d")
         with minimax_support.fp8_on_this_cpu():
             with mock.patch.object(preflight, "keep_fp8", return_value=native):

@@ -28,25 +28,11 @@ from tests.support import (
     temporary_directory,
 )
 from utils import logger
-from utils.adapters import (
-    adapter_files,
-    inference_layers,
-    peft_model,
-)
-from utils.adapters.factors import (
-    Factors,
-    delta,
-    scaled,
-)
+from utils.adapters import adapter_files, inference_layers, peft_model
+from utils.adapters.factors import Factors, delta, scaled
 from utils.composition import composed_adapter
 from utils.composition.checks import check
-from utils.composition.methods import (
-    METHODS,
-    Recipe,
-    compose,
-    depth,
-    weights_at,
-)
+from utils.composition.methods import METHODS, Recipe, compose, depth, weights_at
 from utils.export import merge
 from utils.models import sources
 

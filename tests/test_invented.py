@@ -17,11 +17,7 @@ from tests.support import ROOT, Workspace, clean_environment, last_json, tempora
 from utils import cli
 from utils.artifacts import files
 from utils.data.domains.built_in import BuiltIn
-from utils.data.domains.invented import (
-    ATTRIBUTES,
-    NUM_VALUES,
-    invented_domain,
-)
+from utils.data.domains.invented import ATTRIBUTES, NUM_VALUES, invented_domain
 from utils.data.examples import read_task_examples
 from utils.exceptions import ConfigError
 

@@ -16,19 +16,9 @@ from tests.support import ARCHITECTURES, relative, toy
 from utils.data.batches import PackedDocuments
 from utils.exceptions import NonFiniteError
 from utils.inference import scoring
-from utils.inference.scoring import (
-    DocumentScore,
-    ItemScore,
-    Question,
-)
+from utils.inference.scoring import DocumentScore, ItemScore, Question
 from utils.models import losses
-from utils.models.losses import (
-    CHUNK_POSITIONS,
-    IGNORED,
-    FrozenHeadNLL,
-    NextTokenLoss,
-    token_nll,
-)
+from utils.models.losses import CHUNK_POSITIONS, IGNORED, FrozenHeadNLL, NextTokenLoss, token_nll
 
 CPU = torch.device("cpu")
 

@@ -27,30 +27,12 @@ from tests import support
 from tests.support import ARCHITECTURES, random_factors, relative, temporary_directory
 from utils import logger
 from utils.adapters import peft_model
-from utils.adapters.factors import (
-    Factors,
-    ModuleFactors,
-    delta,
-)
-from utils.exceptions import (
-    ArtefactError,
-    NonFiniteError,
-    VerificationError,
-)
-from utils.export import (
-    merge,
-    merge_check,
-)
-from utils.models import (
-    base_model,
-    loading,
-)
+from utils.adapters.factors import Factors, ModuleFactors, delta
+from utils.exceptions import ArtefactError, NonFiniteError, VerificationError
+from utils.export import merge, merge_check
+from utils.models import base_model, loading
 from utils.models.base_model import BaseModel
-from utils.models.weights import (
-    fp8,
-    layer_sample,
-    safetensors_io,
-)
+from utils.models.weights import fp8, layer_sample, safetensors_io
 
 SECTION = BaseModelSection(dtype="float32")
 ROUTERS = ("block_sparse_moe.gate.weight", "block_sparse_moe.e_score_correction_bias")

@@ -24,10 +24,7 @@ from config import ATTENTION
 from tests import minimax_support, vllm_rules
 from tests.minimax_support import FLOAT32, Kind
 from tests.support import Workspace, clean_environment, last_json, relative, temporary_directory
-from utils.adapters import (
-    adapter_files,
-    peft_model,
-)
+from utils.adapters import adapter_files, peft_model
 from utils.adapters.factors import delta
 from utils.artifacts import files
 from utils.models import loading
@@ -211,13 +208,13 @@ class Dropped:
     def __call__(self) -> None:
         from utils.training import training_loop
 
-        resume = training_loop._Loop.resume
+        resume = training_loop._TrainingLoop.resume
 
         def resumed(loop: Any) -> None:
             resume(loop)
             loop.model.set_adapter("task")
 
-        training_loop._Loop.resume = resumed
+        training_loop._TrainingLoop.resume = resumed
 
 
 class Serving(unittest.TestCase):

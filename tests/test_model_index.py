@@ -17,21 +17,11 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests import test_exports
 from utils.adapters import cards
-from utils.artifacts import (
-    files,
-    runs,
-)
+from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
-from utils.evaluation.find_evaluation import (
-    Evaluation,
-    evaluation_of,
-)
+from utils.evaluation.find_evaluation import Evaluation, evaluation_of
 from utils.export import hub
-from utils.export.model_index import (
-    METRICS,
-    eval_results,
-    with_evaluation,
-)
+from utils.export.model_index import METRICS, eval_results, with_evaluation
 
 BASE = "b" * 64
 RECIPE = {"method": "sum", "weights": [1.25, 0.75], "rank": 0, "density": 0.5, "seed": 0}

@@ -8,16 +8,8 @@ import re
 import unittest
 
 from tests.report_support import soup, whole
-from utils.html import (
-    numbers,
-    pages,
-)
-from utils.html.charts import (
-    Scale,
-    Series,
-    chart,
-    thinned,
-)
+from utils.html import numbers, pages
+from utils.html.charts import AxisScale, Series, chart, thinned
 
 
 class Figures(unittest.TestCase):
@@ -34,10 +26,10 @@ class Figures(unittest.TestCase):
 
 class Charts(unittest.TestCase):
     def test_scale_maps_linearly_and_keeps_outliers_on_the_edge(self) -> None:
-        scale = Scale(2.0, 4.0)
+        scale = AxisScale(2.0, 4.0)
         self.assertEqual([scale.at(v) for v in (1.0, 2.0, 2.5, 4.0, 9.0)], [0.0, 0.0, 25.0, 100.0, 100.0])
-        self.assertEqual(Scale(0.0, 1.0).ticks(), [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-        self.assertEqual(Scale.over([3.0]), Scale(1.5, 4.5))
+        self.assertEqual(AxisScale(0.0, 1.0).ticks(), [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+        self.assertEqual(AxisScale.over([3.0]), AxisScale(1.5, 4.5))
 
     def test_thinning_keeps_the_mean_and_short_series(self) -> None:
         points = [(float(i), float(i % 7)) for i in range(1000)]

@@ -19,25 +19,10 @@ from peft.utils.hotswap import hotswap_adapter
 
 from config import ComposeSection
 from tests.support import ARCHITECTURES, relative, saved_model, temporary_directory
-from utils.adapters import (
-    adapter_config,
-    adapter_files,
-    inference_layers,
-    peft_model,
-)
-from utils.adapters.factors import (
-    Factors,
-    ModuleFactors,
-    delta,
-    stacked,
-)
+from utils.adapters import adapter_config, adapter_files, inference_layers, peft_model
+from utils.adapters.factors import Factors, ModuleFactors, delta, stacked
 from utils.composition.checks import check
-from utils.composition.methods import (
-    METHODS,
-    Recipe,
-    compose,
-    relative_errors,
-)
+from utils.composition.methods import METHODS, Recipe, compose, relative_errors
 from utils.composition.truncation import tail
 from utils.exceptions import ArtefactError
 

@@ -25,17 +25,10 @@ from tests.support import (
 from utils import cli
 from utils.adapters import peft_model
 from utils.artifacts import files
-from utils.exceptions import (
-    ArtefactError,
-    ConfigError,
-)
+from utils.exceptions import ArtefactError, ConfigError
 from utils.models.architectures import minimax_m2
 from utils.models.model_shapes import GIB
-from utils.planning import (
-    dry_run,
-    plan_report,
-    preflight,
-)
+from utils.planning import dry_run, plan_report, preflight
 from utils.planning.preflight import Machine
 from utils.training import training_run
 

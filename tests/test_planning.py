@@ -16,27 +16,15 @@ from utils import logger
 from utils.adapters import peft_model
 from utils.models import loading
 from utils.models.architectures import minimax_m2
-from utils.models.losses import (
-    NextTokenLoss,
-    autocast,
-)
-from utils.models.model_shapes import (
-    GIB,
-    ModelSizes,
-)
-from utils.planning import (
-    count_parameters,
-    estimates,
-)
-from utils.planning.estimates import (
-    Adapter,
-    Step,
-)
+from utils.models.losses import NextTokenLoss, autocast
+from utils.models.model_shapes import GIB, ModelSizes
+from utils.planning import count_parameters, estimates
+from utils.planning.estimates import Adapter, TrainingStep
 from utils.training import training_run
 
 M2 = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
 QKVO = Adapter(ATTENTION, 16)
-TASK = Step("bfloat16", QKVO, 4096, 4096, checkpointing=True)
+TASK = TrainingStep("bfloat16", QKVO, 4096, 4096, checkpointing=True)
 H100, H200 = 75 * GIB, 136 * GIB
 # what was worked out by hand for 8 GPUs at one row of 4,096 tokens with checkpointing, before this planner was written:
 # GiB per GPU, from a chunked loss and one gathered layer to whole logits and a prefetched one
@@ -223,7 +211,7 @@ class Measured(unittest.TestCase):
         checkpoint: bool = False,
         experts: bool = False,
     ) -> int:
-        step = Step(
+        step = TrainingStep(
             base=dtype,
             adapter=Adapter(targets, 8, experts),
             tokens=rows * row_tokens,

@@ -31,23 +31,10 @@ from tests.support import (
     write_jsonl,
 )
 from utils import cli
-from utils.adapters.factors import (
-    ModuleFactors,
-    norm,
-    random_like,
-)
+from utils.adapters.factors import ModuleFactors, norm, random_like
 from utils.artifacts import files
-from utils.evaluation import (
-    comparison,
-    controls,
-    measures,
-    scored_rows,
-    test_reads,
-)
-from utils.exceptions import (
-    Interrupted,
-    PipelineError,
-)
+from utils.evaluation import comparison, controls, measures, scored_rows, test_reads
+from utils.exceptions import Interrupted, PipelineError
 from utils.export import hub
 from utils.models.architectures import toy
 from utils.training import training_run

@@ -31,34 +31,15 @@ from tests.support import (
     toy,
 )
 from utils import logger
-from utils.adapters import (
-    inference_layers,
-    peft_model,
-)
+from utils.adapters import inference_layers, peft_model
 from utils.artifacts import files
-from utils.composition.methods import (
-    Recipe,
-    compose,
-)
-from utils.exceptions import (
-    ArtefactError,
-    VerificationError,
-)
-from utils.models import (
-    loading,
-    model_shapes,
-    quantization,
-    sources,
-)
+from utils.composition.methods import Recipe, compose
+from utils.exceptions import ArtefactError, VerificationError
+from utils.models import loading, model_shapes, quantization, sources
 from utils.models.architectures import minimax_m2
 from utils.models.base_model import BaseModel
 from utils.models.weights.safetensors_io import Checkpoint
-from utils.planning import (
-    count_parameters,
-    estimates,
-    plan_report,
-    preflight,
-)
+from utils.planning import count_parameters, estimates, plan_report, preflight
 
 KINDS = ("nf4", "int8")
 IDS = torch.randint(0, 700, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -6,10 +6,7 @@ import unittest
 
 from tests.report_support import evaluation, run_at, soup, text_of, the_runs
 from tests.support import temporary_directory
-from utils.evaluation.report import (
-    evaluation_report,
-    report_facts,
-)
+from utils.evaluation.report import evaluation_report, report_facts
 
 
 class Background(unittest.TestCase):

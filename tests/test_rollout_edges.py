@@ -28,7 +28,7 @@ from utils.rollout.edge import golden, journal, rollout_report, screen
 from utils.rollout.edge.haproxy import Balancer, Layout, Server, find_binary
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.load import Load
-from utils.rollout.edge.servers import Answer
+from utils.rollout.edge.servers import ServerAnswer
 from utils.rollout.edge.service import policy_of
 from utils.rollout.edge.traffic import Collector, LogSink, completed
 from utils.rollout.gate import Counts
@@ -176,13 +176,13 @@ class Answers(unittest.TestCase):
 
     def test_pairs_are_lost_won_and_equal(self) -> None:
         prompt = golden.Prompt("p", ({"role": "user", "content": "q"},), ("four lines",))
-        good = Answer("four lines", "stop", first_token_s=0.1, per_token_s=0.01)
-        slow = Answer("four lines", "stop", first_token_s=0.3, per_token_s=0.03)
+        good = ServerAnswer("four lines", "stop", first_token_s=0.1, per_token_s=0.01)
+        slow = ServerAnswer("four lines", "stop", first_token_s=0.3, per_token_s=0.03)
         found = golden.compare(prompt, slow, good, 0.25)
         self.assertEqual(found, {"probe_errors": 0, "output": 0, "quality": 0, "first_token": 1, "per_token": 1})
         self.assertEqual(golden.compare(prompt, good, slow, 0.25)["per_token"], -1)
-        self.assertEqual(golden.compare(prompt, Answer(error="cut"), good, 0.25), {"probe_errors": 1})
-        self.assertEqual(golden.compare(prompt, Answer("lines", "stop"), good, 0.25)["quality"], 1)
+        self.assertEqual(golden.compare(prompt, ServerAnswer(error="cut"), good, 0.25), {"probe_errors": 1})
+        self.assertEqual(golden.compare(prompt, ServerAnswer("lines", "stop"), good, 0.25)["quality"], 1)
 
     def test_a_golden_file_names_its_bad_lines(self) -> None:
         with tempfile.TemporaryDirectory() as directory:

@@ -11,31 +11,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.exceptions import (
-    ConfigError,
-    DataError,
-)
+from utils.exceptions import ConfigError, DataError
 from utils.rollout import e_process
-from utils.rollout.controller import (
-    Decision,
-    Observation,
-    State,
-    advance,
-    begin,
-    replay,
-    share_of,
-)
-from utils.rollout.gate import (
-    Counts,
-    judge,
-)
-from utils.rollout.policy import (
-    FULL_BP,
-    METRICS,
-    UNITS,
-    Metric,
-    Policy,
-)
+from utils.rollout.controller import Decision, Observation, State, advance, begin, replay, share_of
+from utils.rollout.gate import Counts, judge
+from utils.rollout.policy import FULL_BP, METRICS, UNITS, Metric, Policy
 
 POLICY = Policy(min_step_s=1, bake_s=10, bake_units=20)
 STEP = POLICY.steps[0]

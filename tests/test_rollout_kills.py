@@ -16,24 +16,12 @@ from config import RolloutSection
 from utils.exceptions import BalancerError
 from utils.rollout.controller import share_of
 from utils.rollout.edge import rollout_loop
-from utils.rollout.edge.haproxy import (
-    LEASE,
-    SHARE,
-)
-from utils.rollout.edge.journal import (
-    Journal,
-    read,
-)
-from utils.rollout.edge.rollout_loop import (
-    Loop,
-    Timing,
-)
+from utils.rollout.edge.haproxy import LEASE, SHARE
+from utils.rollout.edge.journal import Journal, read
+from utils.rollout.edge.rollout_loop import Loop, Timing
 from utils.rollout.edge.service import policy_of
 from utils.rollout.gate import Counts
-from utils.rollout.policy import (
-    FULL_BP,
-    UNITS,
-)
+from utils.rollout.policy import FULL_BP, UNITS
 
 POLICY = policy_of(
     RolloutSection(objective=0.3, min_step_seconds=0, bake_minutes=0, bake_units=1, golden="none"), has_prompts=False

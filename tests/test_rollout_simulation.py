@@ -13,18 +13,8 @@ from typing import Any
 import numpy as np
 
 from utils.rollout.gate import Counts
-from utils.rollout.policy import (
-    UNITS,
-    Policy,
-    Step,
-)
-from utils.rollout.simulation import (
-    Gate,
-    Outcome,
-    Scenario,
-    our_gate,
-    ramp,
-)
+from utils.rollout.policy import UNITS, Policy, RampStep
+from utils.rollout.simulation import Gate, RampOutcome, Scenario, our_gate, ramp
 
 POLICY = Policy()
 RUNS = 2000
@@ -105,12 +95,12 @@ DEMANDS: list[Callable[[Gate], None]] = [
 ]
 
 
-def always_pass(counts: Counts, here: Counts, policy: Policy, step: Step) -> tuple[Any, Any]:
+def always_pass(counts: Counts, here: Counts, policy: Policy, step: RampStep) -> tuple[Any, Any]:
     size = len(here.at(step.share_bp, UNITS)[0])
     return np.zeros(size, dtype=bool), np.ones(size, dtype=bool)
 
 
-def peeked_z_test(counts: Counts, here: Counts, policy: Policy, step: Step) -> tuple[Any, Any]:
+def peeked_z_test(counts: Counts, here: Counts, policy: Policy, step: RampStep) -> tuple[Any, Any]:
     """Two proportions at 5%, looked at after every batch, passing after 2000 canary units."""
     (bad_c, bad_p), (all_c, all_p) = here.at(step.share_bp, "errors"), here.at(step.share_bp, UNITS)
     pooled = (bad_c + bad_p) / (all_c + all_p)
@@ -161,14 +151,14 @@ class OtherGates(unittest.TestCase):
 
 
 def _never_ready(gate: Gate) -> Gate:
-    def held(counts: Counts, here: Counts, policy: Policy, step: Step) -> tuple[Any, Any]:
+    def held(counts: Counts, here: Counts, policy: Policy, step: RampStep) -> tuple[Any, Any]:
         alarm, _ = gate(counts, here, policy, step)
         return alarm, np.zeros_like(alarm)
 
     return held
 
 
-def _at_most(limit: int, outcome: Outcome, where: str) -> None:
+def _at_most(limit: int, outcome: RampOutcome, where: str) -> None:
     alarms = int(outcome.alarmed.sum())
     _true(alarms <= limit, f"{where}: {alarms} false alarms in {len(outcome.alarmed)} runs, at most {limit}")
 

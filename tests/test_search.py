@@ -12,32 +12,12 @@ import torch
 
 from config import TrainSection
 from tests.support import ARCHITECTURES, document_text, expert_factors, random_factors, relative
-from utils.adapters import (
-    inference_layers,
-    peft_model,
-)
+from utils.adapters import inference_layers, peft_model
 from utils.adapters.factors import Factors
-from utils.composition import (
-    dev_losses,
-    interference,
-)
-from utils.composition.methods import (
-    Recipe,
-    compose,
-)
-from utils.composition.search import (
-    SURE,
-    Choice,
-    Keeping,
-    Point,
-    paired,
-    pareto,
-    search,
-)
-from utils.data.batches import (
-    PackedDocuments,
-    tokenise_pairs,
-)
+from utils.composition import dev_losses, interference
+from utils.composition.methods import Recipe, compose
+from utils.composition.search import SURE, ChosenWeights, Keeping, Point, paired, pareto, search
+from utils.data.batches import PackedDocuments, tokenise_pairs
 from utils.inference import scoring
 from utils.models.architectures import toy
 
@@ -72,7 +52,9 @@ def documents_at(nlls: Sequence[float]) -> Point:
     return Point("sum", (0.0, 0.0), (1.0,), (1,), ("d",), tuple(float(n) for n in nlls), (1,) * len(nlls))
 
 
-def find(evaluate: Callable[[str, tuple[float, ...]], Point], retention: float = 0.8, adapters: int = 2) -> Choice:
+def find(
+    evaluate: Callable[[str, tuple[float, ...]], Point], retention: float = 0.8, adapters: int = 2
+) -> ChosenWeights:
     return search(evaluate, adapters, ("sum",), retention=retention)
 
 
@@ -249,7 +231,7 @@ class Search(unittest.TestCase):
 class ProbeOnAModel(unittest.TestCase):
     """Losses and derivatives on toys, against PEFT's layers and against differences."""
 
-    def probe(self, architecture: str, weights_size: float = 0.1) -> dev_losses.Probe:
+    def probe(self, architecture: str, weights_size: float = 0.1) -> dev_losses.DevProbe:
         model, tokenizer = ARCHITECTURES[architecture]()
         targets = ("q_proj", "o_proj")
         self.parts: list[Factors] = [
@@ -279,7 +261,7 @@ class ProbeOnAModel(unittest.TestCase):
         data = dev_losses.DevData(
             questions, pairs, [e["document"] for e in examples], PackedDocuments(documents, rows, 0, pad), pad, 512
         )
-        return dev_losses.Probe(model.eval().requires_grad_(False), self.parts, data)
+        return dev_losses.DevProbe(model.eval().requires_grad_(False), self.parts, data)
 
     def test_losses_at_any_weights_are_those_of_the_adapter_composed_at_these_weights(self) -> None:
         for architecture in ARCHITECTURES:

@@ -18,17 +18,9 @@ from unittest import mock
 import config as settings
 from tests.support import SECRETS, Workspace, temporary_directory, write_jsonl
 from tests.whole_pipeline import whole
-from utils import (
-    cli,
-    logger,
-    secrets,
-)
+from utils import cli, logger, secrets
 from utils.artifacts import runs
-from utils.exceptions import (
-    ArtefactError,
-    ConfigError,
-    Problem,
-)
+from utils.exceptions import ArtefactError, ConfigError, Problem
 
 HUB, PASSWORD = "hf_" + "Ab1" * 12, "p4ssw0rd-of-somebody"
 # what is looked for: values of the environment, of arguments, and the password out of its URL

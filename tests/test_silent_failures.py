@@ -24,31 +24,13 @@ from transformers import AutoModelForCausalLM, MiniMaxM2ForCausalLM
 from config import ATTENTION, LoraSection
 from tests import minimax_support
 from tests.support import expert_factors, random_factors, relative, temporary_directory
-from utils import (
-    cli,
-    logger,
-)
-from utils.adapters import (
-    adapter_files,
-    peft_model,
-)
-from utils.exceptions import (
-    ArtefactError,
-    ConfigError,
-    NonFiniteError,
-    VerificationError,
-)
-from utils.models import (
-    load_checks,
-    loading,
-    sources,
-)
+from utils import cli, logger
+from utils.adapters import adapter_files, peft_model
+from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, VerificationError
+from utils.models import load_checks, loading, sources
 from utils.models.architectures import toy
 from utils.planning import preflight
-from utils.training import (
-    guards,
-    training_run,
-)
+from utils.training import guards, training_run
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 DOMAIN, TASK, BOTH = "domain", "task", ["domain", "task"]

@@ -7,10 +7,7 @@ import unittest
 
 import numpy as np
 
-from utils.evaluation.intervals import (
-    Interval,
-    ratio_interval,
-)
+from utils.evaluation.intervals import Interval, ratio_interval
 
 
 def interval(top: np.ndarray, bottom: np.ndarray, clusters: np.ndarray, resamples: int = 2000) -> Interval:

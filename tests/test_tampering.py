@@ -33,25 +33,14 @@ from tests.support import (
 )
 from tests.whole_pipeline import Whole, whole
 from utils import cli
-from utils.adapters import (
-    adapter_config,
-    find,
-)
+from utils.adapters import adapter_config, find
 from utils.artifacts import files
-from utils.data import (
-    extraction,
-    prepared,
-    tables,
-)
+from utils.data import extraction, prepared, tables
 from utils.data.documents import read_documents
 from utils.data.examples import read_task_examples
 from utils.data.prepared import Prepared
 from utils.exceptions import PipelineError
-from utils.models import (
-    chat,
-    loading,
-    sources,
-)
+from utils.models import chat, loading, sources
 from utils.models.base_model import BaseModel
 from utils.rollout.edge import sides
 from utils.training import checkpoints
@@ -581,7 +570,12 @@ def save_checkpoints(root: Path, steps: tuple[int, ...]) -> None:
         optimizer.step()
         weights = {"w": parameter.detach().clone()}
         checkpoints.save(
-            root, checkpoints.Progressed(step=step), weights, weights, checkpoints.optimizer_tensors(optimizer), keep=2
+            root,
+            checkpoints.TrainingState(step=step),
+            weights,
+            weights,
+            checkpoints.optimizer_tensors(optimizer),
+            keep=2,
         )
 
 

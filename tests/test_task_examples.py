@@ -11,10 +11,7 @@ from unittest import mock
 
 from tests.test_corpus import hub_dataset
 from utils.data.examples import read_task_examples
-from utils.data.splits import (
-    leaks,
-    split_by_document,
-)
+from utils.data.splits import leaks, split_by_document
 from utils.exceptions import DataError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -20,10 +20,7 @@ from transformers import AutoModelForCausalLM
 from config import TrainSection
 from tests.support import Completed, Script, Workspace, last_json, temporary_directory, write_jsonl
 from utils import logger
-from utils.adapters import (
-    adapter_files,
-    peft_model,
-)
+from utils.adapters import adapter_files, peft_model
 from utils.artifacts import files
 from utils.data.batches import PackedDocuments
 from utils.data.prepared import Prepared

@@ -26,10 +26,7 @@ from utils.data.batches import (
     tokenise_pairs,
 )
 from utils.exceptions import DataError
-from utils.models.losses import (
-    IGNORED,
-    NextTokenLoss,
-)
+from utils.models.losses import IGNORED, NextTokenLoss
 
 ROW = 32
 TRAIN = TrainSection(sequence_tokens=ROW, micro_batch_tokens=2 * ROW, batch_tokens=4 * ROW)

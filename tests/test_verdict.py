@@ -10,16 +10,8 @@ from typing import Any
 import numpy as np
 
 from utils.evaluation import verdict
-from utils.evaluation.intervals import (
-    MIN_CLUSTERS,
-    holm,
-    ratio_interval,
-)
-from utils.evaluation.verdict import (
-    Scores,
-    Verdict,
-    judge,
-)
+from utils.evaluation.intervals import MIN_CLUSTERS, holm, ratio_interval
+from utils.evaluation.verdict import Scores, Verdict, judge
 
 MARGIN = 0.05
 DOCUMENTS = 20

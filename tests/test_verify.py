@@ -14,12 +14,9 @@ import torch
 from tests.support import forked, last_json, run_script, saved_model, temporary_directory
 from tests.whole_pipeline import Whole, whole
 from utils.adapters import adapter_files
-from utils.artifacts import (
-    files,
-    manifests,
-)
+from utils.artifacts import files, manifests
 from utils.export import verification
-from utils.export.verification import Verdict
+from utils.export.verification import Verification
 from utils.training import checkpoints
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -72,7 +69,7 @@ class Trusted(unittest.TestCase):
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
         checkpoints.save(
             run / "checkpoints",
-            checkpoints.Progressed(step=4),
+            checkpoints.TrainingState(step=4),
             weights,
             weights,
             checkpoints.optimizer_tensors(optimizer),
@@ -94,7 +91,7 @@ class Trusted(unittest.TestCase):
         self.assertTrue(found.trusted)
         self.assertIn("who made it, and whether it was changed, cannot be known", found.notes[-1])
 
-    def untrusted(self, found: Verdict, *parts: str) -> None:
+    def untrusted(self, found: Verification, *parts: str) -> None:
         text = "\n".join(str(problem) for problem in found.problems)
         self.assertFalse(found.trusted)
         for part in parts:

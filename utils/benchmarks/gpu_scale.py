@@ -10,7 +10,7 @@ from utils.exceptions import ConfigError, Problem
 from utils.models.architectures import minimax_m2
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.planning import estimates, plan_report
-from utils.planning.estimates import Step
+from utils.planning.estimates import TrainingStep
 
 # of the memory that is free, what a prediction may take: the rest is for what no arithmetic knows
 ROOM = 0.92
@@ -19,7 +19,7 @@ GPUS, LINK_BYTES_PER_SECOND = 8, 450e9
 
 
 @dataclass(frozen=True)
-class Scale:
+class SuiteScale:
     """The shapes of the suite. `most_layers` is for MiniMax-M2; `dense` and `moe` are settings of transformers."""
 
     moe: dict[str, Any]
@@ -36,7 +36,7 @@ def _shape(**changed: Any) -> dict[str, Any]:
     return {key: value for key, value in minimax_m2.MINIMAX_M2.items() if key != "quantization_config"} | changed
 
 
-REAL = Scale(
+REAL = SuiteScale(
     moe=_shape(),
     dense={  # the shapes of Llama 3.2 1B
         **{"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -48,7 +48,7 @@ REAL = Scale(
     attention=LoraSection(rank=16, alpha=32, target_modules=ATTENTION),
     experts=LoraSection(rank=8, alpha=16, target_modules=ATTENTION, experts=True),
 )
-TOY = Scale(
+TOY = SuiteScale(
     moe=_shape(
         **{"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
         **{"head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 768},
@@ -66,7 +66,7 @@ TOY = Scale(
 )
 
 
-def most_layers(scale: Scale, lora: LoraSection, free_bytes: float) -> int:
+def most_layers(scale: SuiteScale, lora: LoraSection, free_bytes: float) -> int:
     """The most layers whose training step is predicted to fit. Raises ConfigError when not even one does."""
     for layers in range(scale.most_layers, 0, -1):
         needed = predicted(scale, layers, lora, "bfloat16", careful=True).total
@@ -101,17 +101,19 @@ def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
     }
 
 
-def sizes(scale: Scale, layers: int) -> ModelSizes:
+def sizes(scale: SuiteScale, layers: int) -> ModelSizes:
     """MiniMax-M2's shapes with so many layers."""
     return minimax_m2.minimax_m2({**scale.moe, "num_hidden_layers": layers})
 
 
-def step(scale: Scale, lora: LoraSection, base: Dtype) -> Step:
+def step(scale: SuiteScale, lora: LoraSection, base: Dtype) -> TrainingStep:
     """One packed row, with activation checkpointing."""
     tokens = scale.sequence_tokens
-    return Step(base, plan_report.adapter(lora), tokens, tokens, packed=True, checkpointing=True)
+    return TrainingStep(base, plan_report.adapter(lora), tokens, tokens, packed=True, checkpointing=True)
 
 
-def predicted(scale: Scale, layers: int, lora: LoraSection, base: Dtype, *, careful: bool = False) -> estimates.Memory:
+def predicted(
+    scale: SuiteScale, layers: int, lora: LoraSection, base: Dtype, *, careful: bool = False
+) -> estimates.TrainingMemory:
     """What such a step takes of one GPU."""
     return estimates.training_memory(sizes(scale, layers), step(scale, lora, base), careful=careful)

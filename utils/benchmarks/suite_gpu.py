@@ -41,7 +41,7 @@ from utils.adapters import peft_model
 from utils.artifacts.runs import METRICS
 from utils.benchmarks import inputs, suite_inference, suite_training
 from utils.benchmarks import suite_merge as synthetic
-from utils.benchmarks.gpu_scale import REAL, ROOM, TOY, Scale, extrapolation, most_layers, predicted, sizes
+from utils.benchmarks.gpu_scale import REAL, ROOM, TOY, SuiteScale, extrapolation, most_layers, predicted, sizes
 from utils.composition import composed_adapter
 from utils.composition.methods import Recipe, compose
 from utils.data.batches import PackedDocuments
@@ -98,7 +98,7 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def _random_moe(scale: Scale, layers: int, dtype: torch.dtype, seed: int) -> Any:
+def _random_moe(scale: SuiteScale, layers: int, dtype: torch.dtype, seed: int) -> Any:
     """MiniMax-M2's architecture with random weights, made on the device, routers in float32."""
     from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
@@ -116,7 +116,7 @@ def _random_moe(scale: Scale, layers: int, dtype: torch.dtype, seed: int) -> Any
 
 
 def _trained(
-    config: Config, scale: Scale, model: Any, layers: int, lora: LoraSection, base: Dtype, directory: Path
+    config: Config, scale: SuiteScale, model: Any, layers: int, lora: LoraSection, base: Dtype, directory: Path
 ) -> dict[str, Any]:
     """Speed and peak of the training loop; the first step is a warm-up."""
     from accelerate import Accelerator
@@ -172,7 +172,7 @@ def _trained(
     }
 
 
-def _on_fp8(config: Config, scale: Scale, scratch: Path) -> dict[str, Any]:
+def _on_fp8(config: Config, scale: SuiteScale, scratch: Path) -> dict[str, Any]:
     """The attention adapter on a base that stays FP8, or why not."""
     if reason := fp8_missing():
         event("gpu suite: no FP8 base", reason=reason)
@@ -213,7 +213,7 @@ def fp8_missing() -> str:
     return ""
 
 
-def _parity(config: Config, scale: Scale) -> dict[str, float]:
+def _parity(config: Config, scale: SuiteScale) -> dict[str, float]:
     """MiniMax-M2's composition in float32, at full width on one layer: parts active, composed, PEFT."""
     model = float32_model.visiting_every_expert(_random_moe(scale, 1, torch.float32, config.run.seed))
     pair = [inputs.random_factors(model, scale.attention, seed) for seed in (1, 2)]
@@ -225,7 +225,7 @@ def _parity(config: Config, scale: Scale) -> dict[str, float]:
         _release()
 
 
-def _dense(config: Config, scale: Scale, scratch: Path) -> dict[str, Any]:
+def _dense(config: Config, scale: SuiteScale, scratch: Path) -> dict[str, Any]:
     """The dense model through the training and inference suites, the composition check and the merge."""
     base, config = _dense_base(config, scale, scratch / "dense")
     count = max(
@@ -253,7 +253,7 @@ def _dense(config: Config, scale: Scale, scratch: Path) -> dict[str, Any]:
     return found
 
 
-def _dense_base(config: Config, scale: Scale, directory: Path) -> tuple[BaseModel, Config]:
+def _dense_base(config: Config, scale: SuiteScale, directory: Path) -> tuple[BaseModel, Config]:
     """A random dense model on disk, and the configuration under which the other suites measure it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -64,7 +64,7 @@ TOY = Width(64, 64, 4, 2, 16, experts=4, vocabulary=512)
 
 
 @dataclass(frozen=True)
-class Run:
+class MergeRun:
     """One measured process."""
 
     seconds: float
@@ -88,7 +88,7 @@ def measure(config: Config) -> dict[str, Any]:
         layers = write_checkpoint(base, width, size, seed=config.run.seed)
         lora = config.domain.lora.model_copy(update={"rank": 16, "target_modules": ATTENTION})
         _write_adapter(adapter, base, lora, with_experts=config.benchmark.merge_experts)
-        runs: dict[str, list[tuple[Run, Run]]] = {"cp": [], "ours": [], "self-check": [], "peft": []}
+        runs: dict[str, list[tuple[MergeRun, MergeRun]]] = {"cp": [], "ours": [], "self-check": [], "peft": []}
         repeats = 2 if width is REAL else 1
         for number in range(repeats):
             copied = _copy(base, target)
@@ -244,7 +244,7 @@ def _refuse_too_small(size: float, scratch: Path) -> None:
         raise ArtefactError(problems)
 
 
-def _copy(base: Path, target: Path) -> Run:
+def _copy(base: Path, target: Path) -> MergeRun:
     os.sync()
     began, used = time.perf_counter(), _cpu_seconds()
     peak, anonymous = peak_memory(subprocess.Popen(["cp", "-r", str(base), str(target)]))
@@ -252,10 +252,10 @@ def _copy(base: Path, target: Path) -> Run:
     subprocess.run(["sync", *map(str, target.iterdir())], check=True)
     on_disk = round(time.perf_counter() - began, 2)
     event("measured cp", seconds=seconds, cpu_seconds=used, seconds_until_on_disk=on_disk)
-    return Run(seconds, used, peak, anonymous, {"seconds_until_on_disk": on_disk})
+    return MergeRun(seconds, used, peak, anonymous, {"seconds_until_on_disk": on_disk})
 
 
-def _run(what: str, base: Path, adapter: Path, target: Path) -> Run:
+def _run(what: str, base: Path, adapter: Path, target: Path) -> MergeRun:
     """Run one step in a process of its own, and watch it."""
     os.sync()
     command = [sys.executable, "-m", "utils.benchmarks.suite_merge", what, str(base), str(adapter), str(target)]
@@ -269,7 +269,7 @@ def _run(what: str, base: Path, adapter: Path, target: Path) -> Run:
         found = json.loads(out.read().strip().splitlines()[-1])
     seconds, used = found["seconds"], found["cpu_seconds"]
     event(f"measured {what}", seconds=seconds, cpu_seconds=used, anonymous_mb=anonymous // 10**6)
-    return Run(seconds, used, peak, anonymous, found["facts"])
+    return MergeRun(seconds, used, peak, anonymous, found["facts"])
 
 
 def _cpu_seconds() -> float:
@@ -277,7 +277,7 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _summary(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
+def _summary(pairs: list[tuple[MergeRun, MergeRun]]) -> dict[str, Any]:
     """Of a step's runs, each with the copy that was made shortly before it."""
     runs = [run for run, _ in pairs]
     return {

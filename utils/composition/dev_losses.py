@@ -22,7 +22,7 @@ from utils.adapters.factors import Factors
 from utils.artifacts import files
 from utils.composition import search as weight_search
 from utils.composition.methods import Recipe, depth, weights_at
-from utils.composition.search import Choice, Point
+from utils.composition.search import ChosenWeights, Point
 from utils.data.batches import Batch, BucketedPairs, PackedDocuments, tokenise_pairs
 from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
@@ -73,7 +73,7 @@ def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: st
     return DevData(questions, pairs, [document_of[p.name] for p in pairs], documents, pad, longest)
 
 
-def search(probe: Probe | None, section: ComposeSection, remembered: Path) -> Choice:
+def search(probe: DevProbe | None, section: ComposeSection, remembered: Path) -> ChosenWeights:
     """Weights chosen on dev. Each measured point is a line of `remembered`, so an interrupted search goes on.
 
     Raises DataError when there is nothing to choose on.
@@ -116,16 +116,16 @@ def _points(path: Path) -> list[Point]:
     return found
 
 
-def recipe_with(recipe: Recipe, choice: Choice) -> Recipe:
+def recipe_with(recipe: Recipe, choice: ChosenWeights) -> Recipe:
     """The recipe with what was chosen."""
     return replace(recipe, method=choice.chosen.method, weights=choice.chosen.weights)
 
 
-class Probe:
+class DevProbe:
     """The base with adapters on it, and dev data to ask it about."""
 
     @classmethod
-    def on(cls, base: BaseModel, section: BaseModelSection, parts: Sequence[Factors], data: DevData) -> Probe:
+    def on(cls, base: BaseModel, section: BaseModelSection, parts: Sequence[Factors], data: DevData) -> DevProbe:
         """Load the base once."""
         return cls(loading.load_model(base, section), parts, data)
 

@@ -15,14 +15,14 @@ import torch
 
 from utils.adapters.factors import Factors, norm
 from utils.composition.collisions import collisions
-from utils.composition.dev_losses import Probe
+from utils.composition.dev_losses import DevProbe
 from utils.composition.methods import Recipe, weights_at
 from utils.models.weights.tensor_names import layer_of
 
 FIRST, SECOND = 0, 1
 
 
-def explain(probe: Probe, recipe: Recipe) -> dict[str, Any]:
+def explain(probe: DevProbe, recipe: Recipe) -> dict[str, Any]:
     """Per layer and per module figures about the first two adapters, as plain values. Missing data is left out."""
     parts, layers = probe.parts, probe.layers
     weights_kL = torch.tensor(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils.composition.search import Choice, Point, pareto
+from utils.composition.search import ChosenWeights, Point, pareto
 
 DOMAIN, TASK, CHOSEN = "#1f77b4", "#d62728", "#2ca02c"
 DOTS_PER_INCH = 120
 
 
-def search_picture(choice: Choice, path: Path) -> None:
+def search_picture(choice: ChosenWeights, path: Path) -> None:
     """Left: answer loss over the domain's weight, a curve per task weight; right: both losses and the Pareto front."""
     figure = _figure(11, 4.5)
     curves, front = figure.subplots(1, 2)

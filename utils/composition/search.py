@@ -61,7 +61,7 @@ class Champion:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenWeights:
     """What was found. `chosen` has the weights to use; `points` is everything that was measured."""
 
     chosen: Point
@@ -83,7 +83,7 @@ def search(
     *,
     retention: float,
     fit_per_layer: FitPerLayer | None = None,
-) -> Choice:
+) -> ChosenWeights:
     """Weights for `adapters` adapters of which the first is the domain's."""
     seen: dict[tuple[str, tuple[float, ...]], Point] = {}
 
@@ -177,7 +177,7 @@ def pareto(points: Iterable[Point]) -> list[Point]:
     return front
 
 
-def to_json(choice: Choice) -> dict[str, Any]:
+def to_json(choice: ChosenWeights) -> dict[str, Any]:
     """The search as plain values, without the losses of single items."""
 
     def slim(point: Point) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def _choose(
     points: tuple[Point, ...],
     feasible: Callable[[Point], bool],
     keeping: Keeping,
-) -> Choice:
+) -> ChosenWeights:
     gain, wanted = keeping.gain, f"{keeping.retention:.0%} of the domain gain"
     allowed = [point for _, point in candidates if feasible(point)]
     best = _best(allowed or [point for _, point in candidates])
@@ -296,7 +296,7 @@ def _choose(
     if allowed and gain is not None and gain > 0 and price >= WORTH_SAYING:
         constraint += f", which costs {price:.2f} nats per answer token"
     reason = f"{chosen.label}: the simplest within one standard error of the best on dev; {constraint}"
-    return Choice(final.get(chosen.label, chosen.point), champions, points, gain, reason)
+    return ChosenWeights(final.get(chosen.label, chosen.point), champions, points, gain, reason)
 
 
 def _error_of_sum(residuals: Sequence[float]) -> float:

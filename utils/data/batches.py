@@ -44,19 +44,19 @@ class Batch:
 
 
 MicroBatch = tuple[int, ...]
-Step = list[MicroBatch]
+OptimiserStep = list[MicroBatch]
 
 
 class TrainingData(Protocol):
     """What the training loop needs to know about data."""
 
-    def steps(self, epoch: int) -> list[Step]:
+    def steps(self, epoch: int) -> list[OptimiserStep]:
         """The optimiser steps of an epoch, each a list of micro-batches of row numbers; the same at every call."""
 
     def batch(self, epoch: int, rows: MicroBatch) -> Batch:
         """The tensors of a micro-batch."""
 
-    def num_labels(self, epoch: int, step: Step) -> int:
+    def num_labels(self, epoch: int, step: OptimiserStep) -> int:
         """Trained tokens in a step, over all its micro-batches."""
 
 
@@ -86,7 +86,7 @@ class PackedDocuments:
             )
         return self._packed[1]
 
-    def steps(self, epoch: int) -> list[Step]:
+    def steps(self, epoch: int) -> list[OptimiserStep]:
         length = self.train.sequence_tokens
         return group(list(range(len(self.rows(epoch)))), [length] * len(self.rows(epoch)), self.train)
 
@@ -112,7 +112,7 @@ class PackedDocuments:
             positions[row, at:] = np.arange(length - at)
         return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), tuple(names))
 
-    def num_labels(self, epoch: int, step: Step) -> int:
+    def num_labels(self, epoch: int, step: OptimiserStep) -> int:
         rows = self.rows(epoch)
         pieces = [piece for micro in step for number in micro for piece in rows[number]]
         return sum(p.end - p.start - int(p.end == self.lengths[p.document]) for p in pieces)
@@ -131,7 +131,7 @@ class BucketedPairs:
         self.pairs, self.train, self.seed, self.pad_id = pairs, train, seed, pad_id
         self.prompt_loss_weight = prompt_loss_weight
 
-    def steps(self, epoch: int) -> list[Step]:
+    def steps(self, epoch: int) -> list[OptimiserStep]:
         order = list(range(len(self.pairs)))
         generator = random.Random(f"{self.seed}:{epoch}")
         generator.shuffle(order)
@@ -148,7 +148,7 @@ class BucketedPairs:
             batch.labels_BT[at, drawn] = batch.input_ids_BT[at, drawn + 1]
         return batch
 
-    def num_labels(self, epoch: int, step: Step) -> int:
+    def num_labels(self, epoch: int, step: OptimiserStep) -> int:
         rows = [row for micro in step for row in micro]
         return sum(self.pairs[row].num_answer_tokens + len(self._drawn(epoch, row)) for row in rows)
 
@@ -206,9 +206,9 @@ def pack(lengths: Sequence[int], row_tokens: int, generator: random.Random) -> l
     return rows
 
 
-def group(order: Sequence[int], lengths: Sequence[int], train: TrainSection) -> list[Step]:
+def group(order: Sequence[int], lengths: Sequence[int], train: TrainSection) -> list[OptimiserStep]:
     """Rows into micro-batches of at most micro_batch_tokens padded tokens, these into steps of at most batch_tokens."""
-    steps: list[Step] = [[]]
+    steps: list[OptimiserStep] = [[]]
     micro: list[int] = []
     longest = step_tokens = 0
     for row, length in zip(order, lengths, strict=True):

@@ -22,7 +22,7 @@ from utils.data.tables import (
     LONGEST_DOCUMENT,
     TABLE_SUFFIXES,
     ProblemList,
-    Row,
+    TableRow,
     UniqueIds,
     digest16,
     is_hub_id,
@@ -223,7 +223,7 @@ def _read_one(path: Path, suffix: str, problems: ProblemList) -> str:
     return extract_html(text) if suffix in HTML_SUFFIXES and text.strip() else text
 
 
-def _read_rows(rows: Iterable[Row], label: str, problems: ProblemList) -> Iterator[tuple[str, str]]:
+def _read_rows(rows: Iterable[TableRow], label: str, problems: ProblemList) -> Iterator[tuple[str, str]]:
     has_complained = False
     for row in rows:
         column = _text_column(row.values)

@@ -23,7 +23,7 @@ from utils.data.tables import (
     LONGEST_DOCUMENT,
     TABLE_SUFFIXES,
     ProblemList,
-    Row,
+    TableRow,
     UniqueIds,
     is_hub_id,
     iter_hub_rows,
@@ -103,7 +103,7 @@ def read_task_examples(
 
 def _rows_of(
     source: str, cache_dir: Path, hub_revision: str | None, split: str | None, problems: ProblemList
-) -> Iterator[Row]:
+) -> Iterator[TableRow]:
     path = Path(source).expanduser()
     suffixes = " ".join(TABLE_SUFFIXES)
     if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:

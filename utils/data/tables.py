@@ -32,7 +32,7 @@ LONGEST_LINE = 1 << 29
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row: `place` as a person finds it ("faq.csv:12"), `number` its line (in a json list, parquet or hub: row)."""
 
     place: str
@@ -82,7 +82,7 @@ class UniqueIds:
         return claimed
 
 
-def iter_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
+def iter_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
     """The rows of a local table, chosen by suffix; blank lines are skipped.
 
     A line that cannot be read goes into `problems` with file and line number, and reading goes on behind it.
@@ -97,7 +97,7 @@ def iter_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
 
 def iter_hub_rows(
     source: str, revision: str | None, *, split: str | None, cache_dir: Path, problems: ProblemList
-) -> Iterator[Row]:
+) -> Iterator[TableRow]:
     """The rows of hub dataset "org/name" or "org/name:config", streamed; without `split`: "train", or the only split.
 
     The revision must be a commit of 40 hex digits: a branch name would read other data tomorrow. Remote code never
@@ -129,7 +129,7 @@ def iter_hub_rows(
             problems.add(f"{source}: has no split {wanted!r}", sorted(splits), "name one of these splits")
             return
         for number, values in enumerate(splits[wanted], 1):
-            yield Row(f"{source} [{wanted}] row {number}", number, dict(values))
+            yield TableRow(f"{source} [{wanted}] row {number}", number, dict(values))
     except Exception as error:  # noqa: BLE001 - network, hub and builder raise dozens of types; all mean "not readable"
         problems.add(
             f"{source} at {revision}: cannot be read from the hub",
@@ -186,7 +186,7 @@ def _lines(path: Path, problems: ProblemList) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def _jsonl_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
+def _jsonl_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
     for number, line in _lines(path, problems):
         if not line.strip():
             continue
@@ -200,7 +200,7 @@ def _jsonl_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
         yield from _checked(place, number, value, problems)
 
 
-def _json_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
+def _json_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
     # peeked with a list of its own: the real reading below reports the same bad byte again
     first = next((text.strip() for _, text in _lines(path, ProblemList()) if text.strip()), "")
     if first.startswith("{") and _is_json(first):
@@ -228,7 +228,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _checked(place: str, number: int, value: object, problems: ProblemList) -> Iterator[Row]:
+def _checked(place: str, number: int, value: object, problems: ProblemList) -> Iterator[TableRow]:
     if not isinstance(value, dict):
         problems.add(f"{place}: a {type(value).__name__}, not an object", value, 'write {"column": value, ...}')
         return
@@ -238,10 +238,10 @@ def _checked(place: str, number: int, value: object, problems: ProblemList) -> I
         fix = r"a \ud800-\udfff escape stands alone: write both halves, or the character itself"
         problems.add(f"{place}: half of a surrogate pair, which no UTF-8 text can hold", fix=fix)
         return
-    yield Row(place, number, value)
+    yield TableRow(place, number, value)
 
 
-def _csv_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
+def _csv_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell above 128 KiB, and a document is easily longer
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader((text for _, text in _lines(path, problems)), delimiter=delimiter, strict=True)
@@ -266,10 +266,10 @@ def _csv_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
             what = f"{path}:{number}: {len(cells)} cells, but the first line names {len(header)} columns"
             problems.add(what, delimiter.join(cells), f"quote a cell that contains {delimiter!r}")
         else:
-            yield Row(f"{path}:{number}", number, dict(zip(header, cells, strict=True)))
+            yield TableRow(f"{path}:{number}", number, dict(zip(header, cells, strict=True)))
 
 
-def _parquet_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
+def _parquet_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -279,12 +279,12 @@ def _parquet_rows(path: Path, problems: ProblemList) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=200):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}, row {number}", number, values)
+                    yield TableRow(f"{path}, row {number}", number, values)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         problems.add(f"{path}: not readable as parquet after row {number}", str(error), "write the file again")
 
 
-_READERS: dict[str, Callable[[Path, ProblemList], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, ProblemList], Iterator[TableRow]]] = {
     ".jsonl": _jsonl_rows,
     ".ndjson": _jsonl_rows,
     ".json": _json_rows,

@@ -17,8 +17,8 @@ from utils.composition import composed_adapter
 from utils.data import contamination
 from utils.data.prepared import Prepared
 from utils.evaluation import measures, scored_rows, test_reads
-from utils.evaluation.run_groups import Participants
-from utils.evaluation.scored_rows import Material, Row
+from utils.evaluation.run_groups import ComparedRuns
+from utils.evaluation.scored_rows import Material, ModelRow
 from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.secrets import redact
@@ -27,7 +27,7 @@ FEW_DOCUMENTS = 12
 NEVER_ENDS = 0.5
 
 
-def compare(config: Config, base: BaseModel, parts: Participants, directory: Path) -> dict[str, Any]:
+def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Path) -> dict[str, Any]:
     """Score every row on the same tokens and conclude. Returns what `results.json` holds."""
     began = time.perf_counter()
     if parts.composed:
@@ -74,7 +74,7 @@ def compare(config: Config, base: BaseModel, parts: Participants, directory: Pat
 
 
 def _examples(
-    config: Config, base: BaseModel, rows: Sequence[Row], raw: Mapping[str, Any], on: Material, directory: Path
+    config: Config, base: BaseModel, rows: Sequence[ModelRow], raw: Mapping[str, Any], on: Material, directory: Path
 ) -> dict[str, Any]:
     """The items where composed won and lost most against the task adapter alone, with what both say."""
     first = {row.cell: row for row in reversed(rows)}
@@ -95,14 +95,16 @@ def _examples(
     return dict(files.read_json(path))
 
 
-def _contamination(config: Config, parts: Participants, rows: Sequence[Row], raw: Mapping[str, Any]) -> dict[str, Any]:
+def _contamination(
+    config: Config, parts: ComparedRuns, rows: Sequence[ModelRow], raw: Mapping[str, Any]
+) -> dict[str, Any]:
     """Which test items stand in what was trained on, and the verdict without them."""
     measured = contamination.report(Prepared(parts.data.directory))
     rest = measures.without(rows, raw, config.evaluate, config.run.seed, set(measured.flagged))
     return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
 
 
-def cautions(found: Mapping[str, Any], parts: Participants) -> list[str]:
+def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
     """What a reader has to know before believing the numbers."""
     said = [test_reads.sentence(found["reads"])]
     if found["items_without_document"]:
@@ -142,7 +144,7 @@ def _without_document(on: Material) -> int:
     return sum(str(e["document"]) == str(e["id"]) and items[str(e["document"])] == 1 for e in on.examples)
 
 
-def _lineage(base: BaseModel, parts: Participants) -> list[dict[str, Any]]:
+def _lineage(base: BaseModel, parts: ComparedRuns) -> list[dict[str, Any]]:
     own = [{"kind": "base", "path": base.source, "digest": base.digest}]
     return own + [
         {**run.as_parent(), "measured": {k: v for k, v in run.manifest.get("measured", {}).items() if _is_small(v)}}

@@ -12,7 +12,7 @@ import numpy as np
 from config import EvaluateSection
 from utils.evaluation import verdict
 from utils.evaluation.intervals import Interval, ratio_interval
-from utils.evaluation.scored_rows import MEANING, Row
+from utils.evaluation.scored_rows import MEANING, ModelRow
 from utils.evaluation.verdict import Scores, Verdict
 from utils.inference.scoring import ItemScore
 from utils.models import chat
@@ -36,7 +36,7 @@ PERPLEXITIES = {"domain_ppl": "domain_nll", "corpus_ppl": "corpus_nll", "general
 FORMAT = ("ended", "repetitive", "thinking_left")
 
 
-def assemble(rows: Sequence[Row], raw: Mapping[str, Any], settings: EvaluateSection, seed: int) -> dict[str, Any]:
+def assemble(rows: Sequence[ModelRow], raw: Mapping[str, Any], settings: EvaluateSection, seed: int) -> dict[str, Any]:
     """Cells with intervals, the verdict with its contrasts, and composed against every other cell."""
     by_cell = _by_cell(rows, raw)
     common: dict[str, Any] = {"resamples": settings.resamples, "seed": seed}
@@ -66,7 +66,7 @@ def assemble(rows: Sequence[Row], raw: Mapping[str, Any], settings: EvaluateSect
 
 
 def without(
-    rows: Sequence[Row], raw: Mapping[str, Any], settings: EvaluateSection, seed: int, flagged: set[str]
+    rows: Sequence[ModelRow], raw: Mapping[str, Any], settings: EvaluateSection, seed: int, flagged: set[str]
 ) -> dict[str, Any] | None:
     """The verdict on the test items that are not flagged; None when all are, or none is."""
     by_cell = _by_cell(rows, raw)
@@ -181,7 +181,7 @@ def plain(found: Interval) -> dict[str, Any]:
     return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(found).items()}
 
 
-def _by_cell(rows: Sequence[Row], raw: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _by_cell(rows: Sequence[ModelRow], raw: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {cell: [raw[row.name] for row in rows if row.cell == cell] for cell in dict.fromkeys(r.cell for r in rows)}
 
 

@@ -23,7 +23,7 @@ REGIME = ("on", "domain_adapter")
 
 
 @dataclass(frozen=True)
-class Family:
+class RunGroup:
     """What one seed trained. `task` belongs to the composed model, `baseline` was trained on the base.
 
     A control stands for the domain adapter (`wrong_domain`, `random`: the adapter and the task adapter trained on it in
@@ -42,7 +42,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Guest:
+class FurtherRow:
     """A further row of `evaluate.also`: adapters that are applied together, or a merged model."""
 
     name: str
@@ -51,17 +51,17 @@ class Guest:
 
 
 @dataclass(frozen=True)
-class Participants:
+class ComparedRuns:
     """Everyone, the data they are judged on, and why somebody is missing."""
 
     data: Run
-    families: tuple[Family, ...]
+    families: tuple[RunGroup, ...]
     composed: Composition | None
-    guests: tuple[Guest, ...]
+    guests: tuple[FurtherRow, ...]
     missing: dict[str, str]
 
     @property
-    def first(self) -> Family:
+    def first(self) -> RunGroup:
         return self.families[0]
 
     def runs(self) -> list[Run]:
@@ -73,7 +73,7 @@ class Participants:
         return list({run.digest: run for run in [*everyone, self.data, *made, *further]}.values())
 
 
-def gather(config: Config, base: BaseModel) -> Participants:
+def gather(config: Config, base: BaseModel) -> ComparedRuns:
     """Find the runs; with `evaluate.controls` and `evaluate.seeds` also make the ones that are missing.
 
     Raises ArtefactError when a run is missing that cannot be made here.
@@ -99,10 +99,10 @@ def gather(config: Config, base: BaseModel) -> Participants:
     composed = composed_adapter.composition(config, base) if domain else None
     for name, why in missing.items():
         warning(f"{name} is left out: {why}")
-    return Participants(data, tuple(families), composed, guests, missing)
+    return ComparedRuns(data, tuple(families), composed, guests, missing)
 
 
-def identity(config: Config, base: BaseModel, parts: Participants) -> dict[str, Any]:
+def identity(config: Config, base: BaseModel, parts: ComparedRuns) -> dict[str, Any]:
     """Everything that decides the numbers."""
     return {
         "stage": "evaluation",
@@ -117,13 +117,13 @@ def identity(config: Config, base: BaseModel, parts: Participants) -> dict[str, 
     }
 
 
-def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> Family:
+def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> RunGroup:
     """The adapters that were asked for, with their baseline and controls."""
     if task.manifest["identity"]["on"] == find.ELSEWHERE:
         missing["task"] = "the adapter comes from elsewhere: the settings of a fair baseline are not known"
-        return Family(config.run.seed, domain, task, None)
+        return RunGroup(config.run.seed, domain, task, None)
     seed = int(task.manifest["identity"]["seed"])
-    return Family(
+    return RunGroup(
         seed,
         domain,
         task,
@@ -132,7 +132,7 @@ def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: R
     )
 
 
-def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: Family, seed: int) -> Family:
+def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: RunGroup, seed: int) -> RunGroup:
     """The same family with another seed."""
     domain, task = first.domain, first.task
     foreign = [run for run in (domain, task) if run and run.manifest["identity"].get("on") == find.ELSEWHERE]
@@ -148,7 +148,7 @@ def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: F
     stacked = task.manifest["identity"]["on"] != "base"
     other_task = trainer.task(task, seed, other_domain if stacked else None)
     baseline = other_task if not stacked else (trainer.task(task, seed, None) if first.baseline else None)
-    return Family(
+    return RunGroup(
         seed, other_domain, other_task, baseline, _made(config, trainer, missing, other_domain, other_task, seed)
     )
 
@@ -203,7 +203,7 @@ def _rank(run: Run) -> int:
     return max(f.rank for f in adapter_files.load(run.adapter).values())
 
 
-def _guest(config: Config, base: BaseModel, path: Path, at: int) -> Guest:
+def _guest(config: Config, base: BaseModel, path: Path, at: int) -> FurtherRow:
     """What a path of `evaluate.also` names. Raises ArtefactError when it is nothing that can be compared."""
     name = f"also{at + 1}_{path.resolve().name}"
     is_model = (path / "config.json").is_file() and not any(
@@ -221,9 +221,9 @@ def _guest(config: Config, base: BaseModel, path: Path, at: int) -> Guest:
             )
         if (path / files.MANIFEST).exists():
             files.verify(path)
-        return Guest(name, (), model)
+        return FurtherRow(name, (), model)
     run = find.any_run(config, base, path, flag="--evaluate.also")
     if run.manifest["kind"] == "task" and run.manifest["identity"]["on"] in ("domain", "domain_ready"):
         below = find.parent_by_digest(run, "domain", (config.run.models_dir, config.run.models_dir / "controls"))
-        return Guest(name, (below, run))
-    return Guest(name, (run,))
+        return FurtherRow(name, (below, run))
+    return FurtherRow(name, (run,))

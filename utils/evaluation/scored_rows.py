@@ -23,7 +23,7 @@ from utils.data.documents import read_documents
 from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
 from utils.evaluation.intervals import MIN_CLUSTERS
-from utils.evaluation.run_groups import Family, Participants
+from utils.evaluation.run_groups import ComparedRuns, RunGroup
 from utils.exceptions import DataError, NonFiniteError, Problem
 from utils.inference import generation, scoring
 from utils.logger import event, warning
@@ -47,7 +47,7 @@ MEANING = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """One cell with one seed: the factors on the base (none for the base itself), or another model."""
 
     cell: str
@@ -73,20 +73,20 @@ class Material:
     pad_id: int
 
 
-def rows(config: Config, base: BaseModel, parts: Participants) -> list[Row]:
+def rows(config: Config, base: BaseModel, parts: ComparedRuns) -> list[ModelRow]:
     """Every row in the order of the report; the first family's come first in each cell."""
-    found = [Row("base", None)]
+    found = [ModelRow("base", None)]
     for cell in MEANING:
         for family in parts.families:
             if cell != "base" and (factors := _factors(cell, family, base, parts)) is not None:
-                found.append(Row(cell, family.seed, factors))
+                found.append(ModelRow(cell, family.seed, factors))
     for guest in parts.guests:
         adapters = [adapter_files.load(run.adapter, base) for run in guest.adapters]
-        found.append(Row(guest.name, None, compose(adapters, Recipe()) if adapters else None, guest.model))
+        found.append(ModelRow(guest.name, None, compose(adapters, Recipe()) if adapters else None, guest.model))
     return found
 
 
-def material(config: Config, base: BaseModel, parts: Participants, scratch: Path) -> Material:
+def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path) -> Material:
     """Test items and documents as tokens. Raises DataError when no test item can be scored."""
     settings, tokenizer = config.evaluate, chat.load_tokenizer(base.directory)
     prompt, source = parts.first.task.manifest["system_prompt"], Prepared(parts.data.directory)
@@ -103,7 +103,7 @@ def material(config: Config, base: BaseModel, parts: Participants, scratch: Path
     return Material(examples, items, left_out, documents, order[: settings.generated_answers], prompt, pad_id)
 
 
-def score(config: Config, base: BaseModel, wanted: Sequence[Row], on: Material, directory: Path) -> dict[str, Any]:
+def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, directory: Path) -> dict[str, Any]:
     """Row name -> its scores, from `directory/cell_<row>.json` where they are there already."""
     paths = {row.name: directory / f"cell_{row.name}.json" for row in wanted}
     todo = [row for row in wanted if not paths[row.name].exists()]
@@ -120,7 +120,7 @@ def score(config: Config, base: BaseModel, wanted: Sequence[Row], on: Material, 
 
 
 def answers_to(
-    config: Config, base: BaseModel, wanted: Sequence[Row], on: Material, examples: Sequence[dict[str, Any]]
+    config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, examples: Sequence[dict[str, Any]]
 ) -> dict[str, list[str]]:
     """What some rows say to some examples: row's cell -> texts."""
     tokenizer = chat.load_tokenizer(base.directory)
@@ -131,7 +131,7 @@ def answers_to(
     }
 
 
-def _models(config: Config, base: BaseModel, wanted: Sequence[Row]) -> Iterator[tuple[Row, Any]]:
+def _models(config: Config, base: BaseModel, wanted: Sequence[ModelRow]) -> Iterator[tuple[ModelRow, Any]]:
     """Each row with the model that is in its state; the base is loaded once, with every adapter on it."""
     on_base = [row for row in wanted if row.model is None]
     if on_base:
@@ -148,7 +148,7 @@ def _models(config: Config, base: BaseModel, wanted: Sequence[Row]) -> Iterator[
             gc.collect()
 
 
-def _factors(cell: str, family: Family, base: BaseModel, parts: Participants) -> Factors | None:
+def _factors(cell: str, family: RunGroup, base: BaseModel, parts: ComparedRuns) -> Factors | None:
     """The adapter of a cell in a family, or None where the family does not have it."""
 
     def load(*found: Any) -> list[Factors]:
@@ -175,7 +175,7 @@ def _factors(cell: str, family: Family, base: BaseModel, parts: Participants) ->
 
 
 def _score_row(
-    config: Config, model: Any, base: BaseModel, row: Row, on: Material, asked: Sequence[dict[str, Any]]
+    config: Config, model: Any, base: BaseModel, row: ModelRow, on: Material, asked: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     settings = config.evaluate
     common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "device": next(model.parameters()).device}

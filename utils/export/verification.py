@@ -25,7 +25,7 @@ ADAPTER_STAGES = ("domain", "task", "composed")
 
 
 @dataclass
-class Verdict:
+class Verification:
     """What was looked at, what is wrong, and what could not be known."""
 
     kind: str = "unknown"
@@ -45,9 +45,9 @@ class Verdict:
         return f"to be trusted: {self.kind} {self.checked[0]}{others}"
 
 
-def verify(path: Path, roots: Sequence[Path]) -> Verdict:
+def verify(path: Path, roots: Sequence[Path]) -> Verification:
     """Check `path` and its whole lineage; `roots` hold the folders of the stages (data/, models/). Never raises."""
-    verdict = Verdict()
+    verdict = Verification()
     directory = path.parent if path.name == "adapter" and (path.parent / files.MANIFEST).exists() else path
     with _collected(verdict):
         if (directory / files.MANIFEST).exists():
@@ -67,7 +67,7 @@ def verify(path: Path, roots: Sequence[Path]) -> Verdict:
 
 @dataclass
 class _Lineage:
-    verdict: Verdict
+    verdict: Verification
     roots: Sequence[Path]
     seen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -102,7 +102,7 @@ class _Lineage:
         event("checking", path=directory)
         with _collected(self.verdict):
             return files.verify(directory)
-        with _collected(Verdict()):  # what is wrong was said; what it was made from can still be looked at
+        with _collected(Verification()):  # what is wrong was said; what it was made from can still be looked at
             return files.read_manifest(directory)
         return None
 
@@ -111,7 +111,7 @@ class _Lineage:
             return None
         for root in self.roots:
             for path in sorted((root / recorded["kind"]).glob(f"*/{files.MANIFEST}")):
-                with _collected(Verdict()):
+                with _collected(Verification()):
                     if files.read_manifest(path.parent)["digest"] == recorded["digest"]:
                         self.run(path.parent)
                         self._is_known(child, recorded)
@@ -204,7 +204,7 @@ class _Lineage:
         self.verdict.problems.append(Problem(what, value, "restore it from a copy, or make it anew"))
 
 
-def _model(verdict: Verdict, directory: Path, *, is_new: bool = True) -> None:
+def _model(verdict: Verification, directory: Path, *, is_new: bool = True) -> None:
     """A model directory: nothing in it that is not to be trusted, every weight where its header says."""
     if is_new:
         verdict.checked.append(str(directory))
@@ -213,7 +213,7 @@ def _model(verdict: Verdict, directory: Path, *, is_new: bool = True) -> None:
     Checkpoint(directory)
 
 
-def _foreign(verdict: Verdict, directory: Path) -> str:
+def _foreign(verdict: Verification, directory: Path) -> str:
     """An adapter of another tool: what it says is scale * B * A, and what it holds is that. Returns its digest."""
     verdict.checked.append(str(directory))
     settings = adapter_config.read(directory)
@@ -229,7 +229,7 @@ def _foreign(verdict: Verdict, directory: Path) -> str:
 
 
 @contextmanager
-def _collected(verdict: Verdict) -> Iterator[None]:
+def _collected(verdict: Verification) -> Iterator[None]:
     """What is raised inside is a problem of the verdict, and the checking goes on."""
     try:
         yield

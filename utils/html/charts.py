@@ -19,14 +19,14 @@ MOST_POINTS = 150
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """From a value to percent of the plot."""
 
     low: float
     high: float
 
     @classmethod
-    def over(cls, values: Iterable[float]) -> Scale:
+    def over(cls, values: Iterable[float]) -> AxisScale:
         """A little more than the values. Raises ValueError when there are none."""
         found = list(values)
         low, high = min(found), max(found)
@@ -67,8 +67,8 @@ class Series:
 def chart(title: str, series: Sequence[Series], *, x: str, y: str, zero: bool = False) -> Markup:
     """A figure with axes, legend and hover texts; `zero` draws the line where y is 0. Empty series are left out."""
     shown = [one for one in series if one.points]
-    across = Scale.over(point[0] for one in shown for point in one.points)
-    up = Scale.over([*(point[1] for one in shown for point in one.points), *([0.0] if zero else [])])
+    across = AxisScale.over(point[0] for one in shown for point in one.points)
+    up = AxisScale.over([*(point[1] for one in shown for point in one.points), *([0.0] if zero else [])])
     pieces = [*_axes(across, up, x, y)]
     if zero:
         height = 100 - up.at(0.0)
@@ -89,7 +89,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> l
     return [(sum(p[0] for p in group) / len(group), sum(p[1] for p in group) / len(group)) for group in groups]
 
 
-def _axes(across: Scale, up: Scale, x: str, y: str) -> Iterable[Markup]:
+def _axes(across: AxisScale, up: AxisScale, x: str, y: str) -> Iterable[Markup]:
     for value in up.ticks():
         height = 100 - up.at(value)
         yield Markup('<line class="grid" x1="0%" x2="100%" y1="{0}%" y2="{0}%"/>').format(height)
@@ -103,7 +103,7 @@ def _axes(across: Scale, up: Scale, x: str, y: str) -> Iterable[Markup]:
     yield Markup('<text x="0%" y="0%" dx="-44" dy="-10">{}</text>').format(y)
 
 
-def _curve(one: Series, across: Scale, up: Scale) -> Markup:
+def _curve(one: Series, across: AxisScale, up: AxisScale) -> Markup:
     points = " ".join(f"{across.at(px)},{100 - up.at(py):.3f}" for px, py in one.points)
     look = f"curve s-{one.style}" + (" dashed" if one.line == "dashed" else "")
     return Markup(
@@ -112,7 +112,7 @@ def _curve(one: Series, across: Scale, up: Scale) -> Markup:
     ).format(one.style, look, points)
 
 
-def _marks(one: Series, across: Scale, up: Scale) -> Iterable[Markup]:
+def _marks(one: Series, across: AxisScale, up: AxisScale) -> Iterable[Markup]:
     texts = one.hover or [f"{one.name}: {general(py)} at {general(px)}" for px, py in one.points]
     for (px, py), text in zip(one.points, texts, strict=True):
         yield mark(one.mark, one.style, f"{across.at(px)}%", f"{100 - up.at(py):.3f}%", text)

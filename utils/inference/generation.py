@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """A generated text, its reasoning included, in how many tokens, and whether it ended by itself.
 
     `opened`: the prompt left a think block open, so that the text begins in it.
@@ -76,7 +76,7 @@ def answer(
     temperature: float = 0.0,
     top_p: float = 1.0,
     stream: Callable[[str], None] | None = None,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """The model's answer to each prompt (token ids); left-padded as one batch.
 
     `stream`, for a single prompt, receives the text as it is made.
@@ -121,7 +121,7 @@ def answer(
         ended = end in row
         kept = row[: row.index(end)] if ended else row
         text = printable(tokenizer.decode(chat.shown_ids(tokenizer, kept)))
-        found.append(Answer(text, len(kept) + ended, ended, opened))
+        found.append(GeneratedAnswer(text, len(kept) + ended, ended, opened))
     return found
 
 
@@ -133,11 +133,11 @@ def answer_all(
     settings: InferenceSection,
     on_done: Callable[[int], None] = lambda count: None,
     batch_size: int = 8,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Answers to many examples in their order, prompts of similar length together."""
     prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, Answer] = {}
+    answers: dict[int, GeneratedAnswer] = {}
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
         found = answer(

@@ -33,7 +33,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """One forward and backward pass on one process: `tokens` with padding, in rows of `row_tokens`, maybe packed."""
 
     base: Dtype
@@ -51,7 +51,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Memory:
+class TrainingMemory:
     """Peak bytes on one GPU (or of one CPU process). `kept` is for the backward pass; `passing` comes and goes."""
 
     weights: int
@@ -66,12 +66,12 @@ class Memory:
         return self.weights + self.gathered + self.adapters + self.kept + self.passing + self.expert_weights
 
 
-Verdict = Literal["fits", "tight", "no"]
+Fit = Literal["fits", "tight", "no"]
 # a prediction is not a measurement: with less than this share of the memory to spare it is only called tight
 COMFORT = 0.1
 
 
-def verdict(low: int, high: int, available: float) -> Verdict:
+def verdict(low: int, high: int, available: float) -> Fit:
     """Whether a peak between `low` and `high` bytes has room in `available` ones."""
     if high <= (1 - COMFORT) * available:
         return "fits"
@@ -120,8 +120,8 @@ def weight_bytes(sizes: ModelSizes, dtype: Dtype) -> int:
 
 
 def training_memory(
-    sizes: ModelSizes, step: Step, *, shards: int = 1, careful: bool = False, whole_logits: bool = False
-) -> Memory:
+    sizes: ModelSizes, step: TrainingStep, *, shards: int = 1, careful: bool = False, whole_logits: bool = False
+) -> TrainingMemory:
     """Peak of one training step. `shards` processes hold the weights and adapters together (FSDP2); 1: each holds all.
 
     `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and adapters on the
@@ -143,7 +143,7 @@ def training_memory(
     passing = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
     if step.base in ("nf4", "int8"):  # a matrix is de-quantised whole for each product
         passing += max(width * m.out_features * m.in_features for m in sizes.matrices if not m.is_experts)
-    return Memory(
+    return TrainingMemory(
         weights=_share(weight_bytes(sizes, step.base), shards),
         gathered=layer * (2 if careful else 1) + outside if shards > 1 else 0,
         adapters=_share(TRAINED_BYTES * trained + 4 * frozen, shards),
@@ -199,7 +199,7 @@ def expert_lora_flops(sizes: ModelSizes, adapter: Adapter, *, checkpointing: boo
 
 
 def tokens_per_second(
-    sizes: ModelSizes, step: Step, *, row_tokens: int, gpus: int, tflops: float, utilisation: float
+    sizes: ModelSizes, step: TrainingStep, *, row_tokens: int, gpus: int, tflops: float, utilisation: float
 ) -> float:
     """Trained tokens per second of all GPUs together, at a stated share of their peak."""
     per_pass = flops_per_token(sizes, row_tokens=row_tokens, checkpointing=step.checkpointing) * step.tokens
@@ -207,7 +207,7 @@ def tokens_per_second(
     return step.tokens * gpus * tflops * 1e12 * utilisation / per_pass
 
 
-def _layer_activations(sizes: ModelSizes, step: Step) -> tuple[int, int]:
+def _layer_activations(sizes: ModelSizes, step: TrainingStep) -> tuple[int, int]:
     """(kept for the backward pass of one layer, what that pass needs beside it)."""
     e, hidden, query, inner = step.activation_bytes, sizes.hidden, sizes.query, sizes.intermediate
     touched = lora_parameters(sizes, step.adapter)
@@ -232,7 +232,7 @@ def _layer_activations(sizes: ModelSizes, step: Step) -> tuple[int, int]:
     return step.tokens * per_token + mask, step.tokens * max(working, 3 * e * query)
 
 
-def _loss(sizes: ModelSizes, step: Step, whole_logits: bool) -> int:
+def _loss(sizes: ModelSizes, step: TrainingStep, whole_logits: bool) -> int:
     """Logits, their float32 copy and log-probabilities, and those of the chunk before; the hidden states' gradient."""
     narrow = step.base != "float32"
     hidden = 2 * step.tokens * step.activation_bytes * sizes.hidden
@@ -244,7 +244,7 @@ def _loss(sizes: ModelSizes, step: Step, whole_logits: bool) -> int:
     return min(LOSS_POSITIONS, step.tokens) * sizes.vocabulary * chunk + hidden
 
 
-def _expert_weights(sizes: ModelSizes, step: Step, careful: bool) -> int:
+def _expert_weights(sizes: ModelSizes, step: TrainingStep, careful: bool) -> int:
     """Experts with their update and the gradient of that, which PEFT makes for all experts of a layer at once.
 
     Of one adapter's gradient, that of the larger matrices and the updated smaller ones are not there at the same time.

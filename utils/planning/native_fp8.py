@@ -28,24 +28,24 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Fp8Choice:
     """Whether the weights stay FP8, and why not, or on what they run."""
 
     native: bool
     why: str
 
 
-def choose(setting: Setting, facts: Facts) -> Choice:
+def choose(setting: Setting, facts: Facts) -> Fp8Choice:
     """What becomes of an FP8 checkpoint. Raises ArtefactError when `native` was asked for and cannot be, saying why."""
     if setting == "dequantise":
-        return Choice(False, "base.fp8 is dequantise")
+        return Fp8Choice(False, "base.fp8 is dequantise")
     reasons = _reasons(facts)
     if reasons and setting == "native":
         fix = "--base.fp8 dequantise takes twice the memory and runs anywhere"
         raise ArtefactError([Problem(f"--base.fp8 native cannot be: {reason}", fix=fix) for reason in reasons])
     if reasons:
-        return Choice(False, "; ".join(reasons))
-    return Choice(
+        return Fp8Choice(False, "; ".join(reasons))
+    return Fp8Choice(
         True, "compute capability {}.{}, FP8 kernels, adapters on the attention alone".format(*facts.capability)
     )
 

@@ -14,7 +14,7 @@ from config import Config, LoraSection, PlanSection
 from utils import cli
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.planning import estimates
-from utils.planning.estimates import Adapter, Memory, Step, Verdict
+from utils.planning.estimates import Adapter, Fit, TrainingMemory, TrainingStep
 
 LAUNCH = "scripts/launch"
 STAGES = {"domain": "scripts/train_domain_adapter.py", "task": "scripts/train_task_adapter.py"}
@@ -29,19 +29,19 @@ EXPECT_LESS = (
 )
 # from this memory on, a GPU is one of the 141 GB kind
 LARGE_GPU_GIB = 100
-_ORDER: tuple[Verdict, ...] = ("no", "tight", "fits")
+_ORDER: tuple[Fit, ...] = ("no", "tight", "fits")
 
 
 @dataclass(frozen=True)
-class Choice:
+class StagePlan:
     """One way to train a stage, and what it takes of one GPU. `low` and `high` differ in what may overlap."""
 
     stage: str
-    step: Step
+    step: TrainingStep
     shards: int
-    low: Memory
-    high: Memory
-    verdict: Verdict
+    low: TrainingMemory
+    high: TrainingMemory
+    verdict: Fit
     tokens_per_second: float
     refused: str = ""
 
@@ -56,11 +56,11 @@ def adapter(lora: LoraSection, *, experts: bool | None = None) -> Adapter:
     return Adapter(lora.target_modules, lora.rank, lora.experts if experts is None else experts)
 
 
-def step(config: Config, stage: str, base: Dtype) -> Step:
+def step(config: Config, stage: str, base: Dtype) -> TrainingStep:
     """The forward and backward pass that a stage's settings ask for."""
     section = getattr(config, stage)
     below = adapter(config.domain.lora) if stage == "task" and config.task.on != "base" else None
-    return Step(
+    return TrainingStep(
         base=base,
         adapter=adapter(section.lora),
         tokens=section.train.micro_batch_tokens,
@@ -81,7 +81,7 @@ def usable(plan: PlanSection) -> float:
     return (plan.gpu_memory_gib - plan.headroom_gib) * GIB
 
 
-def choice(sizes: ModelSizes, plan: PlanSection, stage: str, what: Step) -> Choice:
+def choice(sizes: ModelSizes, plan: PlanSection, stage: str, what: TrainingStep) -> StagePlan:
     """What a step takes: weights on every GPU where they fit there, else dealt out to all of them.
 
     Those in 4 or 8 bits are not dealt out.
@@ -103,10 +103,10 @@ def choice(sizes: ModelSizes, plan: PlanSection, stage: str, what: Step) -> Choi
     )
     on_experts = what.adapter.experts or (what.below is not None and what.below.experts)
     refused = "adapters on FP8 experts are silently wrong" if what.base == "fp8" and on_experts else ""
-    return Choice(stage, what, shards, low, high, verdict, rate, refused)
+    return StagePlan(stage, what, shards, low, high, verdict, rate, refused)
 
 
-def choices(config: Config, sizes: ModelSizes, base: Dtype, stage: str) -> list[Choice]:
+def choices(config: Config, sizes: ModelSizes, base: Dtype, stage: str) -> list[StagePlan]:
     """The configured way first, then the other base dtype and the other answer to whether experts are adapted."""
     asked = step(config, stage, base)
     kinds = [asked.adapter.experts, not asked.adapter.experts] if sizes.experts else [False]
@@ -133,7 +133,7 @@ def trainable(sizes: ModelSizes, what: Adapter) -> str:
     return f"{sum(counts.values()):,} at rank {what.rank} ({by_target})"
 
 
-def verdict(found: Choice, plan: PlanSection) -> str:
+def verdict(found: StagePlan, plan: PlanSection) -> str:
     """One choice against the memory there is."""
     how = f"dealt out to {found.shards} GPUs" if found.shards > 1 else "whole on each GPU"
     says = {"fits": "fits", "tight": "tight", "no": "does NOT fit"}[found.verdict]
@@ -141,7 +141,7 @@ def verdict(found: Choice, plan: PlanSection) -> str:
     return f"{found.name}: {peak} of {gib(usable(plan))} usable per GPU, {how}: {found.refused or says}"
 
 
-def changes(config: Config, sizes: ModelSizes, found: Choice) -> list[str]:
+def changes(config: Config, sizes: ModelSizes, found: StagePlan) -> list[str]:
     """What would make a stage fit, each with the peak it leads to; empty where it fits."""
     if found.verdict == "fits":
         return []
@@ -181,7 +181,7 @@ def command(config: Config, sizes: ModelSizes, stage: str, *, sharded: bool) -> 
     return " ".join([*words, STAGES[stage], *cli.arguments(config, SECTIONS)])
 
 
-def launching(config: Config, sizes: ModelSizes, found: Choice) -> list[str]:
+def launching(config: Config, sizes: ModelSizes, found: StagePlan) -> list[str]:
     """The command of a choice that can be launched."""
     if found.verdict == "no" or found.refused:
         return ["no launch file makes this fit"]
@@ -290,7 +290,9 @@ def stored(config: Config, sizes: ModelSizes) -> list[str]:
     return ["disk: " + ", ".join(parts)]
 
 
-def _alternatives(config: Config, sizes: ModelSizes, found: Choice) -> Iterator[tuple[str, PlanSection, Step]]:
+def _alternatives(
+    config: Config, sizes: ModelSizes, found: StagePlan
+) -> Iterator[tuple[str, PlanSection, TrainingStep]]:
     """(flags, hardware, step) of what could be changed, the cheapest for the result first."""
     plan, what, stage = config.plan, found.step, found.stage
     if not what.checkpointing:
@@ -315,7 +317,7 @@ def _alternatives(config: Config, sizes: ModelSizes, found: Choice) -> Iterator[
             yield f"{nodes} nodes of {plan.gpus} GPUs", plan.model_copy(update={"nodes": nodes}), what
 
 
-def _table(found: list[Choice]) -> list[str]:
+def _table(found: list[StagePlan]) -> list[str]:
     titles = ("weights", "gathered", "adapters", "kept", "passing", "experts", "peak GiB")
     lines = [" " * 42 + "".join(f"{title:>12}" for title in titles)]
     for one in found:
@@ -328,7 +330,7 @@ def _table(found: list[Choice]) -> list[str]:
     return lines
 
 
-def _checkpointing(sizes: ModelSizes, found: Choice) -> list[str]:
+def _checkpointing(sizes: ModelSizes, found: StagePlan) -> list[str]:
     parts = []
     for on in (True, False):
         memory = estimates.training_memory(sizes, replace(found.step, checkpointing=on), shards=found.shards)

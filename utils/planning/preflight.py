@@ -22,7 +22,7 @@ from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.weights import fp8
 from utils.planning import count_parameters, estimates, native_fp8, plan_report
-from utils.planning.native_fp8 import Choice
+from utils.planning.native_fp8 import Fp8Choice
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -70,7 +70,7 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
         if cannot := quantization_refusals(found, dtype, dealt_out=dealt_out):
             raise ArtefactError(cannot)
     if found.stored == "fp8":
-        choice = keep_fp8(config, stage) if stage else Choice(False, "only training can keep it FP8")
+        choice = keep_fp8(config, stage) if stage else Fp8Choice(False, "only training can keep it FP8")
         dtype, why = ("fp8" if choice.native else dtype), choice.why
     if estimates.weight_bytes(found, dtype) >= WORTH_SAYING_BYTES:
         event(plan_report.headline(found, dtype))
@@ -78,7 +78,7 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
         raise ArtefactError(problems)
 
 
-def keep_fp8(config: Config, stage: str) -> Choice:
+def keep_fp8(config: Config, stage: str) -> Fp8Choice:
     """Whether an FP8 checkpoint stays FP8 while this adapter is trained here, and why. Raises ArtefactError when it
     has to (`base.fp8` native) and cannot."""
     on_experts = getattr(config, stage).lora.experts
@@ -99,14 +99,14 @@ def keep_fp8(config: Config, stage: str) -> Choice:
     )
 
 
-def form(config: Config, stage: str, base: BaseModel) -> Choice:
+def form(config: Config, stage: str, base: BaseModel) -> Fp8Choice:
     """As `fp8`, for a base model that is here; one that is not stored in FP8 is loaded as it is, for no reason."""
     if fp8.is_fp8(files.read_object(base.directory / "config.json")):
         return keep_fp8(config, stage)
     if config.base.fp8 == "native":
         what = f"--base.fp8 native: {base.source} is no FP8 checkpoint"
         raise ArtefactError(Problem(what, fix="leave out --base.fp8"))
-    return Choice(False, "")
+    return Fp8Choice(False, "")
 
 
 def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -> list[Problem]:
@@ -143,7 +143,7 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
     ]
 
 
-def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Memory | None:
+def predicted(config: Config, stage: str, base: BaseModel) -> estimates.TrainingMemory | None:
     """What one training step of this stage takes here by arithmetic; None for an architecture that is not understood.
 
     On a GPU that is what `torch.cuda.max_memory_allocated` will say; a CPU's figure has the libraries in it too.
@@ -157,7 +157,7 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Memory |
     memory = estimates.training_memory(found, step, shards=machine.shards)
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
-        asked = plan_report.Choice(stage, step, machine.shards, memory, memory, "no", 0.0)
+        asked = plan_report.StagePlan(stage, step, machine.shards, memory, memory, "no", 0.0)
         warning(
             f"the {stage} adapter's training step is predicted not to fit",
             predicted_gib=memory.total / GIB,

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from utils.rollout.gate import Counts, Verdict, judge
-from utils.rollout.policy import FULL_BP, UNITS, Policy, Step
+from utils.rollout.gate import Counts, GateVerdict, judge
+from utils.rollout.policy import FULL_BP, UNITS, Policy, RampStep
 
 Phase = Literal["ramp", "bake", "promoted", "rolled_back"]
 Cause = Literal["", "worse", "unsafe", "undecided", "incident", "person"]
@@ -84,7 +84,7 @@ class Decision:
     reason: str
     share_bp: int
     renew: bool
-    verdict: Verdict | None = None
+    verdict: GateVerdict | None = None
 
 
 def begin(at: float) -> State:
@@ -157,16 +157,18 @@ def _absorbed(state: State, seen: Observation, policy: Policy) -> State:
     )
 
 
-def _hold(state: State, policy: Policy, verdict: Verdict, reason: str) -> Decision:
+def _hold(state: State, policy: Policy, verdict: GateVerdict, reason: str) -> Decision:
     return Decision("hold", state, reason, share_of(state, policy), True, verdict)
 
 
-def _rollback(state: State, seen: Observation, reason: str, cause: Cause, verdict: Verdict | None = None) -> Decision:
+def _rollback(
+    state: State, seen: Observation, reason: str, cause: Cause, verdict: GateVerdict | None = None
+) -> Decision:
     ended = replace(state, phase="rolled_back", reason=reason, cause=cause, ended_at=seen.at)
     return Decision("rollback", ended, reason, 0, False, verdict)
 
 
-def _restart(state: State, seen: Observation, policy: Policy, verdict: Verdict) -> Decision:
+def _restart(state: State, seen: Observation, policy: Policy, verdict: GateVerdict) -> Decision:
     again = state.interruptions + 1
     if again > policy.max_interruptions:
         return _rollback(state, seen, f"interrupted {again} times, last: {seen.interrupted}", "unsafe", verdict)
@@ -175,7 +177,9 @@ def _restart(state: State, seen: Observation, policy: Policy, verdict: Verdict) 
     return Decision("restart", first, reason, share_of(first, policy), True, verdict)
 
 
-def _deadline(state: State, seen: Observation, policy: Policy, verdict: Verdict, step: Step | None) -> Decision | None:
+def _deadline(
+    state: State, seen: Observation, policy: Policy, verdict: GateVerdict, step: RampStep | None
+) -> Decision | None:
     bake = policy.bake_s if step is None else 0.0
     late_step = seen.at - state.step_at > policy.step_deadline_s + bake
     if not late_step and seen.at - state.started_at <= policy.rollout_deadline_s:
@@ -191,7 +195,7 @@ def _deadline(state: State, seen: Observation, policy: Policy, verdict: Verdict,
     return _rollback(state, seen, f"the {which}'s deadline passed; {why}", cause, verdict)  # type: ignore[arg-type]
 
 
-def _next(state: State, seen: Observation, policy: Policy, verdict: Verdict, reason: str) -> Decision:
+def _next(state: State, seen: Observation, policy: Policy, verdict: GateVerdict, reason: str) -> Decision:
     if state.phase == "bake":
         done = replace(state, phase="promoted", reason=reason, ended_at=seen.at)
         return Decision("promote", done, reason, 0, False, verdict)

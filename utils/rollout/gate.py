@@ -18,7 +18,7 @@ import numpy as np
 
 from utils.exceptions import DataError, Problem
 from utils.rollout import e_process
-from utils.rollout.policy import FULL_BP, NEW_UNITS, UNITS, Policy, Step
+from utils.rollout.policy import FULL_BP, NEW_UNITS, UNITS, Policy, RampStep
 
 Action = Literal["rollback", "hold", "advance"]
 # a bound on production's own rate that is wrong once in a thousand rollouts is a small part of the budget's spirit
@@ -99,7 +99,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """What the counts say, and the tests behind it."""
 
     action: Action
@@ -115,22 +115,22 @@ class Verdict:
         return {"action": self.action, "reason": self.reason, "findings": shown}
 
 
-def judge(counts: Counts, here: Counts, policy: Policy, step: Step | None) -> Verdict:
+def judge(counts: Counts, here: Counts, policy: Policy, step: RampStep | None) -> GateVerdict:
     """The verdict at `step`; None is the bake at 100%, where only alarms are looked for."""
     against = [_finding(name, "worse", e, limit) for name, e, limit in alarms(counts, policy)]
     share = None if step is None else _share_finding(here, policy, step)
     findings = [*against, *([share] if share else [])]
     bad = [f for f in findings if f.reached]
     if bad:
-        return Verdict("rollback", _alarm_text(bad, counts), tuple(findings))
+        return GateVerdict("rollback", _alarm_text(bad, counts), tuple(findings))
     if step is None:
-        return Verdict("hold", "no alarm at 100%", tuple(findings))
+        return GateVerdict("hold", "no alarm at 100%", tuple(findings))
     wanted = [_finding(*item) for item in evidence(here, counts, policy, step)]
     findings += wanted
     missing = sorted({f.metric for f in wanted} - {f.metric for f in wanted if f.reached})
     if missing:
-        return Verdict("hold", f"not enough evidence yet: {', '.join(missing)}", tuple(findings))
-    return Verdict("advance", f"shown not to be worse at {step.share:.2%}", tuple(findings))
+        return GateVerdict("hold", f"not enough evidence yet: {', '.join(missing)}", tuple(findings))
+    return GateVerdict("advance", f"shown not to be worse at {step.share:.2%}", tuple(findings))
 
 
 def alarms(counts: Counts, policy: Policy) -> list[tuple[str, Any, float]]:
@@ -149,7 +149,7 @@ def alarms(counts: Counts, policy: Policy) -> list[tuple[str, Any, float]]:
     return found
 
 
-def evidence(here: Counts, counts: Counts, policy: Policy, step: Step) -> list[tuple[str, str, Any, float]]:
+def evidence(here: Counts, counts: Counts, policy: Policy, step: RampStep) -> list[tuple[str, str, Any, float]]:
     """What must be shown before the step is left: (metric, test, log e-value, log limit); one of a metric is enough.
 
     Errors: at this step the rate is below `ratio` times production's, or below the absolute objective. Answers: over
@@ -180,7 +180,7 @@ def _without_control(counts: Counts, metric: str) -> Any:
     )
 
 
-def _share_finding(here: Counts, policy: Policy, step: Step) -> Finding:
+def _share_finding(here: Counts, policy: Policy, step: RampStep) -> Finding:
     drawn = NEW_UNITS if NEW_UNITS in here.rates.get(step.share_bp, {}) else UNITS
     canary, control = here.at(step.share_bp, drawn)
     return _finding("share", "share", e_process.other_share(canary, control, step.share), -math.log(policy.share_alpha))

@@ -35,7 +35,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Step:
+class RampStep:
     """A share of the traffic in basis points, and what must be ruled out before the next one."""
 
     share_bp: int
@@ -57,7 +57,7 @@ METRICS = (
     Metric("output", "pair", 0.001, "empty, runaway, repetitive or refusing answer from one model only"),
     Metric("quality", "pair", 0.002, "score of the answer against the expected one, in pairs"),
 )
-STEPS = (Step(100, 5.0, 0.3), Step(1000, 3.0, 0.25), Step(5000, 2.0, 0.2))
+STEPS = (RampStep(100, 5.0, 0.3), RampStep(1000, 3.0, 0.25), RampStep(5000, 2.0, 0.2))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Policy:
     """Everything a decision depends on besides the counts. Times are seconds."""
 
     metrics: tuple[Metric, ...] = METRICS
-    steps: tuple[Step, ...] = STEPS
+    steps: tuple[RampStep, ...] = STEPS
     alpha: float = 0.01
     evidence: float = 20.0
     """An e-value of 20 rules a hypothesis out at 5%."""
@@ -112,7 +112,7 @@ class Policy:
             if "metrics" in known:
                 known["metrics"] = tuple(Metric(**metric) for metric in known["metrics"])
             if "steps" in known:
-                known["steps"] = tuple(Step(**step) for step in known["steps"])
+                known["steps"] = tuple(RampStep(**step) for step in known["steps"])
             return Policy(**known)
         except TypeError as error:
             raise ConfigError(

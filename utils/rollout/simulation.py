@@ -16,10 +16,10 @@ import numpy as np
 
 from utils.rollout import gate as real
 from utils.rollout.gate import Counts
-from utils.rollout.policy import UNITS, Policy, Step
+from utils.rollout.policy import UNITS, Policy, RampStep
 
 # counts since the beginning, counts at this step, policy, step -> (alarm, ready), one entry per run
-Gate = Callable[[Counts, Counts, Policy, Step], tuple[Any, Any]]
+Gate = Callable[[Counts, Counts, Policy, RampStep], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Scenario:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RampOutcome:
     """One entry per run. `canary_units` are those seen until the end, all steps together."""
 
     promoted: np.ndarray
@@ -72,7 +72,7 @@ NULL_PAIRS = {
 }
 
 
-def our_gate(counts: Counts, here: Counts, policy: Policy, step: Step) -> tuple[Any, Any]:
+def our_gate(counts: Counts, here: Counts, policy: Policy, step: RampStep) -> tuple[Any, Any]:
     """The functions behind `gate.judge`, on arrays."""
     alarm = np.any([log_e >= limit for _, log_e, limit in real.alarms(counts, policy)], axis=0)
     shown: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def our_gate(counts: Counts, here: Counts, policy: Policy, step: Step) -> tuple[
     return alarm, np.all(list(shown.values()), axis=0)
 
 
-def ramp(scenario: Scenario, gate: Gate, policy: Policy, *, runs: int, seed: int) -> Outcome:
+def ramp(scenario: Scenario, gate: Gate, policy: Policy, *, runs: int, seed: int) -> RampOutcome:
     """Walk all steps with a look at the gate after every batch."""
     generator = np.random.default_rng(seed)
     promoted, alarmed = np.zeros(runs, dtype=bool), np.zeros(runs, dtype=bool)
@@ -110,16 +110,16 @@ def ramp(scenario: Scenario, gate: Gate, policy: Policy, *, runs: int, seed: int
         total = _joined([counts for _, counts in arrived])
         if number + 1 == len(policy.steps):
             promoted[alive] = True
-    return Outcome(promoted, alarmed, canary_units, pairs_seen)
+    return RampOutcome(promoted, alarmed, canary_units, pairs_seen)
 
 
-def here_units(seen: Counts, step: Step) -> Any:
+def here_units(seen: Counts, step: RampStep) -> Any:
     """Canary units of one batch."""
     return seen.at(step.share_bp, UNITS)[0]
 
 
 def _batch(
-    scenario: Scenario, step: Step, policy: Policy, runs: int, late: bool, generator: np.random.Generator
+    scenario: Scenario, step: RampStep, policy: Policy, runs: int, late: bool, generator: np.random.Generator
 ) -> Counts:
     """One batch of traffic and probes for each run."""
     total = round(scenario.units_per_look / step.share)

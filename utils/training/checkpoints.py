@@ -31,7 +31,7 @@ _SMALL_FILES = 1 << 17
 
 
 @dataclass
-class Progressed:
+class TrainingState:
     """Where a run stands: everything that is not a tensor. `step` optimiser steps are done."""
 
     step: int = 0
@@ -57,7 +57,7 @@ def require_space(root: Path, parameters: dict[str, torch.nn.Parameter], keep: i
 
 def save(
     root: Path,
-    state: Progressed,
+    state: TrainingState,
     adapter: Tensors,
     best: Tensors,
     optimizer: Tensors,
@@ -123,7 +123,7 @@ def newest_valid(root: Path) -> Path | None:
     return None
 
 
-def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[Progressed, Tensors, Tensors]:
+def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[TrainingState, Tensors, Tensors]:
     """State, current adapter and best adapter (empty before a dev loss), whole; the optimiser is restored in place.
 
     Raises ArtefactError for one that is intact and was written by another version of this program.
@@ -134,7 +134,7 @@ def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[Progressed,
         saved = files.read_json(directory / "state.json")
         saved["best_dev_loss"] = float("inf") if saved["best_dev_loss"] is None else saved["best_dev_loss"]
         saved["dev_losses"] = [(int(step), float(loss)) for step, loss in saved["dev_losses"]]
-        progressed = Progressed(**saved)
+        progressed = TrainingState(**saved)
         _restore_optimizer(optimizer, load_file(directory / "optimizer.safetensors"))
         adapter, best = [load_file(directory / f"{name}.safetensors") for name in ("adapter", "best")]
     except (KeyError, TypeError, ValueError, FileNotFoundError) as error:

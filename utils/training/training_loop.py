@@ -23,7 +23,7 @@ from utils import signals
 from utils.adapters import peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import METRICS
-from utils.data.batches import Batch, Step, TrainingData
+from utils.data.batches import Batch, OptimiserStep, TrainingData
 from utils.exceptions import ArtefactError, DataError, Interrupted, OutOfMemory, Problem, is_out_of_memory
 from utils.logger import event, warning
 from utils.models import parallel
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What a finished run measured."""
 
     steps: int
@@ -64,7 +64,7 @@ def train(
     accelerator: Accelerator,
     what: str,
     before_step: Callable[[int | None], None] = lambda step: None,
-) -> Outcome:
+) -> TrainingOutcome:
     """Train the active, trainable adapter of `model`; afterwards the model holds the state that is kept.
 
     `before_step` is called with the number of each step before it, and with None before dev is measured; what it does
@@ -81,7 +81,7 @@ def train(
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loop = _Loop(model, data, dev, settings, total, seed, directory, accelerator, what, before_step)
+    loop = _TrainingLoop(model, data, dev, settings, total, seed, directory, accelerator, what, before_step)
     loop.resume()
     try:
         loop.run()
@@ -118,7 +118,7 @@ def mean_loss(loss_module: torch.nn.Module, batches: list[Batch], accelerator: A
     return float(sums[0] / sums[1])
 
 
-class _Loop:
+class _TrainingLoop:
     """The state of one training run and what happens to it, step by step."""
 
     def __init__(
@@ -150,7 +150,7 @@ class _Loop:
         )
         self.loss_module = module if self.is_dealt_out else accelerator.prepare(module)
         self.optimizer = accelerator.prepare(optimizer)
-        self.state = checkpoints.Progressed()
+        self.state = checkpoints.TrainingState()
         self.best: checkpoints.Tensors = {}
         self.checkpoints = directory / files.SCRATCH
         self.metrics_path = directory / METRICS
@@ -205,7 +205,7 @@ class _Loop:
                 if state.step % self.settings.save_every_steps == 0 and state.step < self.total:
                     self._save()
 
-    def finish(self) -> Outcome:
+    def finish(self) -> TrainingOutcome:
         """Put the state that is kept on the model: the best on dev, unless the last is wanted or there is no dev."""
         state = self.state
         kept_step = state.step
@@ -216,7 +216,7 @@ class _Loop:
         parallel.refuse_non_finite(self.parameters, f"the {self.what} of step {kept_step}")
         guards.refuse_changed(self.frozen, guards.frozen_adapters(self.model), self.what)
         self.model.eval()
-        return Outcome(
+        return TrainingOutcome(
             steps=state.step,
             trained_tokens=state.trained_tokens,
             seconds=round(state.seconds, 2),
@@ -229,7 +229,7 @@ class _Loop:
             is_dealt_out=self.is_dealt_out,
         )
 
-    def _remaining(self) -> Iterator[tuple[int, int, Step, bool]]:
+    def _remaining(self) -> Iterator[tuple[int, int, OptimiserStep, bool]]:
         """(epoch, step in epoch, step, whether dev is measured after it) from where the run stands to its end."""
         done, first_epoch, first_step = self.state.step, self.state.epoch, self.state.step_in_epoch
         for epoch in range(first_epoch, self.settings.epochs):
@@ -251,7 +251,7 @@ class _Loop:
             Problem(what, ", ".join(self.names[: guards.NAMED]), f"{fix}, or set {section}.gradient_checkpointing")
         )
 
-    def _step(self, epoch: int, step: Step, signalled: Callable[[], bool]) -> tuple[float, float, bool]:
+    def _step(self, epoch: int, step: OptimiserStep, signalled: Callable[[], bool]) -> tuple[float, float, bool]:
         """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
         accelerator, number = self.accelerator, self.state.step
         self.before_step(number)

@@ -128,7 +128,7 @@ def train_adapter(
 
 def _train(
     config: Config, stage: str, base: BaseModel, directory: Path, build: Callable[[], Any], each_step: EachStep | None
-) -> tuple[dict[str, ModuleFactors], training_loop.Outcome, dict[str, Any]]:
+) -> tuple[dict[str, ModuleFactors], training_loop.TrainingOutcome, dict[str, Any]]:
     model, data, dev, data_facts = build()
     preflight.check_trainable(model, config, stage, base)
     accelerator = _accelerator(config, stage, directory)

@@ -10,20 +10,20 @@ from typing import Any
 
 from markupsafe import Markup
 
-from utils.html.charts import Scale, Series, chart, thinned
+from utils.html.charts import AxisScale, Series, chart, thinned
 from utils.html.numbers import general, is_number
 
 Found = Mapping[str, Any]
 
 
-def interval_scale(found: Sequence[Found]) -> Scale:
+def interval_scale(found: Sequence[Found]) -> AxisScale:
     """An axis on which every interval and every null has its place; what could have been seen may run off it."""
-    return Scale.over(
+    return AxisScale.over(
         one[key] for one in found for key in ("estimate", "low", "high", "null") if is_number(one.get(key))
     )
 
 
-def interval_row(found: Found, scale: Scale, style: str, filled: bool, said: str) -> Markup:
+def interval_row(found: Found, scale: AxisScale, style: str, filled: bool, said: str) -> Markup:
     """One line of a forest plot: the interval, what it is held against, and the band that is too small to be seen."""
     null, estimate, detectable = found["null"], found["estimate"], found.get("detectable")
     pieces = [_across("grid", scale.at(value), "0%", "100%") for value in scale.ticks()]
@@ -46,7 +46,7 @@ def interval_row(found: Found, scale: Scale, style: str, filled: bool, said: str
     return Markup('<svg role="img" class="s-{}"><title>{}</title>{}</svg>').format(style, said, Markup("").join(pieces))
 
 
-def axis_row(scale: Scale, unit: str) -> Markup:
+def axis_row(scale: AxisScale, unit: str) -> Markup:
     """The axis below the rows, in percent or as plain numbers."""
     pieces = []
     for value in scale.ticks():

@@ -19,7 +19,7 @@ from utils.data import answer_metrics
 from utils.data.tables import ProblemList, read_text
 from utils.exceptions import DataError, Problem
 from utils.models import chat
-from utils.rollout.edge.servers import Answer, ask
+from utils.rollout.edge.servers import ServerAnswer, ask
 from utils.rollout.gate import Counts
 
 # slower by this much and by the tolerance: below it a difference is noise of the machine
@@ -63,7 +63,7 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
     return found
 
 
-def compare(prompt: Prompt, canary: Answer, production: Answer, tolerance: float) -> dict[str, int]:
+def compare(prompt: Prompt, canary: ServerAnswer, production: ServerAnswer, tolerance: float) -> dict[str, int]:
     """Per metric +1 when the canary lost, -1 when it won, 0 when equal; a metric without meaning is absent."""
     found = {"probe_errors": _sign(bool(canary.error), bool(production.error))}
     if canary.error or production.error:
@@ -128,7 +128,7 @@ class Prober:
         self.every_s, self.tolerance = every_s, tolerance
         self._options: dict[str, Any] = {"max_tokens": max_tokens, "timeout_s": timeout_s, "model": model}
         self._pool = ThreadPoolExecutor(max_workers=2)
-        self._waiting: tuple[Prompt, Future[Answer], Future[Answer]] | None = None
+        self._waiting: tuple[Prompt, Future[ServerAnswer], Future[ServerAnswer]] | None = None
         self._asked, self._due = asked, 0.0
         self._digest, self.wrong_model = digest, ""
         self.examples: list[Example] = []

@@ -62,7 +62,7 @@ def _serve(service: Service, balancer: Balancer, side: Side, written: Callable[[
 def _verify(address: str, candidate: Side, model: str, who: str, tries: int) -> None:
     """A real completion from there, of the right model. The new worker may still be checking its server's health."""
     hello = [{"role": "user", "content": "Hello"}]
-    answer = servers.Answer()
+    answer = servers.ServerAnswer()
     for _ in range(tries):
         answer = servers.ask(address, hello, max_tokens=1, timeout_s=30, model=model)
         if not answer.error:

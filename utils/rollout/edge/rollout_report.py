@@ -17,7 +17,7 @@ from utils.html.numbers import span
 from utils.rollout.controller import Decision, State, advance, share_of
 from utils.rollout.edge.journal import Story, read
 from utils.rollout.edge.screen import short
-from utils.rollout.gate import Verdict
+from utils.rollout.gate import GateVerdict
 from utils.rollout.policy import FULL_BP, UNITS, Policy
 
 _POINTS = 400
@@ -193,7 +193,7 @@ def _count_table(state: State) -> str:
     return traffic + golden
 
 
-def _test_table(verdict: Verdict | None) -> str:
+def _test_table(verdict: GateVerdict | None) -> str:
     rows = []
     for found in verdict.to_json()["findings"] if verdict else []:
         bad = found["test"] in ("worse", "share")

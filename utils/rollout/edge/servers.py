@@ -34,7 +34,7 @@ _STARTED: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServerAnswer:
     """One streamed answer. Times are seconds; `error` says what went wrong, empty when nothing did."""
 
     text: str = ""
@@ -49,7 +49,7 @@ class Answer:
 
 def ask(
     address: str, messages: Sequence[dict[str, str]], *, max_tokens: int, timeout_s: float, model: str = ""
-) -> Answer:
+) -> ServerAnswer:
     """Stream one greedy answer. Never raises for what a server does: that is what is measured."""
     body: dict[str, Any] = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "stream": True}
     if model:
@@ -61,15 +61,15 @@ def ask(
         response = connection.getresponse()
         digest = response.headers.get("x-model-digest", "")
         if response.status != 200:
-            return Answer(error=f"HTTP {response.status}", status=response.status, digest=digest)
+            return ServerAnswer(error=f"HTTP {response.status}", status=response.status, digest=digest)
         return _streamed(response, start, timeout_s, digest)
     except (OSError, http.client.HTTPException) as error:
-        return Answer(error=type(error).__name__ + (f": {error}" if str(error) else ""))
+        return ServerAnswer(error=type(error).__name__ + (f": {error}" if str(error) else ""))
     finally:
         connection.close()
 
 
-def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float, digest: str) -> Answer:
+def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float, digest: str) -> ServerAnswer:
     """Read the events of a 200; what ends without a finish reason and [DONE] was cut."""
     pieces: list[str] = []
     moments: list[float] = []
@@ -102,7 +102,7 @@ def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float
         error = "the stream was cut"
     between = (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else 0.0
     first = moments[0] - start if moments else 0.0
-    return Answer("".join(pieces), finish, error, 200, first, between, digest)
+    return ServerAnswer("".join(pieces), finish, error, 200, first, between, digest)
 
 
 def get(address: str, path: str, timeout_s: float = 3.0) -> tuple[int, bytes]:
@@ -231,7 +231,7 @@ def wait_ready(address: str, *, model: str, patience_s: float, alive: Any = lamb
     """Ready is one real completion; /health says ok before a model can answer. Raises ArtefactError otherwise."""
     end = time.monotonic() + patience_s
     hello = [{"role": "user", "content": "Hello"}]
-    last = Answer(error="no answer")
+    last = ServerAnswer(error="no answer")
     while time.monotonic() < end and alive():
         if get(address, "/health")[0] == 200:
             last = ask(address, hello, max_tokens=1, timeout_s=max(1.0, end - time.monotonic()), model=model)

@@ -39,7 +39,7 @@ from utils.rollout.edge.service_state import Service
 from utils.rollout.edge.sides import Side, open_side, verify_side
 from utils.rollout.edge.traffic import Collector
 from utils.rollout.gate import Counts
-from utils.rollout.policy import Policy, Step
+from utils.rollout.policy import Policy, RampStep
 
 
 def policy_of(section: RolloutSection, *, has_prompts: bool) -> Policy:
@@ -49,7 +49,7 @@ def policy_of(section: RolloutSection, *, has_prompts: bool) -> Policy:
     steps = zip(section.steps, section.ratios, section.margins, strict=True)
     return Policy(
         metrics=metrics,
-        steps=tuple(Step(round(share * 10_000), ratio, margin) for share, ratio, margin in steps),
+        steps=tuple(RampStep(round(share * 10_000), ratio, margin) for share, ratio, margin in steps),
         alpha=section.alpha,
         objective=section.objective,
         needs_quality=has_prompts,
