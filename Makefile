@@ -40,18 +40,18 @@ rollout-test: $(READY)
 
 # Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
 fault-test: $(READY)
-	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_faults_kill tests.test_faults_signals tests.test_distributed
+	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_system_faults_kill tests.test_system_faults_signals tests.test_system_distributed
 
 # The tiny MiniMax-M2 in bfloat16 and FP8, every regime, with and without experts, through every script: five minutes.
 minimax-test: $(READY)
-	MINIMAX_TESTS=all $(BIN)/python -m unittest tests.test_minimax_m2
+	MINIMAX_TESTS=all $(BIN)/python -m unittest tests.test_system_minimax_m2
 
 # The same tests as `python -m unittest discover tests`, a file for each core at a time, the longest first: the
 # real model's, then by size.
 test: $(READY)
 	$(BIN)/python -m black --check .
 	$(BIN)/python -m ruff check .
-	{ ls tests/test_integration*.py; ls -S tests/test_*.py | grep -v integration; } | xargs -P $(CORES) -I FILE sh -c \
+	{ ls tests/test_system_integration*.py; ls -S tests/test_*.py | grep -v integration; } | xargs -P $(CORES) -I FILE sh -c \
 	  'said=$$($(BIN)/python -m unittest FILE 2>&1); code=$$?; echo "FILE $$said"; exit $$code'
 	@echo "all tests passed"
 

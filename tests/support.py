@@ -51,7 +51,7 @@ PLAIN_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- ']~b]ai\n' -}}{%- endif -%}"
 )
 PATIENCE = 120.0
-# in the environment of every script that a workspace runs; test_secrets looks for them in all that was written
+# in the environment of every script that a workspace runs; test_system_secrets looks for them in all that was written
 SECRETS = {
     "HF_TOKEN": 'a token of "unusual" shape/42',
     "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import Workspace, last_json, temporary_directory
-from tests.test_pipeline import built
+from tests.test_system_pipeline import built
 
 BASE = "models/base/tiny-minimax-m2"
 

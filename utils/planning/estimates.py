@@ -2,7 +2,8 @@
 
 Bytes unless a name says otherwise; GiB = 2**30. Every size follows from the model's own shapes; what the training step
 keeps for its backward pass was read off autograd, tensor by tensor, and is checked against measured peaks
-(tests/test_planning.py). What no arithmetic knows (CUDA's context, NCCL, fragmentation) is the caller's headroom.
+(tests/test_planning_estimates.py). What no arithmetic knows (CUDA's context, NCCL, fragmentation) is the caller's
+headroom.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from tests.support import (
     relative,
     temporary_directory,
 )
-from tests.test_pipeline import built
+from tests.test_system_pipeline import built
 from utils.adapters import adapter_files, inference_layers
 from utils.adapters.factors import Factors, delta
 from utils.artifacts import files

@@ -30,9 +30,9 @@ from tests.support import (
     temporary_directory,
     toy,
 )
-from tests.test_merging import fp8_checkpoint
-from tests.test_plan import LAUNCH, SHARDED, told_by
-from tests.test_training import losses, metrics, newest_checkpoint
+from tests.test_export_merge import fp8_checkpoint
+from tests.test_planning_plan import LAUNCH, SHARDED, told_by
+from tests.test_training_loop import losses, metrics, newest_checkpoint
 from utils import logger
 from utils.adapters import adapter_files
 from utils.artifacts import files

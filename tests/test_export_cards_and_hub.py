@@ -26,7 +26,7 @@ from httpx2 import ConnectError, LocalProtocolError, Request, Response
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OIDCError
 
-from config import HubSection
+from config import BaseModelSection, HubSection
 from utils.adapters import adapter_files, cards, peft_model
 from utils.adapters.factors import delta
 from utils.artifacts import files, runs
@@ -34,7 +34,7 @@ from utils.artifacts.runs import Run
 from utils.composition.methods import METHODS
 from utils.exceptions import ArtefactError
 from utils.export import gguf, hub
-from utils.models import base_model, loading
+from utils.models import loading
 from utils.models.base_model import BaseModel
 
 COMMIT = "f62f643a718e8be697da52e7d5d8b8d12b991001"
@@ -143,7 +143,8 @@ class Metadata(unittest.TestCase):
 
 class Method(unittest.TestCase):
     def card(self, **changed: Any) -> str:
-        return cards.composed_card(ON_HUB, [DOMAIN, TASK], **{**COMPOSED, "check": "fine", **changed})
+        source = METHODS[changed.get("method", "sum")].source
+        return cards.composed_card(ON_HUB, [DOMAIN, TASK], **{**COMPOSED, "source": source, "check": "fine", **changed})
 
     def test_the_weight_of_each_adapter_stands_beside_its_name(self) -> None:
         card = self.card()
@@ -249,7 +250,7 @@ def trained(root: Path, architecture: str = "llama") -> tuple[BaseModel, Any, An
 
 
 def base_section(base: BaseModel) -> Any:
-    return base_model.BaseModelSection(source=base.source, dtype="float32")
+    return BaseModelSection(source=base.source, dtype="float32")
 
 
 TOKEN = "hf_" + "Secret" * 6

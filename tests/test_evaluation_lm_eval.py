@@ -1,6 +1,6 @@
 """The tasks for lm-evaluation-harness: what they condition on, what they compute, and that preparing data writes them.
 
-Whether lm-eval itself gives our numbers with them is in test_references.py.
+Whether lm-eval itself gives our numbers with them is in test_evaluation_references.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from tests.test_corpus import hub_dataset
+from tests.test_data_documents import hub_dataset
 from utils.data.examples import read_task_examples
 from utils.data.splits import leaks, split_by_document
 from utils.exceptions import DataError

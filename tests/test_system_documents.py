@@ -1,4 +1,4 @@
-"""Every command in the README exists, parses and would run; the slow ones are run by test_integration and CI."""
+"""Every command in the README exists, parses and would run; the slow ones are run by test_system_integration and CI."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from tests import test_exports
+from tests import test_export_cards_and_hub
 from utils.adapters import cards
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
@@ -36,7 +36,9 @@ def composed_card() -> str:
         "searched": True,
         "check": "fine",
     }
-    return cards.composed_card(test_exports.ON_HUB, [test_exports.DOMAIN, test_exports.TASK], **made)
+    return cards.composed_card(
+        test_export_cards_and_hub.ON_HUB, [test_export_cards_and_hub.DOMAIN, test_export_cards_and_hub.TASK], **made
+    )
 
 
 def found(**kinds: Any) -> Evaluation:
@@ -137,7 +139,7 @@ class Lookup(unittest.TestCase):
         results = {**self.results, "composition": self.results["composition"] | composition, "name": name}
         files.write_json(directory / "results.json", results)
         if sealed:
-            record = test_exports.ON_HUB.record() | {"digest": base}
+            record = test_export_cards_and_hub.ON_HUB.record() | {"digest": base}
             files.seal(directory, runs.manifest("evaluation", {}, base=record, parents=[], measured={}))
         return directory
 
@@ -172,12 +174,12 @@ class Lookup(unittest.TestCase):
         self.assertIn("an evaluation cannot be used", logged.output[0])
 
 
-class Published(test_exports.HubTest):
+class Published(test_export_cards_and_hub.HubTest):
     def test_a_published_card_has_the_evaluation_and_the_sealed_one_stays(self) -> None:
         directory = self.artefact()
         before = files.verify(directory)
         made = found()
-        hub.push(directory, test_exports.HUB, message="m", evaluation=made)
+        hub.push(directory, test_export_cards_and_hub.HUB, message="m", evaluation=made)
         data = ModelCard(self.taken["README.md"].decode()).data
         self.assertEqual((data.model_name, data.eval_results), ("name", eval_results(made.results)))
         self.assertIn(b'folder, version = "owner/name", None', self.taken["README.md"])
@@ -185,7 +187,7 @@ class Published(test_exports.HubTest):
         self.assertEqual(files.verify(directory), before)
 
     def test_without_an_evaluation_the_card_claims_nothing(self) -> None:
-        hub.push(self.artefact(), test_exports.HUB, message="m")
+        hub.push(self.artefact(), test_export_cards_and_hub.HUB, message="m")
         self.assertNotIn(b"model-index", self.taken["README.md"])
         self.assertNotIn(b"## Evaluation", self.taken["README.md"])
 
