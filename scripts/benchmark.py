@@ -27,6 +27,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils import logger
     from utils.artifacts import files, runs
     from utils.benchmarks import benchmark_report, inputs, suite_gpu
+    from utils.benchmarks.benchmark_identity import benchmark_identity
     from utils.exceptions import ConfigError, Problem
     from utils.planning import preflight
 
@@ -38,7 +39,7 @@ def main(config: Config) -> dict[str, Any]:
         suite_gpu.refuse(config)
     base = preflight.start(config)
     pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None
-    identity = _identity(config, base, pair)
+    identity = benchmark_identity(config, base, pair)
     directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, config.preset, identity)
 
     def fill() -> dict[str, Any]:
@@ -56,31 +57,6 @@ def main(config: Config) -> dict[str, Any]:
     runs.mark_latest(config.run.models_dir, "benchmark", directory)
     print(benchmark_report.table(results))
     return {"report": str(directory), "reused": is_there, **benchmark_report.headline(results)}
-
-
-def _identity(config: Config, base: Any, pair: Any) -> dict[str, Any]:
-    """What is measured and on what: another machine or torch gives another run."""
-    import torch
-
-    from utils.models import devices
-
-    return {
-        "stage": "benchmark",
-        "base": base.digest,
-        "adapters": [run.digest for run in pair] if pair else None,
-        "compose": config.compose.model_dump(mode="json"),
-        "benchmark": config.benchmark.model_dump(mode="json"),
-        "evaluate_batch_tokens": config.evaluate.batch_tokens,
-        "domain": config.domain.model_dump(mode="json"),
-        "task_lora": config.task.lora.model_dump(mode="json"),
-        "dtype": str(devices.compute_dtype(config.base.dtype)),
-        "attention": config.base.attention,
-        "device": devices.device().type,
-        "gpu_tflops": config.plan.gpu_tflops if "gpu" in config.benchmark.suite else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "seed": config.run.seed,
-    }
 
 
 def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.adapters import find
     from utils.artifacts import runs
     from utils.composition import composed_adapter
+    from utils.composition.composed_identity import composed_identity
     from utils.evaluation.find_evaluation import evaluation_of
     from utils.export import hub
     from utils.planning import preflight
@@ -37,7 +38,7 @@ def main(config: Config) -> dict[str, Any]:
     base = preflight.start(config, loads_model=False)
     found = find.adapter_runs(config, base)
     data = find.data_of(config, base, found)
-    identity = _identity(config, base, found, data)
+    identity = composed_identity(config.compose, base, found, data, config.run.seed)
     directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, config.preset, identity)
     composed_adapter.refuse_inside(directory, base, found)
     parts = composed_adapter.load(found, base)
@@ -70,17 +71,6 @@ def main(config: Config) -> dict[str, Any]:
         "relative_error": recorded["check"]["relative_error"],
         **run.manifest["measured"],
         **pushed,
-    }
-
-
-def _identity(config: Config, base: Any, found: list[Any], data: Any) -> dict[str, Any]:
-    return {
-        "stage": "composed",
-        "base": base.digest,
-        "adapters": [run.digest for run in found],
-        "data": data.digest if data else None,
-        "compose": config.compose.model_dump(mode="json", exclude={"also"}),
-        "seed": config.run.seed,
     }
 
 

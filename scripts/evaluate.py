@@ -28,13 +28,14 @@ def main(config: Config) -> dict[str, Any]:
     from utils import logger
     from utils.artifacts import files, runs
     from utils.evaluation import comparison, run_groups
+    from utils.evaluation.evaluation_identity import evaluation_identity
     from utils.evaluation.report import evaluation_report
     from utils.evaluation.report.summary_table import table
     from utils.planning import preflight
 
     base = preflight.start(config)
     parts = run_groups.gather(config, base)
-    identity = run_groups.identity(config, base, parts)
+    identity = evaluation_identity(config, base, parts)
     directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, config.preset, identity)
 
     def fill() -> dict[str, Any]:

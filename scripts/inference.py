@@ -180,6 +180,7 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
     """Write the standalone model; then GGUF and the hub, where they were asked for."""
     from utils.adapters import cards
     from utils.artifacts import files, runs
+    from utils.artifacts.identity import Identity
     from utils.composition import composed_adapter
     from utils.evaluation.find_evaluation import evaluation_of
     from utils.export import gguf, hub, merge, model_index
@@ -189,13 +190,15 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
     composed_adapter.refuse_inside(target, base, found.runs)
     parents = [*found.runs, *([found.run] if found.run else [])]
     composition = composed_adapter.record(found)
-    identity = {
-        "stage": "merged",
-        "base": base.digest,
-        "adapters": [run.digest for run in found.runs],
-        "recipe": composition["recipe"],
-        "dtype": settings.dtype,
-    }
+    identity = Identity.of(
+        "merged",
+        {
+            "base": base.digest,
+            "adapters": [run.digest for run in found.runs],
+            "recipe": composition["recipe"],
+            "dtype": settings.dtype,
+        },
+    )
 
     def manifest(checks: dict[str, Any]) -> dict[str, Any]:
         facts = {"composition": composition, "seed": config.run.seed}
@@ -215,14 +218,20 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
     evaluation = evaluation_of(config.run.models_dir, base.digest, found.runs, composition["recipe"])
     if evaluation:
         card = model_index.with_evaluation(card, target.name, evaluation)
-    fingerprint = files.fingerprint(identity)
-    reused = (target / files.MANIFEST).exists() and files.read_manifest(target).get("fingerprint") == fingerprint
+    reused = (target / files.MANIFEST).exists() and identity.is_of(files.read_manifest(target).get("identity"))
     if reused:
         checks = files.verify(target)["measured"]
         event("this merged model is already complete", path=target)
     else:
         checks = merge.merge(
-            base, found.factors, target, settings, config.base, fingerprint=fingerprint, manifest=manifest, card=card
+            base,
+            found.factors,
+            target,
+            settings,
+            config.base,
+            fingerprint=identity.fingerprint,
+            manifest=manifest,
+            card=card,
         )
         event("merged model written", path=target)
     adapters = [str(run.directory) for run in found.runs]

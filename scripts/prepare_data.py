@@ -23,13 +23,13 @@ def main(config: Config) -> dict[str, Any]:
     """Read, clean, split, tokenise, publish."""
     from utils import logger
     from utils.artifacts import files, runs
-    from utils.data import prepared
+    from utils.data import prepared, prepared_identity
     from utils.evaluation.lm_eval import lm_eval_tasks
     from utils.models import chat
     from utils.planning import preflight
 
     base, prompt = preflight.start(config, loads_model=False), config.task.system_prompt
-    identity = prepared.identity(config.data, base, config.run.seed)
+    identity = prepared_identity.identity(config.data, base, config.run.seed)
     directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, config.preset, identity)
     run = runs.open_run(directory, identity)
     if reused := run is not None:
@@ -40,7 +40,8 @@ def main(config: Config) -> dict[str, Any]:
         counts: dict[str, Any] = {}
 
         def manifest() -> dict[str, Any]:
-            return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, counts=counts)
+            facts = {"counts": counts, "settings": {"data": config.data.model_dump(mode="json")}}
+            return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, **facts)
 
         with files.publish(directory, manifest) as temporary:
             counts.update(prepared.prepare(config.data, base, config.run.seed, temporary))

@@ -32,7 +32,7 @@ def main(config: Config) -> dict[str, Any]:
 
     base = preflight.start(config, stage="domain")
     data = find.prepared_run(config, base)
-    identity = training_run.training_identity(config, "domain", base, data)
+    identity = training_run.identity_of(config, "domain", base, data)
 
     def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
         source, settings, seed = Prepared(data.directory), config.domain.train, config.run.seed

@@ -30,15 +30,13 @@ def main(config: Config) -> dict[str, Any]:
     from utils.data.prepared import Prepared
     from utils.models import chat
     from utils.planning import preflight
-    from utils.training import training_run
+    from utils.training import training_identity, training_run
 
     base = preflight.start(config, stage="task")
     data = find.prepared_run(config, base)
     domain = find.domain_run(config, base) if config.task.on != "base" else None
-    shared = training_run.training_identity(config, "task", base, data, system_prompt=config.task.system_prompt)
-    identity = {**shared, "on": config.task.on, "domain_adapter": domain.digest if domain else None}
-    if config.task.prompt_loss_weight:  # left out at 0, which is what adapters of before have
-        identity["prompt_loss_weight"] = config.task.prompt_loss_weight
+    decided = training_identity.task_facts(config.task, domain)
+    identity = training_run.identity_of(config, "task", base, data, **decided)
 
     def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
         source, settings, seed = Prepared(data.directory), config.task.train, config.run.seed
@@ -69,8 +67,8 @@ def main(config: Config) -> dict[str, Any]:
         return ["domain", "task"] if domain else ["task"]
 
     parents = [data, domain] if domain else [data]
-    facts = {"system_prompt": config.task.system_prompt}
-    return training_run.train_adapter(config, "task", base, identity, parents, build, each_step, **facts)
+    prompt = config.task.system_prompt
+    return training_run.train_adapter(config, "task", base, identity, parents, build, each_step, system_prompt=prompt)
 
 
 def plan(config: Config) -> list[str]:

@@ -23,6 +23,7 @@ from utils import logger
 from utils.adapters import adapter_config, adapter_files, find, peft_model
 from utils.adapters.factors import Factors, delta
 from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 from utils.composition.methods import Recipe, compose
 from utils.exceptions import ArtefactError
@@ -790,7 +791,7 @@ def own_run(directory: Path, kind: str, base: BaseModel) -> Run:
     """A complete run of ours, sealed as training seals it."""
     factors = adapter_files.load(good_adapter(MINIMAX if base.model_type == MINIMAX else LLAMA))
     adapter_files.save(directory / "adapter", factors, base)
-    identity = {"stage": kind, "base": base.digest, "name": directory.name}
+    identity = Identity({"stage": kind, "base": base.digest, "name": directory.name})
     manifest = runs.manifest(kind, identity, base=base.record(), parents=[], measured={}, system_prompt="")
     return Run(directory, files.seal(directory, manifest))
 

@@ -30,6 +30,7 @@ from config import BaseModelSection, HubSection
 from utils.adapters import adapter_files, cards, peft_model
 from utils.adapters.factors import delta
 from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 from utils.composition.methods import METHODS
 from utils.exceptions import ArtefactError
@@ -307,7 +308,9 @@ class HubTest(unittest.TestCase):
             (directory / name).write_text(text, encoding="utf-8")
         manifest = runs.manifest(
             "composed",
-            {"adapters": ["2" * 64], "also": [str(self.root / "elsewhere" / "third")], "weights": [1.0, 0.75]},
+            Identity(
+                {"adapters": ["2" * 64], "also": [str(self.root / "elsewhere" / "third")], "weights": [1.0, 0.75]}
+            ),
             base=base.record(),
             parents=[run_of("domain", self.root / "models" / "domain" / "d1")],
             measured={"note": f"read {self.root}/corpus/a.jsonl, see https://example.org/a/b", "seconds": 1.5},

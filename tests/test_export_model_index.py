@@ -18,6 +18,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from tests import test_export_cards_and_hub
 from utils.adapters import cards
 from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 from utils.evaluation.find_evaluation import Evaluation, evaluation_of
 from utils.export import hub
@@ -140,7 +141,7 @@ class Lookup(unittest.TestCase):
         files.write_json(directory / "results.json", results)
         if sealed:
             record = test_export_cards_and_hub.ON_HUB.record() | {"digest": base}
-            files.seal(directory, runs.manifest("evaluation", {}, base=record, parents=[], measured={}))
+            files.seal(directory, runs.manifest("evaluation", Identity({}), base=record, parents=[], measured={}))
         return directory
 
     def name(self, **changed: Any) -> str | None:

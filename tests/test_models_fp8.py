@@ -168,9 +168,9 @@ class Loaded(unittest.TestCase):
         with minimax_support.fp8_on_this_cpu():
             with mock.patch.object(preflight, "keep_fp8", return_value=native):
                 kept = training_run.load_base(config, "domain", base)
-                self.assertEqual(training_run.training_identity(config, "domain", base, data)["fp8"], "native")
+                self.assertEqual(training_run.identity_of(config, "domain", base, data).values["fp8"], "native")
             plain = training_run.load_base(config, "domain", base)
-            self.assertNotIn("fp8", training_run.training_identity(config, "domain", base, data))
+            self.assertNotIn("fp8", training_run.identity_of(config, "domain", base, data).values)
             dtypes = [m.model.layers[0].mlp.experts.down_proj.dtype for m in (kept, plain)]
             self.assertEqual(dtypes, [torch.float8_e4m3fn, torch.bfloat16])
             self.assertEqual(loading.load_model(base, section).model.layers[0].self_attn.q_proj.weight.dtype, dtypes[1])

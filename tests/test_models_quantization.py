@@ -212,7 +212,11 @@ class Refusals(unittest.TestCase):
         weights = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
         codes, state = functional.quantize_4bit(weights, quant_type="nf4", blocksize=64)
         wrong = functional.dequantize_4bit(codes, state) - weights
-        self.assertGreater(float(wrong.norm() / weights.norm()), 0.2, "bitsandbytes reads them rightly now")
+        error = float(wrong.norm() / weights.norm())
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":  # the kernel that is wrong; without it torch is asked
+            self.assertGreater(error, 0.2, "bitsandbytes reads them rightly now")
+        else:
+            self.assertLess(error, 0.1)
         source = dense(temporary_directory() / "odd", inner=96)
         with self.assertRaises(ArtefactError) as caught:
             sources.fetch(section(source, "nf4"), source.parent)

@@ -26,7 +26,7 @@ from tests.support import (
     write_jsonl,
 )
 from utils.artifacts import files
-from utils.data import prepared
+from utils.data import prepared_identity
 
 ANSWERED = {"prompt", "answer", "reasoning", "adapters"}
 TRAINED = {"stage", "run", "adapter", "digest", "reused", "steps", "seconds", "tokens_per_second", "best_dev_loss"}
@@ -211,7 +211,7 @@ class WrongInputs(unittest.TestCase):
             found = []
             for text in ("before", "after"):
                 (self.scratch / "doc.txt").write_text(text)
-                found.append(prepared._contents("~/doc.txt", 0))
+                found.append(prepared_identity._content("~/doc.txt", None))
         self.assertNotEqual(*found)
 
     def test_binary_prompt_file(self) -> None:

@@ -20,6 +20,7 @@ from tests.support import SECRETS, Workspace, temporary_directory, write_jsonl
 from tests.whole_pipeline import whole
 from utils import cli, logger, secrets
 from utils.artifacts import runs
+from utils.artifacts.identity import Identity
 from utils.exceptions import ArtefactError, ConfigError, Problem
 
 HUB, PASSWORD = "hf_" + "Ab1" * 12, "p4ssw0rd-of-somebody"
@@ -162,7 +163,7 @@ class Nowhere(unittest.TestCase):
             logger.event("fetching", url=URL, header={"Authorization": f"Bearer {SECRETS['HF_TOKEN']}"})
             logger.warning(f"the key is {SECRETS['WANDB_API_KEY']}", path=Path("/tmp") / HUB)
             with mock.patch.object(sys, "argv", ["inference.py", "--prompt", f"{HUB} {SECRETS['HF_TOKEN']}"]):
-                manifest = runs.manifest("merged", {}, base={}, parents=[], measured={})
+                manifest = runs.manifest("merged", Identity({}), base={}, parents=[], measured={})
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         self.assertEqual([line["event"] for line in lines], ["fetching", "the key is <token>"])
         self.assertEqual(found_in(log.read_bytes()), [])

@@ -10,7 +10,7 @@ from config import BaseModelSection, Config
 from utils.adapters import adapter_config, adapter_files
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
-from utils.data import prepared
+from utils.data import prepared_identity
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
 from utils.models import sources
@@ -25,12 +25,12 @@ UNUSUAL_SIZE = 0.25
 def prepared_run(config: Config, base: BaseModel) -> Run:
     """The prepared data to use: pinned, or the newest that fits this tokenizer and any --data flags of this command."""
     said = sorted(path for path in config.overrides if path.startswith("data."))
-    wanted = files.fingerprint(prepared.identity(config.data, base, config.run.seed)) if said else ""
+    wanted = prepared_identity.identity(config.data, base, config.run.seed) if said else None
 
     def fits(run: Run) -> str:
         if run.manifest["identity"]["tokenizer"] != base.tokenizer_digest:
             return "prepared with another tokenizer"
-        if wanted and run.manifest["fingerprint"] != wanted:
+        if wanted and not wanted.is_of(run.manifest["identity"]):
             return f"prepared with other settings than {', '.join('--' + path for path in said)}"
         return ""
 

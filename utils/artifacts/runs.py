@@ -3,8 +3,9 @@
     data/prepared/<run>/     models/base/<name>/        models/domain/<run>/     models/task/<run>/
     models/composed/<run>/   models/evaluation/<run>/   models/benchmark/<run>/
 
-A run's name ends in the first 8 digits of the fingerprint of everything that decides its result, so the same command
-finds the same directory again: complete, it is reused; incomplete, it goes on from its last checkpoint.
+A run is known by its identity (`identity.py`), whatever its directory is called, so the same command finds the same run
+again: complete, it is reused; incomplete, it goes on from its last checkpoint. A new one is named after the preset and
+the first 8 digits of the identity's fingerprint.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from utils import disk, logger
 from utils.artifacts import files, locks, manifests
+from utils.artifacts.identity import MARK, Identity
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
 from utils.secrets import redact
@@ -63,31 +65,36 @@ class Run:
         return {"kind": self.manifest["kind"], "path": str(self.directory), "digest": self.digest, **seal}
 
 
-def directory_for(root: Path, stage: str, name: str, preset: str, identity: dict[str, Any]) -> Path:
-    """The directory of the run with this identity; `name` (from `--run.name`) replaces the derived one."""
-    return root / stage / (name or f"{preset}-{files.fingerprint(identity)[:8]}")
+def directory_for(root: Path, stage: str, name: str, preset: str, identity: Identity) -> Path:
+    """The directory of the run with this identity, complete or begun, else of a new one; `name` is `--run.name`."""
+    if name:
+        return root / stage / name
+    usual = root / stage / f"{preset}-{identity.fingerprint[:8]}"
+    if usual.exists():
+        return usual
+    known = [path for path, recorded in _recorded(root / stage) if identity.is_of(recorded)]
+    # a complete one before one that was begun
+    return min(known, key=lambda path: not (path / files.MANIFEST).exists(), default=usual)
 
 
-def open_run(directory: Path, identity: dict[str, Any]) -> Run | None:
+def open_run(directory: Path, identity: Identity) -> Run | None:
     """The complete run in `directory`, or None when it is still to be made.
 
     Raises ArtefactError when the directory holds a run with other settings, so nothing is ever overwritten.
     """
     if not directory.exists():
         return None
-    expected = files.fingerprint(identity)
     if (directory / files.MANIFEST).exists():
         run = _checked(directory, files.verify(directory))
-        _refuse_other(directory, run.manifest["identity"], identity, run.manifest["fingerprint"], expected)
+        _refuse_other(directory, run.manifest["identity"], identity)
         return run
     started = directory / IDENTITY
     if started.exists():
-        found = files.read_json(started)
-        _refuse_other(directory, found, identity, files.fingerprint(found), expected)
+        _refuse_other(directory, files.read_json(started), identity)
     return None
 
 
-def make(directory: Path, identity: dict[str, Any], what: str, fill: Callable[[], dict[str, Any]]) -> tuple[Run, bool]:
+def make(directory: Path, identity: Identity, what: str, fill: Callable[[], dict[str, Any]]) -> tuple[Run, bool]:
     """The complete run in `directory` and whether it was there already; else `fill` makes it, under its lock.
 
     `fill()` writes into the directory, goes on from what an interrupted call left there, and returns the manifest. Its
@@ -105,23 +112,25 @@ def make(directory: Path, identity: dict[str, Any], what: str, fill: Callable[[]
         return Run(directory, files.seal(directory, facts)), False
 
 
-def start(directory: Path, identity: dict[str, Any]) -> None:
+def start(directory: Path, identity: Identity) -> None:
     """Write down what the directory (its lock is held) is going to hold, so that a resume can refuse other settings.
 
     Raises ArtefactError when another process finished it, or started it with other settings, before the lock was free.
     """
     if open_run(directory, identity) is not None:
         raise ArtefactError(Problem(f"{directory} was finished by another process", fix="run the same command again"))
-    if not (directory / IDENTITY).exists():
-        _mention_unfinished(directory, identity)
+    is_begun = (directory / IDENTITY).exists()
+    if not is_begun:
+        _mention_others(directory, identity)
     files.make_directory(directory)
     locks.sweep(directory, held=True)
-    files.write_json(directory / IDENTITY, identity)
+    if not is_begun:  # its checkpoints name what is recorded, in the form of the version that began the run
+        files.write_json(directory / IDENTITY, identity.values)
 
 
 def manifest(
     kind: str,
-    identity: dict[str, Any],
+    identity: Identity,
     *,
     base: dict[str, Any],
     parents: list[Run],
@@ -134,8 +143,8 @@ def manifest(
         "format_version": FORMAT_VERSION,
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "created_ns": time.time_ns(),
-        "fingerprint": files.fingerprint(identity),
-        "identity": identity,
+        "fingerprint": identity.fingerprint,
+        "identity": identity.values,
         "base": base,
         "parents": [parent.as_parent() for parent in parents],
         "versions": versions(),
@@ -228,14 +237,26 @@ def _latest(root: Path, stage: str) -> str:
     return ""
 
 
-def _mention_unfinished(directory: Path, identity: dict[str, Any]) -> None:
-    """Say so when this run starts from nothing although an interrupted one is there that differs in a few settings."""
+def _recorded(stage: Path) -> Iterator[tuple[Path, Any]]:
+    """Directory and recorded identity of each run of a stage, complete or begun; what cannot be read is passed over."""
+    for path in sorted(stage.glob("*")):
+        with suppress(ArtefactError):
+            if (path / files.MANIFEST).exists():
+                yield path, files.read_manifest(path).get("identity")
+            elif (path / IDENTITY).exists():
+                yield path, files.read_json(path / IDENTITY)
+
+
+def _mention_others(directory: Path, identity: Identity) -> None:
+    """Say why this run starts from nothing although one is there that is nearly it."""
     unfinished = []
-    for path in directory.parent.glob(f"*/{IDENTITY}"):
-        if not (path.parent / files.MANIFEST).exists():
-            with suppress(ArtefactError):
-                unfinished.append((sorted(_differences(files.read_json(path), identity)), path.parent))
-    unfinished = [(changed, path) for changed, path in unfinished if changed]
+    for path, recorded in _recorded(directory.parent):
+        changed = identity.differences(recorded)
+        if changed and all(one.startswith(f"{MARK} was") for one in changed):
+            what = "made anew: since this run was made, the same settings give another result"
+            event(what, kept=path, changed="; ".join(changed))
+        elif changed and not (path / files.MANIFEST).exists():
+            unfinished.append((changed, path))
     if unfinished:
         changed, kept = min(unfinished, key=lambda found: len(found[0]))
         event(
@@ -245,21 +266,11 @@ def _mention_unfinished(directory: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _refuse_other(directory: Path, found: dict, wanted: dict, found_print: str | None, wanted_print: str) -> None:
-    if found_print == wanted_print:
-        return
-    changed = sorted(_differences(found, wanted))
-    shown = "; ".join(changed[:8]) or "its settings"
-    raise ArtefactError(
-        Problem(
-            f"{directory} holds a run with other settings: {shown}",
-            fix="give this run its own --run.name, or remove that directory to start anew",
+def _refuse_other(directory: Path, recorded: Any, identity: Identity) -> None:
+    if changed := identity.differences(recorded):
+        raise ArtefactError(
+            Problem(
+                f"{directory} holds a run with other settings: {'; '.join(changed[:8])}",
+                fix="give this run its own --run.name, or remove that directory to start anew",
+            )
         )
-    )
-
-
-def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = sorted({*found, *wanted})
-        return [d for key in keys for d in _differences(found.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if found == wanted else [f"{path} was {found!r}, now {wanted!r}"]

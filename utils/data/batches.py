@@ -10,7 +10,7 @@ Shape suffixes: B rows, T tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -207,27 +207,43 @@ def pack(lengths: Sequence[int], row_tokens: int, generator: random.Random) -> l
 
 
 def group(order: Sequence[int], lengths: Sequence[int], train: TrainSection) -> list[OptimiserStep]:
-    """Rows into micro-batches of at most micro_batch_tokens padded tokens, these into steps of at most batch_tokens."""
-    steps: list[OptimiserStep] = [[]]
-    micro: list[int] = []
-    longest = step_tokens = 0
-    for row, length in zip(order, lengths, strict=True):
-        if micro and max(longest, length) * (len(micro) + 1) > train.micro_batch_tokens:
-            steps[-1].append(tuple(micro))
-            step_tokens += longest * len(micro)
-            micro, longest = [], 0
-        if not micro and steps[-1] and step_tokens + length > train.batch_tokens:
+    """Rows into steps of at most batch_tokens padded tokens, each cut into micro-batches of at most micro_batch_tokens.
+
+    Which rows make a step does not depend on the micro-batch: that trades memory for time and decides no result.
+    """
+    length_of = dict(zip(order, lengths, strict=True))
+    steps = _steps(order, length_of, train.batch_tokens)
+    return [_micro_batches(step, length_of, train.micro_batch_tokens) for step in steps]
+
+
+def _steps(order: Sequence[int], length_of: Mapping[int, int], batch_tokens: int) -> list[list[int]]:
+    """Rows of each step, counted as if they were padded in as few passes as the step's own size allows."""
+    steps: list[list[int]] = [[]]
+    rows = longest = spent = 0
+    for row in order:
+        length = length_of[row]
+        if rows and max(longest, length) * (rows + 1) > batch_tokens:
+            spent += longest * rows
+            rows = longest = 0
+        if steps[-1] and spent + max(longest, length) * (rows + 1) > batch_tokens:
             steps.append([])
-            step_tokens = 0
-        elif micro and step_tokens + max(longest, length) * (len(micro) + 1) > train.batch_tokens:
-            steps[-1].append(tuple(micro))
-            steps.append([])
-            micro, longest, step_tokens = [], 0, 0
-        micro.append(row)
-        longest = max(longest, length)
-    if micro:
-        steps[-1].append(tuple(micro))
+            rows = longest = spent = 0
+        steps[-1].append(row)
+        rows, longest = rows + 1, max(longest, length)
     return [step for step in steps if step]
+
+
+def _micro_batches(rows: Sequence[int], length_of: Mapping[int, int], limit: int) -> OptimiserStep:
+    """Consecutive rows whose padded tokens stay below the limit; at least one row each."""
+    found: list[list[int]] = []
+    longest = 0
+    for row in rows:
+        if not found or max(longest, length_of[row]) * (len(found[-1]) + 1) > limit:
+            found.append([])
+            longest = 0
+        found[-1].append(row)
+        longest = max(longest, length_of[row])
+    return [tuple(micro) for micro in found]
 
 
 def pad(pairs: Sequence[Pair], pad_id: int) -> Batch:

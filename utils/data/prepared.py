@@ -8,7 +8,6 @@ data/prepared/<run>/   corpus/  dev_documents/  heldout_documents/     Arrow: id
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,21 +70,10 @@ class Prepared:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def identity(data: DataSection, base: BaseModel, seed: int) -> dict[str, Any]:
-    """Everything that decides the prepared data: settings, contents of the sources, tokenizer, seed."""
-    domain = _built_in(data, seed)
-    sources = {
-        name: _contents(value, domain)
-        for name in ("corpus", "corpus_heldout", "task", "task_dev", "task_test")
-        if (value := getattr(data, name))
-    }
-    return {"data": data.model_dump(mode="json"), "sources": sources, "tokenizer": base.tokenizer_digest, "seed": seed}
-
-
 def prepare(data: DataSection, base: BaseModel, seed: int, directory: Path) -> dict[str, Any]:
     """Read, clean, split, tokenise and write everything to `directory`; returns the counts for the manifest."""
     cache = directory / ".reading"
-    domain = _built_in(data, seed)
+    domain = built_in_domain(data, seed)
     try:
         counts: dict[str, Any] = {}
         if data.corpus != (NONE,):
@@ -114,7 +102,7 @@ def space_bytes(parts: Iterable[Dataset], tokenizer: Any) -> int:
     return 2 * total + SMALL_FILES
 
 
-def _built_in(data: DataSection, seed: int) -> BuiltIn | None:
+def built_in_domain(data: DataSection, seed: int) -> BuiltIn | None:
     """The domain that the settings name instead of files, or None."""
     named = {data.task, *data.corpus}
     if "python_docs" in named:
@@ -297,25 +285,3 @@ def _total(dataset: Dataset, column: str) -> int:
 def _fresh(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _contents(value: str | Sequence[str], domain: BuiltIn | None) -> Any:
-    """What identifies the contents of sources: digests of local files and of the built-in domain."""
-    found = []
-    for source in [value] if isinstance(value, str) else value:
-        path = Path(source).expanduser()
-        if domain and source in BUILT_IN_TASKS:
-            # the texts and not a version: what a Python documents depends on its platform and on how it was built
-            found.append({"sha256": files.fingerprint([domain.documents, domain.heldout, domain.examples])})
-        elif path.is_file():
-            found.append({"sha256": files.sha256_file(path)})
-        elif path.is_dir():
-            # links are followed, as they are when the folder is read
-            walked = ((Path(root), names) for root, _, names in os.walk(path, followlinks=True))
-            inside = sorted(root / name for root, names in walked for name in names if not name.startswith("."))
-            found.append(
-                {"sha256": files.fingerprint({str(p.relative_to(path)): files.sha256_file(p) for p in inside})}
-            )
-        else:
-            found.append({"name": source})
-    return found

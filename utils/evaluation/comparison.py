@@ -12,6 +12,7 @@ from typing import Any
 
 from config import Config
 from utils.artifacts import files, runs
+from utils.artifacts.identity import settings_of
 from utils.artifacts.runs import Run
 from utils.composition import composed_adapter
 from utils.data import contamination
@@ -154,7 +155,7 @@ def _lineage(base: BaseModel, parts: ComparedRuns) -> list[dict[str, Any]]:
 
 def _dataset(data: Run) -> dict[str, Any]:
     """Where the test questions and the held-out documents came from."""
-    said = data.manifest["identity"]["data"]
+    said = settings_of(data.manifest)["data"]
     return {
         "task": said["task_test"] or said["task"],
         "task_revision": said["task_revision"],

@@ -19,22 +19,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, LoraSection, TrainSection
 from utils import cli
 from utils.adapters import adapter_files, find
 from utils.adapters.factors import random_like
 from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity, settings_of
 from utils.artifacts.runs import Run
-from utils.data import prepared
+from utils.data import prepared, prepared_identity
 from utils.exceptions import ArtefactError, Interrupted, PipelineError, Problem
 from utils.logger import event
 from utils.models.base_model import BaseModel
+from utils.training.training_identity import task_facts, training_identity
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "controls"
 # built-in domains have a wrong one of the same form; for a person's own documents it is Python's documentation
 WRONG_FOR = {"python_docs": "python_docs_other", "invented": "invented_shuffled"}
 # what decides the built-in domains' sizes and splits
+DOMAIN, TASK = ("domain", "inputs"), ("task", "inputs")
 SIZES = ("invented_towns", "invented_attributes", "dev_share", "test_share")
 
 
@@ -47,34 +50,32 @@ class Trainer:
 
     def wrong_data(self, of: Run) -> Run:
         """Prepared documents of another domain than those that `of` (prepared data) holds."""
-        corpus = self.config.evaluate.wrong_corpus
+        corpus, own = self.config.evaluate.wrong_corpus, settings_of(of.manifest)["data"]
         if not corpus:
-            corpus = (WRONG_FOR.get(of.manifest["identity"]["data"]["corpus"][0], "python_docs"),)
-        own = of.manifest["identity"]["data"]
+            corpus = (WRONG_FOR.get(own["corpus"][0], "python_docs"),)
         section = {key: own[key] for key in SIZES if key in own} | {"corpus": corpus, "task": prepared.NONE}
         config = self._config({"data": section}, int(of.manifest["identity"]["seed"]))
-        identity = prepared.identity(config.data, self.base, config.run.seed)
+        identity = prepared_identity.identity(config.data, self.base, config.run.seed)
         return self._found_or_made("prepared", identity, config, ("data",), "the wrong domain's documents")
 
     def domain(self, like: Run, seed: int, data: Run | None = None) -> Run:
         """A domain adapter with the settings and the number of steps of `like`: another seed, or other documents."""
-        identity = {**like.manifest["identity"], "seed": seed}
+        said = settings_of(like.manifest)
+        lora, train = LoraSection.model_validate(said["lora"]), dict(said["train"])
         what = f"a domain adapter with seed {seed}"
         if data is not None:
             what = f"a wrong-domain adapter with seed {seed}"
-            train, steps = dict(identity["train"]), like.manifest["measured"]["steps"]
-            tokens = data.manifest["counts"]["documents"]["corpus"]["tokens"]
+            steps, tokens = like.manifest["measured"]["steps"], data.manifest["counts"]["documents"]["corpus"]["tokens"]
             train |= {"max_steps": steps, "epochs": 1 + math.ceil(steps * train["batch_tokens"] / max(1, tokens))}
-            identity |= {"data": data.digest, "train": train}
-        section = {"lora": identity["lora"], "train": identity["train"]}
-        inputs = {"prepared": str((data or find.parent_by_digest(like, "prepared", self._roots(True))).directory)}
-        config = self._config({"domain": section, "inputs": inputs}, seed, identity)
-        return self._found_or_made("domain", identity, config, ("domain", "inputs"), what)
+        source = data or find.parent_by_digest(like, "prepared", self._roots(True))
+        section = {"lora": lora, "train": TrainSection.model_validate(train)}
+        config = self._config({"domain": section, "inputs": {"prepared": str(source.directory)}}, seed, like)
+        return self._found_or_made("domain", self._trained("domain", like, source, config), config, DOMAIN, what)
 
     def random_domain(self, like: Run, seed: int) -> Run:
         """An adapter of random numbers with the shapes of `like` and its norm in every module."""
-        identity = {"stage": "domain", "control": "random", "like": like.digest, "seed": seed}
-        directory = self.models / "domain" / f"random-{files.fingerprint(identity)[:8]}"
+        identity = Identity.of("domain", {"control": "random", "like": like.digest, "seed": seed})
+        directory = runs.directory_for(self.models, "domain", "", "random", identity)
         if (run := runs.open_run(directory, identity)) is not None:
             return run
         factors = random_like(adapter_files.load(like.adapter, self.base), seed)
@@ -88,45 +89,67 @@ class Trainer:
 
     def task(self, like: Run, seed: int, domain: Run | None, *, rank: int = 0) -> Run:
         """A task adapter with the settings of `like`: another seed, another domain adapter (None: the base), a rank."""
-        on = like.manifest["identity"]["on"] if domain else "base"
-        identity = {**like.manifest["identity"], "seed": seed, "on": on}
-        identity["domain_adapter"] = domain.digest if domain else None
+        config, source = self._task_config(like, seed, domain, rank)
         what = f"a task adapter on {domain.directory.name if domain else 'the base'} with seed {seed}"
         if rank:
-            lora = dict(identity["lora"])
+            what = f"a task adapter of rank {rank} with seed {seed}"
+        identity = self._trained("task", like, source, config, **task_facts(config.task, domain))
+        return self._found_or_made("task", identity, config, TASK, what)
+
+    def on_base(self, like: Run) -> Run | None:
+        """The complete run trained on the base with the data, steps and settings of `like`, or None."""
+        config, source = self._task_config(like, int(like.manifest["identity"]["seed"]), None)
+        return self.existing("task", self._trained("task", like, source, config, **task_facts(config.task, None)))
+
+    def existing(self, stage: str, identity: Identity) -> Run | None:
+        """The complete run with this identity, the person's own first."""
+        for root in self._roots(stage == "prepared"):
+            for run in runs.complete_runs(root, stage):
+                if identity.is_of(run.manifest["identity"]):
+                    files.verify(run.directory)
+                    return run
+        return None
+
+    def _task_config(self, like: Run, seed: int, domain: Run | None, rank: int = 0) -> tuple[Config, Run]:
+        """The settings with which a sibling of `like` is trained, and the data."""
+        identity, said = like.manifest["identity"], settings_of(like.manifest)
+        lora = dict(said["lora"])
+        if rank:
             # the same scale, so that the rank is all that differs
             lora |= {"rank": rank, "alpha": lora["alpha"] * _scale_ratio(lora, rank)}
-            identity["lora"] = lora
-            what = f"a task adapter of rank {rank} with seed {seed}"
         section = {
-            "on": on,
-            "lora": identity["lora"],
-            "train": identity["train"],
+            "on": identity["on"] if domain else "base",
+            "lora": LoraSection.model_validate(lora),
+            "train": TrainSection.model_validate(said["train"]),
             "system_prompt": identity["system_prompt"],
             "prompt_loss_weight": identity.get("prompt_loss_weight", 0.0),
             "max_unusable_share": self.config.task.max_unusable_share,
         }
-        inputs = {"prepared": str(find.parent_by_digest(like, "prepared", self._roots(True)).directory)}
+        source = find.parent_by_digest(like, "prepared", self._roots(True))
+        inputs = {"prepared": str(source.directory)}
         if domain:
             inputs["domain_adapter"] = str(domain.directory)
-        config = self._config({"task": section, "inputs": inputs}, seed, identity)
-        return self._found_or_made("task", identity, config, ("task", "inputs"), what)
+        return self._config({"task": section, "inputs": inputs}, seed, like), source
 
-    def existing(self, stage: str, identity: dict[str, Any]) -> Run | None:
-        """The complete run with this identity, the person's own first."""
-        wanted = files.fingerprint(identity)
-        for root in self._roots(stage == "prepared"):
-            for run in runs.complete_runs(root, stage):
-                if run.manifest["fingerprint"] == wanted:
-                    files.verify(run.directory)
-                    return run
-        return None
+    def _trained(self, stage: str, like: Run, data: Run, config: Config, **facts: Any) -> Identity:
+        section = getattr(config, stage)
+        return training_identity(
+            stage,
+            self.base,
+            data,
+            section.lora,
+            section.train,
+            seed=config.run.seed,
+            dtype=config.base.dtype,
+            native_fp8=like.manifest["identity"].get("fp8") == "native",
+            facts=facts,
+        )
 
     def _roots(self, of_data: bool) -> tuple[Path, Path]:
         return (self.config.run.data_dir, self.data) if of_data else (self.config.run.models_dir, self.models)
 
     def _found_or_made(
-        self, stage: str, identity: dict[str, Any], config: Config, sections: tuple[str, ...], what: str
+        self, stage: str, identity: Identity, config: Config, sections: tuple[str, ...], what: str
     ) -> Run:
         if (run := self.existing(stage, identity)) is not None:
             return run
@@ -138,16 +161,17 @@ class Trainer:
         result = _run(command, what)
         directory = Path(result["run"])
         run = Run(directory, files.verify(directory))
-        if run.manifest["fingerprint"] != files.fingerprint(identity):
+        if not identity.is_of(run.manifest["identity"]):
             raise ArtefactError(Problem(f"{directory} was made with other settings than asked for", fix="report this"))
         return run
 
-    def _config(self, sections: dict[str, Any], seed: int, identity: dict[str, Any] | None = None) -> Config:
+    def _config(self, sections: dict[str, Any], seed: int, like: Run | None = None) -> Config:
         """This command's settings with these sections instead, writing to the controls' own folders."""
         values = self.config.model_dump()
         base = {"source": str(self.base.directory.resolve()), "revision": ""}
-        if identity:
-            base |= {"dtype": identity["dtype"].removeprefix("torch."), "attention": identity["attention"]}
+        if like:
+            dtype = str(like.manifest["identity"]["dtype"]).removeprefix("torch.")
+            base |= {"dtype": dtype, "attention": settings_of(like.manifest)["attention"]}
         run = {"seed": seed, "name": "", "trackers": (), "models_dir": self.models, "data_dir": self.data}
         changed = {
             "base": values["base"] | base,

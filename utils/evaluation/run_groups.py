@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from config import BaseModelSection, Config
 from utils.adapters import adapter_files, find
@@ -16,10 +15,8 @@ from utils.composition.composed_adapter import Composition
 from utils.evaluation.controls import Trainer
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
-from utils.models import devices, quantization, sources
+from utils.models import sources
 from utils.models.base_model import BaseModel
-
-REGIME = ("on", "domain_adapter")
 
 
 @dataclass(frozen=True)
@@ -102,21 +99,6 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
     return ComparedRuns(data, tuple(families), composed, guests, missing)
 
 
-def identity(config: Config, base: BaseModel, parts: ComparedRuns) -> dict[str, Any]:
-    """Everything that decides the numbers."""
-    return {
-        "stage": "evaluation",
-        "base": base.digest,
-        "runs": [run.digest for run in parts.runs()],
-        "models": {guest.name: guest.model.digest for guest in parts.guests if guest.model},
-        "recipe": asdict(parts.composed.recipe) if parts.composed else None,
-        "evaluate": config.evaluate.model_dump(mode="json", exclude={"launcher"}),
-        "dtype": str(devices.compute_dtype(config.base.dtype)),
-        **quantization.quantisation(base),
-        "seed": config.run.seed,
-    }
-
-
 def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> RunGroup:
     """The adapters that were asked for, with their baseline and controls."""
     if task.manifest["identity"]["on"] == find.ELSEWHERE:
@@ -158,7 +140,7 @@ def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], task: R
     found = task.manifest["identity"]
     if found["on"] == "base":
         return task
-    run = trainer.existing("task", {**found, **dict(zip(REGIME, ("base", None), strict=True))})
+    run = trainer.on_base(task)
     if run is None and config.evaluate.controls:
         run = trainer.task(task, int(found["seed"]), None)
     if run is None:

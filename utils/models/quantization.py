@@ -30,7 +30,7 @@ from utils import disk
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event
-from utils.models.model_shapes import NF4_BLOCK, PLAIN
+from utils.models.model_shapes import NF4_BLOCK
 from utils.models.weights import safetensors_io, tensor_names
 from utils.models.weights.safetensors_io import Checkpoint
 from utils.progress import Progress
@@ -194,8 +194,3 @@ def _write(checkpoint: Checkpoint, model_type: str, kind: str, directory: Path) 
     for name in ("config.json", "model.safetensors.index.json", *COMPANION_FILES):
         if (source := checkpoint.directory / name).is_file():
             shutil.copyfile(source, directory / name)
-
-
-def quantisation(base: BaseModel) -> dict[str, str]:
-    """What an identity says about a base in 4 or 8 bits; another run may have the same weights de-quantised."""
-    return {} if base.quantization == PLAIN else {"quantization": base.quantization}

@@ -15,13 +15,15 @@ from utils import logger
 from utils.adapters import adapter_files, cards, peft_model
 from utils.adapters.factors import ModuleFactors, zero_modules
 from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 from utils.data.batches import Batch, TrainingData
 from utils.exceptions import ConfigError, NonFiniteError, Problem
-from utils.models import devices, parallel, quantization
+from utils.models import devices, parallel
 from utils.models.base_model import BaseModel
 from utils.planning import preflight
 from utils.training import checkpoints, training_loop
+from utils.training.training_identity import training_identity
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,22 +34,27 @@ if TYPE_CHECKING:
 EachStep = Callable[["PeftModel", "int | None"], Sequence[str]]
 
 
-def training_identity(config: Config, stage: str, base: BaseModel, data: Run, **facts: Any) -> dict[str, Any]:
+def identity_of(config: Config, stage: str, base: BaseModel, data: Run, **facts: Any) -> Identity:
     """Everything that decides a trained adapter."""
     section = getattr(config, stage)
-    return {
-        "stage": stage,
-        "base": base.digest,
-        "data": data.digest,
-        "lora": section.lora.model_dump(mode="json"),
-        "train": section.train.model_dump(mode="json"),
-        "seed": config.run.seed,
-        "dtype": str(devices.compute_dtype(config.base.dtype)),
-        "attention": config.base.attention,
-        **({"fp8": "native"} if preflight.form(config, stage, base).native else {}),
-        **quantization.quantisation(base),
-        **facts,
-    }
+    return training_identity(
+        stage,
+        base,
+        data,
+        section.lora,
+        section.train,
+        seed=config.run.seed,
+        dtype=config.base.dtype,
+        native_fp8=preflight.form(config, stage, base).native,
+        facts=facts,
+    )
+
+
+def settings(config: Config, stage: str) -> dict[str, Any]:
+    """What a manifest says about settings, also those that trade memory for time and decide nothing."""
+    section = getattr(config, stage)
+    sections = {"lora": section.lora.model_dump(mode="json"), "train": section.train.model_dump(mode="json")}
+    return {**sections, "attention": config.base.attention}
 
 
 def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
@@ -62,7 +69,7 @@ def train_adapter(
     config: Config,
     stage: str,
     base: BaseModel,
-    identity: dict[str, Any],
+    identity: Identity,
     parents: list[Run],
     build: Callable[[], tuple[PeftModel, TrainingData, list[Batch], dict[str, Any]]],
     each_step: EachStep | None = None,
@@ -117,6 +124,7 @@ def train_adapter(
             measured=asdict(outcome) | {"predicted_peak_memory_bytes": peak["predicted_bytes"]},
             data=data_facts,
             seed=config.run.seed,
+            settings=settings(config, stage),
             **facts,
         )
         run = Run(directory, files.seal(directory, manifest))

@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.adapters import find
 from utils.artifacts import runs
+from utils.artifacts.identity import settings_of
 from utils.artifacts.runs import Run
 
 TRAINED_ON = {"domain": "on the domain adapter", "domain_ready": "ready for the domain adapter", "base": "on the base"}
@@ -89,7 +90,7 @@ def data_of(runs: Sequence[Run]) -> dict[str, Any] | None:
     run = next((run for run in runs if run.manifest["kind"] == "prepared"), None)
     if run is None:
         return None
-    counts, said = run.manifest["counts"], run.manifest["identity"]["data"]
+    counts, said = run.manifest["counts"], settings_of(run.manifest)["data"]
     documents, examples = counts.get("documents", {}), counts.get("examples", {})
     return {
         "name": run.directory.name,

@@ -19,6 +19,7 @@ import torch
 from config import BaseModelSection, MergeSection, RolloutSection
 from utils.adapters.factors import ModuleFactors
 from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity
 from utils.exceptions import RolledBack
 from utils.export import merge
 from utils.logger import event
@@ -173,5 +174,5 @@ def _bad(base: BaseModel, section: BaseModelSection, places: dict[str, Path]) ->
 
 
 def _facts(base: BaseModel, which: str) -> dict[str, Any]:
-    identity = {"stage": "rollout-demo", "base": base.digest, "which": which}
+    identity = Identity.of("merged", {"made_for": "rollout-demo", "base": base.digest, "which": which})
     return runs.manifest("merged", identity, base=base.record(), parents=[], measured={})

@@ -1,0 +1,64 @@
+"""What decides a benchmark: what is measured and on what machine, under names that stay when settings are renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from config import Config
+from utils.artifacts.identity import Identity, chosen, same_names
+from utils.artifacts.runs import Run
+from utils.models import devices
+from utils.models.base_model import BaseModel
+
+# recorded name -> setting; here memory settings decide too, because memory and time are what is measured
+MEASURED = same_names(
+    *("suite", "prompt_tokens", "batch_sizes", "new_tokens", "repeats", "training_tokens", "corpus_megabytes"),
+    *("merge_gigabytes", "merge_experts", "evaluation_items", "gpu_steps", "gpu_toy", "evaluation_document_tokens"),
+)
+RECIPE = same_names("method", "weights", "rank", "density")
+LORA = same_names("rank", "alpha", "dropout", "use_rslora", "target_modules", "experts")
+TRAIN = same_names(
+    *("learning_rate", "sequence_tokens", "batch_tokens", "micro_batch_tokens", "weight_decay", "max_grad_norm"),
+    "gradient_checkpointing",
+)
+MACHINE = same_names("dtype", "attention", "device", "gpu_tflops", "threads", "torch", "evaluate_batch_tokens", "seed")
+
+
+def benchmark_identity(config: Config, base: BaseModel, pair: Sequence[Run] | None) -> Identity:
+    """Another machine, torch or setting gives another run."""
+    recorded = {
+        "base": base.digest,
+        "adapters": [run.digest for run in pair] if pair else None,
+        "compose": config.compose.model_dump(mode="json"),
+        "benchmark": config.benchmark.model_dump(mode="json"),
+        "evaluate_batch_tokens": config.evaluate.batch_tokens,
+        "domain": config.domain.model_dump(mode="json"),
+        "task_lora": config.task.lora.model_dump(mode="json"),
+        "dtype": str(devices.compute_dtype(config.base.dtype)),
+        "attention": config.base.attention,
+        "device": devices.device().type,
+        "gpu_tflops": config.plan.gpu_tflops if "gpu" in config.benchmark.suite else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seed": config.run.seed,
+    }
+    return Identity.of("benchmark", _values(recorded), _values)
+
+
+def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The deciding values of an identity that holds whole sections, as those of before 2026-11-30 do."""
+    return {
+        "base": recorded["base"],
+        "adapters": recorded["adapters"],
+        "measured": chosen(recorded["benchmark"], MEASURED),
+        "recipe": chosen(recorded["compose"], RECIPE),
+        "domain": {
+            "lora": chosen(recorded["domain"]["lora"], LORA),
+            "train": chosen(recorded["domain"]["train"], TRAIN),
+        },
+        "task": {"lora": chosen(recorded["task_lora"], LORA)},
+        **chosen(recorded, MACHINE),
+    }

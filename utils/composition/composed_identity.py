@@ -1,0 +1,48 @@
+"""What decides a composed adapter, under names that stay when settings are renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from config import ComposeSection
+from utils.artifacts.identity import Identity, chosen
+from utils.artifacts.runs import Run
+from utils.composition.methods import METHODS
+from utils.models.base_model import BaseModel
+
+# recorded name -> setting, for a search
+SEARCH = {
+    "methods": "search_methods",
+    "domain_retention": "domain_retention",
+    "max_dev_items": "max_dev_items",
+    "max_dev_documents": "max_dev_documents",
+}
+
+
+def composed_identity(
+    section: ComposeSection, base: BaseModel, found: Sequence[Run], data: Run | None, seed: int
+) -> Identity:
+    """The identity of these adapters composed as the section says; `data` is what a search would choose on."""
+    recorded = {
+        "base": base.digest,
+        "adapters": [run.digest for run in found],
+        "data": data.digest if data else None,
+        "compose": section.model_dump(mode="json"),
+        "seed": seed,
+    }
+    return Identity.of("composed", _values(recorded), _values)
+
+
+def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The deciding values of an identity that holds the whole section, as those of before 2026-11-30 do."""
+    section, adapters = recorded["compose"], recorded["adapters"]
+    method = METHODS[section["method"]]
+    recipe: dict[str, Any] = {"method": section["method"], "weights": list(section["weights"] or ())}
+    if not recipe["weights"] and not section["search"]:
+        recipe["weights"] = [1.0] * (len(adapters) * method.numbers(1))
+    if not method.exact:
+        recipe |= chosen(section, {"rank": "rank", "density": "density"})
+    # without a search dev data only explain
+    search = {"search": chosen(section, SEARCH), "data": recorded["data"]} if section["search"] else {}
+    return {"base": recorded["base"], "adapters": adapters, "recipe": recipe, **search, "seed": recorded["seed"]}

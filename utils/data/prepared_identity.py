@@ -1,0 +1,92 @@
+"""What decides prepared data: the contents of its sources, how they are split, the tokenizer and the seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config import BUILT_IN_TASKS, DataSection
+from utils.artifacts import files
+from utils.artifacts.identity import Identity, chosen, same_names
+from utils.data.domains.built_in import BuiltIn
+from utils.data.prepared import NONE, built_in_domain
+from utils.models.base_model import BaseModel
+
+SOURCES = {
+    "corpus": "corpus_revision",
+    "corpus_heldout": "corpus_revision",
+    "task": "task_revision",
+    "task_dev": "task_revision",
+    "task_test": "task_revision",
+}
+LIMITS = same_names("max_documents", "max_train_examples", "max_dev_examples", "max_test_examples")
+INVENTED = same_names("invented_towns", "invented_attributes")
+SHARES = same_names("heldout_share", "dev_share", "test_share")
+
+
+def identity(data: DataSection, base: BaseModel, seed: int) -> Identity:
+    """The identity of what these settings prepare. Reads and digests every local source."""
+    domain = built_in_domain(data, seed)
+    contents = {name: [_content(source, domain) for source in _listed(getattr(data, name))] for name in SOURCES}
+    values = _values(data.model_dump(mode="json"), contents, base.tokenizer_digest, seed)
+    return Identity.of("prepared", values, _earlier)
+
+
+def _values(data: Mapping[str, Any], contents: Mapping[str, Any], tokenizer: str, seed: int) -> dict[str, Any]:
+    """The deciding values of a settings section and the contents of its sources."""
+    sources = {name: _sources(data[name], contents.get(name), data.get(SOURCES[name])) for name in SOURCES}
+    names = {source for name in ("corpus", "task") for source in _listed(data[name])}
+    shares = {**SHARES}
+    # a share decides nothing where a person gives the split
+    if data["corpus_heldout"] or names & set(BUILT_IN_TASKS):
+        del shares["heldout_share"]
+    for split in ("dev", "test"):
+        if data[f"task_{split}"] or data["task"] in ("python_docs", NONE):
+            del shares[f"{split}_share"]
+    return {
+        "sources": {name: found for name, found in sources.items() if found},
+        "split": chosen(data, shares),
+        "limits": chosen(data, LIMITS),
+        **({"invented": chosen(data, INVENTED)} if any(name.startswith("invented") for name in names) else {}),
+        "tokenizer": tokenizer,
+        "seed": seed,
+    }
+
+
+def _earlier(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Manifests of before 2026-11-30 have the whole section and the contents of its sources."""
+    return _values(recorded["data"], recorded["sources"], recorded["tokenizer"], recorded["seed"])
+
+
+def _sources(named: str | Sequence[str], contents: Sequence[Mapping[str, Any]] | None, revision: Any) -> list[Any]:
+    """Each source by its contents; a file by its name too, which its documents are called by; a hub's by commit."""
+    found = []
+    for name, content in zip(_listed(named), contents or (), strict=True):
+        if "sha256" in content:
+            called = {"name": Path(name).name} if Path(name).suffix else {}
+            found.append(called | content)
+        else:
+            found.append({"name": name, "revision": revision or ""} if name != NONE else {"name": NONE})
+    return found
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    return ([value] if value else []) if isinstance(value, str) else list(value)
+
+
+def _content(source: str, domain: BuiltIn | None) -> dict[str, str]:
+    """What identifies the contents of a source: the digest of a local file or folder, or of the built-in domain."""
+    path = Path(source).expanduser()
+    if domain and source in BUILT_IN_TASKS:
+        # the texts and not a version: what a Python documents depends on its platform and on how it was built
+        return {"sha256": files.fingerprint([domain.documents, domain.heldout, domain.examples])}
+    if path.is_file():
+        return {"sha256": files.sha256_file(path)}
+    if path.is_dir():
+        # links are followed, as they are when the folder is read
+        walked = ((Path(root), names) for root, _, names in os.walk(path, followlinks=True))
+        inside = sorted(root / name for root, names in walked for name in names if not name.startswith("."))
+        return {"sha256": files.fingerprint({str(p.relative_to(path)): files.sha256_file(p) for p in inside})}
+    return {"name": source}

@@ -1,0 +1,57 @@
+"""What decides an evaluation's numbers, under names that stay when settings are renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from utils.artifacts import files
+from utils.artifacts.identity import Identity, chosen, same_names
+from utils.evaluation.run_groups import ComparedRuns
+from utils.models import devices
+from utils.models.base_model import BaseModel
+from utils.models.model_shapes import PLAIN
+
+# recorded name -> setting; which rows there are is decided by the runs and models that take part
+SCORED = same_names("margin", "batch_tokens", "max_heldout_documents", "generated_answers", "resamples")
+ANSWERED = same_names("max_new_tokens")
+KEPT = same_names("base", "runs", "models", "recipe", "dtype", "quantization", "seed")
+
+
+def evaluation_identity(config: Config, base: BaseModel, parts: ComparedRuns) -> Identity:
+    """The identity of a comparison of these runs."""
+    recorded = {
+        "base": base.digest,
+        "runs": [run.digest for run in parts.runs()],
+        "models": {row.name: row.model.digest for row in parts.guests if row.model},
+        "recipe": asdict(parts.composed.recipe) if parts.composed else None,
+        "evaluate": config.evaluate.model_dump(mode="json"),
+        "dtype": str(devices.compute_dtype(config.base.dtype)),
+        **({} if base.quantization == PLAIN else {"quantization": base.quantization}),
+        "seed": config.run.seed,
+    }
+    return Identity.of("evaluation", _values(recorded), _values)
+
+
+def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The deciding values of an identity that holds the whole section, as those of before 2026-11-30 do."""
+    section = recorded["evaluate"]
+    scored = chosen(section, SCORED)
+    if section["generated_answers"]:
+        scored |= chosen(section, ANSWERED)
+    if section["general_text"]:
+        scored["general_text"] = _content(Path(section["general_text"]))
+    return {**chosen(recorded, KEPT), "evaluate": scored}
+
+
+def _content(path: Path) -> str:
+    """Digest of a file, or of the files of a folder; the path itself where nothing is there."""
+    if path.is_file():
+        return files.sha256_file(path)
+    inside = sorted(p for p in path.rglob("*") if p.is_file())
+    return (
+        files.fingerprint([(str(p.relative_to(path)), files.sha256_file(p)) for p in inside]) if inside else str(path)
+    )

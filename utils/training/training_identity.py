@@ -1,0 +1,116 @@
+"""What decides a trained adapter, under names that stay when settings are renamed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from config import LoraSection, TaskSection, TrainSection
+from utils.artifacts.identity import MARK, Identity, chosen, same_names
+from utils.artifacts.runs import Run
+from utils.models import devices
+from utils.models.base_model import BaseModel
+from utils.models.model_shapes import PLAIN
+from utils.models.weights.tensor_names import FUSED, weight_shapes
+
+# recorded name -> setting
+LORA = same_names("rank", "alpha", "dropout", "use_rslora")
+TRAIN = same_names(
+    *("learning_rate", "epochs", "max_steps", "sequence_tokens", "batch_tokens", "warmup_share"),
+    *("final_learning_rate_share", "weight_decay", "max_grad_norm", "keep"),
+)
+# what the adapter that is kept is chosen by; the last one is not chosen
+CHOICE = same_names("evals_per_epoch", "max_dev_tokens")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def training_identity(
+    stage: str,
+    base: BaseModel,
+    data: Run,
+    lora: LoraSection,
+    train: TrainSection,
+    *,
+    seed: int,
+    dtype: str,
+    native_fp8: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> Identity:
+    """The identity of a domain or task adapter; `dtype` as in `base.dtype`, `facts` the stage's own (`task_facts`)."""
+
+    def values(recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """The deciding values of an identity that holds whole sections, as those of before 2026-11-30 do."""
+        kept = {
+            key: value
+            for key, value in recorded.items()
+            # attention is recorded beside it: it trades memory for time
+            if key not in ("lora", "train", "attention")
+        }
+        train = recorded["train"]
+        found = {**kept, "lora": _decided_lora(recorded["lora"], base), "train": _decided_train(train)}
+        if stage == "task" and train["micro_batch_tokens"] != train["batch_tokens"]:
+            found[MARK] = 0  # until 2026-11-30 which pairs made a step depended on the micro-batch
+        return found
+
+    whole = {
+        "base": base.digest,
+        "data": data.digest,
+        "lora": lora.model_dump(mode="json"),
+        "train": train.model_dump(mode="json") | {"micro_batch_tokens": train.batch_tokens},
+        "seed": seed,
+        "dtype": str(devices.compute_dtype(dtype)),
+        **({"fp8": "native"} if native_fp8 else {}),
+        **({} if base.quantization == PLAIN else {"quantization": base.quantization}),
+        **(facts or {}),
+    }
+    return Identity.of(stage, values(whole), values)
+
+
+def task_facts(task: TaskSection, domain: Run | None) -> dict[str, Any]:
+    """What decides a task adapter beside what both stages have."""
+    found = {
+        "on": task.on,
+        "domain_adapter": domain.digest if domain else None,
+        "system_prompt": task.system_prompt,
+    }
+    if task.prompt_loss_weight:  # left out at 0, which is what adapters of before have
+        found["prompt_loss_weight"] = task.prompt_loss_weight
+    return found
+
+
+def adapted_modules(base: BaseModel, targets: list[str], *, experts: bool) -> dict[str, str]:
+    """Path of every module that the target names find, its layers as `*` -> the layers, e.g. "0-29" or "0,2,4".
+
+    Read off the headers of the files; a name that finds nothing is refused when the adapter is attached.
+    """
+    layers: dict[str, list[int]] = {}
+    for name, shape in weight_shapes(base.directory, base.model_type).items():
+        leaf = name.rpartition(".")[2]
+        if (leaf in targets and len(shape) == 2) or (experts and leaf in FUSED and len(shape) == 3):
+            number = _LAYER.search(f"{name}.")
+            layers.setdefault(_LAYER.sub("*", name, count=1), []).append(int(number[0]) if number else 0)
+    return {path: _ranges(sorted(found)) for path, found in sorted(layers.items())}
+
+
+def _decided_lora(lora: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
+    modules = adapted_modules(base, list(lora["target_modules"]), experts=bool(lora.get("experts")))
+    return chosen(lora, LORA) | {"modules": modules}
+
+
+def _decided_train(train: Mapping[str, Any]) -> dict[str, Any]:
+    found = chosen(train, TRAIN)
+    if train["keep"] == "best":
+        found |= chosen(train, CHOICE)
+    return found
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][-1] + 1:
+            pieces[-1][1:] = [number]
+        else:
+            pieces.append([number])
+    return ",".join("-".join(map(str, piece)) for piece in pieces)
