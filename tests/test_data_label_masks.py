@@ -187,6 +187,7 @@ class Padding(unittest.TestCase):
     def test_pad_is_the_models_own_token_where_its_settings_name_none(self) -> None:
         directory = temporary_directory()
         tokenizer().save_pretrained(directory)
+        (directory / "config.json").write_text('{"model_type": "minimax_m2"}')
         found = chat.load_tokenizer(directory)
         self.assertEqual((chat.pad_id(found), found.eos_token_id), (PAD, END))
         rows = [example(id="short"), example(id="long", answers=["A longer answer."])]

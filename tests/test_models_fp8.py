@@ -29,7 +29,7 @@ from utils.planning.preflight import Machine
 from utils.training import training_run
 
 H100 = Facts(capability=(9, 0), kernels="", on_experts=False, computes_in="bfloat16")
-M2 = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
+M2 = minimax_m2.sizes(minimax_m2.PUBLISHED)
 LORA = LoraSection(rank=4, alpha=8, target_modules=ATTENTION)
 IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -209,7 +209,7 @@ class Loaded(unittest.TestCase):
 
     def test_attention_adapters_of_the_real_shape_have_exactly_their_parameters(self) -> None:
         """On the meta device: what PEFT attaches to all 62 layers, not what arithmetic says."""
-        settings = MiniMaxM2Config(**{k: v for k, v in minimax_m2.MINIMAX_M2.items() if k != "quantization_config"})
+        settings = MiniMaxM2Config(**{k: v for k, v in minimax_m2.PUBLISHED.items() if k != "quantization_config"})
         with torch.device("meta"), logger.quiet_transformers():
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
         lora = PRESETS["minimax_m2"]().task.lora
@@ -220,7 +220,7 @@ class Loaded(unittest.TestCase):
         self.assertEqual({parameter.dtype for parameter in trained.values()}, {torch.float32})
         self.assertFalse([name for name in trained if "gate" in name or "lm_head" in name or "experts" in name])
         base = mock.Mock(directory=temporary_directory())
-        (base.directory / "config.json").write_text(json.dumps(minimax_m2.MINIMAX_M2))
+        (base.directory / "config.json").write_text(json.dumps(minimax_m2.PUBLISHED))
         preflight.check_trainable(model, resolve(), "task", base)
         model.base_model.model.lm_head.weight.requires_grad_(True)
         with self.assertRaisesRegex(ArtefactError, "the task adapter's settings ask for 26,411,008"):

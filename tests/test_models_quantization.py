@@ -176,7 +176,7 @@ class Refusals(unittest.TestCase):
     def test_minimax_m2_is_refused_by_its_settings_with_the_numbers_that_the_plan_has(self) -> None:
         with self.assertRaises(ValidationError) as caught:
             Config(base=PRESETS["minimax_m2"]().base.model_copy(update={"quantization": "nf4"}))
-        shapes = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
+        shapes = minimax_m2.sizes(minimax_m2.PUBLISHED)
         kept, whole = (estimates.weight_bytes(shapes, dtype) / model_shapes.GIB for dtype in ("nf4", "bfloat16"))
         self.assertIn(f"nf4 would leave {kept:.1f} of {whole:.1f} GiB", str(caught.exception))
         (problem,) = preflight.quantization_refusals(shapes, "nf4")

@@ -28,7 +28,7 @@ from utils import cli, logger
 from utils.adapters import adapter_files, peft_model
 from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, VerificationError
 from utils.models import load_checks, loading, sources
-from utils.models.architectures import toy
+from utils.models.architectures import registry, toy
 from utils.planning import preflight
 from utils.training import guards, training_run
 
@@ -120,7 +120,8 @@ class Loading(unittest.TestCase):
         self.assertIn("4 router tensors were not loaded as float32", told)
         self.assertIn("model.layers.0.mlp.gate.weight torch.bfloat16", told)
         with (
-            mock.patch.object(loading, "FLOAT32_ROUTER", set()),
+            mock.patch.object(loading, "registry", mock.Mock(of=lambda model_type: registry.USUAL)),
+            mock.patch.object(MiniMaxM2ForCausalLM, "_keep_in_fp32_modules_strict", None),
             self.assertRaisesRegex(ArtefactError, "router tensors were not loaded as float32"),
         ):
             loading.load_model(*self.ours("bfloat16"))

@@ -22,7 +22,7 @@ from utils.planning import count_parameters, estimates
 from utils.planning.estimates import Adapter, TrainingStep
 from utils.training import training_run
 
-M2 = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
+M2 = minimax_m2.sizes(minimax_m2.PUBLISHED)
 QKVO = Adapter(ATTENTION, 16)
 TASK = TrainingStep("bfloat16", QKVO, 4096, 4096, checkpointing=True)
 H100, H200 = 75 * GIB, 136 * GIB
@@ -49,7 +49,7 @@ class Counts(unittest.TestCase):
             "num_mtp_modules": 3,
         }
         counted = count_parameters.of_settings(
-            minimax_m2.MINIMAX_M2 | remote
+            minimax_m2.PUBLISHED | remote
         )  # as published; no remote code is asked for
         self.assertEqual(counted, M2)  # what dry runs know by heart is what transformers builds
         self.assertEqual(counted.total, 228_689_748_992)

@@ -28,11 +28,11 @@ from utils.artifacts import files
 from utils.exceptions import ArtefactError, ConfigError
 from utils.models.architectures import minimax_m2
 from utils.models.model_shapes import GIB
-from utils.planning import dry_run, plan_report, preflight
+from utils.planning import dry_run, launch_files, plan_report, preflight
 from utils.planning.preflight import Machine
 from utils.training import training_run
 
-M2 = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
+M2 = minimax_m2.sizes(minimax_m2.PUBLISHED)
 LAUNCH = ROOT / "scripts" / "launch"
 SHARDED = sorted(LAUNCH.glob("minimax_m2_*.yaml"))
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
@@ -299,7 +299,7 @@ class LaunchFiles(unittest.TestCase):
                     ["--plan.nodes=3"],
                 ):
                     config = resolve(*flags)
-                    command = plan_report.command(config, sizes, "domain", sharded=sharded).split()
+                    command = launch_files.command(config, sizes, "domain", sharded=sharded).split()
                     words = command[2 : command.index("scripts/train_domain_adapter.py")]
                     words = ["0" if word == "RANK" else word for word in words]
                     self.assertTrue((ROOT / words[1]).is_file(), words)

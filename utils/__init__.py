@@ -32,7 +32,8 @@ ROWS: tuple[dict[str, str], ...] = (
 
 # values in, values out: no model library, no disk, no clock; they import exceptions and each other
 PURE = (
-    *("models.model_shapes", "models.architectures.minimax_m2"),
+    *("models.model_shapes", "models.architectures.architecture", "models.architectures.registry"),
+    *("models.architectures.minimax_m2", "models.architectures.qwen3_moe"),
     *("data.splits", "data.answer_metrics", "data.ngram_overlap", "data.domains.built_in", "data.domains.invented"),
     *("adapters.factors", "planning.estimates", "planning.native_fp8"),
     *("composition.methods", "composition.approximate", "composition.truncation", "composition.checks"),
@@ -42,14 +43,9 @@ PURE = (
 
 # the modules that scripts call with their whole `Config`; every other one takes the sections that it needs
 TAKES_CONFIG = (
-    *("adapters.find", "planning.preflight", "planning.plan_report", "planning.dry_run"),
-    *(
-        "training.training_run",
-        "evaluation.evaluation_identity",
-        "benchmarks.benchmark_identity",
-        "composition.composed_adapter",
-        "composition.dev_losses",
-    ),
+    *("adapters.find", "planning.preflight", "planning.plan_report", "planning.launch_files", "planning.dry_run"),
+    *("training.training_run", "composition.composed_adapter", "composition.dev_losses"),
+    *("evaluation.evaluation_identity", "benchmarks.benchmark_identity"),
     *("evaluation.comparison", "evaluation.run_groups", "evaluation.controls", "evaluation.scored_rows"),
     *("benchmarks.inputs", "benchmarks.suite_inference", "benchmarks.suite_training", "benchmarks.suite_data"),
     *("benchmarks.suite_merge", "benchmarks.suite_evaluation", "benchmarks.suite_gpu"),

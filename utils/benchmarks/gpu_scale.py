@@ -33,7 +33,7 @@ class SuiteScale:
 
 
 def _shape(**changed: Any) -> dict[str, Any]:
-    return {key: value for key, value in minimax_m2.MINIMAX_M2.items() if key != "quantization_config"} | changed
+    return {key: value for key, value in minimax_m2.PUBLISHED.items() if key != "quantization_config"} | changed
 
 
 REAL = SuiteScale(
@@ -103,7 +103,7 @@ def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
 
 def sizes(scale: SuiteScale, layers: int) -> ModelSizes:
     """MiniMax-M2's shapes with so many layers."""
-    return minimax_m2.minimax_m2({**scale.moe, "num_hidden_layers": layers})
+    return minimax_m2.sizes({**scale.moe, "num_hidden_layers": layers})
 
 
 def step(scale: SuiteScale, lora: LoraSection, base: Dtype) -> TrainingStep:

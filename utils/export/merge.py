@@ -27,6 +27,7 @@ from utils.artifacts import files
 from utils.exceptions import ArtefactError, NonFiniteError, Problem, VerificationError
 from utils.export import merge_check
 from utils.logger import event
+from utils.models.architectures import registry
 from utils.models.base_model import COMPANION_FILES, BaseModel
 from utils.models.weights import fp8, safetensors_io, tensor_names
 from utils.models.weights.safetensors_io import Checkpoint, Header, Tensor
@@ -35,8 +36,6 @@ from utils.progress import Progress
 # what is finished, while a merge is being written; hidden, so no part of the artefact
 RECORD = ".shards.json"
 INDEX = "model.safetensors.index.json"
-# float32 in MiniMax-M2: rounding them sends tokens to other experts
-ROUTERS = (".gate.weight", "e_score_correction_bias")
 # they name Python files of the base's repository, which are neither fetched nor run
 NAMES_CODE = ("auto_map", "custom_pipelines")
 _SAFETENSORS_NAME = {"bfloat16": "BF16", "float32": "F32"}
@@ -165,7 +164,8 @@ def _after(
     if checkpoint.is_scale(name):
         changed = name.removesuffix(safetensors_io.SCALE) in updates
         return None if dtype != "fp8" else safetensors_io.described("F32", tensor.shape) if changed else tensor
-    if dtype == "fp8" or not tensor.is_floating or name.endswith(ROUTERS):
+    kept = registry.of(checkpoint.config.get("model_type")).kept_in_merge
+    if dtype == "fp8" or not tensor.is_floating or name.endswith(kept):
         return tensor
     if dtype == "base":
         return safetensors_io.described("BF16", tensor.shape) if tensor.is_fp8 else tensor

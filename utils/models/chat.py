@@ -18,8 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
-from utils.models.directory_checks import readable
+from utils.models.architectures import registry
+from utils.models.directory_checks import CONFIG, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,20 +163,19 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, tokens)) or '(?!)'})")
 
 
-UNNAMED_PAD = "]!p~["
-
-
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer with an end-of-turn token; padding is by position here, so any pad token will do.
 
-    MiniMax-M2 has one that its settings do not name; other programs that mask by id would lose the end-of-turn label.
+    One that only the architecture's module names is set: programs that mask by id would lose the end-of-turn label.
     """
     from transformers import AutoTokenizer
 
     with readable(directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    if tokenizer.pad_token_id is None and UNNAMED_PAD in tokenizer.get_vocab():
-        tokenizer.pad_token = UNNAMED_PAD
+        settings = files.read_object(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    pad = registry.of(settings.get("model_type")).unnamed_pad
+    if pad and tokenizer.pad_token_id is None and pad in tokenizer.get_vocab():
+        tokenizer.pad_token = pad
     problems = []
     if tokenizer.eos_token_id is None:
         problems.append(Problem(f"the tokenizer in {directory} has no eos token", fix="set eos_token in its config"))

@@ -5,13 +5,14 @@ Reads names and the JSON files only. A hub cache keeps its files as links into i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, PipelineError, Problem, is_lost_process, is_out_of_memory
+from utils.models.architectures import registry
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +36,7 @@ def problems(directory: Path) -> list[Problem]:
         for path in _opened(directory)
         if leads_out(path, directory)
     ]
-    return found or [*_named_code(directory), *_named_paths(directory), *_rotation(directory)]
+    return found or [*_named_code(directory), *_named_paths(directory), *_unsaid(directory)]
 
 
 def leads_out(path: Path, root: Path) -> bool:
@@ -43,16 +44,6 @@ def leads_out(path: Path, root: Path) -> bool:
     target = path.resolve()
     is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     return not is_blob and not target.is_relative_to(root.resolve())
-
-
-def rotated_share(settings: Mapping[str, Any]) -> float | None:
-    """The share of each head that RoPE rotates, as config.json says it; None where it does not."""
-    for place in (settings, settings.get("rope_parameters") or {}):
-        if place.get("partial_rotary_factor") is not None:
-            return float(place["partial_rotary_factor"])
-    if settings.get("rotary_dim") is not None and settings.get("head_dim"):
-        return settings["rotary_dim"] / settings["head_dim"]
-    return None
 
 
 def _opened(directory: Path) -> Iterator[Path]:
@@ -79,12 +70,10 @@ def _named_paths(directory: Path) -> Iterator[Problem]:
             yield Problem(f"{directory / name} has no {key}", fix="fetch it again")
 
 
-def _rotation(directory: Path) -> Iterator[Problem]:
-    """A MiniMax-M2 whose config.json does not say how much of a head is rotated is rotated whole, without a word."""
+def _unsaid(directory: Path) -> list[Problem]:
+    """What config.json leaves out although transformers' default for it is silently another model."""
     settings = files.read_object(directory / CONFIG)
-    if settings.get("model_type") == "minimax_m2" and rotated_share(settings) is None:
-        what = f"{directory / CONFIG} has no rotary_dim: whole heads would be rotated, and every answer be wrong"
-        yield Problem(what, fix='restore it: MiniMax-M2 has "rotary_dim": 64 beside "head_dim": 128')
+    return registry.of(settings.get("model_type")).unsaid(settings, str(directory / CONFIG))
 
 
 def _entries(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:

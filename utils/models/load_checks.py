@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils.exceptions import Problem
-from utils.models.directory_checks import rotated_share
+from utils.models.architectures import registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# parameters and buffers that have to be float32 whatever the rest is, by the ends of their names
-FLOAT32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 NAMED = 3
 
 
@@ -33,7 +31,7 @@ def problems(model: PreTrainedModel, directory: Path, *, native_fp8: bool = Fals
 
 
 def _narrow_routers(model: PreTrainedModel, directory: Path) -> list[Problem]:
-    ends = FLOAT32.get(model.config.model_type, ())
+    ends = registry.of(model.config.model_type).float32
     narrow = [
         f"{name} {tensor.dtype}"
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -45,7 +43,8 @@ def _narrow_routers(model: PreTrainedModel, directory: Path) -> list[Problem]:
 
 def _wrong_rotation(model: PreTrainedModel, directory: Path) -> list[Problem]:
     settings = model.config.to_dict()
-    if settings.get("model_type") != "minimax_m2":
+    rotated_share = registry.of(settings.get("model_type")).rotated_share
+    if rotated_share is None:
         return []
     share = rotated_share(settings)
     (rotation,) = (module for name, module in model.named_modules() if name.endswith("rotary_emb"))

@@ -10,6 +10,7 @@ from config import BaseModelSection
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, quiet_transformers
 from utils.models import devices, load_checks, quantization
+from utils.models.architectures import registry
 from utils.models.base_model import BaseModel
 from utils.models.directory_checks import readable
 from utils.models.model_shapes import PLAIN
@@ -18,10 +19,6 @@ from utils.models.weights.fp8 import is_fp8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# float32 routing: a bfloat16 router sent 3% of tokens to other experts, and servers keep it in float32
-FLOAT32_ROUTER = {"mlp.gate", "e_score_correction_bias"}
 
 
 def load_model(
@@ -38,7 +35,7 @@ def load_model(
     (utils/planning/native_fp8.py). `place` is another device; on "meta" it is the same model without values,
     and the weights are not read. Raises ArtefactError for files that do not load, or not as they say.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     with readable(base.directory):
         model_config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
@@ -52,10 +49,9 @@ def load_model(
 
         event("the checkpoint is FP8: de-quantising it while loading")
         extra["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    if model_config.model_type == "minimax_m2":
-        from transformers import MiniMaxM2ForCausalLM
-
-        MiniMaxM2ForCausalLM._keep_in_fp32_modules_strict = FLOAT32_ROUTER
+    if float32 := registry.of(model_config.model_type).float32:
+        names = {name.removesuffix(".weight") for name in float32}
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._keep_in_fp32_modules_strict = names
     with quiet_transformers(), readable(base.directory):
         how = {
             "output_loading_info": True,

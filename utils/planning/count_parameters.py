@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from utils.models.architectures import registry
 from utils.models.model_shapes import Matrix, ModelSizes
 from utils.models.weights.tensor_names import layer_of
 
@@ -31,7 +32,6 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
     from transformers import AutoModelForCausalLM
 
     from utils.logger import quiet_transformers
-    from utils.models.loading import FLOAT32_ROUTER
 
     with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
@@ -46,7 +46,7 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     down = [matrix for matrix in matrices if matrix.name == "down_proj"]
-    experts = [matrix for matrix in matrices if matrix.is_experts]
+    fused = [parameter for name, parameter in model.named_parameters() if _is_fused(name, parameter)]
     quantisation = getattr(settings, "quantization_config", None) or {}
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
     return ModelSizes(
@@ -62,10 +62,10 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
         heads=heads,
         intermediate=(next((m for m in down if m.is_experts), None) or down[0]).in_features,
         vocabulary=int(text.vocab_size),
-        experts=experts[0].copies // len(layers) if experts else 0,
-        experts_per_token=int(text.num_experts_per_tok) if experts else 0,
+        experts=fused[0].shape[0] if fused else 0,
+        experts_per_token=int(text.num_experts_per_tok) if fused else 0,
         has_qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
-        float32_router=settings.model_type == "minimax_m2" and bool(FLOAT32_ROUTER),
+        float32_router=bool(registry.of(settings.model_type).float32),
         stored="fp8" if method == "fp8" else "float32" if str(settings.dtype).endswith("float32") else "bfloat16",
     )
 
@@ -82,12 +82,17 @@ def _kind(name: str) -> str:
     return "attention" if "attn" in name or "attention" in name else "dense" if "mlp" in name else "other"
 
 
+def _is_fused(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds a matrix (O, I) for each of its E experts."""
+    return parameter.ndim == 3 and ".experts." in name
+
+
 def _matrices(model: torch.nn.Module) -> tuple[Matrix, ...]:
     found: Counter[tuple[str, int, int, bool]] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != "lm_head":
             found[(name.rpartition(".")[2], *module.weight.shape, False)] += 1
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and ".experts." in name:
+        if _is_fused(name, parameter):
             found[(name.rpartition(".")[2], *parameter.shape[1:], True)] += math.prod(parameter.shape[:1])
     return tuple(Matrix(name, out, inside, copies, fused) for (name, out, inside, fused), copies in found.items())

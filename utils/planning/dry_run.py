@@ -1,31 +1,37 @@
-"""What `--dry-run` says about size and time under MiniMax-M2, per script, from the settings alone: no torch, no hub."""
+"""What `--dry-run` says about size and time per script, from config.json or by heart: no torch, no hub."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from config import Config, is_minimax_m2
+from config import Config
 from utils.artifacts import files
-from utils.models.architectures import minimax_m2
+from utils.exceptions import ArtefactError, Problem
+from utils.models.architectures import registry
 from utils.models.model_shapes import Dtype, ModelSizes
 from utils.planning import estimates, plan_report
+from utils.planning.launch_files import STAGES
 from utils.planning.plan_report import gb, gib
 
 
 def lines(config: Config, script: str) -> list[str]:
-    """The plan's part in a script's dry run; empty for other models than MiniMax-M2."""
-    source = config.base.source
-    settings = Path(source) / "config.json"
-    if settings.is_file():
-        shape = files.read_object(settings)
-        if shape.get("model_type") != "minimax_m2":
-            return []
-        sizes = minimax_m2.minimax_m2(shape)
-    elif is_minimax_m2(source) and not source.startswith("toy:"):
-        sizes = minimax_m2.minimax_m2(minimax_m2.MINIMAX_M2)
-    else:
+    """The plan's part in a script's dry run; empty for models whose sizes take torch or the hub.
+
+    Raises ArtefactError for a config.json that lacks what the sizes follow from.
+    """
+    path, known = Path(config.base.source) / "config.json", registry.published(config.base.source)
+    if not path.is_file() and known is None:
         return []
+    settings = files.read_object(path) if path.is_file() else known.settings
+    count = registry.of(settings.get("model_type")).sizes
+    if count is None:
+        return []
+    try:
+        sizes = count(settings)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"the sizes of {config.base.source} do not follow from its config.json: {error}"
+        raise ArtefactError(Problem(what, fix="restore the file")) from error
     base: Dtype = "float32" if config.base.dtype == "float32" else "bfloat16"
     return [plan_report.headline(sizes, base), *_SCRIPTS[script](config, sizes, base)]
 
@@ -114,7 +120,7 @@ def _whole(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
 
 def _adapters(config: Config, sizes: ModelSizes) -> str:
     parts = []
-    for stage in plan_report.STAGES:
+    for stage in STAGES:
         count = sum(estimates.lora_parameters(sizes, plan_report.adapter(getattr(config, stage).lora)).values())
         parts.append(f"{stage} {gb(4 * count)}")
     return f"adapters in float32: {', '.join(parts)}, composed as much as both"

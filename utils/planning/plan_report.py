@@ -1,6 +1,6 @@
 """A plan in words: what a stage trains, what it takes on the planned hardware, what to change, and how to launch it.
 
-No torch here: `--dry-run` answers in a second. Sizes come from `sizes` (meta device) or `known_models`.
+No torch here: `--dry-run` answers in a second. Sizes come from `count_parameters` (meta device) or `architectures`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from config import Config, LoraSection, PlanSection
-from utils import cli
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
-from utils.planning import estimates
+from utils.planning import estimates, launch_files
 from utils.planning.estimates import Adapter, Fit, TrainingMemory, TrainingStep
+from utils.planning.launch_files import STAGES
 
-LAUNCH = "scripts/launch"
-STAGES = {"domain": "scripts/train_domain_adapter.py", "task": "scripts/train_task_adapter.py"}
-SECTIONS = ("base", "domain", "task", "inputs", "run")
 DOMAIN_TOKENS, TASK_TOKENS = 10_000_000, 1_000_000
 BOTH_ON_EXPERTS = (
     "the domain adapter below is on the experts: merged into the base first (inference.py --adapters domain "
@@ -27,8 +24,6 @@ BOTH_ON_EXPERTS = (
 EXPECT_LESS = (
     "times are an upper bound until you measured: on mixtures of experts transformers' kernels are known to reach less"
 )
-# from this memory on, a GPU is one of the 141 GB kind
-LARGE_GPU_GIB = 100
 _ORDER: tuple[Fit, ...] = ("no", "tight", "fits")
 
 
@@ -156,38 +151,13 @@ def changes(config: Config, sizes: ModelSizes, found: StagePlan) -> list[str]:
     return seen or ["nothing in these settings makes it fit: take a smaller model with --base.source"]
 
 
-def launch_file(sizes: ModelSizes, plan: PlanSection, *, sharded: bool) -> str:
-    """The file of scripts/launch/ for this hardware."""
-    if sharded:
-        size = "8x141gb" if plan.gpu_memory_gib >= LARGE_GPU_GIB else "8x80gb"
-        return f"{LAUNCH}/minimax_m2_{'2x8' if plan.nodes > 1 else size}.yaml"
-    if plan.nodes > 1:
-        return f"{LAUNCH}/several_nodes.yaml"
-    return f"{LAUNCH}/{'one_gpu' if plan.gpus == 1 else 'one_node'}.yaml"
-
-
-def command(config: Config, sizes: ModelSizes, stage: str, *, sharded: bool) -> str:
-    """The exact command that trains a stage on this hardware."""
-    plan = config.plan
-    file = launch_file(sizes, plan, sharded=sharded)
-    words = ["accelerate launch", f"--config_file {file}"]
-    if plan.nodes > 1:
-        words.append("--machine_rank RANK --main_process_ip ADDRESS")
-    usual = {"one_gpu.yaml": 1, "several_nodes.yaml": 16, "minimax_m2_2x8.yaml": 16}
-    if plan.nodes * plan.gpus != usual.get(file.rpartition("/")[2], 8) or plan.nodes > 2:
-        words.append(f"--num_machines {plan.nodes} --num_processes {plan.nodes * plan.gpus}")
-    if sharded and sizes.layer_class != "MiniMaxM2DecoderLayer":
-        words.append(f"--fsdp_transformer_layer_cls_to_wrap {sizes.layer_class}")
-    return " ".join([*words, STAGES[stage], *cli.arguments(config, SECTIONS)])
-
-
 def launching(config: Config, sizes: ModelSizes, found: StagePlan) -> list[str]:
     """The command of a choice that can be launched."""
     if found.verdict == "no" or found.refused:
         return ["no launch file makes this fit"]
-    run = command(config, sizes, found.stage, sharded=found.shards > 1)
+    run = launch_files.command(config, sizes, found.stage, sharded=found.shards > 1)
     return (
-        [run, f"or with Slurm: sbatch {LAUNCH}/minimax_m2.slurm {STAGES[found.stage]}"]
+        [run, f"or with Slurm: sbatch {launch_files.LAUNCH}/minimax_m2.slurm {STAGES[found.stage]}"]
         if config.plan.nodes > 1
         else [run]
     )
@@ -243,8 +213,8 @@ def report(config: Config, sizes: ModelSizes, base: Dtype, tokens: dict[str, int
             "peak_bytes": [asked.low.total, asked.high.total],
             "tokens_per_second": round(asked.tokens_per_second, 1),
             "hours": round(takes, 3),
-            "launch_file": launch_file(sizes, plan, sharded=sharded),
-            "command": command(config, sizes, stage, sharded=sharded) if asked.verdict != "no" else None,
+            "launch_file": launch_files.launch_file(plan, sharded=sharded),
+            "command": launch_files.command(config, sizes, stage, sharded=sharded) if asked.verdict != "no" else None,
             "choices": [
                 {"name": c.name, "verdict": c.refused or c.verdict, "low": asdict(c.low), "high": asdict(c.high)}
                 for c in found
@@ -310,7 +280,7 @@ def _alternatives(
         yield "merge the domain adapter into the base, then --task.on base", plan, replace(what, below=None)
     if sizes.stored == "fp8" and what.base != "fp8" and not what.adapter.experts:
         yield "--base.fp8 native", plan, replace(what, base="fp8")
-    if plan.gpu_memory_gib < LARGE_GPU_GIB:
+    if plan.gpu_memory_gib < launch_files.LARGE_GPU_GIB:
         yield "GPUs of 141 GB", plan.model_copy(update={"gpu_memory_gib": 141.0}), what
     for nodes in (2, 4, 8):
         if nodes > plan.nodes:

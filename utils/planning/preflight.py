@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from config import BaseModelSection, Config, is_minimax_m2
+from config import BaseModelSection, Config
 from utils.adapters import peft_model
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
 from utils.models import devices, parallel, sources
-from utils.models.architectures import minimax_m2
+from utils.models.architectures import registry
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.weights import fp8
@@ -185,7 +185,7 @@ def check_trainable(model: PeftModel, config: Config, stage: str, base: BaseMode
 def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
     """The shapes counted on the meta device, from config.json alone: of a directory, the hub, or what is built here.
 
-    MiniMax-M2's are known by heart where the hub cannot be reached. Raises ArtefactError for what cannot be counted.
+    Some are known by heart where the hub cannot be reached. Raises ArtefactError for what cannot be counted.
     """
     try:
         settings = _settings(section, models_dir, ask_hub=True)
@@ -217,15 +217,13 @@ def _missing_kernels() -> str:
 
 
 def _quick(section: BaseModelSection, models_dir: Path) -> ModelSizes | None:
-    settings = _settings(section, models_dir, ask_hub=not is_minimax_m2(section.source))
+    settings = _settings(section, models_dir, ask_hub=registry.published(section.source) is None)
     return _understood(settings) if settings else None
 
 
 def _understood(settings: dict[str, Any]) -> ModelSizes | None:
     try:
-        if settings.get("model_type") == "minimax_m2":
-            return minimax_m2.minimax_m2(settings)
-        return count_parameters.of_settings(settings)
+        return (registry.of(settings.get("model_type")).sizes or count_parameters.of_settings)(settings)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
 
@@ -238,25 +236,25 @@ def _settings(section: BaseModelSection, models_dir: Path, *, ask_hub: bool) -> 
         return files.read_object(directory / "config.json")
     if directory.is_dir() or (kind in ("wheel", "toy") and rest):
         return None
-    if not ask_hub:
-        return minimax_m2.MINIMAX_M2
+    published = registry.published(section.source)
+    if published and not ask_hub:
+        return dict(published.settings)
     from huggingface_hub import constants, get_session, hf_hub_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
-    known = is_minimax_m2(section.source)
     try:
-        if known and not constants.HF_HUB_OFFLINE:
+        if published and not constants.HF_HUB_OFFLINE:
             # one look first: a download tries again for half a minute before it says that there is no network
             get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
         return files.read_object(
             Path(hf_hub_download(section.source, "config.json", revision=section.revision or None))
         )
     except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if not known:
+        if published is None:
             return None
         reason = str(error).splitlines()[0]
-        warning("the hub cannot be reached: counting MiniMax-M2 as it was published", reason=reason)
-        return minimax_m2.MINIMAX_M2
+        warning(f"the hub cannot be reached: counting {published.title} as it was published", reason=reason)
+        return dict(published.settings)
 
 
 def _host_bytes() -> int:
@@ -267,7 +265,8 @@ def _host_bytes() -> int:
 
 
 def _preset(found: ModelSizes) -> str:
-    return "--preset minimax_m2 " if found.model_type == "minimax_m2" else ""
+    published = registry.of(found.model_type).published
+    return f"--preset {published.preset} " if published else ""
 
 
 def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseModel:

@@ -1,18 +1,20 @@
-"""MiniMax-M2's shapes by heart, for machines that cannot reach the hub and for answers without torch.
+"""MiniMax-M2: shapes by heart, routers in float32, half of each head rotated, a pad token that nothing names.
 
-`MINIMAX_M2` is the shape part of the config.json of MiniMaxAI/MiniMax-M2 as it was published at the revision that
+`PUBLISHED` is the shape part of the config.json of MiniMaxAI/MiniMax-M2 as it was published at the revision that
 config.py pins (rotary_dim 64 of head_dim 128; checkpoint in FP8 with blocks of 128). The real classes are counted on
 the meta device by `utils/planning/count_parameters.py`; tests/test_planning_estimates.py holds the two together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from config import is_minimax_m2
+from utils.exceptions import Problem
+from utils.models.architectures.architecture import Architecture, PublishedModel, Settings, stored_as
 from utils.models.model_shapes import Matrix, ModelSizes
 
-MINIMAX_M2: dict[str, Any] = {
+PUBLISHED: dict[str, Any] = {
     "model_type": "minimax_m2",
     "num_hidden_layers": 62,
     "hidden_size": 3072,
@@ -38,7 +40,7 @@ MINIMAX_M2: dict[str, Any] = {
 }
 
 
-def minimax_m2(settings: Mapping[str, Any]) -> ModelSizes:
+def sizes(settings: Settings) -> ModelSizes:
     """The sizes that follow from a MiniMax-M2's config.json. Raises KeyError for a setting that is missing."""
     layers, hidden = settings["num_hidden_layers"], settings["hidden_size"]
     inner, experts = settings["intermediate_size"], settings["num_local_experts"]
@@ -66,7 +68,6 @@ def minimax_m2(settings: Mapping[str, Any]) -> ModelSizes:
         "other": 0,
     }
     in_layers = sum(parameters[kind] for kind in ("attention", "router", "experts", "norms")) - hidden
-    quantisation = settings.get("quantization_config") or {}
     return ModelSizes(
         model_type="minimax_m2",
         layer_class="MiniMaxM2DecoderLayer",
@@ -84,5 +85,39 @@ def minimax_m2(settings: Mapping[str, Any]) -> ModelSizes:
         experts_per_token=settings["num_experts_per_tok"],
         has_qk_norm=True,
         float32_router=True,
-        stored="fp8" if quantisation.get("quant_method") == "fp8" else "bfloat16",
+        stored=stored_as(settings),
     )
+
+
+def rotated_share(settings: Settings) -> float | None:
+    """The share of each head that RoPE rotates, as config.json says it; None where it does not."""
+    for place in (settings, settings.get("rope_parameters") or {}):
+        if place.get("partial_rotary_factor") is not None:
+            return float(place["partial_rotary_factor"])
+    if settings.get("rotary_dim") is not None and settings.get("head_dim"):
+        return settings["rotary_dim"] / settings["head_dim"]
+    return None
+
+
+def unsaid(settings: Settings, place: str) -> list[Problem]:
+    """Where config.json does not say how much of a head is rotated, it is rotated whole, without a word."""
+    if rotated_share(settings) is not None:
+        return []
+    what = f"{place} has no rotary_dim: whole heads would be rotated, and every answer be wrong"
+    return [Problem(what, fix='restore it: MiniMax-M2 has "rotary_dim": 64 beside "head_dim": 128')]
+
+
+def _is_published(source: str) -> bool:
+    return is_minimax_m2(source) and not source.startswith("toy:")
+
+
+ARCHITECTURE = Architecture(
+    sizes=sizes,
+    published=PublishedModel("MiniMax-M2", PUBLISHED, _is_published, preset="minimax_m2"),
+    # a bfloat16 router sent 3% of tokens to other experts, and servers keep it in float32
+    float32=("mlp.gate.weight", "mlp.e_score_correction_bias"),
+    unsaid=unsaid,
+    rotated_share=rotated_share,
+    unnamed_pad="]!p~[",
+    in_launch_files=True,
+)

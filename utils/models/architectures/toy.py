@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, MiniMaxM2ForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, MiniMaxM2ForCausalLM, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 # MiniMax-M2's own special tokens, and the behaviour of its template: it always opens a think block for generation
 SPECIAL = {"bos_token": "]~!b[", "eos_token": "[e~[", "pad_token": "]!p~[", "unk_token": "]!d~["}
@@ -102,6 +102,35 @@ def tiny_llama(seed: int = 0, *, layers: int = 2) -> tuple[LlamaForCausalLM, Pre
     )
     torch.manual_seed(seed)
     return _awake(LlamaForCausalLM(shape)), tokenizer
+
+
+def tiny_qwen3_moe(seed: int = 0, *, layers: int = 3) -> tuple[Qwen3MoeForCausalLM, PreTrainedTokenizerFast]:
+    """Qwen3-MoE's architecture with the same tokenizer: norms of one head, softmax top-2 of 6, a dense first layer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    shape = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        # not hidden / heads, as in the published models
+        head_dim=24,
+        num_experts=6,
+        num_experts_per_tok=2,
+        # the class leaves the chosen experts' weights as they are; published models make them add up to 1
+        norm_topk_prob=True,
+        mlp_only_layers=[0],
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    return _awake(Qwen3MoeForCausalLM(shape)), tokenizer
 
 
 def _awake(model: torch.nn.Module) -> torch.nn.Module:
