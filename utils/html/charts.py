@@ -112,12 +112,14 @@ def bars(
 ) -> Markup:
     """A figure of horizontal bars below their names; `reference` is a value that a line marks, and what it means.
 
-    A group's name stands above its bars; an empty one takes no space. Bars that are not finite are left out.
+    A group's name stands above its bars; an empty one takes no space. Bars that are not finite are left out, and groups
+    without bars; where nothing is left there is no figure.
     """
-    shown = {name: [bar for bar in group if math.isfinite(bar.value)] for name, group in groups.items()}
-    values = [bar.value for group in shown.values() for bar in group]
-    if not values:
+    finite = {name: [bar for bar in group if math.isfinite(bar.value)] for name, group in groups.items()}
+    shown = {name: group for name, group in finite.items() if group}
+    if not shown:
         return Markup("")
+    values = [bar.value for group in shown.values() for bar in group]
     across = AxisScale(0.0, (max([*values, reference[0] if reference else 0.0]) or 1.0) * (1 + PADDING))
     drawn, texts, words, top = [], [], [], 0
     for name, group in shown.items():
