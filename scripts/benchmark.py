@@ -1,7 +1,7 @@
 """Speed and memory: base, two active, composed, merged on the same prompts; training; data; merging; evaluation; GPU.
 
 Reads the newest task run and its domain run (random adapters of that shape when there are none); writes
-models/benchmark/<run>/ with results.json, summary.txt and a plot per suite. Interrupted, it goes on at the next suite.
+models/benchmark/<run>/ with results.json, summary.txt and plots.html. Interrupted, it goes on at the next suite.
 Measure on a machine that does nothing else: the ratios survive a loaded one, the times do not.
 
     python scripts/benchmark.py --benchmark.suite inference,training,data,merge,evaluation
@@ -46,7 +46,7 @@ def main(config: Config) -> dict[str, Any]:
         results = _measure(config, base, pair, directory)
         files.write_json(directory / "results.json", results)
         files.write_text(directory / "summary.txt", benchmark_report.table(results) + "\n")
-        benchmark_report.plot(results, directory)
+        benchmark_report.write_plots(results, directory / "plots.html")
         parents, machine = list(pair) if pair else [], results["machine"]
         return runs.manifest("benchmark", identity, base=base.record(), parents=parents, measured=machine)
 
@@ -126,7 +126,7 @@ def plan(config: Config) -> list[str]:
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
     size = dry_run.lines(config, "benchmark")
-    return [*size, *(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
+    return [*size, *(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots.html"]
 
 
 if __name__ == "__main__":

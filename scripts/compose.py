@@ -91,14 +91,14 @@ def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, di
         choice = dev_losses.search(probe, config.compose, directory / "search_points.jsonl")
         recipe = dev_losses.recipe_with(recipe, choice)
         files.write_json(directory / "search.json", search.to_json(choice))
-        pictures.search_picture(choice, directory / "search.png")
+        pictures.write_search(search.to_json(choice), directory / "search.html")
         event("weights chosen on dev", method=recipe.method, weights=recipe.weights, reason=choice.reason)
     made = composed_adapter.made(parts, found, recipe, searched=choice is not None)
     composed_adapter.say(made)
     if probe is not None:
         explained = interference.explain(probe, recipe)
         files.write_json(directory / "interference.json", explained)
-        pictures.interference_picture(explained, directory / "interference.png")
+        pictures.write_interference(explained, directory / "interference.html")
         for line in interference.lines(explained):
             print(line)
         probe = None  # its model goes before the check loads one in float32

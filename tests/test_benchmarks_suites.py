@@ -18,10 +18,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection, tiny_minimax_m2
+from tests.report_support import soup
 from tests.support import ROOT, Workspace, last_json, temporary_directory
 from utils.adapters import inference_layers
 from utils.adapters.factors import scaled
-from utils.benchmarks import inputs, suite_data, suite_evaluation, suite_inference, suite_merge, suite_training
+from utils.benchmarks import (
+    benchmark_report,
+    inputs,
+    suite_data,
+    suite_evaluation,
+    suite_inference,
+    suite_merge,
+    suite_training,
+)
 from utils.composition.methods import Recipe, compose
 from utils.exceptions import ArtefactError
 from utils.models.architectures import toy
@@ -211,6 +220,33 @@ class Scoring(unittest.TestCase):
         self.assertIn("needs 5 test pairs and 5 documents (got '0 pairs and 0 documents')", str(caught.exception))
 
 
+class Plots(unittest.TestCase):
+    def test_lines_and_speeds_of_the_suites_that_have_them(self) -> None:
+        speeds = {"ours": {"per_second": 80.0}, "lm_eval": {"per_second": 40.0, "time_to_ours": 2.0}}
+        prepared = [
+            {"corpus_bytes": n * 1e6, "seconds": 0.2 * n, "peak_memory_bytes": 3e8, "peak_anonymous_bytes": 2e8}
+            for n in (10, 100)
+        ]
+        results = {
+            "machine": {"device": "<cpu>", "threads": 2, "load_before": None, "load_after": None},
+            "training": {"contenders": {"ours": {"tokens_per_second": 1234.5, "share_of_peak": 0.41}}},
+            "data": {"preparations": prepared},
+            "evaluation": {"parts": {"answers": {"unit": "items", "contenders": speeds}}},
+        }
+        path = temporary_directory() / "plots.html"
+        benchmark_report.write_plots(results, path)
+        page = soup(path.read_text(encoding="utf-8"))
+        self.assertEqual([one.get_text() for one in page.find_all("h2")], ["Training", "Data", "Evaluation"])
+        hovers = {title.get_text() for title in page.select("svg title")}
+        self.assertLessEqual({"ours: 1,234, 41% of the machine's peak", "lm_eval: 40, 2.0 x our time"}, hovers)
+        self.assertEqual(len(page.select(".plot polyline")), 3)
+
+    def test_suites_without_plots_make_no_page(self) -> None:
+        path = temporary_directory() / "plots.html"
+        benchmark_report.write_plots({"machine": {}, "gpu": {}}, path)
+        self.assertFalse(path.exists())
+
+
 class Script(unittest.TestCase):
     def test_a_toy_run_writes_results_plot_and_manifest_and_is_reused(self) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -225,10 +261,16 @@ class Script(unittest.TestCase):
                 lines.append(json.loads(done.stdout.splitlines()[-1]))
             directory = Path(lines[0]["report"])
             results = json.loads((directory / "results.json").read_text())
-            for name in ("summary.txt", "inference.png", "merge.png", "manifest.json"):
+            plots = soup((directory / "plots.html").read_text(encoding="utf-8"))
+            for name in ("summary.txt", "plots.html", "manifest.json"):
                 self.assertTrue((directory / name).is_file(), name)
         self.assertEqual([line["reused"] for line in lines], [False, True])
+        titles = [caption.get_text() for caption in plots.find_all("figcaption")]
+        self.assertEqual(titles[:2], ["Time to first token", "Time per further token"])
+        self.assertEqual(titles[2:], ["Time of a merge", "Memory of a merge, without mapped files"])
+        drawn = {bar.title.get_text() for bar in plots.select("g:has(.bar)")}
         models = results["inference"]["cells"][0]["models"]
+        self.assertTrue(any(f"merged: {models['merged']['decode_to_base']:.2f}" in text for text in drawn), drawn)
         self.assertEqual(tuple(models), suite_inference.MODELS)
         self.assertEqual(models["base"]["decode_to_base"], 1.0)
         contenders = results["merge"]["contenders"]

@@ -6,10 +6,11 @@ import itertools
 import math
 import re
 import unittest
+from random import Random
 
 from tests.report_support import soup, whole
 from utils.html import numbers, pages
-from utils.html.charts import AxisScale, Series, chart, thinned
+from utils.html.charts import AxisScale, Bar, Series, bars, chart, thinned
 
 
 class Figures(unittest.TestCase):
@@ -20,6 +21,10 @@ class Figures(unittest.TestCase):
         expected = {numbers.perplexity: "8.40 123.5 12,346 1.2e+09", numbers.size: "8 bytes 123 bytes 12.3 kB 1.2 GB"}
         for form, texts in expected.items():
             self.assertEqual(" ".join(form(value) for value in (8.4, 123.45, 12345.6, 1.23e9)), texts)
+        whole_and_not = (1234.0, 1234.5, 12345.6, 0.12345, -1e20)
+        self.assertEqual(
+            [numbers.general(value) for value in whole_and_not], ["1,234", "1,234", "12,346", "0.1235", "−1e+20"]
+        )
         self.assertEqual((numbers.gain(-0.0514), numbers.gain(0.5)), ("−0.051", "+0.500"))
         self.assertEqual([numbers.probability(p) for p in (0.00001, 0.0404, 0.92)], ["< 0.0001", "0.04", "0.92"])
 
@@ -30,6 +35,21 @@ class Charts(unittest.TestCase):
         self.assertEqual([scale.at(v) for v in (1.0, 2.0, 2.5, 4.0, 9.0)], [0.0, 0.0, 25.0, 100.0, 100.0])
         self.assertEqual(AxisScale(0.0, 1.0).ticks(), [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
         self.assertEqual(AxisScale.over([3.0]), AxisScale(1.5, 4.5))
+
+    def test_ticks_are_round_few_and_inside(self) -> None:
+        self.assertEqual(AxisScale(-0.05, 1.05).ticks(), [0.0, 0.25, 0.5, 0.75, 1.0])
+        self.assertEqual(AxisScale(-0.05, 1.05).ticks(whole=True), [0.0, 1.0])
+        self.assertEqual(AxisScale(0.0, 11.0).ticks(), [0.0, 2.5, 5.0, 7.5, 10.0])
+        self.assertEqual(AxisScale(0.0, 11.0).ticks(whole=True), [0.0, 5.0, 10.0])
+        random = Random(0)
+        for _ in range(500):
+            size = 10 ** random.uniform(-8, 8)
+            low = random.uniform(-size, size)
+            scale = AxisScale(low, low + size * 10 ** random.uniform(-3, 3))
+            ticks, tolerance = scale.ticks(), 1e-6 * (scale.high - scale.low)
+            self.assertTrue(2 <= len(ticks) <= 6, scale)
+            self.assertGreaterEqual(ticks[0], scale.low - tolerance)
+            self.assertLessEqual(ticks[-1], scale.high + tolerance)
 
     def test_thinning_keeps_the_mean_and_short_series(self) -> None:
         points = [(float(i), float(i % 7)) for i in range(1000)]
@@ -49,6 +69,32 @@ class Charts(unittest.TestCase):
             figure.select_one("svg[role=img]")["aria-label"], "T: a <b>, 3 points, from 1 to 2, lowest 1, highest 3. "
         )
         self.assertEqual(len(figure.select(".legend li")), 1)
+
+    def test_points_that_are_no_numbers_are_left_out_with_their_hover_texts(self) -> None:
+        points = [(0.0, 1.0), (1.0, math.nan), (2.0, math.inf), (3.0, 2.0)]
+        figure = soup(chart("T", [Series("a", "task", points, mark="dot", hover="pqrs")], x="x", y="y"))
+        self.assertEqual([title.get_text() for title in figure.select(".plot title")], ["p", "s"])
+        self.assertEqual(chart("T", [Series("a", "task", points[1:3])], x="x", y="y"), "")
+
+    def test_bars_are_as_long_as_their_values_below_their_names(self) -> None:
+        groups = {
+            "<first>": [Bar("ours", "composed", 2.0), Bar("<cp>", "other", 1.0, "1.0 s")],
+            "": [Bar("x", "task", 4)],
+        }
+        groups["none"] = [Bar("lost", "task", math.nan)]
+        figure = soup(bars("T", groups, x="seconds", reference=(8.0, "the <limit>")))
+        lengths = [float(bar["width"].rstrip("%")) for bar in figure.select("rect")]
+        self.assertEqual([round(length / lengths[1], 3) for length in lengths], [2.0, 1.0, 4.0])
+        line = figure.select_one(".plot .reference")
+        self.assertAlmostEqual(float(line["x1"].rstrip("%")) / lengths[1], 8.0, places=3)
+        texts = [text for text in figure.select(".plot text") if text["x"] == "0"]
+        self.assertEqual([text.contents[0].strip() for text in texts], ["<first>", "ours", "<cp>", "x"])
+        tops = [float(text["y"]) for text in texts]
+        self.assertEqual(tops, sorted(set(tops)))
+        self.assertEqual(figure.select_one(".legend li").get_text(), "the <limit>")
+        said = "T: <first>, ours: 2; <first>, <cp>: 1.0 s; x: 4"
+        self.assertEqual(figure.select_one("svg[role=img]")["aria-label"], said)
+        self.assertEqual(bars("T", {"": []}, x="seconds"), "")
 
 
 class Readable(unittest.TestCase):

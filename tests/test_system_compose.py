@@ -37,7 +37,6 @@ from utils.models import float32_model, loading, sources
 from utils.models.weights import layer_sample
 from utils.models.weights.safetensors_io import Checkpoint
 
-PNG = b"\x89PNG"
 IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
 SECTION = BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32")
 
@@ -96,8 +95,8 @@ class Composing(unittest.TestCase):
         self.assertGreater(len(search["points"]), 12)
         points = (directory / "search_points.jsonl").read_text().splitlines()
         self.assertEqual(len(points), len(search["points"]))
-        for picture in ("search.png", "interference.png"):
-            self.assertTrue((directory / picture).read_bytes().startswith(PNG))
+        for picture in ("search.html", "interference.html"):
+            self.assertIn("<polyline", (directory / picture).read_text(encoding="utf-8"))
         explained = files.read_json(directory / "interference.json")
         self.assertEqual(set(explained["derivatives"]), {"answer", "domain"})
         answered = self.place.run("inference", "--prompt", "x")

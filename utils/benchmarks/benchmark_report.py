@@ -1,24 +1,30 @@
-"""Results of the suites as a table for people and as plots: pure text and matplotlib, nothing is measured here."""
+"""Results of the suites as a table for a terminal and as a page of plots: nothing is measured here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-COLOURS = {
-    "base": "#7f7f7f",
-    "two active": "#d62728",
-    "composed": "#1f77b4",
-    "merged": "#2ca02c",
-    "ours": "#1f77b4",
-    "trl": "#d62728",
-    "plain": "#7f7f7f",
-    "cp": "#7f7f7f",
-    "self-check": "#2ca02c",
-    "peft": "#d62728",
-    "lm_eval": "#d62728",
+from markupsafe import Markup
+
+from utils.artifacts import files
+from utils.html import pages
+from utils.html.charts import Bar, Series, bars, chart
+from utils.html.numbers import general
+
+STYLES = {
+    "base": "other",
+    "two active": "task",
+    "composed": "composed",
+    "merged": "domain",
+    "ours": "composed",
+    "trl": "task",
+    "plain": "other",
+    "cp": "other",
+    "self-check": "domain",
+    "peft": "task",
+    "lm_eval": "task",
 }
-SIZE_INCHES, DOTS_PER_INCH = (8, 4.5), 120
 
 
 def table(results: dict[str, Any]) -> str:
@@ -66,29 +72,26 @@ def headline(results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def plot(results: dict[str, Any], directory: Path) -> list[Path]:
-    """One PNG per suite that was run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def write_plots(results: dict[str, Any], path: Path) -> None:
+    """A page with the plots of every suite that was run; none, and no page, of a suite that has none."""
     makers = {
-        "inference": _plot_inference,
-        "training": _plot_training,
-        "data": _plot_data,
-        "merge": _plot_merge,
-        "evaluation": _plot_evaluation,
+        "inference": _inference_plots,
+        "training": _training_plots,
+        "data": _data_plots,
+        "merge": _merge_plots,
+        "evaluation": _evaluation_plots,
     }
-    written = []
-    for suite, draw in makers.items():
-        if suite not in results:
-            continue
-        # not pyplot: no display, no global state
-        figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure, results[suite])
-        written.append(directory / f"{suite}.png")
-        figure.savefig(written[-1])
-    return written
+    drawn = [
+        Markup('<h2>{}</h2><div class="charts">{}</div>').format(
+            suite.capitalize(), Markup("").join(make(results[suite]))
+        )
+        for suite, make in makers.items()
+        if suite in results
+    ]
+    if drawn:
+        body = Markup('<h1>Benchmark</h1><p>{}.</p>{}<p class="note">summary.txt has the tables, results.json all.</p>')
+        plots = Markup("").join(drawn)
+        files.write_text(path, pages.shell("Benchmark", body.format(_machine_line(results["machine"]), plots)))
 
 
 def _machine_line(machine: dict[str, Any]) -> str:
@@ -233,61 +236,70 @@ def _parity(found: dict[str, float]) -> str:
     return f"{found['parts_active_to_composed']:.1e}"
 
 
-def _plot_inference(figure: Any, found: dict[str, Any]) -> None:
-    axes = figure.subplots(1, 2, sharey=True)
+def _inference_plots(found: dict[str, Any]) -> list[Markup]:
     models = [name for name in found["cells"][0]["models"] if name != "base"]
-    labels = [f"{cell['prompt_tokens']} tokens\nbatch {cell['batch_size']}" for cell in found["cells"]]
-    width = 0.8 / len(models)
-    panels = (("prefill_to_base", "time to first token"), ("decode_to_base", "time per further token"))
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for at, model in enumerate(models):
-            heights = [cell["models"][model][key] for cell in found["cells"]]
-            places = [i + (at - (len(models) - 1) / 2) * width for i in range(len(labels))]
-            axis.bar(places, heights, width, label=model, color=COLOURS[model])
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(labels)), labels, fontsize=8)
-        axis.set_title(title)
-    axes[0].set_ylabel("times the base model")
-    axes[0].legend()
+    plots = []
+    for key, title in (("prefill_to_base", "Time to first token"), ("decode_to_base", "Time per further token")):
+        groups = {}
+        for cell in found["cells"]:
+            ratios = {model: cell["models"][model][key] for model in models}
+            group = [Bar(model, STYLES[model], ratio, f"{ratio:.2f}") for model, ratio in ratios.items()]
+            groups[f"{cell['prompt_tokens']} tokens, batch {cell['batch_size']}"] = group
+        plots.append(bars(title, groups, x="times the base model", reference=(1.0, "the base model")))
+    return plots
 
 
-def _plot_training(figure: Any, found: dict[str, Any]) -> None:
-    axis = figure.subplots()
-    for name, numbers in found["contenders"].items():
-        bar = axis.bar(name, numbers["tokens_per_second"], color=COLOURS[name])
-        axis.bar_label(bar, [f"{numbers['share_of_peak']:.0%} of the machine's peak"])
-    axis.set_ylabel("trained tokens per second")
+def _training_plots(found: dict[str, Any]) -> list[Markup]:
+    measured = [
+        Bar(
+            name,
+            STYLES[name],
+            n["tokens_per_second"],
+            f"{general(n['tokens_per_second'])}, {n['share_of_peak']:.0%} of the machine's peak",
+        )
+        for name, n in found["contenders"].items()
+    ]
+    return [bars("Speed of training", {"": measured}, x="trained tokens per second")]
 
 
-def _plot_data(figure: Any, found: dict[str, Any]) -> None:
-    time_axis, memory_axis = figure.subplots(1, 2)
-    sizes = [n["corpus_bytes"] / 1e6 for n in found["preparations"]]
-    time_axis.plot(sizes, [n["seconds"] for n in found["preparations"]], marker="o")
-    time_axis.set_ylabel("seconds")
-    for key, label in (("peak_memory_bytes", "with mapped files"), ("peak_anonymous_bytes", "without")):
-        memory_axis.plot(sizes, [n[key] / 1e6 for n in found["preparations"]], marker="o", label=label)
-    memory_axis.set_ylabel("peak resident MB")
-    memory_axis.legend()
-    for axis in (time_axis, memory_axis):
-        axis.set_xlabel("MB of jsonl")
-        axis.set_ylim(bottom=0)
+def _data_plots(found: dict[str, Any]) -> list[Markup]:
+    measured = found["preparations"]
+    sizes = [n["corpus_bytes"] / 1e6 for n in measured]
+    time = Series(
+        "time", "composed", list(zip(sizes, (n["seconds"] for n in measured), strict=True)), mark="dot", key=""
+    )
+    memory = [
+        Series(name, style, [(size, n[key] / 1e6) for size, n in zip(sizes, measured, strict=True)], mark="dot")
+        for key, name, style in (
+            ("peak_memory_bytes", "with mapped files", "other"),
+            ("peak_anonymous_bytes", "without mapped files", "composed"),
+        )
+    ]
+    return [
+        chart("Time to prepare data", [time], x="MB of jsonl", y="seconds", zero=True),
+        chart("Memory to prepare data", memory, x="MB of jsonl", y="peak resident MB", zero=True),
+    ]
 
 
-def _plot_merge(figure: Any, found: dict[str, Any]) -> None:
-    time_axis, memory_axis = figure.subplots(1, 2)
-    for name, c in found["contenders"].items():
-        seconds = sum(c["seconds"]) / len(c["seconds"])
-        time_axis.bar_label(time_axis.bar(name, seconds, color=COLOURS[name]), [f"{c['to_cp']:.1f} x cp"], fontsize=8)
-        memory_axis.bar(name, c["peak_anonymous_bytes"] / 1e6, color=COLOURS[name])
-    time_axis.set_ylabel("seconds")
-    memory_axis.axhline(found["checkpoint"]["largest_file_bytes"] / 1e6, color="black", linewidth=0.8)
-    memory_axis.set_ylabel("peak MB without mapped files; line: largest file")
+def _merge_plots(found: dict[str, Any]) -> list[Markup]:
+    times, memory = [], []
+    for name, n in found["contenders"].items():
+        seconds = sum(n["seconds"]) / len(n["seconds"])
+        times.append(Bar(name, STYLES[name], seconds, f"{seconds:.1f} s, {n['to_cp']:.1f} x cp"))
+        memory.append(Bar(name, STYLES[name], n["peak_anonymous_bytes"] / 1e6))
+    largest = (found["checkpoint"]["largest_file_bytes"] / 1e6, "the largest file")
+    return [
+        bars("Time of a merge", {"": times}, x="seconds"),
+        bars("Memory of a merge, without mapped files", {"": memory}, x="peak MB", reference=largest),
+    ]
 
 
-def _plot_evaluation(figure: Any, found: dict[str, Any]) -> None:
-    for axis, (name, part) in zip(figure.subplots(1, len(found["parts"])), found["parts"].items(), strict=True):
-        for contender, numbers in part["contenders"].items():
-            bar = axis.bar(contender, numbers["per_second"], color=COLOURS[contender])
-            axis.bar_label(bar, [f"{numbers['time_to_ours']:.1f} x our time" if "time_to_ours" in numbers else ""])
-        axis.set_title(name)
-        axis.set_ylabel(f"{part['unit']} per second")
+def _evaluation_plots(found: dict[str, Any]) -> list[Markup]:
+    plots = []
+    for name, part in found["parts"].items():
+        measured = []
+        for contender, n in part["contenders"].items():
+            against = f", {n['time_to_ours']:.1f} x our time" if "time_to_ours" in n else ""
+            measured.append(Bar(contender, STYLES[contender], n["per_second"], f"{general(n['per_second'])}{against}"))
+        plots.append(bars(f"Speed of scoring: {name}", {"": measured}, x=f"{part['unit']} per second"))
+    return plots

@@ -1,102 +1,150 @@
-"""Pictures of a composition: what the weight search saw, and where the adapters collide. Nothing is measured here."""
+"""Pictures of a composition: what the weight search saw, and where the adapters collide. Nothing is measured here.
+
+They are drawn from the values that search.json and interference.json hold, for a page beside the composed adapter and
+for the evaluation's report alike.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.composition.search import ChosenWeights, Point, pareto
+from markupsafe import Markup
 
-DOMAIN, TASK, CHOSEN = "#1f77b4", "#d62728", "#2ca02c"
-DOTS_PER_INCH = 120
+from utils.artifacts import files
+from utils.html import numbers, pages
+from utils.html.charts import Series, chart
+
+Found = Mapping[str, Any]
+
+NO_DOMAIN_LOSS = "No dev documents: the domain loss was not measured, so what one loss costs the other is not known."
+EXPLAINS = "It explains and never decides: derivatives are those at the weights that are used."
+ACTIVATION_SIZES = ("activation_first_to_base", "activation_second_to_base")
+UPDATE_SIZES = ("first_norm", "second_norm")
+# key, name, style, line
+ANGLES = (
+    ("activation_cosine", "cosine of the changes on task inputs", "composed", "solid"),
+    ("cosine", "cosine of the updates", "composed", "dashed"),
+    ("input_overlap", "overlap of the input subspaces", "other", "solid"),
+    ("sign_conflict", "sign conflict", "task", "dashed"),
+)
+CURVE_STYLES = ("task", "domain", "other")
 
 
-def search_picture(choice: ChosenWeights, path: Path) -> None:
-    """Left: answer loss over the domain's weight, a curve per task weight; right: both losses and the Pareto front."""
-    figure = _figure(11, 4.5)
-    curves, front = figure.subplots(1, 2)
-    grid = [p for p in choice.points if p.method == "sum" and any(p.weights)]
-    for task_weight in sorted({p.weights[1] for p in grid}):
-        row = sorted((p for p in grid if p.weights[1] == task_weight), key=lambda p: p.weights[0])
-        if len(row) > 1:
-            xs = [p.weights[0] for p in row]
-            curves.plot(xs, [p.answer_nll for p in row], marker="o", markersize=3, label=f"task weight {task_weight:g}")
-    if choice.chosen.method == "sum":
-        curves.plot(choice.chosen.weights[0], choice.chosen.answer_nll, marker="*", markersize=14, color=CHOSEN)
-    curves.set_xlabel("domain weight")
-    curves.set_ylabel("answer and end-of-turn loss per token on dev")
-    curves.legend(fontsize=8)
-    shown = [p for p in choice.points if p.domain_nll is not None and any(p.weights)]
-    if shown:
-        front.scatter(
-            [p.domain_nll for p in shown], [p.answer_nll for p in shown], s=14, color="#b0b0b0", label="measured"
+def write_search(found: Found, path: Path) -> None:
+    """A page of what search.json holds. Raises ArtefactError when it cannot be written."""
+    why = found["reason"].partition(": ")[2]  # the method's name stands before it
+    chosen = Markup('<p class="lead">{}.</p><p>{}.</p>').format(_point(found["chosen"]), why[:1].upper() + why[1:])
+    _write(path, "Composition weights chosen on dev", chosen, search(found))
+
+
+def write_interference(found: Found, path: Path) -> None:
+    """A page of what interference.json holds. Raises ArtefactError when it cannot be written."""
+    items = Markup("").join(Markup("<li>{}</li>").format(effect) for effect in effects(found))
+    above = Markup('<ul>{}</ul><p class="note">{}</p>').format(items, EXPLAINS)
+    _write(path, "Where the adapters collide", above, interference(found))
+
+
+def search(found: Found) -> list[Markup]:
+    """Answer loss over the domain's weight, a curve for each task weight; and both losses with the Pareto front."""
+    measured = [point for point in found["points"] if any(point["weights"])]
+    chosen = found["chosen"]
+    # the search moves further adapters only after the grid, which has them at 1
+    grid = [point for point in measured if point["method"] == "sum" and set(point["weights"][2:]) <= {1.0}]
+    rows: dict[float, list[Found]] = {}
+    for point in sorted(grid, key=lambda p: p["weights"]):
+        rows.setdefault(point["weights"][1], []).append(point)
+    curves = [
+        Series(
+            f"task weight {weight:g}",
+            CURVE_STYLES[at % 3],
+            [(p["weights"][0], p["answer_nll"]) for p in row],
+            ("solid", "dashed")[at // 3 % 2],
+            ("dot", "ring")[at // 6 % 2],
+            [_point(p) for p in row],
         )
-        best = pareto(shown)
-        front.plot(
-            [p.domain_nll for p in best], [p.answer_nll for p in best], color=DOMAIN, marker="o", label="Pareto front"
-        )
-        if choice.chosen.domain_nll is not None:
-            where = (choice.chosen.domain_nll, choice.chosen.answer_nll)
-            front.plot(*where, marker="*", markersize=14, color=CHOSEN, linestyle="none", label="chosen")
-        front.legend(fontsize=8)
-    else:
-        front.text(
-            0.5, 0.5, "no dev documents: the domain loss was not measured", ha="center", transform=front.transAxes
-        )
-    front.set_xlabel("domain loss per token on dev documents")
-    front.set_ylabel("answer and end-of-turn loss per token on dev")
-    figure.suptitle(f"{choice.chosen.method} {_weights(choice.chosen)}: {choice.reason.partition(': ')[2]}", fontsize=9)
-    figure.savefig(path)
+        for at, (weight, row) in enumerate(sorted((w, row) for w, row in rows.items() if len(row) > 2))
+    ]
+    drawn = []
+    if curves:
+        if chosen["method"] == "sum":
+            star = [(chosen["weights"][0], chosen["answer_nll"])]
+            curves.append(Series("chosen", "composed", star, "", "star", [f"chosen: {_point(chosen)}"]))
+        drawn.append(chart("Answer loss over the weights", curves, x="domain weight", y="answer loss on dev"))
+    both = [point for point in measured if point["domain_nll"] is not None]
+    if not both:
+        return [*drawn, Markup('<p class="note">{}</p>').format(NO_DOMAIN_LOSS)]
+    front = [point for point in found["pareto"] if any(point["weights"])]
+    star = [chosen] if chosen["domain_nll"] is not None else []
+    series = [
+        Series("measured", "other", _losses(both), "", "dot", [_point(p) for p in both]),
+        Series("Pareto front", "domain", _losses(front), "solid", "dot", [_point(p) for p in front]),
+        Series("chosen", "composed", _losses(star), "", "star", [f"chosen: {_point(p)}" for p in star]),
+    ]
+    title = "What one loss costs the other"
+    return [*drawn, chart(title, series, x="domain loss on dev", y="answer loss on dev")]
 
 
-def interference_picture(found: dict[str, Any], path: Path) -> None:
-    """Derivatives of both losses, sizes, activations and angles, by layer."""
-    figure = _figure(11, 8)
-    (answer, domain), (sizes, angles) = figure.subplots(2, 2)
-    layers = range(found["layers"])
-    per_layer = found["per_layer"]
-    for axis, loss in ((answer, "answer"), (domain, "domain")):
-        derivative = found["derivatives"].get(loss)
-        if derivative:
-            for row, name, colour in zip(derivative["per_layer"], found["adapters"], (DOMAIN, TASK), strict=True):
-                axis.plot(layers, row, color=colour, label=f"in the {name}'s weight")
-            axis.axhline(0, color="black", linewidth=0.8)
-            axis.legend(fontsize=8)
-        axis.set_title(f"derivative of the {loss} loss (above 0: more of it hurts)", fontsize=10)
-    activations = "activation_first_to_base" in per_layer
-    keys = ("activation_first_to_base", "activation_second_to_base") if activations else ("first_norm", "second_norm")
-    for key, name, colour in zip(keys, found["adapters"], (DOMAIN, TASK), strict=True):
-        sizes.plot(layers, per_layer[key], color=colour, label=name)
-    sizes.set_title(
-        "size of the change on task inputs, relative to W x" if activations else "size of the update", fontsize=10
+def effects(found: Found) -> list[Markup]:
+    """What more of each adapter would do to each loss, a sentence each."""
+    return [
+        Markup(
+            "More of the {} adapter would {} the {} loss "
+            "(derivative {} nats per token and unit of weight, at a loss of {} on dev)."
+        ).format(
+            name,
+            "raise" if sum(row) > 0 else "lower",
+            loss,
+            numbers.exact(sum(row), numbers.gain),
+            numbers.exact(derivative["loss"], numbers.nats),
+        )
+        for loss, derivative in found["derivatives"].items()
+        for name, row in zip(found["adapters"], derivative["per_layer"], strict=False)
+    ]
+
+
+def interference(found: Found) -> list[Markup]:
+    """Per layer: the derivatives of both losses, sizes of the changes, and how much they point the same way."""
+    names, per_layer, drawn = found["adapters"], found["per_layer"], []
+    for loss, derivative in found["derivatives"].items():
+        series = [
+            Series(f"in the {name}'s weight", style, list(enumerate(row)))
+            for name, style, row in zip(names, ("domain", "task"), derivative["per_layer"], strict=False)
+        ]
+        title = f"Derivative of the {loss} loss: above 0, more of it hurts"
+        drawn.append(chart(title, series, x="layer", y="nats per token and unit of weight", zero=True))
+    on_inputs = ACTIVATION_SIZES[0] in per_layer
+    sizes = [
+        Series(name, style, _known(per_layer.get(key, [])))
+        for key, name, style in zip(
+            ACTIVATION_SIZES if on_inputs else UPDATE_SIZES, names, ("domain", "task"), strict=False
+        )
+    ]
+    size, unit = (
+        ("Size of the change on task inputs, relative to W x", "ratio") if on_inputs else ("Size of the update", "norm")
     )
-    sizes.set_ylim(bottom=0)
-    sizes.legend(fontsize=8)
-    for key, name in (
-        ("activation_cosine", "cosine on task inputs"),
-        ("cosine", "cosine of the updates"),
-        ("input_overlap", "input subspaces"),
-        ("sign_conflict", "sign conflict"),
-    ):
-        if key in per_layer:
-            angles.plot(layers, per_layer[key], label=name)
-    angles.axhline(0, color="black", linewidth=0.8)
-    angles.set_title("angles, overlap and conflict", fontsize=10)
-    angles.legend(fontsize=8, loc="center right")  # overlap lies near 1, cosines near 0
-    for axis in (answer, domain, sizes, angles):
-        axis.set_xlabel("layer")
-    figure.savefig(path)
+    drawn.append(chart(size, sizes, x="layer", y=unit, zero=True))
+    angles = [Series(name, style, _known(per_layer.get(key, [])), line) for key, name, style, line in ANGLES]
+    drawn.append(chart("Do they point the same way?", angles, x="layer", y="−1 to 1", zero=True))
+    return [picture for picture in drawn if picture]
 
 
-def _weights(point: Point) -> str:
-    return f"({', '.join(f'{w:g}' for w in point.weights)})" if len(point.weights) <= 6 else "with a weight per layer"
+def _write(path: Path, title: str, above: Markup, drawn: Sequence[Markup]) -> None:
+    note = f"Every number is in {path.with_suffix('.json').name}."
+    body = Markup('<h1>{}</h1>{}<div class="charts">{}</div><p class="note">{}</p>')
+    files.write_text(path, pages.shell(title, body.format(title, above, Markup("").join(drawn), note)))
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _losses(points: Sequence[Found]) -> list[tuple[float, float]]:
+    return [(point["domain_nll"], point["answer_nll"]) for point in points]
 
-    # not pyplot: no display, no global state
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+
+def _point(point: Found) -> str:
+    weights = ", ".join(f"{w:g}" for w in point["weights"]) if len(point["weights"]) <= 6 else "a weight per layer"
+    domain = "" if point["domain_nll"] is None else f", domain loss {numbers.general(point['domain_nll'])}"
+    return f"{point['method']} ({weights}): answer loss {numbers.general(point['answer_nll'])}{domain}"
+
+
+def _known(values: Sequence[float | None]) -> list[tuple[float, float]]:
+    return [(layer, value) for layer, value in enumerate(values) if value is not None]

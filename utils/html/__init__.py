@@ -2,5 +2,5 @@
 
 pages      templates with everything escaped, and the page around them
 numbers    figures as people read them, with the exact value behind
-charts     inline SVG that fills whatever width it gets
+charts     lines, points and bars as inline SVG that fills whatever width it gets
 """

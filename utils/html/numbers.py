@@ -49,8 +49,8 @@ def probability(value: float) -> str:
 
 
 def general(value: float) -> str:
-    """Any other number: whole ones with separators, the rest with four digits."""
-    if float(value).is_integer() and abs(value) < 1e15:
+    """Any other number: whole and large ones with separators, the rest with four digits."""
+    if (float(value).is_integer() or abs(value) >= 1000) and abs(value) < 1e15:
         return _minus(f"{value:,.0f}")
     return _minus(f"{value:.4g}")
 

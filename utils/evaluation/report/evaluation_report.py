@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.artifacts import files
 from utils.artifacts.runs import Run
+from utils.composition import pictures
 from utils.evaluation.report import report_facts, report_figures
 from utils.evaluation.verdict import CLAIMS, LEVEL
 from utils.html import numbers, pages
@@ -146,7 +147,7 @@ def page(
         training=report_facts.training_rows(runs),
         search=_read(composed, "search.json"),
         interference=_read(composed, "interference.json"),
-        pictures=report_figures,
+        pictures=pictures,
         composed=composed,
         data=report_facts.data_of(runs),
         lineage=report_facts.lineage_rows(results, runs),

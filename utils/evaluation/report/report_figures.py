@@ -1,4 +1,4 @@
-"""The pictures of the report: intervals, losses, the weight search, interference. Nothing is measured here.
+"""The pictures that only the report has: intervals and losses. Nothing is measured here.
 
 An interval is null where it is infinite, as `results.plain` writes it.
 """
@@ -56,10 +56,10 @@ def axis_row(scale: AxisScale, unit: str) -> Markup:
     return Markup('<svg aria-hidden="true">{}</svg>').format(Markup("").join(pieces))
 
 
-def losses(title: str, trained: Sequence[tuple[str, str, Sequence[Found]]]) -> Markup | str:
+def losses(title: str, trained: Sequence[tuple[str, str, Sequence[Found]]]) -> Markup:
     """Training and dev losses over steps; `trained` has name, style and the lines of metrics.jsonl of each run.
 
-    Runs without a colour of their own (style other) share one entry in the legend.
+    Runs without a colour of their own (style other) share one entry in the legend. Empty without any loss.
     """
     series, others, dev_said = [], 0, False
     # the quiet ones first, so that the others are drawn over them
@@ -72,94 +72,8 @@ def losses(title: str, trained: Sequence[tuple[str, str, Sequence[Found]]]) -> M
         hover = [f"{name}: dev loss {loss:.3f} at step {step}" for step, loss in dev]
         series.append(Series(f"{name}: dev", style, dev, "dashed", "ring", hover, "" if dev_said else "its dev loss"))
         dev_said = dev_said or bool(dev)
-    if not any(one.points for one in series):
-        return ""
     return chart(title, series, x="step", y="loss, nats per token")
-
-
-def search(found: Found) -> list[Markup]:
-    """Answer loss over the domain's weight, a curve for each task weight; and both losses with the Pareto front."""
-    measured = [point for point in found["points"] if any(point["weights"])]
-    chosen, pictures = found["chosen"], []
-    grid = [point for point in measured if point["method"] == "sum" and len(point["weights"]) == 2]
-    rows: dict[float, list[Found]] = {}
-    for point in sorted(grid, key=lambda p: p["weights"]):
-        rows.setdefault(point["weights"][1], []).append(point)
-    curves = [
-        Series(
-            f"task weight {weight:g}",
-            ("task", "domain", "other")[at % 3],
-            [(p["weights"][0], p["answer_nll"]) for p in row],
-            ("solid", "dashed")[at // 3 % 2],
-            "dot",
-            [_point(p) for p in row],
-        )
-        for at, (weight, row) in enumerate(sorted((w, row) for w, row in rows.items() if len(row) > 2))
-    ]
-    if chosen["method"] == "sum" and len(chosen["weights"]) == 2:
-        star = [(chosen["weights"][0], chosen["answer_nll"])]
-        curves.append(Series("chosen", "composed", star, "", "star", [f"chosen: {_point(chosen)}"]))
-    if len(curves) > 1:
-        pictures.append(chart("Answer loss over the weights", curves, x="domain weight", y="answer loss on dev"))
-    both = [point for point in measured if point["domain_nll"] is not None]
-    if both:
-        front = [point for point in found["pareto"] if any(point["weights"])]
-        star = [chosen] if chosen["domain_nll"] is not None else []
-        series = [
-            Series("measured", "other", _losses(both), "", "dot", [_point(p) for p in both]),
-            Series("Pareto front", "domain", _losses(front), "solid", "dot", [_point(p) for p in front]),
-            Series("chosen", "composed", _losses(star), "", "star", [f"chosen: {_point(p)}" for p in star]),
-        ]
-        title = "What one loss costs the other"
-        pictures.append(chart(title, series, x="domain loss on dev", y="answer loss on dev"))
-    return pictures
-
-
-def interference(found: Found) -> list[Markup]:
-    """Per layer: the derivatives of both losses, sizes of the changes, and how much they point the same way."""
-    names, per_layer, pictures = found["adapters"], found["per_layer"], []
-    for loss, derivative in found["derivatives"].items():
-        series = [
-            Series(f"in the {name}'s weight", style, list(enumerate(row)), "solid", "")
-            for name, style, row in zip(names, ("domain", "task"), derivative["per_layer"], strict=False)
-        ]
-        title = f"Derivative of the {loss} loss: above 0, more of it hurts"
-        pictures.append(chart(title, series, x="layer", y="nats per token and unit of weight", zero=True))
-    on_inputs = "activation_first_to_base" in per_layer
-    keys = ("activation_first_to_base", "activation_second_to_base") if on_inputs else ("first_norm", "second_norm")
-    sizes = [
-        Series(name, style, _known(per_layer.get(key, [])))
-        for key, name, style in zip(keys, names, ("domain", "task"), strict=False)
-    ]
-    size = "Size of the change on task inputs, relative to W x" if on_inputs else "Size of the update"
-    angles = [
-        Series(name, style, _known(per_layer.get(key, [])), line)
-        for key, name, style, line in (
-            ("activation_cosine", "cosine of the changes on task inputs", "composed", "solid"),
-            ("cosine", "cosine of the updates", "composed", "dashed"),
-            ("input_overlap", "overlap of the input subspaces", "other", "solid"),
-            ("sign_conflict", "sign conflict", "task", "dashed"),
-        )
-    ]
-    for title, drawn, y in ((size, sizes, "ratio"), ("Do they point the same way?", angles, "−1 to 1")):
-        if any(one.points for one in drawn):
-            pictures.append(chart(title, drawn, x="layer", y=y, zero=True))
-    return pictures
 
 
 def _across(look: str, place: float, top: str, bottom: str) -> Markup:
     return Markup('<line class="{0}" x1="{1}%" x2="{1}%" y1="{2}" y2="{3}"/>').format(look, place, top, bottom)
-
-
-def _losses(points: Sequence[Found]) -> list[tuple[float, float]]:
-    return [(point["domain_nll"], point["answer_nll"]) for point in points]
-
-
-def _point(point: Found) -> str:
-    weights = ", ".join(f"{w:g}" for w in point["weights"]) if len(point["weights"]) <= 6 else "a weight per layer"
-    domain = "" if point["domain_nll"] is None else f", domain loss {general(point['domain_nll'])}"
-    return f"{point['method']} ({weights}): answer loss {general(point['answer_nll'])}{domain}"
-
-
-def _known(values: Sequence[float | None]) -> list[tuple[float, float]]:
-    return [(layer, value) for layer, value in enumerate(values) if value is not None]
