@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Config
 from utils import cli
+
+if TYPE_CHECKING:
+    from utils.artifacts.runs import Run
+    from utils.data.batches import Batch, PackedDocuments
+    from utils.models.base_model import BaseModel
 
 SECTIONS = ("domain", "base", "inputs", "run")
 
@@ -42,7 +47,7 @@ def main(config: Config) -> dict[str, Any]:
     return training_run.result(run, reused=False)
 
 
-def _documents(config: Config, base: Any, data: Any) -> tuple[Any, list[Any]]:
+def _documents(config: Config, base: BaseModel, data: Run) -> tuple[PackedDocuments, list[Batch]]:
     """The packed documents that are trained on, and the dev batches; none without dev documents."""
     from utils.data import batches
     from utils.data.batches import PackedDocuments

@@ -13,12 +13,17 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Config
 from utils import cli
+
+if TYPE_CHECKING:
+    from utils.artifacts.runs import Run
+    from utils.data.batches import Batch, BucketedPairs
+    from utils.models.base_model import BaseModel
 
 SECTIONS = ("task", "base", "inputs", "run")
 
@@ -49,7 +54,7 @@ def main(config: Config) -> dict[str, Any]:
     return training_run.result(run, reused=False)
 
 
-def _identity(config: Config, base: Any, data: Any, domain: Any) -> dict[str, Any]:
+def _identity(config: Config, base: BaseModel, data: Run, domain: Run | None) -> dict[str, Any]:
     """Everything that decides the adapter."""
     from utils.training import training_run
 
@@ -60,7 +65,7 @@ def _identity(config: Config, base: Any, data: Any, domain: Any) -> dict[str, An
     return identity
 
 
-def _pairs(config: Config, base: Any, data: Any) -> tuple[Any, list[Any], dict[str, int]]:
+def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, list[Batch], dict[str, int]]:
     """The pairs that are trained on, the dev batches, and how many pairs could be used and how."""
     from utils.data import batches
     from utils.data.batches import BucketedPairs
