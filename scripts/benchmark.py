@@ -1,7 +1,7 @@
 """Speed and memory: base, two active, composed, merged on the same prompts; training; data; merging; evaluation; GPU.
 
 Reads the newest task run and its domain run (random adapters of that shape when there are none); writes
-models/benchmark/<run>/ with results.json, summary.txt and plots.html. Interrupted, it goes on at the next suite.
+models/benchmark/<run>/ with results.json, summary.txt and a plot per suite. Interrupted, it goes on at the next suite.
 Measure on a machine that does nothing else: the ratios survive a loaded one, the times do not.
 
     python scripts/benchmark.py --benchmark.suite inference,training,data,merge,evaluation
@@ -26,7 +26,7 @@ def main(config: Config) -> dict[str, Any]:
     """Find the adapters, run the suites that were asked for, write down, show."""
     from utils import logger
     from utils.artifacts import files, runs
-    from utils.benchmarks import benchmark_report, inputs, suite_gpu
+    from utils.benchmarks import benchmark_report, inputs, suite_gpu, suites
     from utils.benchmarks.benchmark_identity import benchmark_identity
     from utils.exceptions import ConfigError, Problem
     from utils.planning import preflight
@@ -43,7 +43,7 @@ def main(config: Config) -> dict[str, Any]:
     directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, config.preset, identity)
 
     def fill() -> dict[str, Any]:
-        results = _measure(config, base, pair, directory)
+        results = suites.measure(config, base, pair, directory)
         files.write_json(directory / "results.json", results)
         files.write_text(directory / "summary.txt", benchmark_report.table(results) + "\n")
         benchmark_report.write_plots(results, directory / "plots.html")
@@ -57,55 +57,6 @@ def main(config: Config) -> dict[str, Any]:
     runs.mark_latest(config.run.models_dir, "benchmark", directory)
     print(benchmark_report.table(results))
     return {"report": str(directory), "reused": is_there, **benchmark_report.headline(results)}
-
-
-def _measure(config: Config, base: Any, pair: Any, directory: Path) -> dict[str, Any]:
-    """Each suite's results, kept in a file of its own as soon as they are there."""
-    import os
-
-    import torch
-
-    from utils.artifacts import files
-    from utils.benchmarks import (
-        inputs,
-        suite_data,
-        suite_evaluation,
-        suite_gpu,
-        suite_inference,
-        suite_merge,
-        suite_training,
-    )
-    from utils.models import devices
-
-    def load() -> list[float] | None:
-        return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
-
-    on_gpu = devices.device().type == "cuda"
-    machine: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
-    }
-    machine |= {"threads": torch.get_num_threads(), "load_before": load()}
-    wanted = config.benchmark
-    longest = max(wanted.prompt_tokens) * max(wanted.batch_sizes)
-    results: dict[str, Any] = {}
-    for suite in wanted.suite:
-        path = directory / f"suite_{suite}.json"
-        if not path.exists():
-            if suite == "inference":
-                found = suite_inference.measure(config, base, pair, inputs.token_stream(config, base, longest))
-            elif suite == "training":
-                found = suite_training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
-            elif suite == "data":
-                found = suite_data.measure(config)
-            elif suite == "evaluation":
-                found = suite_evaluation.measure(config, base)
-            elif suite == "gpu":
-                found = suite_gpu.measure(config)
-            else:
-                found = suite_merge.measure(config)
-            files.write_json(path, found)
-        results[suite] = files.read_json(path)
-    return {"machine": machine | {"load_after": load()}, **results}
 
 
 def plan(config: Config) -> list[str]:
@@ -126,7 +77,7 @@ def plan(config: Config) -> list[str]:
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
     size = dry_run.lines(config, "benchmark")
-    return [*size, *(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots.html"]
+    return [*size, *(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
 
 
 if __name__ == "__main__":

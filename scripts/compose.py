@@ -27,7 +27,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils import logger
     from utils.adapters import find
     from utils.artifacts import runs
-    from utils.composition import composed_adapter
+    from utils.composition import composed_adapter, composed_run
     from utils.composition.composed_identity import composed_identity
     from utils.evaluation.find_evaluation import evaluation_of
     from utils.export import hub
@@ -42,12 +42,11 @@ def main(config: Config) -> dict[str, Any]:
     directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, config.preset, identity)
     composed_adapter.refuse_inside(directory, base, found)
     parts = composed_adapter.load(found, base)
-    composed_adapter.refuse_recipe(
-        composed_adapter.recipe_of(config), parts
-    )  # what is refused leaves no half-made run behind
+    # what is refused leaves no half-made run behind
+    composed_adapter.refuse_recipe(composed_adapter.recipe_of(config), parts)
 
     def fill() -> dict[str, Any]:
-        facts = _make(config, base, found, parts, data, directory)
+        facts = composed_run.write(config, base, found, parts, data, directory)
         parents = [*found, *([data] if data else [])]
         return runs.manifest("composed", identity, base=base.record(), parents=parents, seed=config.run.seed, **facts)
 
@@ -72,57 +71,6 @@ def main(config: Config) -> dict[str, Any]:
         **run.manifest["measured"],
         **pushed,
     }
-
-
-def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, directory: Path) -> dict[str, Any]:
-    """Everything in the composed run but its manifest; returns the manifest's facts."""
-    from utils.adapters import adapter_files, cards
-    from utils.artifacts import files
-    from utils.composition import composed_adapter, dev_losses, interference, methods, pictures, search
-    from utils.logger import event, warning
-    from utils.models import float32_model
-
-    prompt = found[1].manifest["system_prompt"]
-    recipe, choice, probe = composed_adapter.recipe_of(config), None, None
-    dev = dev_losses.dev_data(config, base, data.directory, prompt) if data else None
-    if dev is not None and float32_model.fits(base):
-        probe = dev_losses.DevProbe.on(base, config.base, parts, dev)
-    if config.compose.search:
-        choice = dev_losses.search(probe, config.compose, directory / "search_points.jsonl")
-        recipe = dev_losses.recipe_with(recipe, choice)
-        files.write_json(directory / "search.json", search.to_json(choice))
-        pictures.write_search(search.to_json(choice), directory / "search.html")
-        event("weights chosen on dev", method=recipe.method, weights=recipe.weights, reason=choice.reason)
-    made = composed_adapter.made(parts, found, recipe, searched=choice is not None)
-    composed_adapter.say(made)
-    if probe is not None:
-        explained = interference.explain(probe, recipe)
-        files.write_json(directory / "interference.json", explained)
-        pictures.write_interference(explained, directory / "interference.html")
-        for line in interference.lines(explained):
-            print(line)
-        probe = None  # its model goes before the check loads one in float32
-    else:
-        warning("no dev data, or too little memory for this model: interference is not explained")
-    measured = composed_adapter.check_on_model(base, made, config.base, directory / ".selfcheck")
-    event("composition verified", **measured)
-    adapter_files.save(directory / "adapter", made.factors, base)
-    card = cards.composed_card(
-        base,
-        found,
-        method=recipe.method,
-        source=methods.METHODS[recipe.method].source,
-        weights=recipe.weights or (1.0,) * len(found),
-        exact=made.check.exact,
-        searched=made.searched,
-        check=made.line(),
-    )
-    files.write_text(directory / "adapter" / "README.md", card)
-    if any(f.is_experts for f in made.factors.values()):
-        adapter_files.save_per_expert(directory / "adapter_per_expert", made.factors, base)
-        files.write_text(directory / "adapter_per_expert" / "README.md", card)
-    files.write_json(directory / "config.json", config.model_dump(mode="json"))
-    return {"composition": composed_adapter.record(made), "measured": measured, "system_prompt": prompt}
 
 
 def plan(config: Config) -> list[str]:

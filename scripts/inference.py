@@ -10,9 +10,7 @@ Reads the newest composed run, or composes the newest task run and the domain ru
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +27,22 @@ def main(config: Config) -> dict[str, Any]:
     from utils.adapters import inference_layers
     from utils.artifacts import files
     from utils.composition import composed_adapter
-    from utils.exceptions import ConfigError, Problem
-    from utils.export import gguf, hub, merge
+    from utils.inference import prompts
     from utils.logger import warning
     from utils.models import chat, loading
     from utils.planning import preflight
 
-    wanted, which, merge_path = config.inference, config.inference.adapters, config.merge.path
+    wanted, merge_path = config.inference, config.merge.path
     interactive = sys.stdin.isatty() and not (wanted.prompt or wanted.prompts_file or merge_path)
-    if not (wanted.prompt or wanted.prompts_file or merge_path or interactive):
-        raise ConfigError(
-            Problem("nothing to answer", fix='give --prompt "...", --prompts_file FILE or --merge_path DIR')
-        )
-    if merge_path and which == "none":
-        raise ConfigError(Problem("--merge_path with --adapters none would copy the base", fix="leave out --adapters"))
-    if config.hub.push_to_hub and not merge_path:
-        raise ConfigError(Problem("--push_to_hub uploads a merged model here", fix="add --merge_path DIR"))
-    if merge_path:
-        if not (Path(merge_path) / files.MANIFEST).exists():  # a complete one may be the same, see below
-            merge.refuse_target(Path(merge_path))
-        hub.check(config.hub)
-        if config.merge.gguf:
-            gguf.check(Path(merge_path), config.merge.gguf)
-    examples = _read_prompts(Path(wanted.prompts_file)) if wanted.prompts_file else []
+    _refuse(config, interactive=interactive)
+    examples = prompts.read(Path(wanted.prompts_file)) if wanted.prompts_file else []
     if wanted.output_file:
         files.make_directory(Path(wanted.output_file).parent)
     base = preflight.start(config, loads_model=not merge_path)
-    found = composed_adapter.composition(config, base, which) if which != "none" else None
+    found = composed_adapter.composition(config, base, wanted.adapters) if wanted.adapters != "none" else None
     if found:
         composed_adapter.say(found)
-        if which == "task" and found.runs[0].manifest["identity"]["on"] == "domain":
+        if wanted.adapters == "task" and found.runs[0].manifest["identity"]["on"] == "domain":
             warning("this task adapter was trained on its domain adapter; alone it is not the task baseline")
     if merge_path:
         return _merge(config, base, found)
@@ -69,178 +53,49 @@ def main(config: Config) -> dict[str, Any]:
         model = inference_layers.attach(model, {"composed": found.factors})
     adapters = [str(run.directory) for run in found.runs] if found else []
     if examples:
-        return _answer_file(config, model, tokenizer, examples, system_prompt) | {"adapters": adapters}
-    answer = _streaming(config, model, tokenizer, system_prompt)
+        return prompts.answer_file(model, tokenizer, examples, system_prompt, wanted) | {"adapters": adapters}
     if interactive:
-        return _interactive(answer)
-    return {"prompt": wanted.prompt, **answer(wanted.prompt), "adapters": adapters}
+        return prompts.converse(lambda asked: prompts.answer_one(model, tokenizer, asked, system_prompt, wanted))
+    answer = prompts.answer_one(model, tokenizer, wanted.prompt, system_prompt, wanted)
+    return {"prompt": wanted.prompt, **answer, "adapters": adapters}
 
 
-def _streaming(config: Config, model: Any, tokenizer: Any, system_prompt: str) -> Callable[[str], dict[str, str]]:
-    """Answers as they are made: the answer to stdout, what stands in the template's think block to stderr."""
-    from utils.inference import generation
-    from utils.logger import warning
-    from utils.models import chat
-
-    def answer(question: str) -> dict[str, str]:
-        ids = chat.prompt_ids(tokenizer, {"question": question}, system_prompt)
-        parting = generation.Parting(
-            lambda text: print(text, end="", flush=True, file=sys.stderr),
-            lambda text: print(text, end="", flush=True),
-            opened=chat.opens_thinking(tokenizer),
-        )
-        (given,) = generation.answer(
-            model,
-            tokenizer,
-            [ids],
-            max_new_tokens=config.inference.max_new_tokens,
-            temperature=config.inference.temperature,
-            top_p=config.inference.top_p,
-            stream=parting,
-        )
-        parting.end()
-        print(flush=True)
-        if given.opened:
-            print(file=sys.stderr)
-            if not given.ended and not given.spoken:
-                tokens = config.inference.max_new_tokens
-                warning("cut while still thinking: raise --inference.max_new_tokens", max_new_tokens=tokens)
-        return _parts(given)
-
-    return answer
-
-
-def _parts(given: Any) -> dict[str, str]:
-    """The answer, and its reasoning where the template has a place for it."""
-    return {"answer": given.spoken} | ({"reasoning": given.reasoning} if given.opened else {})
-
-
-def _interactive(answer: Callable[[str], dict[str, str]]) -> dict[str, Any]:
-    print("Ask a question; an empty line or Ctrl-D ends.", file=sys.stderr)
-    asked = 0
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            break
-        if not question:
-            break
-        answer(question)
-        asked += 1
-    return {"answered": asked}
-
-
-def _read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Rows with a prompt or a question. Raises DataError with file and line for what cannot be used."""
-    from utils.data.tables import ProblemList, iter_rows
-    from utils.exceptions import DataError, Problem
-
-    if not path.is_file():
-        raise DataError(Problem("--prompts_file does not exist", str(path)))
-    problems = ProblemList()
-    found = []
-    for row in iter_rows(path, problems):
-        question = row.values.get("question") or row.values.get("prompt")
-        if not isinstance(question, str) or not question.strip():
-            problems.add(f"{row.place}: no prompt or question", list(row.values), 'write {"prompt": "..."}')
-            continue
-        context = row.values.get("context")
-        if context is not None and not isinstance(context, str):
-            problems.add(f"{row.place}: the context is no text", context, "write a string, or leave it out")
-            continue
-        found.append({"question": question, "context": context, "id": row.values.get("id")})
-    problems.raise_if_any()
-    if not found:
-        raise DataError(Problem(f"{path} holds no prompts"))
-    return found
-
-
-def _answer_file(
-    config: Config, model: Any, tokenizer: Any, examples: list[dict[str, Any]], system_prompt: str
-) -> dict[str, Any]:
+def _refuse(config: Config, *, interactive: bool) -> None:
+    """Before anything is loaded: a command that asks for nothing or for a contradiction, and a target that is taken."""
     from utils.artifacts import files
-    from utils.inference import generation
-    from utils.progress import Progress
+    from utils.exceptions import ConfigError, Problem
+    from utils.export import gguf, hub, merge
 
-    with Progress("answers", total=len(examples), unit="prompt") as bar:
-        answers = generation.answer_all(model, tokenizer, examples, system_prompt, config.inference, bar.advance)
-    rows = [
-        {"id": example["id"], "prompt": example["question"], **_parts(answer)}
-        for example, answer in zip(examples, answers, strict=True)
-    ]
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    if config.inference.output_file:
-        files.write_text(Path(config.inference.output_file), lines + "\n")
-    else:
-        print(lines)
-    return {"answered": len(rows), "output_file": config.inference.output_file or None}
+    wanted, merge_path = config.inference, config.merge.path
+    if not (wanted.prompt or wanted.prompts_file or merge_path or interactive):
+        raise ConfigError(
+            Problem("nothing to answer", fix='give --prompt "...", --prompts_file FILE or --merge_path DIR')
+        )
+    if merge_path and wanted.adapters == "none":
+        raise ConfigError(Problem("--merge_path with --adapters none would copy the base", fix="leave out --adapters"))
+    if config.hub.push_to_hub and not merge_path:
+        raise ConfigError(Problem("--push_to_hub uploads a merged model here", fix="add --merge_path DIR"))
+    if merge_path:
+        if not (Path(merge_path) / files.MANIFEST).exists():  # a complete one may be the same: merged_model looks
+            merge.refuse_target(Path(merge_path))
+        hub.check(config.hub)
+        if config.merge.gguf:
+            gguf.check(Path(merge_path), config.merge.gguf)
 
 
 def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
-    """Write the standalone model; then GGUF and the hub, where they were asked for."""
-    from utils.adapters import cards
-    from utils.artifacts import files, runs
-    from utils.artifacts.identity import Identity
-    from utils.composition import composed_adapter
-    from utils.evaluation.find_evaluation import evaluation_of
-    from utils.export import gguf, hub, merge, model_index
-    from utils.logger import event
+    """The standalone model; then GGUF and the hub, where they were asked for."""
+    from utils.export import gguf, hub, merged_model
 
-    target, settings = Path(config.merge.path), config.merge
-    composed_adapter.refuse_inside(target, base, found.runs)
-    parents = [*found.runs, *([found.run] if found.run else [])]
-    composition = composed_adapter.record(found)
-    identity = Identity.of(
-        "merged",
-        {
-            "base": base.digest,
-            "adapters": [run.digest for run in found.runs],
-            "recipe": composition["recipe"],
-            "dtype": settings.dtype,
-        },
-    )
-
-    def manifest(checks: dict[str, Any]) -> dict[str, Any]:
-        facts = {"composition": composition, "seed": config.run.seed}
-        return runs.manifest("merged", identity, base=base.record(), parents=parents, measured=checks, **facts)
-
-    card = cards.merged_card(
-        base,
-        found.runs,
-        method=found.recipe.method,
-        source=composition["source"],
-        weights=found.recipe.weights or (1.0,) * len(found.runs),
-        exact=found.check.exact,
-        searched=found.searched,
-        dtype=settings.dtype,
-        check=found.line(),
-    )
-    evaluation = evaluation_of(config.run.models_dir, base.digest, found.runs, composition["recipe"])
-    if evaluation:
-        card = model_index.with_evaluation(card, target.name, evaluation)
-    reused = (target / files.MANIFEST).exists() and identity.is_of(files.read_manifest(target).get("identity"))
-    if reused:
-        checks = files.verify(target)["measured"]
-        event("this merged model is already complete", path=target)
-    else:
-        checks = merge.merge(
-            base,
-            found.factors,
-            target,
-            settings,
-            config.base,
-            fingerprint=identity.fingerprint,
-            manifest=manifest,
-            card=card,
-        )
-        event("merged model written", path=target)
+    models_dir, seed = config.run.models_dir, config.run.seed
+    merged = merged_model.make(base, found, config.merge, config.base, models_dir=models_dir, seed=seed)
     adapters = [str(run.directory) for run in found.runs]
-    result = {"merged": str(target), "adapters": adapters, "reused": reused, **checks}
-    if settings.gguf:
-        converted = gguf.convert(target, settings.gguf)
+    result = {"merged": str(merged.directory), "adapters": adapters, "reused": merged.is_reused, **merged.checks}
+    if config.merge.gguf:
+        converted = gguf.convert(merged.directory, config.merge.gguf)
         result["gguf"] = str(converted) if converted else None
     if config.hub.push_to_hub:
-        result["url"] = hub.push(target, config.hub, message="Merged model", evaluation=evaluation)
+        result["url"] = hub.push(merged.directory, config.hub, message="Merged model", evaluation=merged.evaluation)
     return result
 
 

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Config
 from utils import cli
+
+if TYPE_CHECKING:
+    from utils.artifacts.runs import Run
+    from utils.data.batches import Batch, PackedDocuments
+    from utils.models.base_model import BaseModel
 
 SECTIONS = ("domain", "base", "inputs", "run")
 
@@ -23,29 +28,39 @@ SECTIONS = ("domain", "base", "inputs", "run")
 def main(config: Config) -> dict[str, Any]:
     """Base model, fresh adapter, packed documents, training loop, artefact."""
     from utils.adapters import find
-    from utils.data import batches
-    from utils.data.batches import PackedDocuments
-    from utils.data.prepared import Prepared
-    from utils.models import chat
     from utils.planning import preflight
     from utils.training import training_run
+    from utils.training.schedules import AdapterSchedule
 
     base = preflight.start(config, stage="domain")
     data = find.prepared_run(config, base)
     identity = training_run.identity_of(config, "domain", base, data)
-
-    def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
-        source, settings, seed = Prepared(data.directory), config.domain.train, config.run.seed
-        pad = chat.pad_id(chat.load_tokenizer(base.directory))
-        documents = PackedDocuments(source.documents("corpus"), settings, seed, pad)
-        dev = []
-        if (data.directory / "dev_documents").is_dir():
-            dev = batches.dev_batches(PackedDocuments(source.documents("dev_documents"), settings, 0, pad), settings)
+    with training_run.opened(config, "domain", base, identity, [data]) as run:
+        if run.complete:
+            return training_run.result(run, reused=True)
+        documents, dev = _documents(config, base, data)
         model = training_run.load_base(config, "domain", base)
-        model = training_run.new_adapter(model, "domain", config.domain.lora, seed)
-        return model, documents, dev, data.manifest["counts"].get("documents", {})
+        model = training_run.new_adapter(model, "domain", config.domain.lora, config.run.seed)
+        outcome = training_run.train(run, model, documents, dev, AdapterSchedule("domain"))
+        training_run.save(run, model, outcome)
+        run = training_run.record(run, outcome, data=data.manifest["counts"].get("documents", {}))
+    return training_run.result(run, reused=False)
 
-    return training_run.train_adapter(config, "domain", base, identity, [data], build)
+
+def _documents(config: Config, base: BaseModel, data: Run) -> tuple[PackedDocuments, list[Batch]]:
+    """The packed documents that are trained on, and the dev batches; none without dev documents."""
+    from utils.data import batches
+    from utils.data.batches import PackedDocuments
+    from utils.data.prepared import Prepared
+    from utils.models import chat
+
+    prepared, settings = Prepared(data.directory), config.domain.train
+    pad = chat.pad_id(chat.load_tokenizer(base.directory))
+    documents = PackedDocuments(prepared.documents("corpus"), settings, config.run.seed, pad)
+    if not (data.directory / "dev_documents").is_dir():
+        return documents, []
+    dev = PackedDocuments(prepared.documents("dev_documents"), settings, 0, pad)
+    return documents, batches.dev_batches(dev, settings)
 
 
 def plan(config: Config) -> list[str]:

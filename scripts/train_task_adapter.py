@@ -11,13 +11,19 @@ Killed at any moment, the same command goes on from the last checkpoint.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Config
 from utils import cli
+
+if TYPE_CHECKING:
+    from utils.artifacts.runs import Run
+    from utils.data.batches import Batch, BucketedPairs
+    from utils.models.base_model import BaseModel
 
 SECTIONS = ("task", "base", "inputs", "run")
 
@@ -25,50 +31,46 @@ SECTIONS = ("task", "base", "inputs", "run")
 def main(config: Config) -> dict[str, Any]:
     """Base model, frozen domain adapter, fresh task adapter, bucketed pairs, training loop, artefact."""
     from utils.adapters import adapter_files, find, peft_model
-    from utils.data import batches
-    from utils.data.batches import BucketedPairs, check_usable, tokenise_pairs
-    from utils.data.prepared import Prepared
-    from utils.models import chat
     from utils.planning import preflight
-    from utils.training import training_identity, training_run
+    from utils.training import training_run
+    from utils.training.schedules import AdapterSchedule
+    from utils.training.training_identity import task_facts
 
     base = preflight.start(config, stage="task")
     data = find.prepared_run(config, base)
     domain = find.domain_run(config, base) if config.task.on != "base" else None
-    decided = training_identity.task_facts(config.task, domain)
-    identity = training_run.identity_of(config, "task", base, data, **decided)
-
-    def build() -> tuple[Any, Any, list[Any], dict[str, Any]]:
-        source, settings, seed = Prepared(data.directory), config.task.train, config.run.seed
-        tokenizer = chat.load_tokenizer(base.directory)
-        pad = chat.pad_id(tokenizer)
-        prompt, longest = config.task.system_prompt, settings.sequence_tokens
-        pairs, report = tokenise_pairs(source.examples("train"), tokenizer, prompt, longest)
-        check_usable(report, config.task.max_unusable_share, longest)
-        dev_pairs, _ = tokenise_pairs(source.examples("dev"), tokenizer, prompt, longest)
-        dev = batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings)
-        model, frozen = training_run.load_base(config, "task", base), []
+    frozen, parents = (["domain"], [data, domain]) if domain else ([], [data])
+    schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
+    identity = training_run.identity_of(config, "task", base, data, **task_facts(config.task, domain))
+    with training_run.opened(config, "task", base, identity, parents) as run:
+        if run.complete:
+            return training_run.result(run, reused=True)
+        pairs, dev, counts = _pairs(config, base, data)
+        model = training_run.load_base(config, "task", base)
         if domain:
-            model, frozen = peft_model.add(model, "domain", adapter_files.load(domain.adapter, base)), ["domain"]
-        model = training_run.new_adapter(model, "task", config.task.lora, seed, frozen)
-        facts = {
-            "usable": report.usable,
-            "answer_does_not_fit": report.answer_does_not_fit,
-            "contexts_shortened": report.contexts_shortened,
-        }
-        trained = BucketedPairs(pairs, settings, seed, pad, prompt_loss_weight=config.task.prompt_loss_weight)
-        return model, trained, dev, facts
+            model = peft_model.add(model, "domain", adapter_files.load(domain.adapter, base))
+        model = training_run.new_adapter(model, "task", config.task.lora, config.run.seed, frozen)
+        outcome = training_run.train(run, model, pairs, dev, schedule)
+        training_run.save(run, model, outcome, system_prompt=config.task.system_prompt)
+        run = training_run.record(run, outcome, data=counts, system_prompt=config.task.system_prompt)
+    return training_run.result(run, reused=False)
 
-    def each_step(model: Any, step: int | None) -> list[str]:
-        if config.task.on == "domain_ready":
-            on = ["domain", "task"] if training_run.domain_is_on(config.run.seed, step) else ["task"]
-            peft_model.activate(model, on, trainable="task")
-            return on
-        return ["domain", "task"] if domain else ["task"]
 
-    parents = [data, domain] if domain else [data]
-    prompt = config.task.system_prompt
-    return training_run.train_adapter(config, "task", base, identity, parents, build, each_step, system_prompt=prompt)
+def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, list[Batch], dict[str, int]]:
+    """The pairs that are trained on, the dev batches, and how many pairs could be used and how."""
+    from utils.data import batches
+    from utils.data.batches import BucketedPairs
+    from utils.data.prepared import Prepared
+    from utils.models import chat
+
+    prepared, task, settings = Prepared(data.directory), config.task, config.task.train
+    tokenizer = chat.load_tokenizer(base.directory)
+    pad, longest = chat.pad_id(tokenizer), settings.sequence_tokens
+    pairs, report = batches.tokenise_pairs(prepared.examples("train"), tokenizer, task.system_prompt, longest)
+    batches.check_usable(report, task.max_unusable_share, longest)
+    trained = BucketedPairs(pairs, settings, config.run.seed, pad, prompt_loss_weight=task.prompt_loss_weight)
+    dev_pairs, _ = batches.tokenise_pairs(prepared.examples("dev"), tokenizer, task.system_prompt, longest)
+    return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), asdict(report)
 
 
 def plan(config: Config) -> list[str]:

@@ -30,7 +30,6 @@ from tests.support import (
 from utils import logger
 from utils.adapters import adapter_files, inference_layers, peft_model
 from utils.adapters.factors import Factors, delta, scaled
-from utils.composition import composed_adapter
 from utils.composition.checks import check
 from utils.composition.methods import METHODS, Recipe, compose, depth, weights_at
 from utils.export import merge
@@ -101,7 +100,9 @@ class Invariants(unittest.TestCase):
         peft_model.activate(both, ["first", "second"])
         found["two active"] = logits(both)
         ours = inference_layers.attach(fresh(architecture), {"a": parts[0], "b": parts[1]})
-        inference_layers.select(ours, composed_adapter.select_by(recipe, parts, ["a", "b"]))
+        inference_layers.select(
+            ours, lambda module: dict(zip("ab", weights_at(module, recipe, 2, LAYERS), strict=True))
+        )
         found["selected"] = logits(ours)
         place = temporary_directory()
         adapter_files.save(place / "adapter", composed, base)

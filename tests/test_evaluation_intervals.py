@@ -40,12 +40,6 @@ class RatioInterval(unittest.TestCase):
     def test_one_cluster_gives_an_infinite_interval_that_excludes_nothing(self) -> None:
         found = ratio_interval([1.0, 2.0], [1.0, 1.0], ["a", "a"], resamples=100, seed=0)
         self.assertEqual((found.estimate, found.low, found.high), (1.5, -math.inf, math.inf))
-        self.assertFalse(found.excludes_zero)
-
-    def test_interval_excludes_zero_only_when_both_ends_have_one_sign(self) -> None:
-        expected = {(0.1, 0.2): True, (-0.2, -0.1): True, (-0.1, 0.2): False, (0.0, 0.2): False}
-        for (low, high), excludes in expected.items():
-            self.assertEqual(Interval(0.0, low, high, 9, 9).excludes_zero, excludes)
 
     def test_interval_covers_the_truth_about_95_times_in_100(self) -> None:
         generator = np.random.default_rng(1)

@@ -37,7 +37,7 @@ from utils.evaluation import comparison, controls, measures, scored_rows, test_r
 from utils.exceptions import Interrupted, PipelineError
 from utils.export import hub
 from utils.models.architectures import toy
-from utils.training import training_run
+from utils.training import schedules
 
 FOUR = ["base", "domain", "task", "composed"]
 STACKED = ["task_without_domain"]
@@ -336,11 +336,11 @@ class Regimes(unittest.TestCase):
             shutil.rmtree(run["run"])
 
     def test_domain_ready_sees_the_domain_in_about_half_of_the_steps_and_always_on_dev(self) -> None:
-        seen = [training_run.domain_is_on(0, step) for step in range(1000)]
+        seen = [schedules.domain_is_on(0, step) for step in range(1000)]
         self.assertAlmostEqual(sum(seen) / 1000, 0.5, delta=0.05)
-        self.assertEqual(seen, [training_run.domain_is_on(0, step) for step in range(1000)])
-        self.assertNotEqual(seen, [training_run.domain_is_on(1, step) for step in range(1000)])
-        self.assertTrue(training_run.domain_is_on(0, None))
+        self.assertEqual(seen, [schedules.domain_is_on(0, step) for step in range(1000)])
+        self.assertNotEqual(seen, [schedules.domain_is_on(1, step) for step in range(1000)])
+        self.assertTrue(schedules.domain_is_on(0, None))
 
 
 class RandomControl(unittest.TestCase):

@@ -108,9 +108,6 @@ class Table(unittest.TestCase):
         self.near(estimates.weight_bytes(M2, "fp8") / GIB, 214.3, 0.001)
         self.near(2 * M2.layer_parameters / GIB, 6.83, 0.001)
         self.near(estimates.loading_bytes(M2, "bfloat16", processes=8, sharded=False) / 1e9, 8 * 457, 0.01)
-        self.assertEqual(
-            estimates.inference_memory(M2, "bfloat16", tokens=1) - estimates.weight_bytes(M2, "bfloat16"), 253_952
-        )
 
     def test_peak_per_gpu_of_every_row(self) -> None:
         for name, (step, low, high) in TABLE.items():

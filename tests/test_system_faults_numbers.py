@@ -39,9 +39,9 @@ class InLoss:
     call: int
 
     def __call__(self) -> None:
-        from utils.training import training_loop
+        from utils.training import micro_batches
 
-        original, count = training_loop._loss, 0
+        original, count = micro_batches.batch_loss, 0
 
         def loss(*arguments: Any) -> torch.Tensor:
             nonlocal count
@@ -49,7 +49,7 @@ class InLoss:
             found = original(*arguments)
             return found + self.value if count == self.call else found
 
-        training_loop._loss = loss
+        micro_batches.batch_loss = loss
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Training(unittest.TestCase):
         self.assertIn("the domain adapter of step 44: 1 tensors hold NaN or infinity", done.stderr)
 
     def test_a_dev_loss_that_is_not_finite_stops_the_run(self) -> None:
-        done = self.failed("nan-dev", At("utils.training.training_loop.mean_loss", Spoilt(), 1))
+        done = self.failed("nan-dev", At("utils.training.micro_batches.mean_loss", Spoilt(), 1))
         self.assertIn("the dev loss after step 11 is NaN or infinite", done.stderr)
         self.resumes("nan-dev", 8)
 
@@ -214,10 +214,10 @@ class Spoilt:
     """From now on the loss of every batch is NaN."""
 
     def __call__(self) -> None:
-        from utils.training import training_loop
+        from utils.training import micro_batches
 
-        original = training_loop._loss
-        training_loop._loss = lambda *arguments: original(*arguments) * NAN
+        original = micro_batches.batch_loss
+        micro_batches.batch_loss = lambda *arguments: original(*arguments) * NAN
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class Merge(unittest.TestCase):
 class Faults(unittest.TestCase):
     def test_a_fault_finds_the_function_it_is_put_into(self) -> None:
         for where in (
-            "utils.training.training_loop._loss",
+            "utils.training.micro_batches.batch_loss",
             "utils.models.losses.NextTokenLoss.forward",
             "torch.OutOfMemoryError",
         ):

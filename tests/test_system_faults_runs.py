@@ -93,7 +93,7 @@ class TwoAtOnce(unittest.TestCase):
 
     def test_a_lock_whose_holder_is_dead_holds_nobody_up(self) -> None:
         place = trained()
-        first = place.train("stale", before=At("utils.training.training_loop._loss", Send(signal.SIGKILL), 11))
+        first = place.train("stale", before=At("utils.training.micro_batches.batch_loss", Send(signal.SIGKILL), 11))
         self.assertEqual(first.wait().returncode, -signal.SIGKILL)
         self.assertIn(f"process {first.process.pid} ", (place.run_of("stale") / ".lock").read_text())
         last_json(place.train("stale").wait())
@@ -102,7 +102,7 @@ class TwoAtOnce(unittest.TestCase):
 class Changed(unittest.TestCase):
     def test_changed_settings_under_a_name_are_refused_with_what_changed_and_how_to_start_anew(self) -> None:
         place = trained()
-        first = place.train("changed", before=At("utils.training.training_loop._loss", Send(signal.SIGTERM), 11))
+        first = place.train("changed", before=At("utils.training.micro_batches.batch_loss", Send(signal.SIGTERM), 11))
         self.assertEqual(first.wait().returncode, 75)
         left = contents(place.run_of("changed"))
         other = place.root / "other.jsonl"
@@ -127,7 +127,7 @@ class Changed(unittest.TestCase):
     def test_a_run_that_starts_anew_beside_an_unfinished_one_says_what_differs(self) -> None:
         place = trained()
         flags = ["--domain.train.max_steps=6", "--domain.train.warmup_share=0.25"]
-        stop = At("utils.training.training_loop._loss", Send(signal.SIGTERM), 5)
+        stop = At("utils.training.micro_batches.batch_loss", Send(signal.SIGTERM), 5)
         self.assertEqual(place.start("train_domain_adapter", *flags, before=stop).wait().returncode, 75)
         done = place.run("train_domain_adapter", flags[0], "--domain.train.warmup_share=0.5")
         self.assertIn("starting anew: the unfinished run that is most like this one", done.stderr)
@@ -180,7 +180,7 @@ class Permissions(unittest.TestCase):
 class Clocks(unittest.TestCase):
     def test_a_clock_that_is_set_back_changes_neither_a_resumed_run_nor_which_run_is_the_newest(self) -> None:
         place = trained()
-        stop = At("utils.training.training_loop._loss", Send(signal.SIGKILL), 23)
+        stop = At("utils.training.micro_batches.batch_loss", Send(signal.SIGKILL), 23)
         place.train("clock", before=stop).wait()
         done = place.train("clock", before=SetClockBack(10 * 365 * 86_400)).wait()
         last_json(done)
@@ -190,7 +190,7 @@ class Clocks(unittest.TestCase):
 
     def test_the_newest_checkpoint_is_the_highest_step_whatever_the_times_and_the_order_of_copies_say(self) -> None:
         place = trained()
-        place.train("copied", before=At("utils.training.training_loop._loss", Send(signal.SIGKILL), 41)).wait()
+        place.train("copied", before=At("utils.training.micro_batches.batch_loss", Send(signal.SIGKILL), 41)).wait()
         root = place.run_of("copied") / "checkpoints"
         names = sorted(path.name for path in root.glob("step-*"))
         self.assertEqual(len(names), 2)

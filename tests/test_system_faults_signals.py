@@ -58,7 +58,7 @@ class Training(unittest.TestCase):
     def test_either_signal_in_a_step_writes_its_checkpoint_exits_75_and_resumes_exactly(self) -> None:
         for name, fault in (("sigterm", TERM), ("sigint", INT)):
             with self.subTest(name):
-                done = trained().train(name, before=At("utils.training.training_loop._loss", fault, 21)).wait()
+                done = trained().train(name, before=At("utils.training.micro_batches.batch_loss", fault, 21)).wait()
                 self.assertEqual(done.returncode, STOPPED, done.stderr)
                 step = max(int(p.name[5:]) for p in trained().run_of(name).glob("checkpoints/step-*"))
                 self.assertNotEqual(step % 4, 0, "this checkpoint was due anyway: the test tells nothing")
@@ -67,7 +67,11 @@ class Training(unittest.TestCase):
                 self.assert_resumes_to_the_reference(name, step)
 
     def test_a_second_sigint_stops_at_once_and_the_checkpoint_before_is_used(self) -> None:
-        done = trained().train("impatient", before=At("utils.training.training_loop._loss", All((INT, INT)), 21)).wait()
+        done = (
+            trained()
+            .train("impatient", before=At("utils.training.micro_batches.batch_loss", All((INT, INT)), 21))
+            .wait()
+        )
         self.assertEqual(done.returncode, 130, done.stderr)
         self.assertNotIn("Traceback", done.stderr)
         self.assert_resumes_to_the_reference("impatient", 8)
@@ -91,7 +95,7 @@ class Training(unittest.TestCase):
 
     def test_two_processes_are_both_stopped_by_a_signal_to_one(self) -> None:
         place = trained()
-        fault = At("utils.training.training_loop._loss", TERM, 7)
+        fault = At("utils.training.micro_batches.batch_loss", TERM, 7)
         ended = [script.wait() for script in place.pair("both", before=(None, fault))]
         self.assertEqual([done.returncode for done in ended], [STOPPED, STOPPED], ended[0].stderr)
         steps = [path.name for path in place.run_of("both").glob("checkpoints/step-*")]

@@ -25,7 +25,7 @@ from utils.artifacts import files
 from utils.data.batches import PackedDocuments
 from utils.data.prepared import Prepared
 from utils.inference.scoring import score_documents
-from utils.training.training_loop import learning_rate
+from utils.training.schedules import learning_rate
 
 SETTINGS = {
     "epochs": 2,

@@ -55,6 +55,8 @@ from utils.models.model_shapes import GIB, Dtype
 from utils.planning import estimates, plan_report
 from utils.planning.native_fp8 import LEAST_CAPABILITY
 from utils.training import training_loop, training_run
+from utils.training.schedules import AdapterSchedule
+from utils.training.training_loop import TrainingSetup
 
 FOREIGN = (RuntimeError, ValueError, ImportError, OSError, AssertionError, NonFiniteError, ArtefactError)
 
@@ -137,16 +139,18 @@ def _trained(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     directory.mkdir()
-    outcome = training_loop.train(
+    setup = TrainingSetup(
         model,
         data,
         [],
         settings,
+        AdapterSchedule("task"),
         seed=config.run.seed,
         directory=directory,
         accelerator=Accelerator(cpu=devices.device().type == "cpu"),
         what=f"gpu suite, {directory.name}",
     )
+    outcome = training_loop.train(setup)
     said = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     rate = statistics.median([row["tokens_per_second"] for row in said if "tokens_per_second" in row][1:])
     shapes, low = sizes(scale, layers), predicted(scale, layers, lora, base).total

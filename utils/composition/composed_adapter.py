@@ -7,7 +7,7 @@ the same adapters when the command says nothing about weights, so what a search 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,12 +185,6 @@ def weighted_parts(found: Composition) -> list[Factors]:
         {m: scaled(f, w) for m, f in part.items() if (w := weights_at(m, found.recipe, count, layers)[i]) != 0.0}
         for i, part in enumerate(found.parts)
     ]
-
-
-def select_by(recipe: Recipe, parts: Sequence[Factors], names: Sequence[str]) -> Callable[[str], dict[str, float]]:
-    """Module -> weight of each named part, for `frozen_lora.select`."""
-    layers = depth(parts)
-    return lambda module: dict(zip(names, weights_at(module, recipe, len(parts), layers), strict=True))
 
 
 def refuse_inside(target: Path, base: BaseModel, found: Sequence[Run]) -> None:

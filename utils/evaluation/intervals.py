@@ -37,10 +37,6 @@ class Interval:
     seeds: int = 1
     null: float = 0.0
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def ratio_interval(
     numerators: Sequence[float] | np.ndarray,

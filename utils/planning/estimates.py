@@ -154,12 +154,6 @@ def training_memory(
     )
 
 
-def inference_memory(sizes: ModelSizes, dtype: Dtype, *, tokens: int, shards: int = 1) -> int:
-    """Bytes on one GPU to answer: weights, and the keys and values of `tokens` tokens in the activations' dtype."""
-    width = 4 if dtype == "float32" else 2
-    return _share(weight_bytes(sizes, dtype), shards) + 2 * sizes.num_layers * sizes.key * tokens * width
-
-
 def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: bool) -> int:
     """Host memory of one node while loading: a copy per process, or one that the first process deals out."""
     return weight_bytes(sizes, dtype) * (1 if sharded else processes)

@@ -15,15 +15,19 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from utils import disk
 from utils.artifacts import files
+from utils.artifacts.runs import IDENTITY
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import warning
 from utils.models import parallel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Tensors = dict[str, torch.Tensor]
 # headers, state and manifest
@@ -103,6 +107,52 @@ def whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> Tensors:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in named if keep}
 
 
+def copy_of(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
+    """What this process holds of the parameters, copied to main memory."""
+    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
+
+
+@torch.no_grad()
+def put(parameters: Mapping[str, torch.nn.Parameter], tensors: Tensors) -> None:
+    """Give the parameters these values: whole ones, or what `copy_of` took."""
+    for name, parameter in parameters.items():
+        parameter.copy_(parallel.like(tensors[name], parameter))
+
+
+def conditions(*, processes: int, is_dealt_out: bool) -> dict[str, Any]:
+    """What decides the last bits of a step besides the settings."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "dealt out": is_dealt_out,
+    }
+
+
+def refuse_other(newest: Path, *, frozen: str, conditions: Mapping[str, Any]) -> None:
+    """Raises ArtefactError when a checkpoint was made on other frozen adapters; warns of other conditions."""
+    made = files.read_manifest(newest)
+    if made.get("frozen", frozen) != frozen:
+        what = f"{newest} was trained on another frozen adapter than the one that is loaded"
+        raise ArtefactError(Problem(what, fix=f"restore that adapter, or remove {newest.parent} to start anew"))
+    before = made.get("conditions", {})
+    changed = [
+        f"{name} {before[name]} -> {conditions.get(name)}" for name in before if before[name] != conditions.get(name)
+    ]
+    if changed:
+        warning("resumed under other conditions: the result may differ in its last bits", changed=", ".join(changed))
+
+
+def newest_for_all(root: Path, accelerator: Accelerator) -> Path | None:
+    """The newest valid checkpoint as the main process finds it; every process goes on from the same."""
+    newest = newest_valid(root) if accelerator.is_main_process else None
+    if accelerator.num_processes == 1:
+        return newest
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([newest])[0]
+
+
 def newest_valid(root: Path) -> Path | None:
     """The valid checkpoint of the highest step (by name, never by time); damaged ones are set aside with a warning.
 
@@ -155,7 +205,7 @@ def discard(root: Path) -> None:
 
 def _run(root: Path) -> str:
     """What the run is that these checkpoints belong to: a valid one of another run must not be gone on from."""
-    identity = root.parent / "identity.json"
+    identity = root.parent / IDENTITY
     return files.fingerprint(files.read_json(identity)) if identity.exists() else ""
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from config import TrainSection
 from utils import disk
 from utils.artifacts import files
-from utils.exceptions import NonFiniteError, Problem, VerificationError
+from utils.exceptions import NonFiniteError, OutOfMemory, Problem, VerificationError
 from utils.models import parallel
 
 if TYPE_CHECKING:
@@ -54,6 +55,19 @@ def non_finite(what: str, names: Sequence[str]) -> NonFiniteError:
             f"the {what} is NaN or infinite; the last checkpoint is kept",
             ", ".join(names[:NAMED]),
             "look at these documents or examples, or lower the learning rate",
+        )
+    )
+
+
+def out_of_memory(what: str, step: int, settings: TrainSection, names: Sequence[str]) -> OutOfMemory:
+    """A step that does not fit, with what was in its batches and the setting that makes it smaller."""
+    section = f"--{what.split()[0]}.train"
+    fix = f"lower {section}.micro_batch_tokens (now {settings.micro_batch_tokens}; the result stays the same)"
+    return OutOfMemory(
+        Problem(
+            f"memory ran out in step {step} of the {what}; the last checkpoint is kept",
+            ", ".join(names[:NAMED]),
+            f"{fix}, or set {section}.gradient_checkpointing",
         )
     )
 

@@ -1,0 +1,58 @@
+"""The suites that were asked for, one after the other: each one's results are kept as soon as they are there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config
+from utils.artifacts import files
+from utils.artifacts.runs import Run
+from utils.benchmarks import (
+    inputs,
+    suite_data,
+    suite_evaluation,
+    suite_gpu,
+    suite_inference,
+    suite_merge,
+    suite_training,
+)
+from utils.models import devices
+from utils.models.base_model import BaseModel
+
+
+def measure(config: Config, base: BaseModel, pair: tuple[Run, Run] | None, directory: Path) -> dict[str, Any]:
+    """Suite -> results, and the machine; an interrupted call goes on at the first suite that has no file yet."""
+    on_gpu = devices.device().type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
+    machine: dict[str, Any] = {"device": name, "threads": torch.get_num_threads(), "load_before": _load()}
+    results: dict[str, Any] = {}
+    for suite in config.benchmark.suite:
+        path = directory / f"suite_{suite}.json"
+        if not path.exists():
+            files.write_json(path, _measured(suite, config, base, pair))
+        results[suite] = files.read_json(path)
+    return {"machine": machine | {"load_after": _load()}, **results}
+
+
+def _measured(suite: str, config: Config, base: BaseModel, pair: tuple[Run, Run] | None) -> dict[str, Any]:
+    wanted = config.benchmark
+    if suite == "inference":
+        longest = max(wanted.prompt_tokens) * max(wanted.batch_sizes)
+        return suite_inference.measure(config, base, pair, inputs.token_stream(config, base, longest))
+    if suite == "training":
+        return suite_training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
+    if suite == "data":
+        return suite_data.measure(config)
+    if suite == "evaluation":
+        return suite_evaluation.measure(config, base)
+    if suite == "gpu":
+        return suite_gpu.measure(config)
+    return suite_merge.measure(config)
+
+
+def _load() -> list[float] | None:
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None

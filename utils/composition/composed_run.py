@@ -1,0 +1,95 @@
+"""The contents of a composed run: weights searched if asked for, adapter and card, what the checks and dev data say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from utils.adapters import adapter_files, cards
+from utils.adapters.factors import Factors
+from utils.artifacts import files
+from utils.artifacts.runs import Run
+from utils.composition import composed_adapter, dev_losses, interference, methods, pictures, search
+from utils.composition.composed_adapter import Composition
+from utils.composition.dev_losses import DevProbe
+from utils.composition.methods import Recipe
+from utils.logger import event, warning
+from utils.models import float32_model
+from utils.models.base_model import BaseModel
+
+
+def write(
+    config: Config, base: BaseModel, found: Sequence[Run], parts: Sequence[Factors], data: Run | None, directory: Path
+) -> dict[str, Any]:
+    """Write everything but the manifest into `directory`; returns the manifest's facts.
+
+    `found` are the adapters' runs, domain and task first, `parts` their factors, `data` the prepared data that they
+    share, if any. Raises ArtefactError when the recipe does not fit, VerificationError when a check fails.
+    """
+    prompt = found[1].manifest["system_prompt"]
+    probe = _probe(config, base, parts, data, prompt)
+    recipe, is_searched = composed_adapter.recipe_of(config), config.compose.search
+    if is_searched:
+        recipe = _searched(config, probe, recipe, directory)
+    made = composed_adapter.made(parts, found, recipe, searched=is_searched)
+    composed_adapter.say(made)
+    _explain(probe, recipe, directory)
+    del probe  # its model goes before the check loads one in float32
+    measured = composed_adapter.check_on_model(base, made, config.base, directory / ".selfcheck")
+    event("composition verified", **measured)
+    _write_adapter(base, made, directory)
+    files.write_json(directory / "config.json", config.model_dump(mode="json"))
+    return {"composition": composed_adapter.record(made), "measured": measured, "system_prompt": prompt}
+
+
+def _probe(
+    config: Config, base: BaseModel, parts: Sequence[Factors], data: Run | None, system_prompt: str
+) -> DevProbe | None:
+    """The model that measures on dev; None without data, or where it does not fit into memory in float32."""
+    if data is None:
+        return None
+    dev = dev_losses.dev_data(config, base, data.directory, system_prompt)
+    return DevProbe.on(base, config.base, parts, dev) if float32_model.fits(base) else None
+
+
+def _searched(config: Config, probe: DevProbe | None, recipe: Recipe, directory: Path) -> Recipe:
+    """The recipe with the weights that are best on dev; writes down what was tried."""
+    choice = dev_losses.search(probe, config.compose, directory / "search_points.jsonl")
+    recipe = dev_losses.recipe_with(recipe, choice)
+    files.write_json(directory / "search.json", search.to_json(choice))
+    pictures.write_search(search.to_json(choice), directory / "search.html")
+    event("weights chosen on dev", method=recipe.method, weights=recipe.weights, reason=choice.reason)
+    return recipe
+
+
+def _explain(probe: DevProbe | None, recipe: Recipe, directory: Path) -> None:
+    """Where the adapters collide: interference.json, its picture, and lines on stdout."""
+    if probe is None:
+        warning("no dev data, or too little memory for this model: interference is not explained")
+        return
+    explained = interference.explain(probe, recipe)
+    files.write_json(directory / "interference.json", explained)
+    pictures.write_interference(explained, directory / "interference.html")
+    for line in interference.lines(explained):
+        print(line)
+
+
+def _write_adapter(base: BaseModel, made: Composition, directory: Path) -> None:
+    """adapter/ with its card and, where experts are adapted, the same in adapter_per_expert/."""
+    adapter_files.save(directory / "adapter", made.factors, base)
+    card = cards.composed_card(
+        base,
+        list(made.runs),
+        method=made.recipe.method,
+        source=methods.METHODS[made.recipe.method].source,
+        weights=made.recipe.weights or (1.0,) * len(made.runs),
+        exact=made.check.exact,
+        searched=made.searched,
+        check=made.line(),
+    )
+    files.write_text(directory / "adapter" / "README.md", card)
+    if any(f.is_experts for f in made.factors.values()):
+        adapter_files.save_per_expert(directory / "adapter_per_expert", made.factors, base)
+        files.write_text(directory / "adapter_per_expert" / "README.md", card)

@@ -1,0 +1,83 @@
+"""A merged model with everything around its weights: identity, card, manifest; the same one is not made twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import BaseModelSection, MergeSection
+from utils.adapters import cards
+from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity
+from utils.composition import composed_adapter
+from utils.composition.composed_adapter import Composition
+from utils.evaluation.find_evaluation import Evaluation, evaluation_of
+from utils.export import merge, model_index
+from utils.logger import event
+from utils.models.base_model import BaseModel
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A complete merged model; `checks` is what was measured when it was made."""
+
+    directory: Path
+    checks: dict[str, Any]
+    evaluation: Evaluation | None
+    is_reused: bool
+
+
+def make(
+    base: BaseModel,
+    found: Composition,
+    settings: MergeSection,
+    section: BaseModelSection,
+    *,
+    models_dir: Path,
+    seed: int,
+) -> MergedModel:
+    """Base + composed adapter at `settings.path`, written and checked unless exactly it is there already.
+
+    The card has the numbers of the composition's newest evaluation in `models_dir`. Raises as `merge.merge` does.
+    """
+    target = Path(settings.path)
+    composed_adapter.refuse_inside(target, base, found.runs)
+    composition = composed_adapter.record(found)
+    evaluation = evaluation_of(models_dir, base.digest, found.runs, composition["recipe"])
+    identity = _identity(base, found, composition, settings)
+    if (target / files.MANIFEST).exists() and identity.is_of(files.read_manifest(target).get("identity")):
+        checks = files.verify(target)["measured"]
+        event("this merged model is already complete", path=target)
+        return MergedModel(target, checks, evaluation, is_reused=True)
+
+    def manifest(checks: dict[str, Any]) -> dict[str, Any]:
+        parents = [*found.runs, *([found.run] if found.run else [])]
+        facts = {"composition": composition, "seed": seed}
+        return runs.manifest("merged", identity, base=base.record(), parents=parents, measured=checks, **facts)
+
+    card = cards.merged_card(
+        base,
+        found.runs,
+        method=found.recipe.method,
+        source=composition["source"],
+        weights=found.recipe.weights or (1.0,) * len(found.runs),
+        exact=found.check.exact,
+        searched=found.searched,
+        dtype=settings.dtype,
+        check=found.line(),
+    )
+    if evaluation:
+        card = model_index.with_evaluation(card, target.name, evaluation)
+    checks = merge.merge(
+        base, found.factors, target, settings, section, fingerprint=identity.fingerprint, manifest=manifest, card=card
+    )
+    event("merged model written", path=target)
+    return MergedModel(target, checks, evaluation, is_reused=False)
+
+
+def _identity(base: BaseModel, found: Composition, composition: dict[str, Any], settings: MergeSection) -> Identity:
+    """Everything that decides the merged weights."""
+    adapters, recipe = [run.digest for run in found.runs], composition["recipe"]
+    decides = {"base": base.digest, "adapters": adapters, "recipe": recipe, "dtype": settings.dtype}
+    return Identity.of("merged", decides)

@@ -1,0 +1,47 @@
+"""Passes through the model: who takes which micro-batch, the loss of one, and the mean over the dev batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from utils.data.batches import Batch
+from utils.models.losses import autocast
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def share_of(items: Sequence[Any], process: int, processes: int) -> list[tuple[Any, bool]]:
+    """This process's micro-batches, and whether each counts; short processes repeat one that does not count.
+
+    The passes through the model have to be as many in every process: each is a conversation between them.
+    """
+    mine = [(rows, True) for rows in items[process::processes]]
+    missing = math.ceil(len(items) / processes) - len(mine)
+    return mine + [(items[0], False)] * missing
+
+
+def batch_loss(module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Sum of the NLL of the trained tokens of a micro-batch: a scalar with a gradient."""
+    with autocast(module, device):
+        return module(batch.input_ids_BT.to(device), batch.position_ids_BT.to(device), batch.labels_BT.to(device))
+
+
+@torch.no_grad()
+def mean_loss(loss_module: torch.nn.Module, batches: list[Batch], accelerator: Accelerator) -> float:
+    """Mean NLL per trained token over batches, dealt to the processes; every process gets the same number."""
+    was_training = loss_module.training
+    loss_module.eval()
+    inner = accelerator.unwrap_model(loss_module)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch, counts in share_of(batches, accelerator.process_index, accelerator.num_processes):
+        loss = float(batch_loss(inner, batch, accelerator.device))
+        if counts:
+            sums += torch.tensor([loss, batch.num_labels], dtype=torch.float64)
+    sums = accelerator.reduce(sums.to(accelerator.device), "sum")
+    loss_module.train(was_training)
+    return float(sums[0] / sums[1])

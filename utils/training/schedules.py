@@ -1,0 +1,45 @@
+"""What follows from the number of a step alone, so that a resumed run does the same: learning rate and adapters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from random import Random
+
+from config import TrainSection
+
+
+@dataclass(frozen=True)
+class AdapterSchedule:
+    """Which adapters are on while one of them is trained: the frozen ones below it and itself.
+
+    With `alternates` the frozen ones are switched on in about half of the steps, drawn from `seed`.
+    """
+
+    trained: str
+    frozen: tuple[str, ...] = ()
+    alternates: bool = False
+    seed: int = 0
+
+    def active(self, step: int | None) -> list[str]:
+        """Names of the adapters that are on in this step or, with None, while dev is measured."""
+        is_on = not self.alternates or domain_is_on(self.seed, step)
+        return [*(self.frozen if is_on else ()), self.trained]
+
+
+def domain_is_on(seed: int, step: int | None) -> bool:
+    """Whether a domain-ready step sees the domain adapter (Parovic et al. 2023, doi:10.18653/v1/2023.findings-acl.13).
+
+    A function of the step alone; dev (None) is measured with it on.
+    """
+    return step is None or Random(f"{seed}:domain:{step}").random() < 0.5
+
+
+def learning_rate(step: int, total: int, settings: TrainSection) -> float:
+    """Linear warm-up, then a cosine to final_learning_rate_share of the peak; a pure function of the step."""
+    warmup = max(1, round(settings.warmup_share * total))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    floor = settings.final_learning_rate_share
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
