@@ -33,9 +33,12 @@ import pyarrow
 ROOT = Path(__file__).resolve().parents[1]
 BY_BYTES = {".jsonl", ".parquet", ".safetensors"}
 BY_VALUE = {"adapter_config.json", "search.json", "interference.json"}
-# what is no content: where things lie, and how long they took
-NOT_CONTENT = {"base_model_name_or_path", "_name_or_path", "transformers_version", "tokens_per_second", "seconds"}
-PROVEN = ("verdict", "sentence", "contrasts", "cells")
+# what is no content: where things lie, how long they took, by which version, and sentences about numbers
+NOT_CONTENT = {
+    *("base_model_name_or_path", "_name_or_path", "tokens_per_second", "seconds"),
+    *("peft_version", "transformers_version", "meaning", "claim", "reason", "label"),
+}
+PROVEN = ("verdict", "contrasts", "cells")
 PINNED = ("--domain_adapter", "{domain}", "--task_adapter", "{task}")
 
 
