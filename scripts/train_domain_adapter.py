@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from utils.models.base_model import BaseModel
 
 SECTIONS = ("domain", "base", "inputs", "run")
+MOST_USED = ("domain.lora.rank", "domain.train.learning_rate", "domain.train.epochs", "inputs.prepared")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -78,4 +79,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

@@ -8,7 +8,7 @@ from typing import Any
 from config import ComposeSection
 from utils.artifacts.identity import Identity, chosen
 from utils.artifacts.runs import Run
-from utils.composition.methods import METHODS
+from utils.composition.methods import METHODS, OPEN, recipe_of
 from utils.models.base_model import BaseModel
 
 # recorded name -> setting, for a search
@@ -24,11 +24,12 @@ def composed_identity(
     section: ComposeSection, base: BaseModel, found: Sequence[Run], data: Run | None, seed: int
 ) -> Identity:
     """The identity of these adapters composed as the section says; `data` is what a search would choose on."""
+    resolved = recipe_of(section, seed)
     recorded = {
         "base": base.digest,
         "adapters": [run.digest for run in found],
         "data": data.digest if data else None,
-        "compose": section.model_dump(mode="json"),
+        "compose": section.model_dump(mode="json") | {name: getattr(resolved, name) for name in OPEN},
         "seed": seed,
     }
     return Identity.of("composed", _values(recorded), _values)
@@ -38,11 +39,10 @@ def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The deciding values of an identity that holds the whole section, as those of before 2026-11-30 do."""
     section, adapters = recorded["compose"], recorded["adapters"]
     method = METHODS[section["method"]]
-    recipe: dict[str, Any] = {"method": section["method"], "weights": list(section["weights"] or ())}
+    recipe: dict[str, Any] = {"method": section["method"], "weights": list(section["weights"])}
     if not recipe["weights"] and not section["search"]:
         recipe["weights"] = [1.0] * (len(adapters) * method.numbers(1))
-    if not method.exact:
-        recipe |= chosen(section, {"rank": "rank", "density": "density"})
+    recipe |= {name: section[name] for name in method.reads}
     # without a search dev data only explain
     search = {"search": chosen(section, SEARCH), "data": recorded["data"]} if section["search"] else {}
     return {"base": recorded["base"], "adapters": adapters, "recipe": recipe, **search, "seed": recorded["seed"]}

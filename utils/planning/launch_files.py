@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from config import Config, PlanSection
-from utils import cli
+from utils.flags import arguments
 from utils.models.architectures import registry
 from utils.models.model_shapes import ModelSizes
 
@@ -36,4 +36,4 @@ def command(config: Config, sizes: ModelSizes, stage: str, *, sharded: bool) -> 
         words.append(f"--num_machines {plan.nodes} --num_processes {plan.nodes * plan.gpus}")
     if sharded and not registry.of(sizes.model_type).in_launch_files:
         words.append(f"--fsdp_transformer_layer_cls_to_wrap {sizes.layer_class}")
-    return " ".join([*words, STAGES[stage], *cli.arguments(config, SECTIONS)])
+    return " ".join([*words, STAGES[stage], *arguments(config, SECTIONS)])
