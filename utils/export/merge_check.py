@@ -38,27 +38,7 @@ SUM_TOLERANCE = 1e-6
 # the files are right but if they are of use: 16 bits took 2% at MiniMax-M2's width; from half on noise takes over
 LARGEST_ROUNDING = 0.5
 SCRATCH = ".selfcheck"
-_RELOAD = """
-import ctypes, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: killed with the process that asked, or two would fill the memory
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
-directory, probe, out = sys.argv[1:]
-here = {"local_files_only": True, "trust_remote_code": False}
-if getattr(AutoConfig.from_pretrained(directory, **here), "quantization_config", None):
-    here["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **here)
-model.float().eval()
-for module in model.modules():
-    if hasattr(module, "top_k") and hasattr(module, "num_experts"):
-        module.top_k = module.num_experts
-with torch.no_grad():
-    logits = model(load_file(probe)["input_ids"], use_cache=False).logits.float()
-assert "peft" not in sys.modules, "loading the merged model brought in peft"
-save_file({"logits": logits.contiguous()}, out)
-"""
+RELOAD = Path(__file__).with_name("reload_merged.py")
 
 
 @dataclass(frozen=True)
@@ -126,7 +106,7 @@ def _reloaded(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Ten
     asked, out = scratch / "probe.safetensors", scratch / "logits.safetensors"
     save_file({"input_ids": ids_BT}, asked)
     event("reloading the merged model in a fresh process")
-    command = [sys.executable, "-c", _RELOAD, str(directory), str(asked), str(out)]
+    command = [sys.executable, "-P", str(RELOAD), str(directory), str(asked), str(out)]
     with frugal_loading():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = "".join(done.stderr.strip().splitlines()[-1:])
