@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import config as settings
@@ -146,6 +147,24 @@ def clean_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if not k.startswith("DTA_") and k not in launcher}
     return kept | (extra or {})
+
+
+def run_program(name: str, *arguments: str, env: dict[str, str] | None = None) -> Completed[str]:
+    """`python -m tests.programs.NAME`: what has to be seen from a process of its own."""
+    command = [sys.executable, "-m", f"tests.programs.{name}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=clean_environment(env))
+
+
+def plain_logits(ids_BT: torch.Tensor, *models: str, flags: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Logits of each DIRECTORY or DIRECTORY=ADAPTER, by a fresh process that knows transformers and nothing of ours."""
+    ids, out = temporary_directory() / "ids.safetensors", temporary_directory() / "logits.safetensors"
+    save_file({"input_ids": ids_BT}, ids)
+    # -P: the program's folder is no place to import from
+    command = [sys.executable, "-P", str(ROOT / "tests/programs/plain_logits.py"), str(out), str(ids), *models, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean_environment())
+    if done.returncode:
+        raise AssertionError(f"{models} do not load:\n{done.stderr[-3000:]}")
+    return load_file(out)
 
 
 def last_json(completed: Completed[str]) -> dict[str, Any]:

@@ -12,36 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-from tests.support import ROOT, clean_environment, temporary_directory
+from tests.support import ROOT, clean_environment, run_program, temporary_directory
 from utils.artifacts import files, locks
 from utils.exceptions import ArtefactError
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from utils import files
-with files.locked(Path(sys.argv[1]), "the run"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
 WAITING = "waiting for the base model, which another process makes"
-FULL = """
-import resource, signal, sys
-from pathlib import Path
-from utils import files
-from utils.exceptions import ArtefactError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-for write in sys.argv[2:]:
-    try:
-        if write == "text":
-            files.write_text(Path(sys.argv[1]) / "kept.txt", "new" * 4096)
-        else:
-            with files.publish(Path(sys.argv[1]) / "artefact", dict) as directory:
-                (directory / "weights").write_bytes(b"x" * 8192)
-    except ArtefactError as error:
-        print(error)
-"""
 
 
 class Base(unittest.TestCase):
@@ -81,14 +56,8 @@ class Writing(Base):
         if not hasattr(resource, "RLIMIT_FSIZE"):
             self.skipTest("no RLIMIT_FSIZE here")
         (self.root / "kept.txt").write_text("old")
-        done = subprocess.run(
-            [sys.executable, "-c", FULL, str(self.root), "text", "artefact"],
-            cwd=ROOT,
-            env=clean_environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = run_program("limited_writes", str(self.root), "text", "artefact")
+        self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn(f"cannot write {self.root / 'kept.txt'}: File too large", done.stdout)
         self.assertIn(f"cannot write {self.root / 'artefact'}: File too large", done.stdout)
         self.assertEqual((self.root / "kept.txt").read_text(), "old")
@@ -221,7 +190,7 @@ class Locking(Base):
     def test_second_holder_is_refused_and_told_who_holds_it_until_that_one_dies(self) -> None:
         directory = self.root / "run"
         holder = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(directory)],
+            [sys.executable, "-m", "tests.programs.hold_lock", str(directory)],
             cwd=ROOT,
             env=clean_environment(),
             stdout=subprocess.PIPE,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import unittest
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 
-from tests.support import ROOT, clean_environment, temporary_directory, write_jsonl
+from tests.support import run_program, temporary_directory, write_jsonl
 from utils.data import ngram_overlap
 from utils.data.contamination import HELD_OUT, NO_CORPUS, SAME, UNKNOWN, Contamination, report
 from utils.data.ngram_overlap import NEAR_JACCARD, NearDuplicates, NgramIndex, lookup_width, words_of
@@ -221,22 +219,7 @@ class Overlap(unittest.TestCase):
         self.assertEqual(words_of("The  cat, an Ant; sat"), ["cat", "ant", "sat"])
 
     def test_result_does_not_depend_on_pythons_hash_seed(self) -> None:
-        program = (
-            "from utils.data.ngram_overlap import NgramIndex, words_of\n"
-            "doc = ' '.join(f'w{i % 7}' for i in range(300)).split()\n"
-            "print(sorted((h.text, h.start, h.at) for h in NgramIndex([doc[3:20], doc[5:14]], [13, 9]).find(doc)))"
-        )
-        runs = [
-            subprocess.run(
-                [sys.executable, "-c", program],
-                cwd=ROOT,
-                env=clean_environment({"PYTHONHASHSEED": seed}),
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for seed in ("1", "2")
-        ]
+        runs = [run_program("ngram_hits", env={"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")]
         self.assertEqual(runs[0], runs[1])
         self.assertGreater(len(runs[0]), 1000)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from tests.support import ROOT
+from tests.support import ROOT, run_program
 from utils.data.documents import CHARACTERS_PER_BATCH, read_documents
 from utils.data.domains.python_docs import _entries, python_documents, python_qa, standard_modules
 from utils.data.extraction import clean_text, extract_html
@@ -460,23 +460,11 @@ class TestPythonDocs(unittest.TestCase):
     modules = ("json", "os", "textwrap", "shlex", "builtins", "unittest", "this_module_does_not_exist")
 
     def test_documents_and_questions_are_the_same_in_another_process(self):
-        code = (
-            "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
-            "from utils.data.domains.python_docs import *\n"
-            "m = sys.argv[2:]\n"
-            "print(hashlib.sha256(repr((list(python_documents(m)), python_qa(m))).encode()).hexdigest())"
-        )
-        digests = {
-            subprocess.run(
-                [sys.executable, "-c", code, str(ROOT), *self.modules],
-                env={**os.environ, "PYTHONHASHSEED": seed},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for seed in ("1", "2")
-        }
-        self.assertEqual(len(digests), 1)
+        runs = [
+            run_program("digests", "python_docs", *self.modules, env={"PYTHONHASHSEED": seed}) for seed in ("1", "2")
+        ]
+        self.assertEqual([run.returncode for run in runs], [0, 0], runs[0].stderr)
+        self.assertEqual(runs[0].stdout, runs[1].stdout)
 
     def test_what_other_libraries_do_to_the_standard_library_does_not_show(self):
         import shlex
@@ -526,15 +514,9 @@ class TestPythonDocs(unittest.TestCase):
         self.assertTrue(all(positions.count(i) > len(positions) / 6 for i in range(4)), "the right choice moves")
 
     def test_the_standard_library_is_large_enough_and_importing_it_is_silent(self):
-        code = (
-            "import sys; sys.path.insert(0, sys.argv[1])\n"
-            "from utils.data.domains.python_docs import *\n"
-            "texts = [d['text'] for d in python_documents(standard_modules())]\n"
-            "print(len(texts), sum(map(len, texts)))"
-        )
-        done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
-        documents, characters = map(int, done.stdout.split())
+        done = run_program("count_python_docs")
         self.assertEqual(done.stderr, "")
+        documents, characters = map(int, done.stdout.split())
         self.assertGreater(documents, 3_500)
         self.assertGreater(characters, 800_000)
         self.assertNotIn("antigravity", standard_modules())
@@ -556,12 +538,10 @@ class TestRealData(CorpusTest):
 
 class TestImports(unittest.TestCase):
     def test_importing_the_readers_loads_no_heavy_library(self):
-        code = (
-            "import sys; sys.path.insert(0, sys.argv[1])\n"
-            "import utils.data.documents, utils.data.examples, utils.data.splits, utils.data.domains.python_docs\n"
-            "print([m for m in ('datasets', 'pyarrow', 'pypdf', 'docx', 'trafilatura', 'bs4') if m in sys.modules])"
-        )
-        done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
+        heavy = ("datasets", "pyarrow", "pypdf", "docx", "trafilatura", "bs4")
+        modules = "utils.data.documents, utils.data.examples, utils.data.splits, utils.data.domains.python_docs"
+        code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         self.assertEqual(done.stdout.strip(), "[]")
 
 

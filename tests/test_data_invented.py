@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import unittest
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -13,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.support import ROOT, Workspace, clean_environment, last_json, temporary_directory, write_jsonl
+from tests.support import Workspace, last_json, run_program, temporary_directory, write_jsonl
 from utils import cli
 from utils.artifacts import files
 from utils.data.domains.built_in import BuiltIn
@@ -199,16 +197,9 @@ class Twin(unittest.TestCase):
 
 class Determinism(unittest.TestCase):
     def test_a_seed_gives_the_same_texts_in_every_process_and_another_seed_others(self) -> None:
-        code = (
-            "import sys; from dataclasses import asdict; from utils import files; from utils.data import invented; "
-            "options = dict(towns=120, attributes=4, dev_share=0.15, test_share=0.25, shuffled=True); "
-            "print(files.fingerprint(asdict(invented.invented_domain(**options, seed=int(sys.argv[1])))))"
-        )
         digests = []
         for seed, hash_seed in (("0", "1"), ("0", "2"), ("1", "1")):
-            command = [sys.executable, "-c", code, seed]
-            env = clean_environment({"PYTHONHASHSEED": hash_seed})
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+            done = run_program("digests", "invented_domain", seed, env={"PYTHONHASHSEED": hash_seed})
             digests.append(done.stdout.strip())
         self.assertEqual(digests[0], digests[1])
         self.assertNotEqual(digests[0], digests[2])

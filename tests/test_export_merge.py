@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import unittest
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from config import ATTENTION, BaseModelSection, MergeSection
-from tests import support
+from tests import support, test_architecture
 from tests.support import ARCHITECTURES, random_factors, relative, temporary_directory
 from utils import logger
 from utils.adapters import peft_model
 from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.exceptions import ArtefactError, NonFiniteError, VerificationError
-from utils.export import merge, merge_check
+from utils.export import merge, merge_check, reload_merged
 from utils.models import base_model, loading
 from utils.models.base_model import BaseModel
 from utils.models.weights import fp8, layer_sample, safetensors_io
@@ -67,7 +66,7 @@ def checkpoint(architecture: str, dtype: torch.dtype = torch.float32, layers: in
 
 @functools.cache
 def fp8_checkpoint(hidden: int = 128, intermediate: int = 128) -> BaseModel:
-    """A tiny MiniMax-M2 whose linear weights are FP8; block factors are in another file than their weights."""
+    """A tiny MiniMax-M2 whose linear weights are FP8; block scales are in another file than their weights."""
     from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
     settings = MiniMaxM2Config(
@@ -369,7 +368,7 @@ class Written(unittest.TestCase):
 
 
 class Fp8(unittest.TestCase):
-    def test_quantising_gives_the_codes_and_factors_written_out_by_hand(self) -> None:
+    def test_quantising_gives_the_values_and_scales_written_out_by_hand(self) -> None:
         torch.manual_seed(0)
         for shape in ((128, 256), (200, 130), (1, 1), (127, 129)):
             weights = torch.randn(shape)
@@ -386,7 +385,7 @@ class Fp8(unittest.TestCase):
                 limit = torch.maximum(weights.abs() / 16, torch.full_like(weights, float(scales.max()) * 2**-10))
                 self.assertTrue(((found - weights).abs() <= limit * 1.001).all())
 
-    def test_zero_blocks_have_factor_1_and_experts_are_quantised_one_by_one(self) -> None:
+    def test_zero_blocks_have_scale_1_and_experts_are_quantised_one_by_one(self) -> None:
         weights = torch.randn(3, 130, 64)
         weights[1] = 0.0
         codes, scales = fp8.quantise(weights, (128, 128))
@@ -463,7 +462,7 @@ class Fp8(unittest.TestCase):
         with self.assertRaisesRegex(ArtefactError, "--merge.dtype base or bfloat16"):
             merged(base, on_attention(base), dtype="fp8")
 
-    def test_codes_without_block_factors_are_refused_before_anything_is_written(self) -> None:
+    def test_fp8_without_block_scales_are_refused_before_anything_is_written(self) -> None:
         base, directory = fp8_checkpoint(), temporary_directory() / "base"
         shutil.copytree(base.directory, directory)
         scales = directory / "model-00002-of-00002.safetensors"
@@ -736,18 +735,21 @@ class SelfCheck(unittest.TestCase):
         self.assertEqual(checks["checked_layers"], [0, 1])
         self.assertLess(checks["max_logit_difference"], 1e-5 * checks["largest_logit"])
         self.assertEqual([p.name for p in target.iterdir() if p.name.startswith(".")], [])
-        script = (
-            "import sys, torch; from transformers import AutoModelForCausalLM as A; from safetensors.torch import *\n"
-            "m = A.from_pretrained(sys.argv[1], dtype=torch.float32).eval(); assert 'peft' not in sys.modules\n"
-            "save_file({'x': m(load_file(sys.argv[2])['x']).logits.detach().contiguous()}, sys.argv[2])"
-        )
-        probe = temporary_directory() / "probe"
-        save_file({"x": IDS}, probe)
-        subprocess.run([sys.executable, "-c", script, str(target), str(probe)], check=True, capture_output=True)
+        (reloaded,) = support.plain_logits(IDS, str(target)).values()
         model = loading.load_model(base, SECTION, dtype=torch.float32)
         with torch.no_grad():
             composed = peft_model.add(model, "composed", factors)(IDS).logits
-        self.assertLess(relative(load_file(probe)["x"], composed), 1e-5)
+        self.assertLess(relative(reloaded, composed), 1e-5)
+
+    def test_the_fresh_process_knows_nothing_of_this_project_and_refuses_to_have_loaded_peft(self) -> None:
+        imported = set(test_architecture.imports(merge_check.RELOAD))
+        self.assertEqual([name for name in imported if name.startswith(("utils", "config", "peft"))], [])
+        importlib.import_module("peft")
+        base, ids = checkpoint("llama"), temporary_directory() / "ids"
+        save_file({"input_ids": IDS}, ids)
+        with self.assertRaisesRegex(SystemExit, "brought in peft"):
+            reload_merged.write_logits(str(base.directory), str(ids), str(ids.with_name("logits")))
+        self.assertFalse(ids.with_name("logits").exists())
 
     def test_right_merges_pass_in_every_dtype(self) -> None:
         m2, llama = checkpoint("minimax_m2", torch.bfloat16), checkpoint("llama", torch.bfloat16)

@@ -9,7 +9,6 @@ import random
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import psutil
 
 from tests.rollout_support import FAST, NEW, OLD, QUESTIONS, ROOT, RolloutTest, kill, until
+from tests.support import run_program
 from utils.artifacts import files
 from utils.exceptions import BalancerError, VerificationError
 from utils.rollout.controller import Observation, share_of
@@ -441,19 +441,9 @@ class Promotion(RolloutTest):
         for operation in self.OPERATIONS:
             with self.subTest(operation):
                 self._promoted_on_paper()
-                script = (
-                    "import os, sys; from pathlib import Path; from config import RolloutSection\n"
-                    "from utils.rollout.edge.service import Service; from utils.rollout.edge.promotion import publish\n"
-                    "from utils.rollout.edge.journal import Journal\n"
-                    "root, last = Path(sys.argv[1]), sys.argv[2]; service = Service(RolloutSection(), root)\n"
-                    "writer = Journal(service.rollout / 'journal.jsonl')\n"
-                    "publish(service, service.balancer, writer, lambda name: os._exit(9) if name == last else None)"
-                )
                 with self.load(100, seed=len(operation)) as load:
-                    crashed = subprocess.run(
-                        [sys.executable, "-c", script, str(self.root), operation], cwd=ROOT, check=False
-                    )
-                    self.assertEqual(crashed.returncode, 9)
+                    crashed = run_program("crashed_promotion", str(self.root), operation)
+                    self.assertEqual(crashed.returncode, 9, crashed.stderr)
                     time.sleep(FAST["lease_seconds"] + 0.2)
                     settled = time.time()
                     time.sleep(0.5)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import runpy
 import stat
-import subprocess
-import sys
 import unittest
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from config import BaseModelSection, ComposeSection, Config
 from tests.support import (
     ROOT,
     Workspace,
-    clean_environment,
     expert_factors,
     last_json,
+    plain_logits,
     random_factors,
     relative,
     temporary_directory,
@@ -286,41 +283,10 @@ class OnTheModel(unittest.TestCase):
         )
         with torch.no_grad():
             expected = ours(IDS).logits
-        save_file({"ids": IDS}, root / "ids.safetensors")
-        done = subprocess.run(
-            [sys.executable, "-c", FRESH, str(self.base.directory), str(root), str(run)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=clean_environment(),
-        )
-        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
-        for name, logits in load_file(root / "logits.safetensors").items():
+        base = self.base.directory
+        models = [str(root / "merged"), f"{base}={run / 'adapter'}", f"{base}={run / 'adapter_per_expert'}"]
+        for name, logits in plain_logits(IDS, *models, flags=["--every-expert"]).items():
             self.assertLess(relative(logits, expected), 1e-5, name)
-
-
-# plain transformers and peft, nothing of ours
-FRESH = """
-import sys, torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-base, root, run = sys.argv[1:]
-ids = load_file(f"{root}/ids.safetensors")["ids"]
-def load(directory, adapter=None):
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
-    for module in model.modules():
-        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
-            module.top_k = module.num_experts
-    model = PeftModel.from_pretrained(model, adapter) if adapter else model
-    with torch.no_grad():
-        return model(ids).logits.contiguous()
-save_file({
-    "merged": load(f"{root}/merged"),
-    "adapter": load(base, f"{run}/adapter"),
-    "per expert": load(base, f"{run}/adapter_per_expert"),
-}, f"{root}/logits.safetensors")
-"""
 
 
 if __name__ == "__main__":

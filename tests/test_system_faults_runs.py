@@ -28,7 +28,7 @@ from tests.fault_support import (
     trained,
     with_both_adapters,
 )
-from tests.support import ROOT, Script, last_json, saved_model, temporary_directory
+from tests.support import Script, last_json, run_program, saved_model, temporary_directory
 from utils.artifacts import files, locks, runs
 from utils.exceptions import ArtefactError
 from utils.training import checkpoints
@@ -226,12 +226,8 @@ class LeftBehind(unittest.TestCase):
         self.root = temporary_directory()
 
     def left_by_a_killed_publish(self, name: str, resume: str = "") -> Path:
-        code = (
-            "import os, signal, sys; from pathlib import Path; from utils import files\n"
-            "with files.publish(Path(sys.argv[1]), dict, resume=sys.argv[2]) as directory:\n"
-            "    (directory / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
-        )
-        subprocess.run([sys.executable, "-c", code, str(self.root / name), resume], cwd=ROOT, check=False)
+        done = run_program("killed_publish", str(self.root / name), resume)
+        self.assertEqual(done.returncode, -signal.SIGKILL, done.stderr)
         (left,) = self.root.glob(f".{name}.*")
         return left
 

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 import config as settings
-from tests.support import ROOT, clean_environment, embedded_models, last_json, relative, temporary_directory
+from tests.support import (
+    ROOT,
+    clean_environment,
+    embedded_models,
+    last_json,
+    plain_logits,
+    relative,
+    temporary_directory,
+)
 from utils.adapters import adapter_files, peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import Run
@@ -100,16 +108,7 @@ class EmbeddedModel(unittest.TestCase):
                 peft_model.activate(model, active)
                 found[name] = model(probe).logits
             del model
-            plain = subprocess.run(
-                [sys.executable, "-c", RELOAD, str(merged), str(self.root / "logits.safetensors")],
-                check=False,
-                capture_output=True,
-                text=True,
-            )
-        self.assertEqual(plain.returncode, 0, plain.stderr)
-        from safetensors.torch import load_file
-
-        found["merged"] = load_file(self.root / "logits.safetensors")["logits"]
+            found["merged"] = plain_logits(probe, str(merged))[str(merged)]
         for name in ("composed", "merged"):
             self.assertLess(relative(found[name], found["two"]), 1e-4, name)
         self.assertGreater(relative(found["base"], found["two"]), 1e-2)
@@ -126,18 +125,6 @@ class EmbeddedModel(unittest.TestCase):
         self.assertEqual(result["verdict"], "undecided")
         # a few steps on the corpus must already show on held-out modules
         self.assertLess(result["cells"]["domain"]["domain_nll"], result["cells"]["base"]["domain_nll"])
-
-
-RELOAD = """
-import sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-assert "peft" not in sys.modules
-probe = torch.randint(0, 49_000, (2, 32), generator=torch.Generator().manual_seed(1))
-with torch.no_grad():
-    save_file({"logits": model(probe).logits.contiguous()}, sys.argv[2])
-"""
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

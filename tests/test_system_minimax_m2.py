@@ -9,8 +9,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import unittest
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from config import ATTENTION
 from tests import minimax_support, vllm_rules
 from tests.minimax_support import FLOAT32, Kind
-from tests.support import Workspace, clean_environment, last_json, relative, temporary_directory
+from tests.support import Workspace, last_json, plain_logits, relative, temporary_directory
 from utils.adapters import adapter_files, peft_model
 from utils.adapters.factors import delta
 from utils.artifacts import files
@@ -35,22 +33,6 @@ RANK, EXPERTS, LAYERS = 4, 4, 2
 # q (256, 128), k and v (128, 128), o (128, 256); each expert: gate and up (256, 128), down (128, 128)
 ON_ATTENTION = LAYERS * RANK * ((256 + 128) + 2 * (128 + 128) + (128 + 256))
 ON_EXPERTS = LAYERS * EXPERTS * RANK * ((256 + 128) + (128 + 128))
-# argument: a file for the logits, then directories
-PLAIN_RELOAD = """
-import json, pathlib, sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
-logits = {}
-for directory in sys.argv[2:]:
-    fp8 = "quantization_config" in json.loads((pathlib.Path(directory) / "config.json").read_text())
-    how = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if fp8 else {}
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **how).float().eval()
-    AutoTokenizer.from_pretrained(directory)
-    with torch.no_grad():
-        logits[directory] = model(torch.arange(8, 40)[None], use_cache=False).logits
-assert "peft" not in sys.modules
-save_file(logits, sys.argv[1])
-"""
 
 
 @dataclass(frozen=True)
@@ -164,16 +146,8 @@ class Scripts(unittest.TestCase):
 
     def test_a_merged_model_reloaded_without_peft_is_base_and_both_adapters(self) -> None:
         targets = {route: finished(route)["merged"]["merged"] for route in ROUTES}
-        out, ids = temporary_directory() / "logits.safetensors", torch.arange(8, 40)[None]
-        done = subprocess.run(
-            [sys.executable, "-c", PLAIN_RELOAD, str(out), *targets.values()],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=clean_environment(),
-        )
-        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
-        reloaded = load_file(out)
+        ids = torch.arange(8, 40)[None]
+        reloaded = plain_logits(ids, *targets.values(), flags=["--tokenizer"])
         for route in self.routes():
             base = minimax_support.fetched(route.kind)
             model = loading.load_model(base, minimax_support.section(route.kind), dtype=torch.float32)

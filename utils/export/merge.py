@@ -1,6 +1,6 @@
 """Base plus one adapter as a standalone model: streamed shard by shard, checked by reloading it before it is published.
 
-The model is never built: each tensor is read a few rows at a time, de-quantised if it is FP8, its update added in
+The model is never built: each tensor is read a few rows at a time, dequantized if it is FP8, its update added in
 float32, rounded once, and written under its own name to a file of the same name. A tensor that does not change is
 copied. The result is an ordinary model directory that `AutoModelForCausalLM.from_pretrained` loads without peft.
 Killed and called again it goes on at the first file that is not finished.
@@ -82,8 +82,8 @@ def merge(
     with files.publish(target, lambda: manifest(checks), resume=fingerprint, digests=digests) as directory:
         _mention_others(target, directory)
         try:
-            found, sha256s = write(intended, directory, card)
-            checks |= found | merge_check.merged_equals_composed(base, factors, directory, section)
+            figures, sha256s = write(intended, directory, card)
+            checks |= figures | merge_check.merged_equals_composed(base, factors, directory, section)
         except (NonFiniteError, VerificationError):
             shutil.rmtree(directory)  # going on from files that failed their check would only fail again
             raise
@@ -140,20 +140,22 @@ def _updates(checkpoint: Checkpoint, model_type: str, factors: Factors) -> dict[
         module = place.parameter if place.parameter in factors else place.parameter.removesuffix(".weight")
         if module not in factors:
             continue
-        whole, tensor = factors[module], checkpoint.tensor(name)
-        fits = place.expert is None or (whole.is_experts and place.expert < whole.shape[0])
-        update = fused_experts.rows(whole, place) if fits else whole
+        module_update, tensor = factors[module], checkpoint.tensor(name)
+        fits = place.expert is None or (module_update.is_experts and place.expert < module_update.shape[0])
+        update = fused_experts.rows(module_update, place) if fits else module_update
         if not fits or update.shape != tensor.shape or not tensor.is_floating:
-            found = f"{tensor.dtype} {tensor.shape}"
-            problems.append(Problem(f"{name} is {found}, a delta of {update.shape} cannot be added to it"))
+            on_disk = f"{tensor.dtype} {tensor.shape}"
+            problems.append(Problem(f"{name} is {on_disk}, a delta of {update.shape} cannot be added to it"))
         placed[module] += math.prod(update.shape)
         updates[name] = update
     if problems:
         raise ArtefactError(problems[:5])
-    lost = [module for module, count in placed.items() if count != math.prod(factors[module].shape)]
-    if lost:
+    without_tensor = [module for module, count in placed.items() if count != math.prod(factors[module].shape)]
+    if without_tensor:
         fix = "the adapter was made for another model, or the base lacks files"
-        raise ArtefactError(Problem("the base model has no tensor for all of these deltas", sorted(lost)[:5], fix))
+        raise ArtefactError(
+            Problem("the base model has no tensor for all of these deltas", sorted(without_tensor)[:5], fix)
+        )
     return updates
 
 
@@ -184,8 +186,8 @@ def _mention_others(target: Path, directory: Path) -> None:
 
 def _check_space(plan: Plan, directory: Path) -> None:
     companions = sum(path.stat().st_size for path in _companions(plan))
-    there = [(directory / name, header.size) for name, header in plan.outputs.items() if (directory / name).exists()]
-    needed = plan.size + companions - sum(min(path.stat().st_size, size) for path, size in there)
+    written = [(directory / name, header.size) for name, header in plan.outputs.items() if (directory / name).exists()]
+    needed = plan.size + companions - sum(min(path.stat().st_size, size) for path, size in written)
     disk.require(directory.parent, needed, "merging")
 
 
@@ -247,12 +249,12 @@ def _computed(plan: Plan, path: Path, name: str, squares: dict[str, list[float]]
     for exact_RI in _exact(plan, path, name):
         if dtype == safetensors_io.FP8:
             written_RI, scales = fp8.quantise(exact_RI, plan.checkpoint.block)
-            found_RI = fp8.dequantise(written_RI, scales, plan.checkpoint.block)
+            rounded_RI = fp8.dequantise(written_RI, scales, plan.checkpoint.block)
         else:
             written_RI = exact_RI.to(safetensors_io.DTYPES[dtype])
-            found_RI = written_RI.float()
+            rounded_RI = written_RI.float()
         if name in plan.updates:
-            error += _squared_norm(found_RI - exact_RI)
+            error += _squared_norm(rounded_RI - exact_RI)
             size += _squared_norm(exact_RI)
         yield safetensors_io.as_bytes(written_RI)
     if name in plan.updates:
@@ -297,7 +299,7 @@ def _share(error: float, whole: float) -> float:
 
 
 def _write_companions(plan: Plan, directory: Path, card: str) -> None:
-    """config.json as the base has it, but for the dtype, a quantisation that no longer holds, and code that is not
+    """config.json as the base has it, but for the dtype, a quantization that no longer holds, and code that is not
     copied; tokenizer and all."""
     settings = {key: value for key, value in plan.checkpoint.config.items() if key not in NAMES_CODE}
     dtype = "bfloat16" if plan.dtype == "base" and _is_fp8(plan.checkpoint) else plan.dtype

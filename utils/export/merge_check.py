@@ -38,27 +38,7 @@ SUM_TOLERANCE = 1e-6
 # the files are right but if they are of use: 16 bits took 2% at MiniMax-M2's width; from half on noise takes over
 LARGEST_ROUNDING = 0.5
 SCRATCH = ".selfcheck"
-_RELOAD = """
-import ctypes, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: killed with the process that asked, or two would fill the memory
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
-directory, probe, out = sys.argv[1:]
-here = {"local_files_only": True, "trust_remote_code": False}
-if getattr(AutoConfig.from_pretrained(directory, **here), "quantization_config", None):
-    here["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **here)
-model.float().eval()
-for module in model.modules():
-    if hasattr(module, "top_k") and hasattr(module, "num_experts"):
-        module.top_k = module.num_experts
-with torch.no_grad():
-    logits = model(load_file(probe)["input_ids"], use_cache=False).logits.float()
-assert "peft" not in sys.modules, "loading the merged model brought in peft"
-save_file({"logits": logits.contiguous()}, out)
-"""
+RELOAD = Path(__file__).with_name("reload_merged.py")
 
 
 @dataclass(frozen=True)
@@ -115,27 +95,27 @@ def _subject(
         event("the model is larger than memory: some of its layers are checked", checked_layers=layers, of=count)
     layer_sample.write(before, layers, scratch / "base")
     layer_sample.write(after, layers, scratch / "merged")
-    own = layer_sample.factors_of(factors, layers)
-    return _Subject(replace(base, directory=scratch / "base"), own, scratch / "merged", after, layers)
+    sampled = layer_sample.factors_of(factors, layers)
+    return _Subject(replace(base, directory=scratch / "base"), sampled, scratch / "merged", after, layers)
 
 
 def _reloaded(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Tensor:
     """Logits of a directory, from a process that knows only transformers."""
     from safetensors.torch import load_file, save_file
 
-    asked, out = scratch / "probe.safetensors", scratch / "logits.safetensors"
-    save_file({"input_ids": ids_BT}, asked)
+    probe_path, out = scratch / "probe.safetensors", scratch / "logits.safetensors"
+    save_file({"input_ids": ids_BT}, probe_path)
     event("reloading the merged model in a fresh process")
-    command = [sys.executable, "-c", _RELOAD, str(directory), str(asked), str(out)]
+    command = [sys.executable, "-P", str(RELOAD), str(directory), str(probe_path), str(out)]
     with frugal_loading():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = "".join(done.stderr.strip().splitlines()[-1:])
-    ended = f"it was ended by signal {-done.returncode}" if done.returncode < 0 else said
-    if done.returncode < 0 or is_out_of_memory(RuntimeError(said)) or "MemoryError" in said:
-        what = f"no memory to reload the merged model in a fresh process ({ended}); the written files are kept"
+    last_line = "".join(done.stderr.strip().splitlines()[-1:])
+    reason = f"it was ended by signal {-done.returncode}" if done.returncode < 0 else last_line
+    if done.returncode < 0 or is_out_of_memory(RuntimeError(last_line)) or "MemoryError" in last_line:
+        what = f"no memory to reload the merged model in a fresh process ({reason}); the written files are kept"
         raise OutOfMemory(Problem(what, fix="run the same command again where there is more memory"))
     if done.returncode:
-        raise VerificationError(Problem(f"the merged model does not load: {said}"))
+        raise VerificationError(Problem(f"the merged model does not load: {last_line}"))
     return load_file(out)["logits"]
 
 
@@ -183,7 +163,7 @@ def weight_tolerance(dtype: torch.dtype) -> float:
 
 def _compare_with_files(model: torch.nn.Module, subject: _Subject) -> dict[str, float]:
     """How far each of the model's weights, rounded as the files' dtypes say, is from its file's, which it then gets."""
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    in_model = dict(model.named_parameters()) | dict(model.named_buffers())
     names = {
         new: name
         for name in subject.files.homes
@@ -192,23 +172,23 @@ def _compare_with_files(model: torch.nn.Module, subject: _Subject) -> dict[str, 
     differences = {}
     for new, place in tensor_names.places(subject.base.model_type, names).items():
         name, tensor = names[new], subject.files.tensor(names[new])
-        if place.parameter not in held or not tensor.is_floating:
+        if place.parameter not in in_model or not tensor.is_floating:
             continue
-        weights = held[place.parameter]
+        weights = in_model[place.parameter]
         if place.expert is not None:
             weights = weights[place.expert].tensor_split(place.parts)[place.part]
         is_changed = not subject.factors.keys().isdisjoint((place.parameter, place.parameter.removesuffix(".weight")))
         error = size = 0.0
-        for lead, first, found_RI in subject.files.rows(subject.files.homes[name], name):
-            own_RI = weights.view(safetensors_io.matrix_shape(tensor.shape))[lead, first : first + len(found_RI)]
-            rounded_RI = own_RI.cpu()
+        for lead, first, file_RI in subject.files.rows(subject.files.homes[name], name):
+            model_RI = weights.view(safetensors_io.matrix_shape(tensor.shape))[lead, first : first + len(file_RI)]
+            rounded_RI = model_RI.cpu()
             if tensor.dtype != safetensors_io.FP8:
                 rounded_RI = rounded_RI.to(safetensors_io.DTYPES[tensor.dtype]).float()
-            elif is_changed:  # the others are copied: quantising them anew would give other codes
+            elif is_changed:  # the others are copied: quantizing them anew would give other FP8 values
                 rounded_RI = fp8.dequantise(*fp8.quantise(rounded_RI, subject.files.block), subject.files.block)
-            error += float((found_RI - rounded_RI).square().sum())
+            error += float((file_RI - rounded_RI).square().sum())
             size += float(rounded_RI.square().sum())
-            own_RI.copy_(found_RI)  # a sum in another order may have been rounded to the other side
+            model_RI.copy_(file_RI)  # a sum in another order may have been rounded to the other side
         share = (error / size) ** 0.5 if size else error
         differences[name] = share if share >= 0 else math.inf  # NaN
     return differences

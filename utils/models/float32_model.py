@@ -20,13 +20,12 @@ from utils.models.weights import layer_sample
 from utils.models.weights.safetensors_io import Checkpoint
 
 PROBE_ROWS, PROBE_TOKENS = 2, 48
-
-
+# an environment variable that transformers reads
 FRUGAL = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def in_float32(base: BaseModel, section: BaseModelSection) -> Any:
-    """The base model in float32, with every expert visited by every token; of a quantised one what its bits mean.
+    """The base model in float32, with every expert visited by every token; a quantized one dequantized.
 
     The choice of a few experts is a step at which errors of 1e-7 become visible.
     """

@@ -1,4 +1,4 @@
-"""FP8 weights in blocks: e4m3 codes with one float32 factor per block of 128 x 128, weight = code * factor.
+"""FP8 weights in blocks: e4m3 values with one float32 scale per block of 128 x 128, weight = value * scale.
 
 This is how MiniMax-M2 and DeepSeek-V3 ship; the blocks at the end of rows and columns may be partial.
 
@@ -16,30 +16,30 @@ E4M3_MAX = 448.0
 _E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
-def dequantise(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Weights (..., R, I) in float32 from e4m3 codes and their block factors (..., blocks of rows, of columns)."""
+def dequantise(values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Weights (..., R, I) in float32 from e4m3 values and their block scales (..., blocks of rows, of columns)."""
     # a table: torch 2.13 converts e4m3 on a CPU six times slower than it looks the values up
-    weights = _E4M3_VALUES.index_select(0, codes.contiguous().view(torch.uint8).flatten().int()).view(codes.shape)
-    factors = scales.float().repeat_interleave(block[1], -1)[..., : codes.shape[-1]]
-    for strip, factor in zip(weights.split(block[0], -2), factors.unbind(-2), strict=False):
-        strip.mul_(factor.unsqueeze(-2))
+    weights = _E4M3_VALUES.index_select(0, values.contiguous().view(torch.uint8).flatten().int()).view(values.shape)
+    columns = scales.float().repeat_interleave(block[1], -1)[..., : values.shape[-1]]
+    for strip, scale in zip(weights.split(block[0], -2), columns.unbind(-2), strict=False):
+        strip.mul_(scale.unsqueeze(-2))
     return weights
 
 
 def quantise(weights: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 codes (..., R, I), block factors in float32) of float32 weights: a block's largest value becomes 448."""
+    """(e4m3 values (..., R, I), block scales in float32) of float32 weights: a block's largest value becomes 448."""
     rows, columns = weights.shape[-2:]
     padded = torch.nn.functional.pad(weights, (0, -columns % block[1], 0, -rows % block[0]))
     blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
     scales = blocks.abs().amax((-3, -1)) / E4M3_MAX
     # a block of zeros, or of values too small to be scaled up
     scales = torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)
-    codes = (blocks / scales[..., :, None, :, None]).to(torch.float8_e4m3fn)
-    return codes.flatten(-2).flatten(-3, -2)[..., :rows, :columns], scales
+    values = (blocks / scales[..., :, None, :, None]).to(torch.float8_e4m3fn)
+    return values.flatten(-2).flatten(-3, -2)[..., :rows, :columns], scales
 
 
 def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the block factors of a tensor."""
+    """Shape of the block scales of a tensor."""
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 

@@ -73,7 +73,7 @@ def has_partial_blocks(checkpoint: Checkpoint) -> bool:
 
 
 def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
-    """Write the small model to a new directory; FP8 that transformers cannot read is de-quantised."""
+    """Write the small model to a new directory; FP8 that transformers cannot read is dequantized."""
     plain = has_partial_blocks(checkpoint)
     names, wanted = {}, {}
     for name in checkpoint.homes:

@@ -42,7 +42,7 @@ DTYPES = {
 }
 Buffer = bytes | bytearray | memoryview
 FP8 = "F8_E4M3"
-# an FP8 tensor's block factors are the tensor of the same name with this behind it
+# an FP8 tensor's block scales are the tensor of the same name with this behind it
 SCALE = "_scale_inv"
 # stays in a core's cache from reading to writing; with 4 MB copying took three times the system time
 PIECE_BYTES = 1 << 20
@@ -97,10 +97,10 @@ def _block(directory: Path, config: dict[str, Any]) -> tuple[int, int]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as the index says. Raises ArtefactError when it is anything else."""
-    found = files.read_object(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+    weight_map = files.read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ArtefactError(Problem(f"{index}: weight_map does not name a file for each tensor", fix="restore it"))
-    return found
+    return weight_map
 
 
 class Checkpoint:
@@ -126,12 +126,12 @@ class Checkpoint:
         return self.headers[self.homes[name]].tensors[name]
 
     def is_scale(self, name: str) -> bool:
-        """Whether this tensor holds the block factors of an FP8 tensor."""
+        """Whether this tensor holds the block scales of an FP8 tensor."""
         weight = name.removesuffix(SCALE)
         return weight != name and weight in self.homes and self.tensor(weight).dtype == FP8
 
     def rows(self, path: Path, name: str) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(leading index, first row, weights (R, I) in float32, de-quantised) of a floating tensor, piece by piece.
+        """(leading index, first row, weights (R, I) in float32, dequantized) of a floating tensor, piece by piece.
 
         A piece begins at a multiple of the FP8 block's height, so it can be quantised by itself.
         """
@@ -154,29 +154,29 @@ class Checkpoint:
                         yield lead, first, fp8.dequantise(piece_RI, scales_LRI[lead, first // unit :], self.block)
 
     def scale_home(self, path: Path, name: str) -> Path:
-        """The file with the block factors of an FP8 tensor, which may be another one than the tensor's.
+        """The file with the block scales of an FP8 tensor, which may be another one than the tensor's.
 
         Raises ArtefactError when there are none, or they are of another shape.
         """
         tensor, scale = self.headers[path].tensors[name], name + SCALE
         home = path if scale in self.headers[path].tensors else self.homes.get(scale)
         if home is None or tensor.dtype != FP8:
-            fix = f"only e4m3 with block factors in {scale} can be read; use a bfloat16 copy of the model"
-            raise ArtefactError(Problem(f"{path}: what the numbers of {name} mean is unknown", tensor.dtype, fix))
-        found, expected = self.headers[home].tensors[scale], fp8.block_grid(tensor.shape, self.block)
-        if found.shape != expected or not found.is_floating:
+            fix = f"only e4m3 with block scales in {scale} can be read; use a bfloat16 copy of the model"
+            raise ArtefactError(Problem(f"{path}: {name} cannot be dequantized", tensor.dtype, fix))
+        scales, expected = self.headers[home].tensors[scale], fp8.block_grid(tensor.shape, self.block)
+        if scales.shape != expected or not scales.is_floating:
             fix = f"blocks of {self.block} give {expected}: see weight_block_size in config.json"
-            raise ArtefactError(Problem(f"{home}: {scale} does not fit {name} {tensor.shape}", found.shape, fix))
+            raise ArtefactError(Problem(f"{home}: {scale} does not fit {name} {tensor.shape}", scales.shape, fix))
         return home
 
     def _scales(self, path: Path, name: str) -> torch.Tensor | None:
-        """Block factors (L, blocks of rows, blocks of columns) of an FP8 tensor."""
+        """Block scales (L, blocks of rows, blocks of columns) of an FP8 tensor."""
         if not self.headers[path].tensors[name].is_fp8:
             return None
         home = self.scale_home(path, name)
-        found = self.headers[home].tensors[name + SCALE]
+        scales = self.headers[home].tensors[name + SCALE]
         data = bytearray().join(raw(home, self.headers[home], name + SCALE))
-        return torch.frombuffer(data, dtype=DTYPES[found.dtype]).view(matrix_shape(found.shape)).float()
+        return torch.frombuffer(data, dtype=DTYPES[scales.dtype]).view(matrix_shape(scales.shape)).float()
 
 
 def read_header(path: Path) -> Header:

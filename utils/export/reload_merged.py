@@ -1,0 +1,48 @@
+"""Run as a program in a fresh process: the logits of a model directory, loaded as a user of transformers loads it.
+
+    python -P reload_merged.py DIRECTORY TOKEN_IDS.safetensors LOGITS.safetensors
+
+It imports nothing of this project and refuses to have loaded peft: a merged model has to work without both. -P keeps
+this folder off the import path, where gguf.py would stand for the package of that name that transformers looks for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Be killed with the process that asked: two models would fill the memory of the next attempt."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def write_logits(directory: str, token_ids: str, out: str) -> None:
+    """Save the float32 logits of `directory` on the ids of one file to another, every expert visited by every token."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if getattr(AutoConfig.from_pretrained(directory, **options), "quantization_config", None):
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    model.float().eval()
+    for module in model.modules():
+        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+            module.top_k = module.num_experts
+    with torch.no_grad():
+        logits = model(load_file(token_ids)["input_ids"], use_cache=False).logits.float()
+    if "peft" in sys.modules:
+        raise SystemExit("loading the merged model brought in peft")
+    save_file({"logits": logits.contiguous()}, out)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    write_logits(*sys.argv[1:])
