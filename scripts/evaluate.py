@@ -21,6 +21,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("evaluate", "compose", "inputs", "base", "run")
+MOST_USED = ("evaluate.controls", "evaluate.seeds", "evaluate.also", "compose.weights")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -88,4 +89,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

@@ -22,6 +22,14 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("inference", "merge", "compose", "inputs", "hub", "base", "run")
+MOST_USED = (
+    "inference.prompt",
+    "inference.prompts_file",
+    "inference.output_file",
+    "inference.adapters",
+    "merge.path",
+    "compose.weights",
+)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -237,13 +245,16 @@ def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils.composition import methods
     from utils.planning import dry_run
 
-    section, which = config.compose, config.inference.adapters
-    weights = section.weights or "what the newest composed run of them has, else 1 each"
+    which, how = config.inference.adapters, "as the newest composed run of them does, else by sum with weights of 1"
+    if methods.asks_for_itself(config.compose) or which != "both":
+        recipe = methods.recipe_of(config.compose, config.run.seed)
+        how = f"by {recipe.method} with weights {recipe.weights or 'of 1'}"
     steps = [
         *dry_run.lines(config, "inference"),
-        f"load {config.base.source} and compose {which} by {section.method} with weights: {weights}",
+        f"load {config.base.source} and compose {which} {how}",
     ]
     if config.merge.path:
         written = f"write the merged model to {config.merge.path} shard by shard ({config.merge.dtype})"
@@ -252,4 +263,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

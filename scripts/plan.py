@@ -19,6 +19,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("plan", "domain", "task", "base", "run")
+MOST_USED = ("plan.gpus", "plan.nodes", "plan.gpu_memory_gib", "task.lora.experts")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -49,4 +50,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

@@ -17,6 +17,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("data", "base", "run")
+MOST_USED = ("data.corpus", "data.task", "data.max_documents")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -98,4 +99,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

@@ -31,6 +31,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("rollout", "base", "run")
+MOST_USED = ("rollout.production", "rollout.candidate", "rollout.service", "rollout.golden", "rollout.watch")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -178,4 +179,4 @@ def _with_command(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__, argv=_with_command(sys.argv[1:]))
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__, argv=_with_command(sys.argv[1:]))

@@ -18,6 +18,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("domain", "base", "inputs", "run")
+MOST_USED = ("domain.lora.rank", "domain.train.learning_rate", "domain.train.epochs", "inputs.prepared")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -63,4 +64,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

@@ -20,6 +20,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("task", "base", "inputs", "run")
+MOST_USED = ("task.on", "task.lora.rank", "task.train.learning_rate", "task.train.epochs", "inputs.domain_adapter")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -93,4 +94,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, description=__doc__)
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

@@ -19,6 +19,7 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("verify", "run")
+MOST_USED = ("verify.path", "run.data_dir", "run.models_dir")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -64,6 +65,7 @@ if __name__ == "__main__":
         main,
         plan,
         sections=SECTIONS,
+        most_used=MOST_USED,
         description=__doc__,
         argv=_with_path(sys.argv[1:]),
         status=lambda result: 0 if result["trusted"] else 2,

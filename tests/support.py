@@ -63,7 +63,6 @@ PRELOADED = [
     "datasets",
     "peft.helpers",
     "peft.tuners.lora",
-    "pydantic_settings",
     "transformers.generation.utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.minimax_m2.modeling_minimax_m2",

@@ -30,7 +30,7 @@ from tests.support import (
     temporary_directory,
     write_jsonl,
 )
-from utils import cli
+from utils import cli, flags
 from utils.adapters.factors import ModuleFactors, norm, random_like
 from utils.artifacts import files
 from utils.evaluation import comparison, controls, measures, scored_rows, test_reads
@@ -477,10 +477,10 @@ class Flags(unittest.TestCase):
     def test_settings_survive_the_way_through_a_command_line(self) -> None:
         given = ["--preset", "tiny_minimax_m2", "--task.lora.rank", "7", "--data.corpus", "a,b c", "--data.task", "x"]
         config = cli.resolve([*given, "--run.trackers", "[]", "--task.lora.use_rslora"], {})
-        again = cli.resolve(cli.arguments(config, ("task", "data", "run")), {})
+        again = cli.resolve(flags.arguments(config, ("task", "data", "run")), {})
         for section in ("task", "data", "run"):
             self.assertEqual(getattr(again, section), getattr(config, section))
-        self.assertEqual(cli.resolve(cli.arguments(config, ("task",)), {}).data, cli.resolve(given[:2], {}).data)
+        self.assertEqual(cli.resolve(flags.arguments(config, ("task",)), {}).data, cli.resolve(given[:2], {}).data)
 
 
 if __name__ == "__main__":

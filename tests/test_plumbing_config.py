@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import PRESETS, Config
 from tests.support import ROOT, clean_environment, run_script
-from utils import cli
+from utils import cli, flags
 from utils.exceptions import ConfigError
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
@@ -110,6 +110,42 @@ class Problems(unittest.TestCase):
         for part in ("4 problems", "'stray'", "'--foo.bar'", "--run.name needs a value", "'DTA_FOO'"):
             self.assertIn(part, found)
 
+    def test_problems_of_every_kind_come_in_one_message(self) -> None:
+        flags_ = [
+            "--weigts",
+            "3",
+            "--task.on=bas",
+            "--prompt=x",
+            "--prompts_file=y",
+            "--compose.also=[1",
+            "--run.name=",
+        ]
+        found = self.problem(*flags_, "--run.trackers", DTA_FOO="1", DTA_RUN__SEED="x", DTA_COMPOSE__METHOD="tis")
+        for part in (
+            "8 problems",
+            "did you mean --weights?",
+            "--task.on: input should be",
+            "exclude each other",
+            "--compose.also: the list cannot be read (got '[1')",
+            "--run.trackers needs a value",
+            "'DTA_FOO'",
+            "DTA_RUN__SEED: input should be",
+            "compose.method: no such method (got 'tis')",
+        ):
+            self.assertIn(part, found)
+        self.assertIn("did you mean ties? choices: sum, depth_gate", found)
+
+    def test_a_bad_value_brings_no_problem_that_was_not_typed(self) -> None:
+        found = self.problem("--rollout.steps=x", "--rollout.ratios=2", "--rollout.margins=0.1", "--run.name=a/b")
+        self.assertIn("2 problems", found)
+        found = self.problem("--preset=minimax", "--task.lora.target_modules=gate_proj")
+        self.assertNotIn("problems", found)
+
+    def test_secrets_and_other_problems_come_in_one_message(self) -> None:
+        found = self.problem("--run.name", "hf_" + "a" * 30, "--weigts", "3")
+        self.assertIn("2 problems", found)
+        self.assertIn("--run.name holds what looks like", found)
+
     def test_a_bad_value_names_its_flag(self) -> None:
         cases = {
             "--task.lora.rank": ("x", "1.5", "0", "-1"),
@@ -150,6 +186,25 @@ class Problems(unittest.TestCase):
 
 
 class Presets(unittest.TestCase):
+    def test_the_defaults_are_the_default_preset_and_the_embedded_model_is_written_once(self) -> None:
+        self.assertEqual(Config(), PRESETS["smollm2_135m"]())
+        self.assertEqual(Config().preset, "smollm2_135m")
+        written = (ROOT / "config.py").read_text()
+        for fact in (Config().base.source, Config().base.sha256, Config().base.name):
+            self.assertEqual(written.count(f'"{fact}"'), 1, fact)
+
+    def test_what_is_wrong_together_is_refused_in_python_too(self) -> None:
+        sections: dict[str, dict[str, object]] = {
+            "no such preset": {"preset": "smollm"},
+            "a character that no file holds": {"run": {"models_dir": "a\0b"}},
+            "half of a surrogate pair in a list": {"data": {"corpus": ("\udcff",)}},
+            "a prompt and prompts": {"inference": {"prompt": "a", "prompts_file": "b"}},
+            "weights and a search": {"compose": {"search": True, "weights": (1, 1)}},
+        }
+        for what, section in sections.items():
+            with self.subTest(what), self.assertRaises(ValueError):
+                Config(**section)  # type: ignore[arg-type]
+
     def test_minimax_m2_is_the_pinned_public_model_with_attention_adapters(self) -> None:
         found = resolve("--preset", "minimax_m2")
         self.assertEqual(found.base.source, "MiniMaxAI/MiniMax-M2")
@@ -158,7 +213,7 @@ class Presets(unittest.TestCase):
             self.assertEqual(section.lora.target_modules, ("q_proj", "k_proj", "v_proj", "o_proj"))
 
     def test_every_setting_says_what_it_is(self) -> None:
-        for path, field in cli._fields(Config):
+        for path, field in flags.fields().items():
             self.assertTrue(field.description and field.description.endswith("."), path)
 
     def test_sections_are_frozen_and_refuse_unknown_names(self) -> None:
@@ -182,10 +237,7 @@ class CommandLine(unittest.TestCase):
                 )
                 self.assertEqual(done.returncode, 0, done.stderr[-2000:])
 
-    def test_help_names_every_setting_of_its_sections_and_dry_run_says_where_values_came_from(self) -> None:
-        shown = run_script("train_task_adapter", "--help").stdout
-        self.assertIn("--task.lora.rank", shown)
-        self.assertIn("Rank r of the update B A. Default: 16.", shown)
+    def test_dry_run_says_where_values_came_from(self) -> None:
         flags = ["--dry-run", "--preset", "minimax_m2", "--task.lora.rank", "4"]
         done = run_script("train_task_adapter", *flags, env={"DTA_RUN__SEED": "5"})
         self.assertRegex(done.stdout, r"task\.lora\.rank +4 +flag")

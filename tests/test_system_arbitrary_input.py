@@ -24,7 +24,7 @@ from pyarrow import parquet
 from config import BaseModelSection, Config
 from tests.support import PRESET, temporary_directory
 from tests.whole_pipeline import Whole, whole
-from utils import cli, secrets
+from utils import cli, flags, secrets
 from utils.adapters import adapter_config, adapter_files, find
 from utils.artifacts import files, manifests, runs
 from utils.data import tables
@@ -82,10 +82,10 @@ class Arbitrary(unittest.TestCase):
 
 
 class Settings(Arbitrary):
-    PATHS = sorted(cli._paths())
+    PATHS = sorted(flags.fields())
 
     @settings(max_examples=40, **QUICK)
-    @given(st.lists(st.tuples(st.sampled_from([*PATHS, *cli.SHORTCUTS.values(), "x.y"]), TEXT), max_size=4), TEXT)
+    @given(st.lists(st.tuples(st.sampled_from([*PATHS, *flags.SHORTCUTS.values(), "x.y"]), TEXT), max_size=4), TEXT)
     @example([("run.models_dir", "\x00")], "\ud800")
     @example([("data.corpus", '["a", 1]'), ("compose.weights", "[[1]]")], "")
     @example([("task.lora.target_modules", "[" * 3000)], "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import stat
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
-from config import BaseModelSection, ComposeSection
+from config import BaseModelSection, ComposeSection, Config
 from tests.support import (
+    ROOT,
     Workspace,
     clean_environment,
     expert_factors,
@@ -25,6 +27,7 @@ from tests.support import (
     temporary_directory,
 )
 from tests.test_system_pipeline import built
+from utils import cli
 from utils.adapters import adapter_files, inference_layers
 from utils.adapters.factors import Factors, delta
 from utils.artifacts import files
@@ -32,7 +35,7 @@ from utils.artifacts.runs import Run
 from utils.composition import composed_adapter, dev_losses
 from utils.composition.methods import Recipe
 from utils.composition.search import Point
-from utils.exceptions import DataError, VerificationError
+from utils.exceptions import ConfigError, DataError, VerificationError
 from utils.models import float32_model, loading, sources
 from utils.models.weights import layer_sample
 from utils.models.weights.safetensors_io import Checkpoint
@@ -83,6 +86,50 @@ class Composing(unittest.TestCase):
             self.assertEqual(last_json(answered)[key], last_json(by_hand)[key])
         again, _ = self.compose("--weights", "1,0.5")
         self.assertEqual(again, found)
+
+    def test_what_a_preset_or_python_says_wins_over_a_composed_run_as_a_flag_does(self) -> None:
+        self.compose("--weights", "1,0.5")
+        base = sources.fetch(SECTION, self.place.models)
+        plain = cli.resolve(self.place.flags, {})
+
+        def used(**said: Any) -> composed_adapter.Composition:
+            config = Config.model_validate(plain.model_dump() | {"compose": said, "overrides": {}})
+            return composed_adapter.composition(config, base)
+
+        self.assertEqual(used().recipe.weights, (1.0, 0.5))
+        self.assertIsNotNone(used().run)
+        for said, recipe in (
+            ({"weights": (1.0, 0.25)}, Recipe(weights=(1.0, 0.25))),
+            ({"weights": ()}, Recipe()),
+            ({"method": "sum"}, Recipe()),
+            ({"method": "sum_truncated", "rank": 3}, Recipe("sum_truncated", rank=3)),
+            ({"method": "dare", "density": 0.9}, Recipe("dare", density=0.9)),
+        ):
+            with self.subTest(said):
+                found = used(**said)
+                self.assertEqual((found.recipe, found.run), (recipe, None))
+
+    def test_a_method_that_is_none_is_refused_where_no_command_line_has_looked(self) -> None:
+        config = Config(compose=ComposeSection(method="tis"))
+        with self.assertRaisesRegex(ConfigError, "did you mean ties"):
+            composed_adapter.recipe_of(config)
+
+    def test_a_default_run_has_the_identity_that_it_had_when_its_settings_had_values(self) -> None:
+        identity = runpy.run_path(str(ROOT / "scripts" / "compose.py"))["_identity"]
+        base, found, data = mock.Mock(digest="base"), [mock.Mock(digest="d"), mock.Mock(digest="t")], mock.Mock()
+        data.digest = "data"
+        # as 929f95e computed them for these settings
+        for arguments, expected in (
+            ([], "ad84312e3aebcedc19d8eafdc84792b8e6d7de169ca36e048f9ba0b0727fd2d2"),
+            (["--weights", "1,0.5"], "f537233bec8d07ab6d79ae6bcae5cb5b429163b38bc6e70fd1438c71e69ee46d"),
+            (
+                ["--compose.method", "ties", "--compose.rank", "4", "--compose.density", "0.25"],
+                "8a66f28c3efc45d5371478b04729a0251d31699e52c60532004dd204e2b61480",
+            ),
+            (["--compose.search"], "6125c8732de166b28ae66d7dcf974d165350c92716b1a2037a8787dceb1f1145"),
+        ):
+            made = files.fingerprint(identity(cli.resolve(arguments, {}), base, found, data))
+            self.assertEqual(made, expected, arguments)
 
     def test_searched_weights_are_recorded_with_their_reason_pictured_and_used_without_a_warning(self) -> None:
         found, _ = self.compose("--compose.search", "--compose.search_methods", "sum,depth_gate")

@@ -5,7 +5,7 @@ form no circle. `tests/test_architecture.py` reads this table and holds every mo
 """
 
 # modules that lie in utils/ itself: how a script talks, stops and fails
-PLUMBING = ("exceptions", "secrets", "disk", "logger", "signals", "progress", "cli")
+PLUMBING = ("exceptions", "secrets", "disk", "logger", "signals", "progress", "flags")
 
 # upwards, from what everything may use
 ROWS: tuple[dict[str, str], ...] = (
@@ -28,6 +28,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "rollout": "the canary: policy, gate and controller as values; edge/ has balancer, traffic, servers, service",
         "benchmarks": "speed and memory as ratios measured in one run, a module for each suite",
     },
+    {"cli": "the command line of every script: settings, help, exit codes; it answers without torch"},
 )
 
 # values in, values out: no model library, no disk, no clock; they import exceptions and each other
@@ -46,5 +47,5 @@ TAKES_CONFIG = (
     *("training.training_run", "composition.composed_adapter", "composition.dev_losses"),
     *("evaluation.comparison", "evaluation.run_groups", "evaluation.controls", "evaluation.scored_rows"),
     *("benchmarks.inputs", "benchmarks.suite_inference", "benchmarks.suite_training", "benchmarks.suite_data"),
-    *("benchmarks.suite_merge", "benchmarks.suite_evaluation", "benchmarks.suite_gpu"),
+    *("benchmarks.suite_merge", "benchmarks.suite_evaluation", "benchmarks.suite_gpu", "cli.script"),
 )

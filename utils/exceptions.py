@@ -20,7 +20,8 @@ A message names every problem at once, the offending value, and the command or e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from utils.secrets import redact
@@ -37,6 +38,15 @@ class Problem:
     def __str__(self) -> str:
         text = self.what if self.value is None else f"{self.what} (got {self.value!r})"
         return f"{text}\n      -> {self.fix}" if self.fix else text
+
+
+def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """A fix that names what is spelled alike; empty where nothing is."""
+    known = sorted(candidates)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    if not close:  # a right field in the wrong section is the commonest slip, and far in edit distance
+        close = [c for c in known if c.rpartition(".")[2] == name.rpartition(".")[2]][:3]
+    return "did you mean " + " or ".join(f"{prefix}{c}" for c in close) + "?" if close else ""
 
 
 class PipelineError(Exception):

@@ -1,7 +1,7 @@
 """Adapters that were found become one: loaded strictly, composed by the recipe, checked before anything uses it.
 
 `inference`, `evaluate`, `benchmark` and the merge all come through `composition`. It takes the newest composed run of
-the same adapters when the command says nothing about weights, so what a search chose is what is used.
+the same adapters when no setting says how to compose, so what a search chose is what is used.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from utils.adapters import adapter_files, find, inference_layers, peft_model
 from utils.adapters.factors import Factors, scaled
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
+from utils.composition import methods
 from utils.composition.checks import FactorCheck, check
-from utils.composition.methods import METHODS, Recipe, compose, depth, weights_at
+from utils.composition.methods import METHODS, SUM, Recipe, compose, depth, weights_at
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event
 from utils.models import float32_model
@@ -32,7 +33,6 @@ from utils.models.weights.safetensors_io import Checkpoint
 SAME_LOGITS = 1e-4
 # an adapter that moves logits less than this does nothing that could be told from rounding
 AN_EFFECT = 1e-3
-RECIPE_FIELDS = ("compose.method", "compose.weights", "compose.rank", "compose.density")
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def composition(config: Config, base: BaseModel, which: str = "both") -> Composi
     found = find.adapter_runs(config, base, which)
     parts = load(found, base)
     if which != "both":
-        given = config.compose.weights if config.compose.method == "sum" else ()
+        asked = recipe_of(config)
+        given = asked.weights if asked.method == SUM else ()
         return made(parts, found, Recipe(weights=(given[which == "task"] if given else 1.0,)), searched=False)
-    said = [field for field in RECIPE_FIELDS if field in config.overrides]
-    if not said and (run := _composed_run(config, base, found)):
+    if not methods.asks_for_itself(config.compose) and (run := _composed_run(config, base, found)):
         files.verify(run.directory)
         recorded = run.manifest["composition"]
         recipe = Recipe(**{**recorded["recipe"], "weights": tuple(recorded["recipe"]["weights"])})
@@ -93,9 +93,8 @@ def made(parts: Sequence[Factors], found: Sequence[Run], recipe: Recipe, *, sear
 
 
 def recipe_of(config: Config) -> Recipe:
-    """What the settings ask for."""
-    section = config.compose
-    return Recipe(section.method, section.weights, section.rank, section.density, config.run.seed)
+    """What the settings ask for. Raises ConfigError, for those that no command line has checked."""
+    return methods.recipe_of(config.compose, config.run.seed)
 
 
 def record(found: Composition) -> dict[str, Any]:

@@ -100,9 +100,12 @@ def search(probe: DevProbe | None, section: ComposeSection, remembered: Path) ->
             event(f"{method} ({shown})", answer_loss=point.answer_nll, domain_loss=point.domain_nll, number=len(known))
         return known[method, weights]
 
-    fit = probe.fit_per_layer if "per_layer" in section.search_methods else None
     return weight_search.search(
-        evaluate, len(probe.parts), section.search_methods, retention=section.domain_retention, fit_per_layer=fit
+        evaluate,
+        len(probe.parts),
+        section.search_methods,
+        retention=section.domain_retention,
+        fit_per_layer=lambda start, documents: probe.fit_per_layer(start, documents),
     )
 
 

@@ -2,25 +2,35 @@
 
 A method says which weight each adapter has at a module, and how the weighted updates of one module become one update.
 Exact methods give W + sum_i a_i D_i; the others are approximate and there for comparison. Adding a row edits nothing
-else, and the invariants in the tests run over every row.
+else: the command line, its help, the search and the invariants in the tests read the rows. torch is imported by what
+computes, so that help and errors do not wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from utils.adapters.factors import Factors, ModuleFactors, distance, norm, scaled, stacked
-from utils.composition import approximate
-from utils.composition.truncation import truncated
+from config import ComposeSection
+from utils.exceptions import ConfigError, Problem, did_you_mean
 from utils.models.weights.tensor_names import layer_of
+
+if TYPE_CHECKING:
+    from utils.adapters.factors import Factors, ModuleFactors
+
+SUM = "sum"
+OPEN = ("method", "weights", "rank", "density")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a composition besides the adapters; see `ComposeSection` for the fields."""
+    """Everything that decides a composition besides the adapters; see `ComposeSection` for the fields.
 
-    method: str = "sum"
+    Its defaults are what a setting means that is left open where nothing was composed before.
+    """
+
+    method: str = SUM
     weights: tuple[float, ...] = ()
     rank: int = 0
     density: float = 0.5
@@ -29,35 +39,65 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the registry. `numbers(depth)` weights are given per adapter; `at` reads off the one of a layer."""
+    """One row of the registry: what a method does, and all that is needed to use it.
+
+    `at` reads the weight of a layer off an adapter's own weights (weights, layer, number of layers). `per_adapter` is
+    how many weights each adapter has, None for one per layer; `takes` says so in words. `search` is how weights are
+    chosen: not at all, by stepping from the best weights of the sum, or fitted per layer. `reads` names the settings
+    that matter besides the weights.
+    """
 
     combine: Callable[[Sequence[ModuleFactors], Recipe, str], ModuleFactors]
     exact: bool
     source: str
-    numbers: Callable[[int], int] = lambda depth: 1
+    per_adapter: int | None = 1
     at: Callable[[Sequence[float], int, int], float] = lambda own, layer, depth: own[0]
+    takes: str = "a weight for each adapter"
+    search: Literal["", "steps", "fit"] = ""
+    needs_weights: bool = False
+    reads: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.search and not self.exact:
+            raise ValueError("dev losses are measured on weighted adapters, which only an exact method equals")
+        if self.search == "fit" and self.per_adapter is not None:
+            raise ValueError("what is fitted is a weight per layer")
+
+    def numbers(self, layers: int) -> int:
+        """Weights of each adapter in a model of so many layers."""
+        return layers if self.per_adapter is None else self.per_adapter
 
 
 def _sum(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
+    from utils.adapters.factors import stacked
+
     return stacked(parts)
 
 
 def _sum_truncated(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
+    from utils.adapters.factors import stacked
+    from utils.composition.truncation import truncated
+
     return truncated(stacked(parts), recipe.rank or sum(part.rank for part in parts))
 
 
 def _ties(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
-    return approximate.low_rank(
-        approximate.ties(parts, recipe.density), recipe.rank or sum(part.rank for part in parts)
-    )
+    from utils.composition import approximate
+
+    made = approximate.ties(parts, recipe.density)
+    return approximate.low_rank(made, recipe.rank or sum(part.rank for part in parts))
 
 
 def _dare(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
+    from utils.composition import approximate
+
     made = approximate.dare(parts, recipe.density, f"{recipe.seed}:{module}")
     return approximate.low_rank(made, recipe.rank or sum(part.rank for part in parts))
 
 
 def _factor_sum(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
+    from utils.composition import approximate
+
     return approximate.sum_of_factors(parts)
 
 
@@ -65,29 +105,108 @@ def _linear_in_depth(own: Sequence[float], layer: int, depth: int) -> float:
     return own[0] + (own[1] - own[0]) * (layer / (depth - 1) if depth > 1 else 0.0)
 
 
+# from the simplest on: a search takes the first that is good enough
 METHODS: dict[str, Method] = {
-    "sum": Method(_sum, True, "concatenation of factors: W + sum a_i s_i B_i A_i (Hu et al. 2021, arXiv:2106.09685)"),
+    SUM: Method(
+        _sum,
+        True,
+        "concatenation of factors: W + sum a_i s_i B_i A_i (Hu et al. 2021, arXiv:2106.09685)",
+        search="steps",
+    ),
     "depth_gate": Method(
-        _sum, True, "weights linear in depth (TaDA, arXiv:2606.05016)", lambda depth: 2, _linear_in_depth
+        _sum,
+        True,
+        "weights linear in depth (TaDA, arXiv:2606.05016)",
+        per_adapter=2,
+        at=_linear_in_depth,
+        takes="weights of the first and the last layer for each adapter",
+        search="steps",
     ),
     "per_layer": Method(
         _sum,
         True,
         "a weight per layer (LoRA Soups' CAT without its softmax, arXiv:2410.13025)",
-        lambda depth: depth,
-        lambda own, layer, depth: own[layer],
+        per_adapter=None,
+        at=lambda own, layer, depth: own[layer],
+        takes="a weight of every layer for each adapter",
+        search="fit",
+        needs_weights=True,
     ),
     "sum_truncated": Method(
-        _sum_truncated, False, "the sum at a given rank (Eckart and Young 1936): QR, SVD of the core"
+        _sum_truncated,
+        False,
+        "the sum at a given rank (Eckart and Young 1936): QR, SVD of the core",
+        reads=("rank",),
     ),
     "ties": Method(
-        _ties, False, "trim, elect signs, disjoint mean of true deltas (Yadav et al. 2023, arXiv:2306.01708)"
+        _ties,
+        False,
+        "trim, elect signs, disjoint mean of true deltas (Yadav et al. 2023, arXiv:2306.01708)",
+        reads=("rank", "density"),
     ),
-    "dare": Method(_dare, False, "drop and rescale entries of true deltas (Yu et al. 2023, arXiv:2311.03099)"),
+    "dare": Method(
+        _dare,
+        False,
+        "drop and rescale entries of true deltas (Yu et al. 2023, arXiv:2311.03099)",
+        reads=("rank", "density"),
+    ),
     "factor_sum": Method(
         _factor_sum, False, "A's and B's summed apart, cross terms and all: PEFT's `linear`, a reference"
     ),
 }
+
+
+def choices() -> dict[str, dict[str, str]]:
+    """Setting -> its choices, each with a line of help."""
+
+    def line(method: Method) -> str:
+        also = f", {' and '.join(f'compose.{name}' for name in method.reads)}" if method.reads else ""
+        return f"{'exact' if method.exact else 'approximate'}; takes {method.takes}{also}; {method.source}"
+
+    return {
+        "compose.method": {name: line(method) for name, method in METHODS.items()},
+        "compose.search_methods": {name: "" for name, method in METHODS.items() if method.search},
+    }
+
+
+def problems(section: ComposeSection) -> list[Problem]:
+    """What is wrong with the settings of a composition as far as methods decide it."""
+    names, searchable = choices().values()
+    found = [
+        _no_choice("compose.search_methods: no method whose weights can be searched", name, searchable)
+        for name in section.search_methods
+        if name not in searchable
+    ]
+    name = section.method or SUM
+    if name not in names:
+        return [_no_choice("compose.method: no such method", name, names), *found]
+    method, adapters = METHODS[name], 2 + len(section.also)
+    # a weight per layer is checked where the number of layers is known
+    if section.weights and method.per_adapter and len(section.weights) != (takes := adapters * method.per_adapter):
+        given = len(section.weights)
+        found.append(Problem(f"compose.weights has {given} numbers, {name} of {adapters} adapters takes {takes}"))
+    if method.needs_weights and not section.weights and not section.search:
+        found.append(Problem(f"compose.method {name} needs compose.weights, or --compose.search to find them"))
+    if section.search and name not in (SUM, *section.search_methods):
+        found.append(Problem(f"compose.search cannot choose weights for {name}: see compose.search_methods"))
+    return found
+
+
+def recipe_of(section: ComposeSection, seed: int) -> Recipe:
+    """What the settings ask for. Raises ConfigError, for those that no command line has checked."""
+    if found := problems(section):
+        raise ConfigError(found)
+    return Recipe(seed=seed, **{name: value for name in OPEN if (value := getattr(section, name)) is not None})
+
+
+def asks_for_itself(section: ComposeSection) -> bool:
+    """Whether the settings say how to compose; otherwise the newest composed run of the same adapters does."""
+    return any(getattr(section, name) is not None for name in OPEN)
+
+
+def _no_choice(what: str, name: str, known: Iterable[str]) -> Problem:
+    listed = ", ".join(known)
+    return Problem(what, name, " ".join(filter(None, (did_you_mean(name, known), f"choices: {listed}"))))
 
 
 def depth(adapters: Sequence[Factors]) -> int:
@@ -133,6 +252,8 @@ def compose(adapters: Sequence[Factors], recipe: Recipe) -> dict[str, ModuleFact
 
 def relative_errors(composed: Factors, adapters: Sequence[Factors], recipe: Recipe) -> dict[str, float]:
     """Per module ||D_composed - sum a_i D_i||_F / ||sum a_i D_i||_F, with the weights that the recipe has there."""
+    from utils.adapters.factors import distance, norm
+
     layers = depth(adapters)
     found = {}
     for module in dict.fromkeys([*composed, *(name for adapter in adapters for name in adapter)]):
@@ -144,5 +265,7 @@ def relative_errors(composed: Factors, adapters: Sequence[Factors], recipe: Reci
 
 
 def _weighted(adapters: Sequence[Factors], weights: Sequence[float], module: str) -> list[ModuleFactors]:
+    from utils.adapters.factors import scaled
+
     present = zip(adapters, weights, strict=True)
     return [scaled(adapter[module], weight) for adapter, weight in present if module in adapter and weight != 0.0]

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from utils.composition.methods import METHODS, SUM
+
 COARSE = (0.0, 0.5, 1.0, 1.5)
 STEPS = (0.25, 0.125)
 # a refinement that still improves after so many evaluations has left what a dev split can tell
@@ -84,7 +86,11 @@ def search(
     retention: float,
     fit_per_layer: FitPerLayer | None = None,
 ) -> ChosenWeights:
-    """Weights for `adapters` adapters of which the first is the domain's."""
+    """Weights for `adapters` adapters of which the first is the domain's.
+
+    The sum is always searched; of `methods` those whose row in the registry says how. `fit_per_layer` serves the fitted
+    ones, which are left out without it.
+    """
     seen: dict[tuple[str, tuple[float, ...]], Point] = {}
 
     def measure(method: str, weights: tuple[float, ...]) -> Point:
@@ -93,7 +99,7 @@ def search(
         return seen[method, weights]
 
     ones, nothing = (1.0,) * adapters, (0.0,) * adapters
-    base, domain = measure("sum", nothing), measure("sum", (1.0, *nothing[1:]))
+    base, domain = measure(SUM, nothing), measure(SUM, (1.0, *nothing[1:]))
     keeping = Keeping(base, domain, retention)
     grid = _grid(measure, adapters)
     if not any(map(keeping.likely, grid)):
@@ -101,15 +107,18 @@ def search(
     # where nothing is surely enough, what is enough by its value; where nothing is, everything
     feasible = next((rule for rule in (keeping.surely, keeping.likely) if any(map(rule, grid))), keeping.likely)
     start = _best([p for p in grid if feasible(p)] or grid)
-    best = _refined(measure, "sum", start, feasible)
-    candidates = [("sum at 1", measure("sum", ones)), ("sum", best)]
-    if "depth_gate" in methods:
-        start = measure("depth_gate", tuple(w for weight in best.weights for w in (weight, weight)))
-        candidates.append(("depth_gate", _refined(measure, "depth_gate", start, feasible)))
+    best = _refined(measure, SUM, start, feasible)
+    candidates = [("sum at 1", measure(SUM, ones)), (SUM, best)]
     final: dict[str, Point] = {}
-    if "per_layer" in methods and fit_per_layer is not None:
-        crossed, final["per_layer"] = _per_layer(measure, fit_per_layer, best)
-        candidates.append(("per_layer", crossed))
+    for name, method in METHODS.items():
+        if name == SUM or name not in methods:
+            continue
+        if method.search == "steps" and method.per_adapter:
+            start = measure(name, tuple(w for weight in best.weights for w in (weight,) * method.per_adapter))
+            candidates.append((name, _refined(measure, name, start, feasible)))
+        if method.search == "fit" and fit_per_layer is not None:
+            crossed, final[name] = _fitted(measure, name, fit_per_layer, best)
+            candidates.append((name, crossed))
     return _choose(candidates, final, tuple(seen.values()), feasible, keeping)
 
 
@@ -209,7 +218,7 @@ def to_json(choice: ChosenWeights) -> dict[str, Any]:
 
 def _grid(measure: Evaluate, adapters: int) -> list[Point]:
     """A grid over two weights; with more adapters, the others stay at 1 and refinement moves them."""
-    return [measure("sum", (a, b) + (1.0,) * (adapters - 2)) for a, b in itertools.product(COARSE, COARSE[1:])]
+    return [measure(SUM, (a, b) + (1.0,) * (adapters - 2)) for a, b in itertools.product(COARSE, COARSE[1:])]
 
 
 def _neighbours(measure: Evaluate, method: str, here: Point, step: float) -> list[Point]:
@@ -227,7 +236,7 @@ def _towards_keeping(measure: Evaluate, start: Point, keeping: Keeping) -> Point
     here, spent = start, 0
     for step in STEPS:
         while spent < MAX_REFINEMENTS and not keeping.likely(here):
-            neighbours = _neighbours(measure, "sum", here, step)
+            neighbours = _neighbours(measure, SUM, here, step)
             spent += len(neighbours)
             best = max(neighbours, key=lambda p: keeping.share(p)[0])
             if keeping.share(best)[0] <= keeping.share(here)[0]:
@@ -250,14 +259,14 @@ def _refined(measure: Evaluate, method: str, start: Point, feasible: Callable[[P
     return here
 
 
-def _per_layer(measure: Evaluate, fit: FitPerLayer, start: Point) -> tuple[Point, Point]:
+def _fitted(measure: Evaluate, method: str, fit: FitPerLayer, start: Point) -> tuple[Point, Point]:
     """(out-of-fold losses, weights fitted on all of dev): so many weights would win on the data they were fitted to."""
     documents = sorted(set(start.clusters))
     halves = [documents[i::FOLDS] for i in range(FOLDS)]
-    whole = measure("per_layer", fit(start.weights, documents))
+    whole = measure(method, fit(start.weights, documents))
     if len(documents) < FOLDS:
         return whole, whole
-    made = [measure("per_layer", fit(start.weights, half)) for half in halves]
+    made = [measure(method, fit(start.weights, half)) for half in halves]
     fold = {document: i for i, half in enumerate(halves) for document in half}
     # an item's loss comes from the weights that were fitted without its document
     nlls = tuple(made[1 - fold[cluster]].answer_nlls[i] for i, cluster in enumerate(start.clusters))
@@ -292,7 +301,7 @@ def _choose(
             f"at least {wanted} is kept on dev, whose {count} document{'s are' * (count > 1) or ' is'} no proof"
         )
     # the two goals may be at odds, and then a person has to know the price
-    price = chosen.point.answer_nll - _best([p for p in points if p.method == "sum"]).answer_nll
+    price = chosen.point.answer_nll - _best([p for p in points if p.method == SUM]).answer_nll
     if allowed and gain is not None and gain > 0 and price >= WORTH_SAYING:
         constraint += f", which costs {price:.2f} nats per answer token"
     reason = f"{chosen.label}: the simplest within one standard error of the best on dev; {constraint}"

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from utils import cli
 from utils.adapters import adapter_files, find
 from utils.adapters.factors import random_like
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.data import prepared
 from utils.exceptions import ArtefactError, Interrupted, PipelineError, Problem
+from utils.flags import ENV_PREFIX, arguments
 from utils.logger import event
 from utils.models.base_model import BaseModel
 
@@ -132,7 +132,7 @@ class Trainer:
             return run
         script = {"prepared": "prepare_data", "domain": "train_domain_adapter", "task": "train_task_adapter"}[stage]
         starter = shlex.split(self.config.evaluate.launcher) if stage != "prepared" else []
-        flags = cli.arguments(config, (*sections, "base", "run"))
+        flags = arguments(config, (*sections, "base", "run"))
         command = [*(starter or [sys.executable]), str(ROOT / "scripts" / f"{script}.py"), *flags]
         event(f"making {what}", command=shlex.join(command[len(starter or [""]) :]))
         result = _run(command, what)
@@ -165,7 +165,7 @@ def _scale_ratio(lora: dict[str, Any], rank: int) -> float:
 
 def _run(command: list[str], what: str) -> dict[str, Any]:
     """Run one of our scripts; its messages go where ours go. Returns its last line; raises what it said."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(cli.ENV_PREFIX)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     with child, _passed_on(child):
         printed = child.communicate()[0]

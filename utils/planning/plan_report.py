@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from config import Config, LoraSection, PlanSection
-from utils import cli
+from utils.flags import arguments
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.planning import estimates
 from utils.planning.estimates import Adapter, Fit, TrainingMemory, TrainingStep
@@ -178,7 +178,7 @@ def command(config: Config, sizes: ModelSizes, stage: str, *, sharded: bool) -> 
         words.append(f"--num_machines {plan.nodes} --num_processes {plan.nodes * plan.gpus}")
     if sharded and sizes.layer_class != "MiniMaxM2DecoderLayer":
         words.append(f"--fsdp_transformer_layer_cls_to_wrap {sizes.layer_class}")
-    return " ".join([*words, STAGES[stage], *cli.arguments(config, SECTIONS)])
+    return " ".join([*words, STAGES[stage], *arguments(config, SECTIONS)])
 
 
 def launching(config: Config, sizes: ModelSizes, found: StagePlan) -> list[str]:

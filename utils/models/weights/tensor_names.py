@@ -14,10 +14,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from utils.exceptions import ArtefactError, Problem
+
+if TYPE_CHECKING:
+    import torch
 
 # registration order in the modelling code: PEFT nests its wrappers in this order, the last one outermost
 FUSED = ("gate_up_proj", "down_proj")

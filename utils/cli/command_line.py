@@ -1,0 +1,154 @@
+"""From flags and environment variables to a checked `Config`, or one error with everything that is wrong.
+
+Precedence: flag, then environment variable (`DTA_TASK__LORA__RANK`), then preset. Names and types are those of
+config.py; pydantic reads the texts. A problem is told in the spelling that was typed, with "did you mean".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+import config as settings
+from utils import flags, secrets
+from utils.composition import methods
+from utils.exceptions import ConfigError, Problem, did_you_mean
+
+PRESET = "preset"
+HOLDS_SECRET = "holds what looks like a password or an access token, and settings are written into manifests"
+
+
+def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> settings.Config:
+    """The configuration asked for by flags and environment variables. Raises ConfigError with every problem."""
+    problems: list[Problem] = []
+    typed = _flags(arguments, problems)
+    variables = _variables(environment, problems)
+    name = typed.pop(PRESET, variables.pop(PRESET, [settings.Config.model_fields[PRESET].default]))[0]
+    if not (known := name in settings.PRESETS):
+        fix = did_you_mean(name, settings.PRESETS) or f"presets: {', '.join(settings.PRESETS)}"
+        problems.append(Problem("--preset: no such preset", name, fix))
+    preset = settings.PRESETS[name]() if known else settings.Config()
+    sources = dict.fromkeys(variables, "environment") | dict.fromkeys(typed, "flag")
+    given = {path: value for path, texts in (variables | typed).items() for value in _read(path, texts, problems)}
+    # here and not in config.py: what is a secret depends on the environment. A prompt is not written, and may hold any
+    problems += [
+        Problem(f"--{path} {HOLDS_SECRET}", fix="give it in the environment (HF_TOKEN, WANDB_API_KEY, ...) instead")
+        for path, value in given.items()
+        if path != "inference.prompt" and secrets.holds_secret(flags.shown(value))
+    ]
+    config = _validated(preset, given, sources, problems, cross_checks=known)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[str]]:
+    """Setting -> the words after its flag; of two equal flags the last one counts."""
+    paths = {short: path for path, short in flags.SHORTCUTS.items()} | {
+        path: path for path in (PRESET, *flags.fields())
+    }
+    found: dict[str, list[str]] = {}
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--"):
+            problems.append(Problem("a value without a flag", argument, "write --section.field VALUE; see --help"))
+            continue
+        name, equals, value = argument[2:].partition("=")
+        words = [value] if equals else []
+        while not equals and waiting and not waiting[0].startswith("--"):
+            words.append(waiting.pop(0))
+        path = paths.get(name)
+        if path is None:
+            fix = did_you_mean(name, paths, "--") or "see --help all for every setting"
+            problems.append(Problem("unknown setting", f"--{name}", fix))
+        elif words or (path != PRESET and flags.is_switch(path)):
+            found[path] = words or ["true"]
+        else:
+            problems.append(Problem(f"--{name} needs a value", fix=f"write --{name} VALUE"))
+    return found
+
+
+def _variables(environment: Mapping[str, str], problems: list[Problem]) -> dict[str, list[str]]:
+    """Setting -> its environment variable's text, as one word."""
+    paths = {flags.variable(path): path for path in (PRESET, *flags.fields())}
+    ours = {name: value for name, value in environment.items() if name.upper().startswith(flags.ENV_PREFIX)}
+    for name in ours:
+        if name.upper() not in paths:
+            fix = did_you_mean(name.upper(), paths) or "see --help all for every setting"
+            problems.append(Problem("unknown environment variable", name, fix))
+    return {paths[name.upper()]: [value] for name, value in ours.items() if name.upper() in paths}
+
+
+def _read(path: str, words: list[str], problems: list[Problem]) -> Iterator[Any]:
+    """The value as pydantic takes it; of a list `a,b`, `a b` and `["a","b"]` mean the same. Nothing for a problem."""
+    if not flags.is_list(path):
+        yield " ".join(words)
+    elif len(words) == 1 and words[0].startswith("["):
+        try:
+            yield json.loads(words[0])
+        except (ValueError, RecursionError):
+            problems.append(Problem(f"--{path}: the list cannot be read", words[0], "write a,b,c, or a list in JSON"))
+    else:
+        yield [piece for word in words for piece in word.split(",") if piece]
+
+
+def _validated(
+    preset: settings.Config,
+    given: dict[str, Any],
+    sources: Mapping[str, str],
+    problems: list[Problem],
+    *,
+    cross_checks: bool,
+) -> settings.Config | None:
+    """The preset with what is given. A bad value is a problem, and set aside so that the others are checked too.
+
+    `cross_checks` is off where the preset is unknown: what does not go together depends on it.
+    """
+    aside: set[str] = set()
+    while True:
+        values = preset.model_dump() | {"overrides": {path: sources[path] for path in given}}
+        for path, value in given.items():
+            *sections, name = path.split(".")
+            functools.reduce(dict.__getitem__, sections, values)[name] = value
+        config, found, bad = None, [], set[str]()
+        try:
+            config = settings.Config.model_validate(values)
+        except ValidationError as error:
+            for item in error.errors():
+                path = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
+                bad |= _blamed(path, item["msg"], given)
+                found += [problem for problem in _told(path, item, sources) if path or cross_checks]
+        if not bad:
+            found += methods.problems(settings.ComposeSection.model_validate(values["compose"]))
+        # what is said about a value that was set aside is not about what was typed
+        problems += [p for p in found if not any(_names(path, p.what) for path in aside)]
+        if not bad:
+            return config
+        aside |= bad
+        given = {path: value for path, value in given.items() if path not in bad}
+
+
+def _blamed(path: str, message: str, given: Iterable[str]) -> set[str]:
+    """The given settings that an error is about: the one it stands at, or those of its section that it names."""
+    if path in given:
+        return {path}
+    below = {one for one in given if path and one.startswith(f"{path}.")}
+    return {one for one in below if _names(one.rpartition(".")[2], message)} or below
+
+
+def _names(name: str, message: str) -> bool:
+    return bool(re.search(rf"\b{re.escape(name)}\b", message))
+
+
+def _told(path: str, item: Any, sources: Mapping[str, str]) -> list[Problem]:
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":  # a validator of ours: it already names the settings, one per line
+        return [Problem(f"{path}: {line}" if path else line) for line in message.splitlines()]
+    spelled = flags.variable(path) if sources.get(path) == "environment" else f"--{path}"
+    return [Problem(f"{spelled}: {message[0].lower()}{message[1:]}", item["input"], f"see --help {path}")]

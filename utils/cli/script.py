@@ -1,0 +1,162 @@
+"""What every script does around its `main`: help, dry run, the result as JSON, and an exit code for each error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO
+
+from config import Config
+from utils import flags, logger, signals
+from utils.cli import help_text
+from utils.cli.command_line import resolve
+from utils.exceptions import (
+    ArtefactError,
+    Interrupted,
+    OutOfMemory,
+    PipelineError,
+    Problem,
+    is_lost_process,
+    is_out_of_memory,
+)
+
+# 128 + SIGPIPE, as a shell says it of a program whose reader went away
+READER_GONE = 141
+
+
+def run(
+    main: Callable[[Config], dict[str, Any]],
+    plan: Callable[[Config], list[str]],
+    *,
+    sections: Sequence[str],
+    description: str | None,
+    most_used: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+    status: Callable[[dict[str, Any]], int] = lambda result: 0,
+) -> NoReturn:
+    """Parse, check, run `main`, print its result as one line of JSON and exit; errors become text and an exit code.
+
+    `sections` are those that the script reads, its own first; `most_used` are the settings on the first page of help.
+    `status` gives the exit code of a result.
+    """
+    with logger.clean_output():
+        logger.setup()
+        _prepare_process()
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        code = _exit_code(main, plan, arguments, sections, most_used, description or "", status)
+        # a list, because both have to be flushed before the interpreter does it and complains
+        sys.exit(code if all([_flushed(stream) for stream in (sys.stdout, sys.stderr)]) else READER_GONE)
+
+
+def _exit_code(
+    main: Callable[[Config], dict[str, Any]],
+    plan: Callable[[Config], list[str]],
+    arguments: list[str],
+    sections: Sequence[str],
+    most_used: Sequence[str],
+    description: str,
+    status: Callable[[dict[str, Any]], int],
+) -> int:
+    try:
+        if (topics := help_text.topics(arguments)) is not None:
+            print(help_text.page(description, sections, most_used, topics))
+            return 0
+        dry_run = "--dry-run" in arguments
+        config = resolve([a for a in arguments if a != "--dry-run"], os.environ)
+        if dry_run:
+            print(_card(config, sections, plan(config)))
+            result: dict[str, Any] = {"dry_run": True, "config": config.model_dump(mode="json")}
+        else:
+            with signals.terminable():
+                result = main(config)
+        if logger.rank() == 0:
+            print(logger.json_line(result), flush=True)
+    except PipelineError as error:
+        if logger.rank() == 0 or isinstance(error, OutOfMemory):  # memory may be short on one process only
+            _complain(str(error))
+        return error.exit_code
+    except signals.Terminated:
+        _complain("stopped by SIGTERM; nothing is half-written, run the same command again")
+        return Interrupted.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except Exception as error:  # noqa: BLE001 - shown here, because the interpreter would show it with secrets in it
+        if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):
+            _silence(sys.stdout)
+            return READER_GONE
+        explained = _explained(error)
+        _complain(str(explained) if explained else traceback.format_exc())
+        return explained.exit_code if explained else 1
+    return 0 if dry_run else status(result)
+
+
+def _complain(text: str) -> None:
+    with suppress(BrokenPipeError):
+        print(logger.printable(text), file=sys.stderr)
+
+
+def _flushed(stream: TextIO) -> bool:
+    """Whether everything got out; where the reader has ended, as `head` does, the rest goes nowhere."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        _silence(stream)
+        return False
+    return True
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    """Whether nothing reads a stream that is a pipe any more."""
+    with suppress(OSError, ValueError):  # of a stream that is no file
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
+
+
+def _silence(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _explained(error: Exception) -> PipelineError | None:
+    """What no stage foresaw about memory, a file or another process: still a message and not a traceback."""
+    said = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if is_out_of_memory(error):
+        problem = Problem(f"{said}; what was complete before is as it was", fix="use a machine with more memory")
+        return OutOfMemory(problem)
+    if is_lost_process(error):
+        what = f"another process of this run ended or cannot be reached: {said}"
+        return Interrupted(Problem(what, f"process {logger.rank()}", "see what it said; run the same command again"))
+    if isinstance(error, OSError):
+        return ArtefactError(Problem(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"))
+    return None
+
+
+def _prepare_process() -> None:
+    """Process-wide defaults that must be set before torch is imported; each can be overridden from outside."""
+    # GNU OpenMP's threads spin while they wait: with other work on the cores a training step took 8x longer so
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if logger.rank() > 0 or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _card(config: Config, sections: Sequence[str], plan: list[str]) -> str:
+    lines = [f"preset {config.preset}"]
+    for path in flags.fields():
+        if path.split(".")[0] in sections:
+            value = flags.shown(flags.value_of(config, path))
+            lines.append(f"  {path:<40} {value:<44} {config.overrides.get(path, 'preset')}")
+    return "\n".join([*lines, "", "would do:", *(f"  - {step}" for step in plan)])

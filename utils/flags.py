@@ -1,0 +1,112 @@
+"""Settings by their path: `task.lora.rank` as a field of `Config`, as a flag, as an environment variable, as text."""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+import config as settings
+
+ENV_PREFIX = "DTA_"
+# path -> the short flag that means the same
+SHORTCUTS = {
+    "inference.prompt": "prompt",
+    "inference.prompts_file": "prompts_file",
+    "inference.output_file": "output_file",
+    "inference.adapters": "adapters",
+    "merge.path": "merge_path",
+    "compose.weights": "weights",
+    "hub.push_to_hub": "push_to_hub",
+    "hub.hub_model_id": "hub_model_id",
+    "hub.hub_private_repo": "hub_private_repo",
+    "hub.hub_revision": "hub_revision",
+    "inputs.domain_adapter": "domain_adapter",
+    "inputs.task_adapter": "task_adapter",
+    "rollout.watch": "watch",
+}
+
+
+@functools.cache
+def fields() -> dict[str, FieldInfo]:
+    """Every setting's path and field, in the order of config.py."""
+
+    def below(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
+        found: dict[str, FieldInfo] = {}
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= below(kind, f"{prefix}{name}.")
+            elif prefix:  # `preset` and `overrides` say where a configuration comes from
+                found[prefix + name] = field
+        return found
+
+    return below(settings.Config, "")
+
+
+def type_of(field: FieldInfo) -> Any:
+    """The type of a field's values when it is given: without `| None`, and without bounds."""
+    return bare(field.annotation)[0]
+
+
+def bounds_of(field: FieldInfo) -> list[Any]:
+    """What pydantic holds a field's value, or each of its values, to."""
+    kind, bounds = bare(field.annotation)
+    items = bare(typing.get_args(kind)[0])[1] if typing.get_origin(kind) is tuple else []
+    return [*field.metadata, *bounds, *items]
+
+
+def bare(kind: Any) -> tuple[Any, list[Any]]:
+    """A type without `| None` and without its bounds, and those."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    if typing.get_origin(kind) is not typing.Annotated:
+        return kind, []
+    kind, *extra = typing.get_args(kind)
+    return kind, [bound for one in extra for bound in getattr(one, "metadata", [one])]
+
+
+def is_list(path: str) -> bool:
+    """Whether a setting takes several values."""
+    return typing.get_origin(type_of(fields()[path])) is tuple
+
+
+def is_switch(path: str) -> bool:
+    """Whether a setting's flag may stand alone."""
+    return type_of(fields()[path]) is bool
+
+
+def variable(path: str) -> str:
+    """The environment variable of a setting."""
+    return f"{ENV_PREFIX}{path.replace('.', '__')}".upper()
+
+
+def value_of(config: settings.Config, path: str) -> Any:
+    """The value of a setting."""
+    return functools.reduce(getattr, path.split("."), config)
+
+
+def shown(value: Any) -> str:
+    """A value for people."""
+    if value is None:
+        return "(open)"
+    if isinstance(value, (tuple, list)):
+        return ",".join(str(item) for item in value) or "(none)"
+    return str(value) if value != "" else "(empty)"
+
+
+def arguments(config: settings.Config, sections: Sequence[str]) -> list[str]:
+    """The flags that give another process these sections: every value that is not the preset's."""
+    preset = settings.PRESETS[config.preset]()
+    found = ["--preset", config.preset]
+    for path in fields():
+        value, usual = value_of(config, path), value_of(preset, path)
+        if path.split(".")[0] in sections and value != usual:
+            found.append(f"--{path}={json.dumps(value) if isinstance(value, tuple) else value}")
+    return found
