@@ -133,6 +133,20 @@ class Changed(unittest.TestCase):
         self.assertIn("starting anew: the unfinished run that is most like this one", done.stderr)
         self.assertIn("train.warmup_share was 0.25, now 0.5", done.stderr)
 
+    def test_a_stopped_run_goes_on_with_other_memory_settings_and_says_so(self) -> None:
+        place = trained()
+        flags = ["--domain.train.max_steps=7", "--domain.train.warmup_share=0.3"]
+        stop = At("utils.training.micro_batches.batch_loss", Send(signal.SIGTERM), 5)
+        self.assertEqual(place.start("train_domain_adapter", *flags, before=stop).wait().returncode, 75)
+        smaller = ["--domain.train.micro_batch_tokens=128", "--domain.train.gradient_checkpointing=true"]
+        done = place.run("train_domain_adapter", *flags, *smaller)
+        self.assertIn("domain adapter: resumed", done.stderr)
+        self.assertIn("micro_batch_tokens 512 -> 128, gradient_checkpointing False -> True", done.stderr)
+        manifest = files.read_manifest(Path(last_json(done)["run"]))
+        self.assertEqual(manifest["settings"]["train"]["micro_batch_tokens"], 128)
+        again = last_json(place.run("train_domain_adapter", *flags))
+        self.assertEqual((again["reused"], again["digest"]), (True, manifest["digest"]))
+
 
 class Permissions(unittest.TestCase):
     def test_a_directory_that_may_not_be_written_is_named_and_nothing_is_left(self) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from config import TrainSection
 from utils import disk
 from utils.artifacts import files
 from utils.artifacts.runs import IDENTITY
@@ -119,13 +120,15 @@ def put(parameters: Mapping[str, torch.nn.Parameter], tensors: Tensors) -> None:
         parameter.copy_(parallel.like(tensors[name], parameter))
 
 
-def conditions(*, processes: int, is_dealt_out: bool) -> dict[str, Any]:
-    """What decides the last bits of a step besides the settings."""
+def conditions(train: TrainSection, *, processes: int, is_dealt_out: bool) -> dict[str, Any]:
+    """What decides the last bits of a step besides the settings that decide the result."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processes": processes,
         "dealt out": is_dealt_out,
+        "micro_batch_tokens": train.micro_batch_tokens,
+        "gradient_checkpointing": train.gradient_checkpointing,
     }
 
 

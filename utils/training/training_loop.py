@@ -119,7 +119,7 @@ class _TrainingLoop:
         self.checkpoints = setup.directory / files.SCRATCH
         self.frozen = guards.frozen_adapters(self.model)
         self.conditions = checkpoints.conditions(
-            processes=self.accelerator.num_processes, is_dealt_out=self.is_dealt_out
+            self.settings, processes=self.accelerator.num_processes, is_dealt_out=self.is_dealt_out
         )
         self.had_gradients = False  # looked at in the first step of this process, so in a resumed run too
         self.names: list[str] = []  # what this process has in its batches of the current step
