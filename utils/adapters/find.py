@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from config import BaseModelSection, Config
+from config import PRESETS, BaseModelSection, Config
 from utils.adapters import adapter_config, adapter_files
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
@@ -23,8 +23,13 @@ UNUSUAL_SIZE = 0.25
 
 
 def prepared_run(config: Config, base: BaseModel) -> Run:
-    """The prepared data to use: pinned, or the newest that fits this tokenizer and any --data flags of this command."""
-    said = sorted(path for path in config.overrides if path.startswith("data."))
+    """The prepared data to use: pinned, or the newest that fits this tokenizer and what these settings say of data.
+
+    That is every `data` setting that a flag or the environment gave, or that is not the preset's.
+    """
+    usual = PRESETS[config.preset]().data
+    changed = {f"data.{name}" for name, value in config.data if value != getattr(usual, name)}
+    said = sorted(changed | {path for path in config.overrides if path.startswith("data.")})
     wanted = prepared_identity.identity(config.data, base, config.run.seed) if said else None
 
     def fits(run: Run) -> str:
