@@ -39,6 +39,7 @@ class Charts(unittest.TestCase):
     def test_ticks_are_round_few_and_inside(self) -> None:
         self.assertEqual(AxisScale(-0.05, 1.05).ticks(), [0.0, 0.25, 0.5, 0.75, 1.0])
         self.assertEqual(AxisScale(-0.05, 1.05).ticks(whole=True), [0.0, 1.0])
+        self.assertEqual(AxisScale(0.0, 0.3).ticks(whole=True), [0.0])
         self.assertEqual(AxisScale(0.0, 11.0).ticks(), [0.0, 2.5, 5.0, 7.5, 10.0])
         self.assertEqual(AxisScale(0.0, 11.0).ticks(whole=True), [0.0, 5.0, 10.0])
         random = Random(0)
