@@ -151,6 +151,7 @@ class Pages(unittest.TestCase):
         tree = README.read_text(encoding="utf-8")
         for package in (name for row in utils.ROWS for name in row):
             self.assertRegex(tree, rf"(?m)^  {package}/ ")
+        self.assertIn(f"  {', '.join(utils.PLUMBING)}\n", tree)
 
     def test_every_page_is_linked_from_the_readme(self) -> None:
         linked = set(links(README))
