@@ -1,8 +1,9 @@
 """Safetensors files a few rows at a time: read, planned and written without ever holding a whole tensor.
 
-Our own, because the library writes a file only from all its tensors in memory (5 GB for a shard of MiniMax-M2), and
-reads by mapping it, whose pages then count as this process's memory. The format is 8 bytes with the length of a JSON
-header, the header, and the tensors' bytes without gaps. Files written here load with the library.
+Our own, because the library writes a file only from all its tensors in memory: merging FP8 to bfloat16 with it took 3.6
+to 4.2 times the largest file, this takes half a gigabyte whatever its size. It also reads by mapping, where a file that
+becomes shorter ends the process without a word. The format is 8 bytes with the length of a JSON header, the header, and
+the tensors' bytes without gaps. Files written here load with the library.
 
 Shapes: L leading size (1 for a matrix, E for fused experts), R rows of a piece, I columns.
 """
