@@ -37,7 +37,7 @@ PURE = (
     *("models.architectures.minimax_m2", "models.architectures.qwen3_moe"),
     *("data.splits", "data.answer_metrics", "data.ngram_overlap", "data.domains.built_in", "data.domains.invented"),
     *("adapters.factors", "planning.estimates", "planning.native_fp8"),
-    *("composition.methods", "composition.approximate", "composition.truncation", "composition.checks"),
+    *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),
     *("composition.search", "composition.collisions", "evaluation.intervals", "evaluation.verdict"),
     *("rollout.e_process", "rollout.policy", "rollout.gate", "rollout.controller", "rollout.simulation"),
 )

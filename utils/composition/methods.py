@@ -82,23 +82,23 @@ def _sum_truncated(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) 
 
 
 def _ties(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
-    from utils.composition import approximate
+    from utils.composition import approximate_methods
 
-    made = approximate.ties(parts, recipe.density)
-    return approximate.low_rank(made, recipe.rank or sum(part.rank for part in parts))
+    made = approximate_methods.ties(parts, recipe.density)
+    return approximate_methods.low_rank(made, recipe.rank or sum(part.rank for part in parts))
 
 
 def _dare(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
-    from utils.composition import approximate
+    from utils.composition import approximate_methods
 
-    made = approximate.dare(parts, recipe.density, f"{recipe.seed}:{module}")
-    return approximate.low_rank(made, recipe.rank or sum(part.rank for part in parts))
+    made = approximate_methods.dare(parts, recipe.density, f"{recipe.seed}:{module}")
+    return approximate_methods.low_rank(made, recipe.rank or sum(part.rank for part in parts))
 
 
 def _factor_sum(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
-    from utils.composition import approximate
+    from utils.composition import approximate_methods
 
-    return approximate.sum_of_factors(parts)
+    return approximate_methods.sum_of_factors(parts)
 
 
 def _linear_in_depth(own: Sequence[float], layer: int, depth: int) -> float:
