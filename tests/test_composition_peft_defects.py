@@ -22,7 +22,7 @@ from tests.support import ARCHITECTURES, relative, saved_model, temporary_direct
 from utils.adapters import adapter_config, adapter_files, inference_layers, peft_model
 from utils.adapters.factors import Factors, ModuleFactors, delta, stacked
 from utils.composition.checks import check
-from utils.composition.methods import METHODS, Recipe, compose, relative_errors
+from utils.composition.methods import METHODS, Recipe, compose, recipe_of, relative_errors
 from utils.composition.truncation import tail
 from utils.exceptions import ArtefactError
 
@@ -344,7 +344,7 @@ class WeightedAdapter(Defects):
         model.add_weighted_adapter(BOTH, [1.0, 1.0], "ties", "ties", density=0.5)  # the mended call does nothing
         self.assertEqual({float(update.norm()) for update in deltas(model, "ties").values()}, {0.0})
         factors = both(model)
-        self.assertEqual((Recipe("ties").density, ComposeSection().density), (0.5, 0.5))
+        self.assertEqual((Recipe("ties").density, recipe_of(ComposeSection(), 0).density), (0.5, 0.5))
         self.assertTrue(all(float(delta(f).norm()) > 0 for f in compose(factors, Recipe("ties")).values()))
         # whatever is composed, or fails to be, leaves its inputs as they were, and no model is touched
         before = copy.deepcopy(factors)
