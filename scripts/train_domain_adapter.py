@@ -30,12 +30,12 @@ def main(config: Config) -> dict[str, Any]:
     """Base model, fresh adapter, packed documents, training loop, artefact."""
     from utils.adapters import find
     from utils.planning import preflight
-    from utils.training import training_run
+    from utils.training import training_identity, training_run
     from utils.training.schedules import AdapterSchedule
 
     base = preflight.start(config, stage="domain")
     data = find.prepared_run(config, base)
-    identity = training_run.identity_of(config, "domain", base, data)
+    identity = training_identity.identity_of(config, "domain", base, data)
     with training_run.opened(config, "domain", base, identity, [data]) as run:
         if run.complete:
             return training_run.result(run, reused=True)

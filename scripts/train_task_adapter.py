@@ -33,7 +33,7 @@ def main(config: Config) -> dict[str, Any]:
     """Base model, frozen domain adapter, fresh task adapter, bucketed pairs, training loop, artefact."""
     from utils.adapters import adapter_files, find, peft_model
     from utils.planning import preflight
-    from utils.training import training_run
+    from utils.training import training_identity, training_run
     from utils.training.schedules import AdapterSchedule
     from utils.training.training_identity import task_facts
 
@@ -42,7 +42,7 @@ def main(config: Config) -> dict[str, Any]:
     domain = find.domain_run(config, base) if config.task.on != "base" else None
     frozen, parents = (["domain"], [data, domain]) if domain else ([], [data])
     schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
-    identity = training_run.identity_of(config, "task", base, data, **task_facts(config.task, domain))
+    identity = training_identity.identity_of(config, "task", base, data, **task_facts(config.task, domain))
     with training_run.opened(config, "task", base, identity, parents) as run:
         if run.complete:
             return training_run.result(run, reused=True)

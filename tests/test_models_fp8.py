@@ -26,7 +26,7 @@ from utils.models.model_shapes import GIB
 from utils.planning import native_fp8, preflight
 from utils.planning.native_fp8 import Facts, choose
 from utils.planning.preflight import Machine
-from utils.training import training_run
+from utils.training import training_identity, training_run
 
 H100 = Facts(capability=(9, 0), kernels="", on_experts=False, computes_in="bfloat16")
 M2 = minimax_m2.sizes(minimax_m2.PUBLISHED)
@@ -168,9 +168,9 @@ class Loaded(unittest.TestCase):
         with minimax_support.fp8_on_this_cpu():
             with mock.patch.object(preflight, "keep_fp8", return_value=native):
                 kept = training_run.load_base(config, "domain", base)
-                self.assertEqual(training_run.identity_of(config, "domain", base, data).values["fp8"], "native")
+                self.assertEqual(training_identity.identity_of(config, "domain", base, data).values["fp8"], "native")
             plain = training_run.load_base(config, "domain", base)
-            self.assertNotIn("fp8", training_run.identity_of(config, "domain", base, data).values)
+            self.assertNotIn("fp8", training_identity.identity_of(config, "domain", base, data).values)
             dtypes = [m.model.layers[0].mlp.experts.down_proj.dtype for m in (kept, plain)]
             self.assertEqual(dtypes, [torch.float8_e4m3fn, torch.bfloat16])
             self.assertEqual(loading.load_model(base, section).model.layers[0].self_attn.q_proj.weight.dtype, dtypes[1])

@@ -45,7 +45,13 @@ PURE = (
 # the modules that scripts call with their whole `Config`; every other one takes the sections that it needs
 TAKES_CONFIG = (
     *("adapters.find", "planning.preflight", "planning.plan_report", "planning.launch_files", "planning.dry_run"),
-    *("training.training_run", "composition.composed_adapter", "composition.composed_run", "composition.dev_losses"),
+    *(
+        "training.training_run",
+        "training.training_identity",
+        "composition.composed_adapter",
+        "composition.composed_run",
+        "composition.dev_losses",
+    ),
     *("evaluation.evaluation_identity", "benchmarks.benchmark_identity"),
     *("evaluation.comparison", "evaluation.run_groups", "evaluation.controls", "evaluation.scored_rows"),
     *("benchmarks.inputs", "benchmarks.suite_inference", "benchmarks.suite_training", "benchmarks.suite_data"),

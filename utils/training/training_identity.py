@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from config import LoraSection, TaskSection, TrainSection
+from config import Config, LoraSection, TaskSection, TrainSection
 from utils.artifacts.identity import MARK, Identity, chosen, same_names
 from utils.artifacts.runs import Run
 from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
 from utils.models.weights.tensor_names import FUSED, weight_shapes
+from utils.planning import preflight
 
 # recorded name -> setting
 LORA = same_names("rank", "alpha", "dropout", "use_rslora")
@@ -23,6 +24,22 @@ TRAIN = same_names(
 # what the adapter that is kept is chosen by; the last one is not chosen
 CHOICE = same_names("evals_per_epoch", "max_dev_tokens")
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def identity_of(config: Config, stage: str, base: BaseModel, data: Run, **facts: Any) -> Identity:
+    """Everything that decides a trained adapter; `facts` are the stage's own."""
+    section = getattr(config, stage)
+    return training_identity(
+        stage,
+        base,
+        data,
+        section.lora,
+        section.train,
+        seed=config.run.seed,
+        dtype=config.base.dtype,
+        native_fp8=preflight.form(config, stage, base).native,
+        facts=facts,
+    )
 
 
 def training_identity(

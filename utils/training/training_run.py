@@ -28,7 +28,6 @@ from utils.models.base_model import BaseModel
 from utils.planning import preflight
 from utils.training import checkpoints, training_loop
 from utils.training.schedules import AdapterSchedule
-from utils.training.training_identity import training_identity
 from utils.training.training_loop import TrainingOutcome, TrainingSetup
 
 if TYPE_CHECKING:
@@ -86,22 +85,6 @@ def opened(
         yield replace(run, is_main=False)
     state.wait_for_everyone()
     state.destroy_process_group()
-
-
-def identity_of(config: Config, stage: str, base: BaseModel, data: Run, **facts: Any) -> Identity:
-    """Everything that decides a trained adapter; `facts` are the stage's own."""
-    section = getattr(config, stage)
-    return training_identity(
-        stage,
-        base,
-        data,
-        section.lora,
-        section.train,
-        seed=config.run.seed,
-        dtype=config.base.dtype,
-        native_fp8=preflight.form(config, stage, base).native,
-        facts=facts,
-    )
 
 
 def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
