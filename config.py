@@ -28,6 +28,8 @@ _REFUSED_FOR_ALL = ("all-linear", "lm_head", "embed_tokens", "gate")
 # bytes of a command line that are no UTF-8 become halves of surrogate pairs
 _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# https is refused where it is opened, with the reason
+_SERVER = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}(/v1)?/?")
 # domains that need no files: what may stand for a corpus, and the labelled pairs that belong to it
 BUILT_IN_TASKS = {
     "python_docs": "python_docs",
@@ -622,8 +624,13 @@ def _rollout_problems(rollout: RolloutSection) -> list[str]:
     if not re.fullmatch(r"[A-Za-z0-9-]+", rollout.session_header):
         problems.append(f"rollout.session_header {rollout.session_header!r}: the name of an HTTP header")
     for side in ("production", "candidate"):
-        if getattr(rollout, f"{side}_digest") and not getattr(rollout, side).startswith("http"):
+        given, digest = getattr(rollout, side), getattr(rollout, f"{side}_digest")
+        if digest and not given.startswith("http"):
             problems.append(f"rollout.{side}_digest belongs to an address; a directory has its manifest")
+        if digest and not re.fullmatch(r"[0-9a-f]{64}", digest):
+            problems.append(f"rollout.{side}_digest {digest!r}: 64 hexadecimal digits, as a manifest has them")
+        if given.startswith(("http://", "https://")) and not _SERVER.fullmatch(given):
+            problems.append(f"rollout.{side} {given!r}: write http://host:port")
     if rollout.candidate and rollout.candidate == rollout.production:
         problems.append("rollout.candidate and rollout.production are the same")
     return problems

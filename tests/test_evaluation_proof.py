@@ -468,6 +468,16 @@ class Reads(unittest.TestCase):
         self.assertIn("read 2 times, 1 of them for these adapters", test_reads.sentence(found))
         self.assertEqual(test_reads.sentence({**found, "reads": 1}), "")
 
+    def test_a_record_that_was_edited_is_said_to_be(self) -> None:
+        folder = temporary_directory()
+        for run in ("r1", "r2"):
+            test_reads.record(folder, test="t", composed="a", run=run)
+        path = folder / test_reads.RECORD
+        path.write_text(path.read_text().replace('"test": "t"', '"test": "u"', 1) + "[1]\n\xff")
+        found = test_reads.record(folder, test="t", composed="a", run="r3")
+        self.assertEqual((found["reads"], found["doubtful"]), (2, 1))
+        self.assertIn("1 lines of .test_reads.jsonl", test_reads.sentence({**found, "reads": 1}))
+
     def test_items_are_identified_whatever_their_order(self) -> None:
         self.assertEqual(test_reads.digest(["a", "b"], ["x", "y"]), test_reads.digest(["b", "a"], ["y", "x"]))
         self.assertNotEqual(test_reads.digest(["a", "b"], ["x", "y"]), test_reads.digest(["a", "b"], ["x", "z"]))

@@ -17,14 +17,14 @@ from typing import Any
 
 import yaml
 
-from config import RolloutSection
+from config import Config, RolloutSection
 from tests.rollout_support import NEW, OLD, QUESTIONS, ROOT, RolloutTest, has_haproxy
 from utils import cli
 from utils.data import answer_metrics
 from utils.exceptions import ArtefactError, BalancerError, ConfigError, DataError
 from utils.rollout import kubernetes
 from utils.rollout.controller import Observation, replay
-from utils.rollout.edge import golden, journal, rollout_report, screen
+from utils.rollout.edge import golden, haproxy, journal, rollout_report, screen, servers
 from utils.rollout.edge.haproxy import Balancer, Layout, Server, find_binary
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.load import Load
@@ -37,11 +37,43 @@ from utils.rollout.policy import UNITS, Policy
 
 def line(**changes: Any) -> bytes:
     plain = {"t": 4_000_000_000_000, "be": "canary", "st": 200, "ts": "--", "Tr": 5, "Ta": 50, "B": 500, "rc": "0"}
-    return json.dumps(plain | {"u": "", "bp": "100", "in": "1"} | changes).encode()
+    return json.dumps(plain | {"u": "-", "bp": "100", "in": "1"} | changes).encode()
 
 
 def rates(*lines: bytes, collector: Collector | None = None) -> dict[str, tuple[int, int]]:
     return dict((collector or Collector()).count(lines).rates.get(100, {}))
+
+
+class Claims(unittest.TestCase):
+    """What a server says of itself goes into the balancer's configuration, which can read the environment."""
+
+    def test_only_a_digest_is_taken_for_one(self) -> None:
+        for claimed in ("${HF_TOKEN}", "%[env(HF_TOKEN)]", "d" * 63, "d" * 65, "D" * 64, 'd"', "", "d" * 64 + "\nx"):
+            self.assertEqual(servers.claimed_digest({"x-model-digest": claimed}), "", claimed)
+        self.assertEqual(servers.claimed_digest({"x-model-digest": "d" * 64}), "d" * 64)
+        self.assertEqual(servers.claimed_digest({}), "")
+
+    def test_no_other_text_becomes_configuration(self) -> None:
+        for digest in ("${HF_TOKEN}", "%[env(HF_TOKEN)]", "x" * 64):
+            layout = haproxy.Layout(haproxy.Server("127.0.0.1:1", digest), None, 1)
+            with self.assertRaisesRegex(BalancerError, "64 hexadecimal digits"):
+                haproxy.configuration(layout, Path("/tmp"))
+
+    def test_settings_are_held_to_the_same(self) -> None:
+        address = "http://127.0.0.1:8000"
+        for wrong in (
+            {"candidate_digest": "${HF_TOKEN}"},
+            {"candidate": "http://a b:80"},
+            {"candidate": "http://h:1/x"},
+        ):
+            with self.assertRaises(ValueError):
+                Config(rollout=RolloutSection(**({"candidate": address} | wrong)))
+        for right in (address, f"{address}/", f"{address}/v1", f"{address}/v1/", "http://[::1]:8000"):
+            Config(rollout=RolloutSection(candidate=right, candidate_digest="d" * 64))
+
+    def test_haproxy_is_given_no_secret(self) -> None:
+        with unittest.mock.patch.dict(os.environ, HF_TOKEN="hf_secret", PATH="/usr/bin"):
+            self.assertEqual(set(haproxy.environment()) - {"LD_LIBRARY_PATH", "TZ"}, {"PATH"})
 
 
 class LogLines(unittest.TestCase):
@@ -62,6 +94,20 @@ class LogLines(unittest.TestCase):
         self.assertEqual(later.rates[1000][UNITS], (2, 0))
         self.assertNotIn("new_units", later.rates[1000])
         self.assertEqual(later.rates[1000]["errors"], (1, 0))
+
+    def test_requests_without_a_session_are_units_of_their_own_as_haproxy_really_logs_them(self) -> None:
+        # written by HAProxy 2.6.12: what is not set is "-", and not empty
+        real = (
+            b'{"t":1796011708269,"be":"production","st":200,"ts":"--","Tr":13,"Ta":13,"B":239,"rc":"0","u":"-",'
+            b'"bp":"5000","in":"-"}',
+            b'{"t":1796011708302,"be":"canary","st":500,"ts":"--","Tr":13,"Ta":13,"B":239,"rc":"0","u":"-",'
+            b'"bp":"5000","in":"1"}',
+        )
+        collector = Collector(since_ms=0)
+        found = collector.count([*real * 3, real[1].replace(b'"bp":"5000"', b'"bp":"-"')]).rates
+        self.assertEqual((found[5000][UNITS], found[5000]["errors"]), ((3, 3), (3, 0)))
+        self.assertEqual(found[0]["errors"], (1, 0))
+        self.assertEqual((collector.fallen_back, collector.garbage), (0, 0))
 
     def test_memory_is_bounded_by_forgetting_the_oldest_sessions(self) -> None:
         collector = Collector()

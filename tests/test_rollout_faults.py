@@ -15,6 +15,7 @@ import time
 import unittest
 from typing import Any, ClassVar
 
+import openai
 import psutil
 
 from tests.rollout_support import FAST, NEW, OLD, QUESTIONS, ROOT, RolloutTest, kill, until
@@ -82,6 +83,49 @@ class Healthy(RolloutTest):
             code, _, err = self.end(controller)
         self.assertEqual(code, 0, err)
         self.assertEqual(load.failures(), [])
+
+
+class PlainClients(RolloutTest):
+    """Clients of the openai package send no session header: every request is a unit of its own."""
+
+    def plain(self, stopped: threading.Event, seen: list[str]) -> None:
+        client = openai.OpenAI(base_url=f"http://{self.address}/v1", api_key="none", max_retries=0, timeout=5)
+        while not stopped.is_set():
+            message = {"role": "user", "content": "What is 3?"}
+            try:
+                client.chat.completions.create(model="any", messages=[message], max_tokens=8)
+                seen.append("")
+            except openai.OpenAIError as error:
+                seen.append(type(error).__name__)
+
+    def ramp(self, share: int, *, p500: float = 0.0, **settings: Any) -> tuple[int, dict[str, Any], str, list[str]]:
+        controller = self.start(**settings)
+        self.wait_ramp(share, controller)
+        self.candidate.fault(p500=p500)
+        stopped, seen = threading.Event(), list[str]()
+        clients = [threading.Thread(target=self.plain, args=(stopped, seen), daemon=True) for _ in range(4)]
+        for client in clients:
+            client.start()
+        try:
+            code, result, err = self.end(controller)
+        finally:
+            stopped.set()
+            for client in clients:
+                client.join()
+        return code, result, err, seen
+
+    def test_a_bad_candidate_is_rolled_back_by_its_users_errors(self) -> None:
+        settings = HELD | {"steps": "0.3,0.5", "ratios": "2,2", "margins": "0.1,0.1"}
+        code, _, err, seen = self.ramp(3000, p500=1.0, **settings)
+        state = self.story().state
+        self.assertEqual((code, state.cause), (5, "worse"), err[-1500:])
+        self.assertIn("errors", state.reason)
+        self.assertLess(sum(map(bool, seen)), 100)
+
+    def test_a_good_candidate_is_promoted(self) -> None:
+        code, result, err, seen = self.ramp(100, lease_seconds=10)
+        self.assertEqual((code, result.get("outcome")), (0, "promoted"), err[-1500:])
+        self.assertEqual([error for error in seen if error], [])
 
 
 class BadCandidates(RolloutTest):

@@ -252,7 +252,10 @@ class OnTheModel(unittest.TestCase):
         before = len(asked)
         self.assertEqual(dev_losses.search(Asked(), section, points), whole)  # type: ignore[arg-type]
         self.assertEqual(len(asked) - before, before - 5)
-        self.assertEqual(len(dev_losses._points(points)), before)
+        self.assertEqual(len(dev_losses._points(points, "")), before)
+        changed = points.read_text().replace("[2.0", "[0.1", 1).replace("(2.0", "(0.1", 1)
+        points.write_text(changed)
+        self.assertEqual(len(dev_losses._points(points, "")), before - (changed.count("0.1") > 0))
 
     def test_a_wrong_composition_fails_on_its_logits(self) -> None:
         right = self.made()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from config import Config
-from utils.artifacts import files
+from utils.artifacts import resumable
 from utils.artifacts.runs import Run
 from utils.benchmarks import (
     inputs,
@@ -31,10 +31,8 @@ def measure(config: Config, base: BaseModel, pair: tuple[Run, Run] | None, direc
     machine: dict[str, Any] = {"device": name, "threads": torch.get_num_threads(), "load_before": _load()}
     results: dict[str, Any] = {}
     for suite in config.benchmark.suite:
-        path = directory / f"suite_{suite}.json"
-        if not path.exists():
-            files.write_json(path, _measured(suite, config, base, pair))
-        results[suite] = files.read_json(path)
+        path, of = directory / f"suite_{suite}.json", resumable.owner(directory)
+        results[suite] = resumable.result(path, of, lambda suite=suite: _measured(suite, config, base, pair))
     return {"machine": machine | {"load_after": _load()}, **results}
 
 

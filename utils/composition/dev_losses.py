@@ -7,7 +7,6 @@ Shapes: k adapters, L layers, N tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ import torch
 from config import BaseModelSection, ComposeSection, Config, TrainSection
 from utils.adapters import inference_layers
 from utils.adapters.factors import Factors
-from utils.artifacts import files
+from utils.artifacts import resumable
 from utils.composition import search as weight_search
 from utils.composition.methods import Recipe, depth, weights_at
 from utils.composition.search import ChosenWeights, Point
@@ -28,7 +27,7 @@ from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
 from utils.exceptions import ArtefactError, DataError, NonFiniteError, Problem
 from utils.inference import scoring
-from utils.logger import event
+from utils.logger import event, warning
 from utils.models import chat, loading
 from utils.models.base_model import BaseModel
 from utils.models.losses import NextTokenLoss
@@ -85,17 +84,15 @@ def search(probe: DevProbe | None, section: ComposeSection, remembered: Path) ->
                 fix="prepare data with --data.task FILE, on a machine that holds the model; or set --weights",
             )
         )
-    known = {(point.method, point.weights): point for point in _points(remembered)}
+    of = resumable.owner(remembered.parent)
+    known = {(point.method, point.weights): point for point in _points(remembered, of)}
     if known:
         event("the weight search goes on", measured=len(known))
-        # without what a kill left of a line: the next one would be appended to it
-        files.write_text(remembered, "".join(json.dumps(asdict(point)) + "\n" for point in known.values()))
 
     def evaluate(method: str, weights: tuple[float, ...]) -> Point:
         if (method, weights) not in known:
             point = known[method, weights] = probe.point(method, weights)
-            with remembered.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(asdict(point)) + "\n")
+            resumable.append(remembered, asdict(point), of)
             shown = ", ".join(f"{w:g}" for w in weights[:6])
             event(f"{method} ({shown})", answer_loss=point.answer_nll, domain_loss=point.domain_nll, number=len(known))
         return known[method, weights]
@@ -109,12 +106,14 @@ def search(probe: DevProbe | None, section: ComposeSection, remembered: Path) ->
     )
 
 
-def _points(path: Path) -> list[Point]:
-    """Points that were measured before; what a kill cut short or an older version wrote is measured again."""
+def _points(path: Path, of: str) -> list[Point]:
+    """Points that were measured before; what was changed since, or an older version wrote, is measured again."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError, TypeError):
-            values = json.loads(line)
+    for values, is_as_written in resumable.lines(path, of):
+        with suppress(TypeError):
+            if not is_as_written:
+                warning("a point of the weight search is measured again: its line was changed", path=path)
+                continue
             found.append(Point(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
     return found
 

@@ -7,6 +7,7 @@ data/prepared/<run>/   corpus/  dev_documents/  heldout_documents/     Arrow: id
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -160,6 +161,7 @@ def _prepare_documents(
             writer_batch_size=200,
             keep_in_memory=False,
             cache_file_name=str(_fresh(cache / f"{name}.arrow")),
+            new_fingerprint=_fingerprint(part, base.tokenizer_digest),
             desc=f"tokenising {name}",
         )
         tokenised.save_to_disk(str(directory / name), max_shard_size="500MB")
@@ -245,6 +247,15 @@ def _split_off(
         "train": [e for e in examples if e["document"] not in off],
         name: [e for e in examples if e["document"] in off],
     }
+
+
+def _fingerprint(documents: Dataset, tokenizer_digest: str) -> str:
+    """What `datasets` writes into state.json: its own is random, and equal data would get other digests each time."""
+    digest = hashlib.sha256(tokenizer_digest.encode())
+    for rows in documents.select_columns(["id", "text"]).iter(batch_size=200):
+        for row in zip(rows["id"], rows["text"], strict=True):
+            digest.update(files.canonical_json(row).encode())
+    return digest.hexdigest()[:16]
 
 
 def _tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, list[Any]]:

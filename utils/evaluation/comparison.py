@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from utils.artifacts import files, runs
+from utils.artifacts import files, resumable, runs
 from utils.artifacts.identity import settings_of
 from utils.artifacts.runs import Run
 from utils.composition import composed_adapter
@@ -82,18 +82,17 @@ def _examples(
     if not {"composed", "task"} <= set(first) or not config.evaluate.generated_answers:
         return {}
     shown = [first["task"], first["composed"]]
-    path = directory / "examples.json"
-    if not path.exists():
+
+    def answered() -> dict[str, Any]:
         chosen = measures.chosen_examples(raw[shown[1].name]["items"], raw[shown[0].name]["items"])
         by_name = {str(example["id"]): example for example in on.examples}
         names = [*chosen["won"], *chosen["lost"]]
         texts = scored_rows.answers_to(config, base, shown, on, [by_name[name] for name in names])
         said = {cell: dict(zip(names, answers, strict=True)) for cell, answers in texts.items()}
         scores = {row.cell: raw[row.name] for row in shown}
-        files.write_json(
-            path, {kind: measures.described(listed, by_name, scores, said) for kind, listed in chosen.items()}
-        )
-    return dict(files.read_json(path))
+        return {kind: measures.described(listed, by_name, scores, said) for kind, listed in chosen.items()}
+
+    return resumable.result(directory / "examples.json", resumable.owner(directory), answered)
 
 
 def _contamination(

@@ -16,7 +16,7 @@ from typing import Any
 from config import Config, InferenceSection, TrainSection
 from utils.adapters import adapter_files, inference_layers
 from utils.adapters.factors import Factors
-from utils.artifacts import files
+from utils.artifacts import resumable
 from utils.composition.methods import Recipe, compose
 from utils.data.batches import PackedDocuments
 from utils.data.documents import read_documents
@@ -104,9 +104,11 @@ def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path
 
 
 def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, directory: Path) -> dict[str, Any]:
-    """Row name -> its scores, from `directory/cell_<row>.json` where they are there already."""
+    """Row name -> its scores, from `directory/cell_<row>.json` where an interrupted call wrote them."""
+    of = resumable.owner(directory)
     paths = {row.name: directory / f"cell_{row.name}.json" for row in wanted}
-    todo = [row for row in wanted if not paths[row.name].exists()]
+    scored = {name: resumable.read(path, of) for name, path in paths.items()}
+    todo = [row for row in wanted if scored[row.name] is None]
     first_of_cell = {row.cell: row.name for row in reversed(wanted)}
     for row, model in _models(config, base, todo):
         # generating costs far more than scoring: the first seed answers for its cell
@@ -115,8 +117,8 @@ def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Mater
             found = _score_row(config, model, base, row, on, asked)
         except NonFiniteError as error:
             raise NonFiniteError([replace(problem, value=row.name) for problem in error.problems]) from error
-        files.write_json(paths[row.name], found)
-    return {name: files.read_json(path) for name, path in paths.items()}
+        scored[row.name] = resumable.write(paths[row.name], found, of)
+    return scored
 
 
 def answers_to(

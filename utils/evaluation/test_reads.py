@@ -6,14 +6,12 @@ beside the evaluations and survives their removal.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import files
+from utils.artifacts import files, resumable
 
 RECORD = ".test_reads.jsonl"
 
@@ -30,7 +28,7 @@ def record(evaluations: Path, *, test: str, composed: str, run: str) -> dict[str
     """
     files.make_directory(evaluations)
     path = evaluations / RECORD
-    lines = _lines(path)
+    lines, doubtful = _lines(path)
     if not any(line["run"] == run for line in lines):
         entry = {
             "test": test,
@@ -38,10 +36,7 @@ def record(evaluations: Path, *, test: str, composed: str, run: str) -> dict[str
             "run": run,
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(entry) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        resumable.append(path, entry, RECORD)
         lines.append(entry)
     same = [line for line in lines if line["test"] == test]
     own = [line for line in same if line["composed"] == composed]
@@ -50,25 +45,30 @@ def record(evaluations: Path, *, test: str, composed: str, run: str) -> dict[str
         "reads": len(same),
         "models": len({line["composed"] for line in same}),
         "reads_of_this": len(own),
+        "doubtful": doubtful,
     }
 
 
 def sentence(reads: dict[str, Any]) -> str:
-    """What a reader should know about it; empty when the split was read once."""
-    if reads["reads"] <= 1:
-        return ""
-    return (
-        f"This test split was read {reads['reads']} times, {reads['reads_of_this']} of them for these adapters: "
-        "what was chosen after seeing it is too good here."
-    )
+    """What a reader should know about it; empty when the split was read once, by a record nobody edited."""
+    said = []
+    if reads["reads"] > 1:
+        said.append(
+            f"This test split was read {reads['reads']} times, {reads['reads_of_this']} of them for these adapters: "
+            "what was chosen after seeing it is too good here."
+        )
+    if reads["doubtful"]:
+        said.append(
+            f"{reads['doubtful']} lines of {RECORD}, which counts how often test splits are read, were edited or "
+            "written by an earlier version: this split may have been read more often."
+        )
+    return " ".join(said)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """A line that a crash cut short is no reading."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return found
+def _lines(path: Path) -> tuple[list[dict[str, str]], int]:
+    """The readings, and how many lines are not as this version wrote them: what those say is counted all the same."""
+    found, doubtful = [], 0
+    for entry, is_as_written in resumable.lines(path, RECORD):
+        doubtful += not is_as_written
+        found.append({key: str(entry.get(key, "")) for key in ("test", "composed", "run")})
+    return found, doubtful

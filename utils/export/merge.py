@@ -23,7 +23,7 @@ from config import BaseModelSection, MergeSection
 from utils import disk
 from utils.adapters import fused_experts
 from utils.adapters.factors import Factors, ModuleFactors, norm
-from utils.artifacts import files
+from utils.artifacts import files, resumable
 from utils.exceptions import ArtefactError, NonFiniteError, Problem, VerificationError
 from utils.export import merge_check
 from utils.logger import event
@@ -211,18 +211,19 @@ def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
 
             digest = safetensors_io.write(directory / path.name, header, content, bar.advance, thread)
             record[path.name] = {"sha256": digest, "bytes": header.size, "squares": squares}
-            files.write_json(directory / RECORD, record)
+            resumable.write(directory / RECORD, record, directory.name)
     return record
 
 
 def _finished(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
     """The record of an interrupted merge, as far as the files are still what it says."""
-    if not (directory / RECORD).exists():
+    record = resumable.read(directory / RECORD, directory.name)
+    if record is None:
         return {}
     event("going on with an interrupted merge: checking its finished files")
     return {
         name: done
-        for name, done in files.read_json(directory / RECORD).items()
+        for name, done in record.items()
         if (directory / name).is_file()
         and (directory / name).stat().st_size == done["bytes"] == plan.outputs[name].size
         and files.sha256_file(directory / name) == done["sha256"]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.artifacts import files
+from utils.artifacts import files, locks, resumable
 from utils.exceptions import ArtefactError
 from utils.models import directory_checks
 from utils.models.model_shapes import PLAIN
@@ -94,10 +94,11 @@ def _remembered(paths: list[Path], cache: Path | None, digest: Callable[[], str]
         return digest()
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     stamp = files.fingerprint([(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats])
-    remembered = cache / f"{stamp}.json"
-    if remembered.exists() and isinstance(known := files.read_object(remembered).get("digest"), str):
-        return known
-    found = digest()
-    files.make_directory(cache)
-    files.write_json(remembered, {"digest": found, "files": [str(path) for path in paths]})
-    return found
+
+    def read() -> dict[str, Any]:
+        found = digest()
+        files.make_directory(cache)
+        locks.sweep(cache)
+        return {"digest": found, "files": [str(path) for path in paths]}
+
+    return str(resumable.result(cache / f"{stamp}.json", stamp, read)["digest"])

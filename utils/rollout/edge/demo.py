@@ -125,7 +125,9 @@ def _users(target: service.Service, over: threading.Event, results: list[Any]) -
         return
     questions = tuple(_question(country) for country in CAPITALS)
     address = f"127.0.0.1:{current.facts['port']}"
-    with Load(address, REQUESTS_PER_SECOND, questions, session_requests=1, max_tokens=8, timeout_s=120) as load:
+    with Load(
+        address, REQUESTS_PER_SECOND, questions, session_requests=1, session_share=0.5, max_tokens=8, timeout_s=120
+    ) as load:
         over.wait()
     results += load.results
 

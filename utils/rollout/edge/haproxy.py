@@ -27,6 +27,8 @@ from utils.exceptions import ArtefactError, BalancerError, Problem
 PLACES = ("/usr/sbin/haproxy", "/usr/local/sbin/haproxy", ".haproxy/haproxy")
 SHARE, LEASE = "canary_bp", "lease_until"
 SAFE_MAP = f"{SHARE} 0\n{LEASE} 0\n"
+# what a model is known by; nothing else may get into the configuration as one
+DIGEST = re.compile(r"[0-9a-f]{64}")
 # the kernel's limit for a socket's path is 108 bytes, HAProxy's own 97
 LONGEST_SOCKET_PATH = 97
 
@@ -48,6 +50,11 @@ class Layout:
     port: int
     session_header: str = "x-session-id"
     server_timeout_s: float = 120.0
+
+
+def environment() -> dict[str, str]:
+    """What HAProxy gets of our environment: its configuration language reads variables, and ours holds tokens."""
+    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TZ") if name in os.environ}
 
 
 def find_binary(wanted: str) -> Path:
@@ -97,7 +104,8 @@ class Balancer:
             files.write_text(self.map, SAFE_MAP)
         trial = self.home / "haproxy.cfg.new"
         files.write_text(trial, configuration(layout, self.home))
-        done = subprocess.run([self.binary, "-c", "-q", "-f", trial], capture_output=True, text=True, check=False)
+        command = [self.binary, "-c", "-q", "-f", trial]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
         if done.returncode:
             raise BalancerError(Problem(f"haproxy refuses its configuration: {done.stderr.strip()[-600:]}"))
         os.replace(trial, self.config)
@@ -106,7 +114,8 @@ class Balancer:
         """Start the master and its worker in the background, and wait until the admin socket answers."""
         self.admin.unlink(missing_ok=True)  # a killed one leaves it behind
         command = [self.binary, "-W", "-D", "-q", "-f", self.config, "-p", self.pid_file]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        nothing = subprocess.DEVNULL
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=nothing, env=environment())
         if done.returncode:
             raise BalancerError(Problem(f"haproxy does not start: {done.stderr.strip()[-600:]}"))
         self._wait(lambda: bool(self.info().get("Pid")), "haproxy started, but its admin socket does not answer")
@@ -199,6 +208,8 @@ class Balancer:
 def _backend(name: str, server: Server) -> str:
     header = ""
     if server.digest:
+        if not DIGEST.fullmatch(server.digest):  # a last look: this text becomes configuration
+            raise BalancerError(Problem("the digest of a model is 64 hexadecimal digits", server.digest[:80]))
         mark = "unless { res.hdr(x-model-digest) -m found }"
         header = f'\n  http-response set-header x-model-digest "{server.digest}" {mark}'
     return f"""backend {name}
@@ -229,6 +240,7 @@ defaults
   timeout http-request 10s
   timeout http-keep-alive 30s
   retries 0
+  option idle-close-on-response
   log-format '{"t":%Ts%ms,"be":"%b","st":%ST,"ts":"%ts","Tr":%Tr,"Ta":%Ta,"B":%B,"rc":"%rc","u":"%[var(txn.unit)]",\
 "bp":"%[var(txn.bp)]","in":"%[var(txn.want)]"}'
 """

@@ -37,6 +37,8 @@ class Load:
     per_second: float
     questions: Sequence[str] = ("Hello",)
     session_requests: int = 3
+    session_share: float = 1.0
+    """Share of the requests with a session header; plain OpenAI clients send none."""
     max_tokens: int = 16
     timeout_s: float = 30.0
     most_open: int = 400
@@ -65,7 +67,8 @@ class Load:
             due = int((time.monotonic() - begin) * self.per_second)
             while sent < due:
                 if len(running) < self.most_open:
-                    session = f"s{self.seed}-{sent // self.session_requests}"
+                    has_session = generator.random() < self.session_share if self.session_share < 1 else True
+                    session = f"s{self.seed}-{sent // self.session_requests}" if has_session else ""
                     streamed = generator.random() < self.stream_share
                     task = asyncio.create_task(self._one(session, generator.choice(self.questions), streamed))
                     running.add(task)
@@ -82,7 +85,8 @@ class Load:
             body["stream"] = True
         data = json.dumps(body).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.address}\r\nContent-Type: application/json\r\n"
-        head += f"x-session-id: {session}\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        head += f"x-session-id: {session}\r\n" if session else ""
+        head += f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
         status, digest, error = 0, "", ""
         try:
             answer = await asyncio.wait_for(self._exchange(head.encode() + data), self.timeout_s)

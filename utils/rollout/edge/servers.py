@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,10 @@ import psutil
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
+from utils.rollout.edge.haproxy import DIGEST
 
 MODEL = "model"
+DIGEST_HEADER = "x-model-digest"
 # servers outlive their controller on purpose; a Popen that is collected while its process runs warns
 _STARTED: list[subprocess.Popen[bytes]] = []
 
@@ -59,7 +61,7 @@ def ask(
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
-        digest = response.headers.get("x-model-digest", "")
+        digest = claimed_digest(response.headers)
         if response.status != 200:
             return ServerAnswer(error=f"HTTP {response.status}", status=response.status, digest=digest)
         return _streamed(response, start, timeout_s, digest)
@@ -91,11 +93,13 @@ def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float
                 break
             for choice in event.get("choices") or []:
                 text = (choice.get("delta") or {}).get("content") or ""
+                if not isinstance(text, str):
+                    raise ValueError("content is no text")
                 finish = choice.get("finish_reason") or finish
                 if text:
                     pieces.append(text)
                     moments.append(time.monotonic())
-        except (ValueError, AttributeError) as broken:
+        except (ValueError, AttributeError, TypeError, RecursionError) as broken:
             error = f"unreadable event: {broken}"
             break
     if not error and not finish:
@@ -118,6 +122,15 @@ def get(address: str, path: str, timeout_s: float = 3.0) -> tuple[int, bytes]:
         connection.close()
 
 
+def claimed_digest(headers: Mapping[str, str]) -> str:
+    """The digest that a server claims in `x-model-digest`, or "". Anything else than a digest is another's text.
+
+    It goes into the balancer's configuration, where `${NAME}` and `%[...]` would be read out of its environment.
+    """
+    claimed = (headers.get(DIGEST_HEADER) or "").strip()
+    return claimed if DIGEST.fullmatch(claimed) else ""
+
+
 def served_digest(address: str) -> str:
     """Digest of the model that this address serves, or "" when nothing tells.
 
@@ -129,14 +142,15 @@ def served_digest(address: str) -> str:
         connection.request("GET", "/v1/models")
         response = connection.getresponse()
         body = response.read(1 << 20)
-        if response.headers.get("x-model-digest"):
-            return str(response.headers["x-model-digest"])
-        listed = json.loads(body).get("data") or [] if response.status == 200 else []
-    except (OSError, http.client.HTTPException, ValueError, AttributeError):
+        if claimed := claimed_digest(response.headers):
+            return claimed
+        listed = json.loads(body).get("data") if response.status == 200 else []
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
         listed = []
     finally:
         connection.close()
-    roots = [Path(str(entry.get("root") or "")) for entry in listed if isinstance(entry, dict) and entry.get("root")]
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    roots = [Path(str(entry["root"])) for entry in entries if entry.get("root")]
     return next(
         (d for d in map(_directory_digest, [r for r in roots if r.is_absolute()]) if d), _process_digest(address)
     )

@@ -48,7 +48,8 @@ def open_side(given: str, digest: str, *, slots: Path, slot: str, known: Side | 
     if given.startswith(("http://", "https://")):
         if given.startswith("https://"):
             raise ConfigError(Problem("model servers are spoken to in plain HTTP inside your network", given))
-        return Side(given.removeprefix("http://").rstrip("/"), digest or servers.served_digest(given[7:].rstrip("/")))
+        address = given.removeprefix("http://").rstrip("/").removesuffix("/v1")  # people type what their clients use
+        return Side(address, digest or servers.served_digest(address))
     directory = Path(given)
     manifest = files.verify(directory)
     if known and known.digest == manifest["digest"] and known.process and Process(*known.process, "").is_running:

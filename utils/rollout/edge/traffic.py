@@ -25,6 +25,8 @@ ARMS = ("canary", "production")
 # the share of lines that may be missing, and the number that always may
 MISSING_SHARE, MISSING_LINES = 0.01, 5
 HISTORY, ENOUGH_HISTORY = 1000, 200
+# what a request need not have, and what HAProxy then logs: a request without a session is a unit of its own
+VARIABLES, UNSET = ("u", "bp", "in"), "-"
 # sessions per metric, the newest ones: some 50 MB a metric; one that comes back later still is a new one
 REMEMBERED = 500_000
 
@@ -174,8 +176,9 @@ class Collector:
             line = json.loads(text[text.index(b"{") :])
             for key in ("t", "st", "Ta", "B"):
                 line[key] = int(line[key])
-            if len(line["ts"]) < 2 or not {"be", "rc", "u", "bp", "in"} <= line.keys():
+            if len(line["ts"]) < 2 or not {"be", "rc", *VARIABLES} <= line.keys():
                 raise ValueError
+            line |= {name: "" for name in VARIABLES if line[name] == UNSET}
         except (ValueError, KeyError, TypeError):
             self.garbage += 1
             return None
