@@ -102,18 +102,17 @@ def _judge(config: Config) -> dict[str, Any]:
         given = json.loads(sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8"))
         if not isinstance(given, dict) or not isinstance(given.get("counts"), dict):
             raise ValueError("an object with `counts` is expected")
-    except ValueError as error:
+        counts = Counts.from_json(given["counts"])
+        here = Counts.from_json(given["here"]) if "here" in given else counts
+        policy = policy_of(config.rollout, has_prompts=bool(counts.pairs) or config.rollout.golden != "none")
+        policy = Policy.from_json(given["policy"]) if "policy" in given else policy
+        number = given.get("step", 0)
+        if number is not None and number not in range(len(policy.steps)):
+            raise DataError(Problem("step is 0 for the first one, or null for the bake at 100%", number))
+        return judge(counts, here, policy, None if number is None else policy.steps[number]).to_json()
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         fix = 'write {"counts": {"rates": {"100": {"units": [40, 4000], "errors": [0, 3]}}}, "step": 0}'
         raise DataError(Problem(f"--rollout.counts cannot be read: {error}", source, fix)) from error
-    counts = Counts.from_json(given["counts"])
-    here = Counts.from_json(given["here"]) if "here" in given else counts
-    policy = policy_of(config.rollout, has_prompts=bool(counts.pairs) or config.rollout.golden != "none")
-    policy = Policy.from_json(given["policy"]) if "policy" in given else policy
-    number = given.get("step", 0)
-    if number is not None and number not in range(len(policy.steps)):
-        raise DataError(Problem("step is 0 for the first one, or null for the bake at 100%", number))
-    verdict = judge(counts, here, policy, None if number is None else policy.steps[number])
-    return verdict.to_json()
 
 
 def _simulate(config: Config) -> dict[str, Any]:

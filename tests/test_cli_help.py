@@ -93,6 +93,16 @@ class Page(unittest.TestCase):
         self.assertNotIn("--base.dtype", run_script("train_task_adapter", "--help").stdout)
 
 
+class ClosedStreams(unittest.TestCase):
+    def test_a_script_whose_streams_the_shell_closed_does_its_work(self) -> None:
+        command = f"exec {sys.executable} {ROOT / 'scripts' / 'prepare_data.py'} --preset tiny_minimax_m2 --dry-run"
+        for closed in (">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"):
+            with self.subTest(closed):
+                done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, check=False)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertEqual("dry_run" in done.stdout, ">&-" not in closed.replace("2>&-", ""))
+
+
 class ReaderGone(unittest.TestCase):
     def cut(self, size: int, *argv: str) -> tuple[int, str]:
         """Exit code and standard error of a program whose standard output nobody reads."""

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import io
 import math
+import re
 import shutil
 import signal
 import sys
@@ -284,6 +285,21 @@ class Rows(unittest.TestCase):
         self.assertEqual(after["test"], before["test"])
         self.assertGreater(after["reads"], before["reads"])
         self.assertIn(f"was read {after['reads']} times", " ".join(other.stdout.split()))
+
+    def test_what_was_edited_in_an_interrupted_evaluation_is_scored_again(self) -> None:
+        flags = ["--run.name", "edited"]
+        whole = last_json(self.place.run("evaluate", *flags))
+        directory = Path(whole["run"])
+        for name in (files.MANIFEST, "results.json"):
+            (directory / name).unlink()
+        for cell in ("cell_composed-seed0.json", "cell_base.json"):
+            text = (directory / cell).read_text()
+            halved = re.sub(r'("nll": )([0-9.e-]+)', lambda found: found[1] + str(float(found[2]) / 2), text)
+            self.assertNotEqual(halved, text)
+            (directory / cell).write_text(halved)
+        completed = self.place.run("evaluate", *flags)
+        self.assertEqual(last_json(completed)["cells"], whole["cells"])
+        self.assertEqual(completed.stderr.count("is not as it was written"), 2, completed.stderr[-2000:])
 
     def test_a_seed_that_is_there_already_is_refused(self) -> None:
         refused = self.place.run("evaluate", "--evaluate.seeds", "0")

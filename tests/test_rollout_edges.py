@@ -323,9 +323,15 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(self.judge(asked(0, 600))[1]["action"], "hold", "golden prompts were not given up")
 
     def test_judge_refuses_what_is_no_counts(self) -> None:
-        for given in ("", "[]", '{"counts": {"rates": {"100": {"units": [1, NaN]}}}}', {"counts": {}, "step": 9}):
+        for given in (
+            *("", "[]", '{"counts": {"rates": {"100": {"units": [1, NaN]}}}}', "[" * 100_000),
+            *({"counts": {}, "step": 9}, {"counts": {}, "step": [0]}, {"counts": {"rates": [1]}}),
+            *({"counts": {"rates": {"100": 5}}}, {"counts": {"rates": {"\u00b2": {"units": [1, 2]}}}}),
+            *({"counts": {}, "here": 3}, {"counts": {}, "policy": 5}, {"counts": {}, "policy": {"alpha": "x"}}),
+        ):
             code, _, err = self.judge(given)
             self.assertEqual(code, 2, err)
+            self.assertNotIn("Traceback", err)
 
     def test_status_without_a_rollout_says_so(self) -> None:
         with tempfile.TemporaryDirectory() as directory:

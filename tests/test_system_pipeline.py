@@ -85,6 +85,13 @@ class Pipeline(unittest.TestCase):
                 self.assertTrue(found["reused"])
                 self.assertEqual((found["run"], found["digest"]), (before["run"], before["digest"]))
 
+    def test_the_same_data_prepared_again_has_the_same_digest_and_nothing_is_trained_again(self) -> None:
+        directory = Path(self.reported["prepared"]["run"])
+        shutil.rmtree(directory)
+        again = self.place.prepare()
+        self.assertEqual((again["reused"], again["digest"]), (False, self.reported["prepared"]["digest"]))
+        self.assertTrue(last_json(self.place.run("train_domain_adapter"))["reused"])
+
     def test_prompt_is_answered_with_both_adapters_in_a_fresh_interpreter(self) -> None:
         completed = run_script("inference", *self.place.flags, "--prompt", "What does f1 do?")
         found = last_json(completed)

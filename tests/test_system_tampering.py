@@ -256,6 +256,10 @@ class ForeignAdapter(Tampering):
             ({"r": 8}, ("rank 4, its config says 8",)),
             ({"target_modules": ["q_proj"]}, ("which its targets do not name",)),
             ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate"]}, ("no factors for",)),
+            # PEFT refuses these: no module is targeted
+            ({"target_modules": [], "target_parameters": None}, ("targets is nothing of the base",)),
+            ({"target_modules": ["nothing"], "target_parameters": None}, ("targets is nothing of the base",)),
+            ({"layers_to_transform": [1_000_000_000], "target_parameters": None}, ("targets is nothing",)),
             ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, ("auto_mapping", "runs no code")),
             (
                 {"auto_mapping": {"base_model_class": "X", "parent_library": "transformers.models.x; os"}},

@@ -276,6 +276,10 @@ def _check_against(factors: Factors, settings: dict[str, Any], directory: Path, 
             Problem(f"{directory}: factors for {name}, which its targets do not name: PEFT would leave them out")
             for name in sorted(set(factors) & set(shapes) - expected)
         ]
+    elif settings.get("target_parameters") or settings.get("target_modules") not in (None, "all-linear"):
+        keys = ("target_modules", "target_parameters", "layers_to_transform", "exclude_modules")
+        named = {key: settings[key] for key in keys if settings.get(key) is not None}
+        problems.append(Problem(f"{directory}: what its configuration targets is nothing of the base model", named))
     if problems:
         raise ArtefactError(problems[:10])
 

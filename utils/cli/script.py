@@ -45,6 +45,7 @@ def run(
     `sections` are those that the script reads, its own first; `most_used` are the settings on the first page of help.
     `status` gives the exit code of a result.
     """
+    _open_closed_streams()
     with logger.clean_output():
         logger.setup()
         _prepare_process()
@@ -139,6 +140,17 @@ def _explained(error: Exception) -> PipelineError | None:
     if isinstance(error, OSError):
         return ArtefactError(Problem(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"))
     return None
+
+
+def _open_closed_streams() -> None:
+    """A shell's `>&-` leaves no stream, and the next file that is opened would get its number and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
 
 
 def _prepare_process() -> None:

@@ -103,6 +103,9 @@ def converse(answer: Callable[[str], Any]) -> dict[str, Any]:
             question = input("> ").strip()
         except EOFError:
             break
+        except UnicodeDecodeError as error:
+            warning("this line is not UTF-8 and was not asked: type it again", reason=error)
+            continue
         if not question:
             break
         answer(question)

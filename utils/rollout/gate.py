@@ -68,17 +68,25 @@ class Counts:
                 return (0,) * size
             return tuple(found)
 
+        def named(place: str, found: Any) -> dict[str, Any]:
+            if not isinstance(found, Mapping):
+                problems.append(Problem(f"{place}: an object with a name for each", found))
+                return {}
+            return dict(found)
+
         rates: dict[int, dict[str, Any]] = {}
-        for share, metrics in dict(values.get("rates") or {}).items():
+        for share, metrics in named("rates", values.get("rates") or {}).items():
             if not str(share).isdigit() or not 0 <= int(share) <= FULL_BP:
                 problems.append(Problem("rates: the share is 0 to 10000 basis points", share))
                 continue
-            rates[int(share)] = {m: counts(f"rates.{share}.{m}", arms, 2) for m, arms in metrics.items()}
+            rates[int(share)] = {
+                m: counts(f"rates.{share}.{m}", arms, 2) for m, arms in named(f"rates.{share}", metrics).items()
+            }
             units = rates[int(share)].get(UNITS)
             for name, arms in rates[int(share)].items():
                 if whole and (units is None or any(event > unit for event, unit in zip(arms, units, strict=True))):
                     problems.append(Problem(f"rates.{share}.{name}: more events than {UNITS}", [arms, units]))
-        pairs = {m: counts(f"pairs.{m}", found, 3) for m, found in dict(values.get("pairs") or {}).items()}
+        pairs = {m: counts(f"pairs.{m}", found, 3) for m, found in named("pairs", values.get("pairs") or {}).items()}
         if problems:
             raise DataError(problems)
         return Counts(rates, pairs)  # type: ignore[arg-type]
