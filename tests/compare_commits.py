@@ -72,8 +72,10 @@ FROM_FILES = Stage("prepared_from_files", "prepare_data", ("--data.corpus", "{co
 TEN_STEPS = (
     *("--data.max_documents", "120", "--data.max_train_examples", "120"),
     *("--data.max_dev_examples", "12", "--data.max_test_examples", "16"),
-    *("--domain.train.max_steps", "10", "--domain.train.max_dev_tokens", "2048"),
-    *("--task.train.max_steps", "10", "--task.train.max_dev_tokens", "2048", "--run.trackers", ""),
+    *("--domain.train.max_steps", "10", "--domain.train.max_dev_tokens", "512"),
+    *("--domain.train.batch_tokens", "512", "--domain.train.micro_batch_tokens", "512"),
+    *("--task.train.max_steps", "10", "--task.train.max_dev_tokens", "512"),
+    *("--task.train.batch_tokens", "512", "--task.train.micro_batch_tokens", "512", "--run.trackers", ""),
 )
 FEW_DEV = ("--compose.max_dev_items", "8", "--compose.max_dev_documents", "4")
 FEW_TEST = (
