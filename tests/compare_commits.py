@@ -1,7 +1,7 @@
 """Whether two commits are the same program: both run the pipeline from nothing, and what they made is compared.
 
-    python tests/compare_commits.py OLD NEW           the toy and ten steps of the embedded model: about 15 minutes
-    python tests/compare_commits.py --toy OLD NEW     the toy alone
+    python tests/compare_commits.py OLD NEW           the toy, and ten steps of the embedded model: half an hour
+    python tests/compare_commits.py --toy OLD NEW     the toy alone: ten minutes
 
 Each commit is checked out into a temporary directory and run there, one after the other, with this interpreter, the
 same threads, and data/ and models/ of its own. Compared are the columns of Arrow tables, and the digests of jsonl,
