@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import http.server
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +16,7 @@ import threading
 import time
 import unittest
 import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +79,94 @@ class Claims(unittest.TestCase):
     def test_haproxy_is_given_no_secret(self) -> None:
         with unittest.mock.patch.dict(os.environ, HF_TOKEN="hf_secret", PATH="/usr/bin"):
             self.assertEqual(set(haproxy.environment()) - {"LD_LIBRARY_PATH", "TZ"}, {"PATH"})
+
+
+class HostileServers(unittest.TestCase):
+    """Whatever a server says is an error of a probe: in time, within memory, and never an exception."""
+
+    HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+
+    def server(self, speak: Callable[[socket.socket], None]) -> str:
+        listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.addCleanup(listening.close)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+        def answer(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1 << 16)
+                speak(connection)
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"127.0.0.1:{listening.getsockname()[1]}"
+
+    def asked(self, speak: Callable[[socket.socket], None], timeout_s: float = 1.0) -> tuple[ServerAnswer, float]:
+        start = time.monotonic()
+        found = servers.ask(self.server(speak), [], max_tokens=1, timeout_s=timeout_s)
+        return found, time.monotonic() - start
+
+    def test_a_server_that_drips_ends_with_the_time(self) -> None:
+        def drip(connection: socket.socket, begin: bytes) -> None:
+            connection.sendall(begin)
+            while True:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+
+        for begin in (b"", b"HTTP/1.1 200 OK\r\nx: ", self.HEAD, self.HEAD + b"data: "):
+            found, seconds = self.asked(functools.partial(drip, begin=begin))
+            self.assertEqual(found.error, "timeout", begin)
+            self.assertLess(seconds, 10, begin)
+            address = self.server(functools.partial(drip, begin=begin))
+            begun = time.monotonic()
+            servers.get(address, "/health", 1.0)
+            self.assertEqual(servers.served_digest(address), "")
+            self.assertLess(time.monotonic() - begun, 20, begin)
+
+    def test_an_endless_line_is_not_kept(self) -> None:
+        def pour(connection: socket.socket) -> None:
+            connection.sendall(self.HEAD + b"data: ")
+            while True:
+                connection.sendall(b"x" * 65536)
+
+        found, _ = self.asked(pour, timeout_s=30)
+        self.assertIn("more bytes", found.error)
+
+    def test_a_thousand_malformed_answers_are_errors_or_answers(self) -> None:
+        generator = random.Random(0)
+        good = b'{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}'
+        known = [b'{"choices":5}', b'{"choices":[{"delta":{"content":5}}]}', b"[" * 200_000, b'{"data":5}', b"\xff"]
+        events = [*known, *(self.mutated(good, generator) for _ in range(1000 - len(known)))]
+        upcoming = iter(events)
+
+        def speak(connection: socket.socket) -> None:
+            connection.sendall(self.HEAD + b"data: " + next(upcoming) + b"\n\ndata: [DONE]\n\n")
+
+        address, wrong = self.server(speak), 0
+        for _ in events:
+            found = servers.ask(address, [], max_tokens=1, timeout_s=20)
+            self.assertIsInstance(found.text, str)
+            wrong += bool(found.error)
+        self.assertGreater(wrong, 500)
+
+    @staticmethod
+    def mutated(text: bytes, generator: random.Random) -> bytes:
+        pieces = list(text)
+        for _ in range(generator.randint(1, 6)):
+            place = generator.randrange(len(pieces))
+            change = generator.choice((b"", b"5", b"[", b"}", b"null", b'"', b"\x00", b"1e999", b"{}"))
+            pieces[place : place + generator.randint(0, 9)] = change
+            pieces = pieces or [32]
+        return bytes(pieces).replace(b"\n", b"")
+
+    def test_lists_of_models_that_are_none_name_no_digest(self) -> None:
+        for body in (b'{"data":5}', b'{"data":[5,{"root":5},{"root":"/"}]}', b"[" * 200_000, b"5", b"", b"\xff"):
+            head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+            address = self.server(lambda connection, whole=head + body: connection.sendall(whole))
+            self.assertEqual(servers.served_digest(address), "", body[:40])
 
 
 class LogLines(unittest.TestCase):

@@ -16,9 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from utils.rollout.edge.haproxy import DIGEST
 
 MODEL = "model"
 DIGEST_HEADER = "x-model-digest"
+# bytes; an event of a stream, or a list of models, has some hundred
+LONGEST_LINE, LARGEST_ANSWER = 1 << 20, 1 << 24
 # servers outlive their controller on purpose; a Popen that is collected while its process runs warns
 _STARTED: list[subprocess.Popen[bytes]] = []
 
@@ -57,32 +60,60 @@ def ask(
     if model:
         body["model"] = model
     start = time.monotonic()
-    connection = http.client.HTTPConnection(address, timeout=timeout_s)
     try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        digest = claimed_digest(response.headers)
-        if response.status != 200:
-            return ServerAnswer(error=f"HTTP {response.status}", status=response.status, digest=digest)
-        return _streamed(response, start, timeout_s, digest)
-    except (OSError, http.client.HTTPException) as error:
+        with _response(address, "/v1/chat/completions", timeout_s, json.dumps(body)) as response:
+            digest = claimed_digest(response.headers)
+            if response.status != 200:
+                return ServerAnswer(error=f"HTTP {response.status}", status=response.status, digest=digest)
+            return _streamed(response, start, timeout_s, digest)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if time.monotonic() - start >= timeout_s:
+            return ServerAnswer(error="timeout")
         return ServerAnswer(error=type(error).__name__ + (f": {error}" if str(error) else ""))
+
+
+@contextmanager
+def _response(address: str, path: str, timeout_s: float, data: str | None = None) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a GET, or to a POST of JSON, that ends after `timeout_s` whatever the server does.
+
+    A socket's own timeout begins anew with every byte, so a server that drips would never reach it.
+    """
+    connection = http.client.HTTPConnection(address, timeout=timeout_s)
+    watchdog = threading.Timer(timeout_s, lambda: _shut(opened))
+    watchdog.daemon = True
+    try:
+        connection.connect()
+        opened = connection.sock
+        watchdog.start()
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        connection.request("GET" if data is None else "POST", path, data, headers)
+        yield connection.getresponse()
     finally:
+        watchdog.cancel()
         connection.close()
+
+
+def _shut(opened: socket.socket) -> None:
+    """Whoever reads from it sees the end."""
+    with suppress(OSError):
+        opened.shutdown(socket.SHUT_RDWR)
 
 
 def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float, digest: str) -> ServerAnswer:
     """Read the events of a 200; what ends without a finish reason and [DONE] was cut."""
     pieces: list[str] = []
     moments: list[float] = []
-    finish, done, error = "", False, ""
-    while not done and (line := response.readline()):
-        if time.monotonic() - start > timeout_s:
-            error = "timeout"
+    finish, done, error, size = "", False, "", 0
+    while not done and (line := response.readline(LONGEST_LINE)):
+        size += len(line)
+        if len(line) == LONGEST_LINE or size > LARGEST_ANSWER:
+            error = "an answer of more bytes than any has"
             break
         if not line.startswith(b"data:"):
             continue
         data = line[5:].strip()
+        if not line.endswith(b"\n") and data != b"[DONE]":
+            break
         if data == b"[DONE]":
             done = True
             continue
@@ -103,7 +134,7 @@ def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float
             error = f"unreadable event: {broken}"
             break
     if not error and not finish:
-        error = "the stream was cut"
+        error = "timeout" if time.monotonic() - start >= timeout_s else "the stream was cut"
     between = (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else 0.0
     first = moments[0] - start if moments else 0.0
     return ServerAnswer("".join(pieces), finish, error, 200, first, between, digest)
@@ -111,15 +142,11 @@ def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float
 
 def get(address: str, path: str, timeout_s: float = 3.0) -> tuple[int, bytes]:
     """Status and body; (0, b"") when there is no answer."""
-    connection = http.client.HTTPConnection(address, timeout=timeout_s)
     try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read(1 << 20)
-    except (OSError, http.client.HTTPException):
+        with _response(address, path, timeout_s) as response:
+            return response.status, response.read(LONGEST_LINE)
+    except (OSError, http.client.HTTPException, ValueError):
         return 0, b""
-    finally:
-        connection.close()
 
 
 def claimed_digest(headers: Mapping[str, str]) -> str:
@@ -137,18 +164,14 @@ def served_digest(address: str) -> str:
     In this order: an `x-model-digest` header; the model's path in /v1/models (vLLM's `root`) where a manifest stands;
     the working directory of the local process that listens there, when it is a slot of ours.
     """
-    connection = http.client.HTTPConnection(address, timeout=3.0)
     try:
-        connection.request("GET", "/v1/models")
-        response = connection.getresponse()
-        body = response.read(1 << 20)
-        if claimed := claimed_digest(response.headers):
-            return claimed
-        listed = json.loads(body).get("data") if response.status == 200 else []
+        with _response(address, "/v1/models", 3.0) as response:
+            body = response.read(LONGEST_LINE)
+            if claimed := claimed_digest(response.headers):
+                return claimed
+            listed = json.loads(body).get("data") if response.status == 200 else []
     except (OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
         listed = []
-    finally:
-        connection.close()
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     roots = [Path(str(entry["root"])) for entry in entries if entry.get("root")]
     return next(
