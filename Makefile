@@ -36,7 +36,7 @@ rollout-demo: $(READY)
 # Real balancers, servers and kills: twelve minutes, so they are asked for; `make test` has the rest.
 rollout-test: $(READY)
 	sh scripts/launch/get_haproxy.sh
-	ROLLOUT_PROCESS_TESTS=1 $(BIN)/python -m unittest tests.test_rollout_edges tests.test_rollout_faults tests.test_rollout_serving
+	ROLLOUT_PROCESS_TESTS=1 $(BIN)/python -m unittest tests.test_rollout_edges tests.test_rollout_faults tests.test_rollout_serving tests.test_rollout_damage
 
 # Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
 fault-test: $(READY)

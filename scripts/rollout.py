@@ -49,9 +49,12 @@ def main(config: Config) -> dict[str, Any]:
         from utils.rollout.edge import demo
 
         return demo.run(config.base, config.run.models_dir, config.rollout.haproxy)
+    from utils.rollout.edge import abort
     from utils.rollout.edge import service as services
 
     service = services.Service(config.rollout, config.run.models_dir)
+    if service.damaged and command not in ("abort", "stop"):
+        raise service.damaged
     if command in ("start", "resume"):
         for number in (signal.SIGTERM, signal.SIGINT):  # also where the shell made a background job deaf to SIGINT
             signal.signal(number, signal.default_int_handler)
@@ -59,7 +62,7 @@ def main(config: Config) -> dict[str, Any]:
         if command == "start":
             return services.start(service, prompts, config.run.seed)
         return services.resume(service, prompts)
-    acts = {"abort": services.abort, "promote": services.promote, "stop": services.stop}
+    acts = {"abort": abort.abort, "promote": services.promote, "stop": services.stop}
     if command in acts:
         return acts[command](service)
     if command == "status":
@@ -92,7 +95,7 @@ def _prompts(config: Config) -> list[Any]:
 
 def _judge(config: Config) -> dict[str, Any]:
     """{"counts": ..., "here": ..., "step": 0, "policy": {...}} -> action, reason and every test behind it."""
-    from utils.exceptions import DataError, Problem
+    from utils.exceptions import MALFORMED, DataError, Problem
     from utils.rollout.edge.service import policy_of
     from utils.rollout.gate import Counts, judge
     from utils.rollout.policy import Policy
@@ -110,7 +113,7 @@ def _judge(config: Config) -> dict[str, Any]:
         if number is not None and number not in range(len(policy.steps)):
             raise DataError(Problem("step is 0 for the first one, or null for the bake at 100%", number))
         return judge(counts, here, policy, None if number is None else policy.steps[number]).to_json()
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+    except MALFORMED as error:
         fix = 'write {"counts": {"rates": {"100": {"units": [40, 4000], "errors": [0, 3]}}}, "step": 0}'
         raise DataError(Problem(f"--rollout.counts cannot be read: {error}", source, fix)) from error
 

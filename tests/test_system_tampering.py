@@ -42,7 +42,7 @@ from utils.data.prepared import Prepared
 from utils.exceptions import PipelineError
 from utils.models import chat, loading, sources
 from utils.models.base_model import BaseModel
-from utils.rollout.edge import sides
+from utils.rollout.edge import service_state
 from utils.training import checkpoints
 
 CONFIG, WEIGHTS = adapter_config.CONFIG, adapter_config.WEIGHTS
@@ -227,7 +227,7 @@ class OurAdapter(Tampering):
         for name in (CONFIG, WEIGHTS):
             shutil.copy(copy["domain"] / "adapter" / name, copy["merged"])
         with self.refused(CONFIG, "no part of the artefact"):
-            sides.open_side(
+            service_state.open_side(
                 str(copy["merged"]), "", slots=copy.root, slot="canary", known=None, section=RolloutSection()
             )
         with self.refused(CONFIG, "remove it: a base model has none"):

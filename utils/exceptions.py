@@ -49,6 +49,10 @@ def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     return "did you mean " + " or ".join(f"{prefix}{c}" for c in close) + "?" if close else ""
 
 
+# what Python raises where values of foreign JSON are not of the kind that is expected there
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
+
 class PipelineError(Exception):
     """Base of everything this project raises on purpose; `exit_code` is the process's exit status."""
 

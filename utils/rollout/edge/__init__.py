@@ -6,10 +6,10 @@ servers         the OpenAI HTTP API: one timed answer, which model it is; server
 golden          prompts with expected answers, asked of both models, as pairs won and lost
 journal         every observation on disk before it is acted on
 rollout_loop    one tick: look, decide, write down, act, renew the lease
-sides           the two models: directory or address, digest, process
 promotion       the candidate becomes production
-service_state   a service's directory: who is production, which processes are ours
-service         start, resume, abort, promote, stop
+abort           everyone to production, whatever is damaged
+service_state   a service's directory: its two models (address, digest, process), who is production
+service         start, resume, promote, stop
 screen          the picture in the terminal
 rollout_report  one HTML file: what was seen, when it was decided and why
 load            a bounded load, for the demo and the tests

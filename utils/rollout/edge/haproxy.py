@@ -100,8 +100,7 @@ class Balancer:
     def write(self, layout: Layout) -> None:
         """Replace haproxy.cfg by a checked one; raises BalancerError with HAProxy's own words when it is refused."""
         files.make_directory(self.home)
-        if not self.map.exists():
-            files.write_text(self.map, SAFE_MAP)
+        self.make_map_safe()
         trial = self.home / "haproxy.cfg.new"
         files.write_text(trial, configuration(layout, self.home))
         command = [self.binary, "-c", "-q", "-f", trial]
@@ -109,6 +108,19 @@ class Balancer:
         if done.returncode:
             raise BalancerError(Problem(f"haproxy refuses its configuration: {done.stderr.strip()[-600:]}"))
         os.replace(trial, self.config)
+
+    def make_map_safe(self) -> None:
+        """What a start or a reload begins with is share 0, whoever edited the file."""
+        if not self.map.is_file() or self.map.read_bytes() != SAFE_MAP.encode():
+            files.write_text(self.map, SAFE_MAP)
+
+    @property
+    def port(self) -> int | None:
+        """Where it listens by its configuration on disk."""
+        with suppress(OSError, UnicodeDecodeError):
+            found = re.search(r"^  bind 127\.0\.0\.1:(\d+)$", self.config.read_text(), flags=re.MULTILINE)
+            return int(found[1]) if found else None
+        return None
 
     def start(self) -> None:
         """Start the master and its worker in the background, and wait until the admin socket answers."""

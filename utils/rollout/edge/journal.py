@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import MALFORMED, ArtefactError, ConfigError, DataError, Problem
 from utils.rollout.controller import Observation, State, begin, replay
 from utils.rollout.policy import Policy
+
+HEADER = ("id", "started_at", "policy", "production", "candidate")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Story:
     def began(self) -> State:
         return begin(self.header["started_at"])
 
-    @property
+    @cached_property
     def state(self) -> State:
         """From the last snapshot on: a day has 86,400 observations."""
         if self.snapshot is None:
@@ -97,16 +100,25 @@ def read(path: Path) -> Story:
             values[kind].append(value)
             if kind == "state":
                 snapshot = (len(values["seen"]), value)
-        except (ValueError, KeyError, AttributeError) as error:
+        except MALFORMED as error:
             if number == len(lines):  # what follows the last newline
                 break
             fix = "abort this rollout and start another"
             raise ArtefactError(Problem(f"{path}:{number} cannot be read", line[:80], fix)) from error
     if len(values["header"]) != 1:
-        raise ArtefactError(Problem("the journal has no header", str(path), "start another rollout"))
+        raise ArtefactError(Problem("the journal has no header", str(path), "abort this rollout and start another"))
     header = values["header"][0]
-    seen = [Observation.from_json(value) for value in values["seen"]]
-    return Story(header, Policy.from_json(header["policy"]), seen, values["event"], snapshot)
+    try:
+        if missing := [key for key in HEADER if key not in header]:
+            raise KeyError(*missing)
+        seen = [Observation.from_json(value) for value in values["seen"]]
+        events = [{**value, "event": str(value["event"])} for value in values["event"]]
+        story = Story(header, Policy.from_json(header["policy"]), seen, events, snapshot)
+        _ = story.state  # replayed here, where what cannot be is still an error of the file
+    except (*MALFORMED, DataError, ConfigError) as error:
+        what = f"{path} holds what no controller wrote: {type(error).__name__}: {error}"
+        raise ArtefactError(Problem(what, fix="abort this rollout and start another")) from error
+    return story
 
 
 def _cut_half_line(path: Path) -> None:

@@ -13,8 +13,7 @@ from utils.exceptions import Problem, VerificationError
 from utils.rollout.edge import servers
 from utils.rollout.edge.haproxy import Balancer, Layout
 from utils.rollout.edge.journal import Journal
-from utils.rollout.edge.service_state import Service
-from utils.rollout.edge.sides import Side
+from utils.rollout.edge.service_state import Service, Side
 
 
 def publish(

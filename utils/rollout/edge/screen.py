@@ -9,10 +9,11 @@ import math
 import shutil
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from utils.artifacts import files
-from utils.exceptions import ArtefactError, BalancerError
+from utils.exceptions import MALFORMED, ArtefactError, BalancerError
 from utils.html.numbers import span
 from utils.rollout.controller import State
 from utils.rollout.edge.rollout_loop import LIVE
@@ -25,11 +26,15 @@ _BAR = 28
 def status(service: Any, *, watch: bool) -> dict[str, Any]:
     """Print the picture, again and again with `watch`, and return the facts of the last one."""
     while True:
-        picture = current(service)
+        picture, width = current(service), shutil.get_terminal_size((100, 40)).columns
         if picture is None:
             print(f"no rollout was started under {service.home}")
             return {"rollout": None}
-        text = screen(picture, shutil.get_terminal_size((100, 40)).columns)
+        try:
+            text = screen(picture, width)
+        except MALFORMED:  # live.json is not as the controller writes it
+            picture = current(service, drawn=False) or {}
+            text = screen(picture, width)
         if watch and sys.stdout.isatty():
             # past the cleaned sys.stdout: what is shown may command no terminal, this may
             print("\x1b[2J\x1b[H", end="", file=sys.__stdout__, flush=True)
@@ -40,15 +45,16 @@ def status(service: Any, *, watch: bool) -> dict[str, Any]:
         time.sleep(1.0)
 
 
-def current(service: Any) -> dict[str, Any] | None:
-    """The last picture the controller drew, completed by what the balancer and the clock say now."""
+def current(service: Any, *, drawn: bool = True) -> dict[str, Any] | None:
+    """The last picture the controller drew (or without it), completed by what the balancer and the clock say now."""
     if service.rollout is None:
         return None
     story = service.story()
     live = service.rollout / LIVE
-    try:
-        picture = files.read_json(live)
-    except ArtefactError:  # it died before its first look
+    picture: dict[str, Any] = {}
+    with suppress(ArtefactError):
+        picture = files.read_object(live) if drawn else {}
+    if not isinstance(picture.get("state"), dict) or "phase" not in picture["state"]:  # it died before its first look
         picture = {"at": story.header["started_at"], "action": "hold", "reason": "not looked yet", "share_bp": 0}
         picture |= {"state": story.state.to_json(), "verdict": None, "blind": "", "controller": 0, "examples": []}
         picture |= {"aborted": {}, "fallen_back": 0}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from config import RolloutSection
@@ -29,14 +28,14 @@ from utils.exceptions import (
     VerificationError,
 )
 from utils.logger import event, warning
-from utils.rollout.controller import Observation, State, begin
+from utils.rollout.controller import State, begin
 from utils.rollout.edge import golden, haproxy, journal, rollout_report, servers
+from utils.rollout.edge.abort import to_production
 from utils.rollout.edge.haproxy import Balancer
 from utils.rollout.edge.journal import Journal
-from utils.rollout.edge.promotion import publish, restore
+from utils.rollout.edge.promotion import publish
 from utils.rollout.edge.rollout_loop import Loop, Timing, send_command
-from utils.rollout.edge.service_state import Service
-from utils.rollout.edge.sides import Side, open_side, verify_side
+from utils.rollout.edge.service_state import Service, Side, open_side, verify_side
 from utils.rollout.edge.traffic import Collector
 from utils.rollout.gate import Counts
 from utils.rollout.policy import Policy, RampStep
@@ -64,7 +63,11 @@ def policy_of(section: RolloutSection, *, has_prompts: bool) -> Policy:
 def start(service: Service, prompts: list[golden.Prompt], seed: int) -> dict[str, Any]:
     """A whole rollout. Returns when the candidate is production; raises when it was rolled back or refused."""
     with files.locked(service.home, "the service"):
-        _refuse_unfinished(service)
+        try:
+            _refuse_unfinished(service)
+        except ArtefactError:
+            to_production(service)  # nobody controls it
+            raise
         candidate = _prepare_sides(service)
         previous = service.side("previous")
         if previous:  # kept warm since the last promotion
@@ -96,48 +99,17 @@ def start(service: Service, prompts: list[golden.Prompt], seed: int) -> dict[str
 def resume(service: Service, prompts: list[golden.Prompt]) -> dict[str, Any]:
     """Go on after the controller died: never at the share it had, but from the first step, with all counts kept."""
     with files.locked(service.home, "the service"):
+        to_production(service)  # before anything is read: nobody knows how long we were away
         story, directory = service.story(), service.rollout
         assert directory is not None
         writer, state, balancer = Journal(directory / "journal.jsonl"), story.state, service.balancer
         if state.phase == "ramp" or state.phase == "bake":
-            with suppress(BalancerError):  # before anything else: nobody knows how long we were away
-                balancer.set(canary_bp=0, lease_until=0)
             _switch_on(service, balancer)
             probed = state.total.pairs.get("probe_errors", (0, 0, 0))
-            prober = _prober(service, prompts, story.header["seed"], asked=sum(probed))
+            prober = _prober(service, prompts, story.header.get("seed", 0), asked=sum(probed))
             why = "the controller was started again"
             return _drive(service, balancer, writer, prober, story.policy, state, Counts(), why)
         return _finish(service, balancer, writer, state, None)
-
-
-def abort(service: Service) -> dict[str, Any]:
-    """Everything to production now. Needs neither the controller nor the journal, nor a writable disk."""
-    directory, balancer = service.rollout, service.balancer
-    if directory is None:
-        service.story()
-    assert directory is not None
-    with suppress(OSError):  # first, so that a running controller does not take us for a stranger
-        send_command(directory, "abort")
-    answered = True
-    try:
-        balancer.set(canary_bp=0, lease_until=0)
-    except BalancerError as error:
-        answered = False
-        warning("the balancer does not answer; its lease ends the canary by itself", reason=str(error))
-    end = time.monotonic() + 5 * service.section.tick_seconds + 5
-    while time.monotonic() < end:
-        try:
-            with files.locked(service.home, "the service"):
-                _abort_without_controller(service, directory)
-                return {"aborted": True, "share_bp": 0 if answered else None, "rollout": str(directory)}
-        except ArtefactError as error:
-            if "in use by" not in str(error):
-                raise
-            with suppress(ArtefactError):
-                if service.story().is_finished:
-                    return {"aborted": True, "share_bp": 0 if answered else None, "rollout": str(directory)}
-            time.sleep(0.1)
-    raise VerificationError(Problem("the running controller did not take the abort", fix="end its process; share is 0"))
 
 
 def promote(service: Service) -> dict[str, Any]:
@@ -197,7 +169,7 @@ def _prepare_sides(service: Service) -> Side:
             raise ConfigError(Problem("another production serves behind this balancer", known.address, fix))
         candidate = opened(section.candidate, section.candidate_digest, "candidate")
         started.append(candidate)
-        port = section.port or service.facts.get("port") or servers.free_port()
+        port = section.port or service.facts.get("port") or (running and service.balancer.port) or servers.free_port()
         for side in (production, candidate):
             verify_side(side, section)
     except (PipelineError, OSError, KeyboardInterrupt):
@@ -218,6 +190,7 @@ def _switch_on(service: Service, balancer: Balancer) -> None:
         balancer.reload()
     found = balancer.settings()
     if found[haproxy.SHARE] != 0:
+        to_production(service)
         raise VerificationError(Problem("a fresh balancer does not start with share 0", found))
     event("balancer ready", at=f"http://127.0.0.1:{service.facts['port']}", share="0%")
 
@@ -320,21 +293,6 @@ def _finish(service: Service, balancer: Balancer, writer: Journal, state: State,
     page = _report(writer, loop)
     reason = "given up by a person before it was carried out" if state.phase == "promoted" else state.reason
     raise outcome(Problem(reason, fix=f"what was seen: {page or writer.path}"))
-
-
-def _abort_without_controller(service: Service, directory: Path) -> None:
-    story, writer = journal.read(directory / "journal.jsonl"), Journal(directory / "journal.jsonl")
-    if story.happened("published"):
-        return
-    with suppress(OSError):
-        if not story.state.is_over:
-            writer.append("seen", Observation(at=time.time(), command="abort").to_json())
-        elif story.state.phase == "promoted":
-            restore(service, service.balancer)
-            writer.event("abandoned", time.time())
-    candidate = service.side("candidate")
-    if candidate:
-        candidate.stop()
 
 
 def _is_controlled(service: Service) -> bool:
