@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import stat
 import unittest
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 
 from config import BaseModelSection, ComposeSection, Config
 from tests.support import (
-    ROOT,
     Workspace,
     expert_factors,
     last_json,
@@ -109,23 +107,6 @@ class Composing(unittest.TestCase):
         config = Config(compose=ComposeSection(method="tis"))
         with self.assertRaisesRegex(ConfigError, "did you mean ties"):
             composed_adapter.recipe_of(config)
-
-    def test_a_default_run_has_the_identity_that_it_had_when_its_settings_had_values(self) -> None:
-        identity = runpy.run_path(str(ROOT / "scripts" / "compose.py"))["_identity"]
-        base, found, data = mock.Mock(digest="base"), [mock.Mock(digest="d"), mock.Mock(digest="t")], mock.Mock()
-        data.digest = "data"
-        # as 929f95e computed them for these settings
-        for arguments, expected in (
-            ([], "ad84312e3aebcedc19d8eafdc84792b8e6d7de169ca36e048f9ba0b0727fd2d2"),
-            (["--weights", "1,0.5"], "f537233bec8d07ab6d79ae6bcae5cb5b429163b38bc6e70fd1438c71e69ee46d"),
-            (
-                ["--compose.method", "ties", "--compose.rank", "4", "--compose.density", "0.25"],
-                "8a66f28c3efc45d5371478b04729a0251d31699e52c60532004dd204e2b61480",
-            ),
-            (["--compose.search"], "6125c8732de166b28ae66d7dcf974d165350c92716b1a2037a8787dceb1f1145"),
-        ):
-            made = files.fingerprint(identity(cli.resolve(arguments, {}), base, found, data))
-            self.assertEqual(made, expected, arguments)
 
     def test_searched_weights_are_recorded_with_their_reason_pictured_and_used_without_a_warning(self) -> None:
         found, _ = self.compose("--compose.search", "--compose.search_methods", "sum,depth_gate")
