@@ -227,6 +227,15 @@ class Grouping(unittest.TestCase):
             self.assertLessEqual(sum(padded), batch)
             self.assertTrue(padded)
 
+    def test_no_micro_batch_pads_more_than_its_step_was_counted_with(self) -> None:
+        for lengths, micro in (([1, 17], 34), ([1] * 21 + [10], 20)):
+            (step,) = group(
+                range(len(lengths)),
+                lengths,
+                TrainSection(sequence_tokens=32, micro_batch_tokens=micro, batch_tokens=32),
+            )
+            self.assertLessEqual(sum(max(lengths[row] for row in rows) * len(rows) for rows in step), 32)
+
     def test_a_row_longer_than_the_budget_stands_alone(self) -> None:
         train = TrainSection(sequence_tokens=32, micro_batch_tokens=32, batch_tokens=16)
         self.assertEqual(group([0, 1], [32, 32], train), [[(0,)], [(1,)]])

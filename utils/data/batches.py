@@ -213,12 +213,14 @@ def group(order: Sequence[int], lengths: Sequence[int], train: TrainSection) -> 
     """
     length_of = dict(zip(order, lengths, strict=True))
     steps = _steps(order, length_of, train.batch_tokens)
-    return [_micro_batches(step, length_of, train.micro_batch_tokens) for step in steps]
+    limit = train.micro_batch_tokens
+    # cut inside a pass, no micro-batch pads more than the pass that was counted
+    return [[micro for rows in step for micro in _micro_batches(rows, length_of, limit)] for step in steps]
 
 
-def _steps(order: Sequence[int], length_of: Mapping[int, int], batch_tokens: int) -> list[list[int]]:
-    """Rows of each step, counted as if they were padded in as few passes as the step's own size allows."""
-    steps: list[list[int]] = [[]]
+def _steps(order: Sequence[int], length_of: Mapping[int, int], batch_tokens: int) -> list[list[list[int]]]:
+    """Rows of each step, in as few padded passes as the step's own size allows."""
+    steps: list[list[list[int]]] = [[]]
     rows = longest = spent = 0
     for row in order:
         length = length_of[row]
@@ -228,7 +230,9 @@ def _steps(order: Sequence[int], length_of: Mapping[int, int], batch_tokens: int
         if steps[-1] and spent + max(longest, length) * (rows + 1) > batch_tokens:
             steps.append([])
             rows = longest = spent = 0
-        steps[-1].append(row)
+        if not rows:
+            steps[-1].append([])
+        steps[-1][-1].append(row)
         rows, longest = rows + 1, max(longest, length)
     return [step for step in steps if step]
 
