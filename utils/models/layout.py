@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProcessLayout:
     """`replicate` groups of `shard` processes; a group holds the weights once, cut into `shard` parts (FSDP2, HSDP).
 
     Inside a group every `expert` neighbours hold each expert once and send it its tokens, instead of gathering the
