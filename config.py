@@ -185,6 +185,8 @@ class TaskSection(Section):
     prompt_loss_weight: Share = 0.0
     """Share of the prompt's tokens that are trained as well, drawn anew in each epoch. 0.1 lets pairs of long passages
     and short answers leave more of the domain (arXiv 2405.14394; decision_document.md)."""
+    turns: Literal["all", "last"] = "all"
+    """Assistant turns of a conversation that are trained, each after what was said before it; the last is scored."""
     max_unusable_share: Share = 0.05
     """Error when more than this share of the training pairs does not fit sequence_tokens or has an empty answer."""
 

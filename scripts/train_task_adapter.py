@@ -59,7 +59,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, list[Batch], dict[str, int]]:
     """The pairs that are trained on, the dev batches, and how many pairs could be used and how."""
-    from utils.data import batches
+    from utils.data import batches, pairs
     from utils.data.batches import BucketedPairs
     from utils.data.prepared import Prepared
     from utils.models import chat
@@ -67,10 +67,11 @@ def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, l
     prepared, task, settings = Prepared(data.directory), config.task, config.task.train
     tokenizer = chat.load_tokenizer(base.directory)
     pad, longest = chat.pad_id(tokenizer), settings.sequence_tokens
-    pairs, report = batches.tokenise_pairs(prepared.examples("train"), tokenizer, task.system_prompt, longest)
-    batches.check_usable(report, task.max_unusable_share, longest)
-    trained = BucketedPairs(pairs, settings, config.run.seed, pad, prompt_loss_weight=task.prompt_loss_weight)
-    dev_pairs, _ = batches.tokenise_pairs(prepared.examples("dev"), tokenizer, task.system_prompt, longest)
+    examples, turns = prepared.examples("train"), task.turns == "all"
+    trained, report = pairs.tokenise_pairs(examples, tokenizer, task.system_prompt, longest, all_turns=turns)
+    pairs.check_usable(report, task.max_unusable_share, longest)
+    trained = BucketedPairs(trained, settings, config.run.seed, pad, prompt_loss_weight=task.prompt_loss_weight)
+    dev_pairs, _ = pairs.tokenise_pairs(prepared.examples("dev"), tokenizer, task.system_prompt, longest)
     return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), asdict(report)
 
 

@@ -17,7 +17,8 @@ from utils.adapters.factors import Factors
 from utils.composition import dev_losses, interference
 from utils.composition.methods import Recipe, compose
 from utils.composition.search import SURE, ChosenWeights, Keeping, Point, paired, pareto, search
-from utils.data.batches import PackedDocuments, tokenise_pairs
+from utils.data.batches import PackedDocuments
+from utils.data.pairs import tokenise_pairs
 from utils.inference import scoring
 from utils.models.architectures import toy
 

@@ -15,16 +15,8 @@ from hypothesis import strategies as st
 
 from config import TrainSection
 from tests.support import ARCHITECTURES, toy
-from utils.data.batches import (
-    BucketedPairs,
-    PackedDocuments,
-    Pair,
-    PairReport,
-    check_usable,
-    group,
-    pack,
-    tokenise_pairs,
-)
+from utils.data.batches import BucketedPairs, PackedDocuments, group, pack
+from utils.data.pairs import Pair, PairReport, check_usable, fitting_prompt, tokenise_pairs
 from utils.exceptions import DataError
 from utils.models.losses import IGNORED, NextTokenLoss
 
@@ -183,6 +175,26 @@ class Pairs(unittest.TestCase):
             self.assertIn("Question: Which word?[e~[", text)
             self.assertTrue(text.endswith("word 7 of 300[e~["))
             self.assertIn("word0 word1", text)
+
+    def test_a_context_that_is_cut_for_training_keeps_the_answer_and_for_scoring_its_beginning(self) -> None:
+        words = [f"word{i}" for i in range(150)]
+        for at in (0, 1, 75, 149):
+            example = {"id": "x", "question": "Which?", "answers": [words[at]], "context": " ".join(words)}
+            (pair,), report = tokenise_pairs([example], self.tokenizer, "s", 120)
+            prompt = self.tokenizer.decode(pair.ids[: -pair.num_answer_tokens])
+            self.assertEqual((report.contexts_shortened, len(pair.ids) > 110), (1, True))
+            self.assertRegex(prompt, rf"\b{words[at]}\b")
+            scored, _ = fitting_prompt(example, self.tokenizer, "s", 110)
+            self.assertIn("user\nword0 word1", self.tokenizer.decode(scored))
+
+    def test_every_turn_of_a_conversation_is_a_pair_or_the_last_alone(self) -> None:
+        history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        example = {"id": "x", "question": "Why?", "answers": ["So."], "history": history}
+        for all_turns, answers in ((True, ["Hello", "So."]), (False, ["So."])):
+            pairs, report = tokenise_pairs([example], self.tokenizer, "s", 200, all_turns=all_turns)
+            ends = [self.tokenizer.decode(pair.ids[-pair.num_answer_tokens :]) for pair in pairs]
+            self.assertEqual(ends, [f"\n</think>\n\n{answer}[e~[" for answer in answers])
+            self.assertEqual(report.usable, len(answers))
 
     def test_an_answer_that_does_not_fit_is_left_out_and_counted(self) -> None:
         rows: list[dict[str, Any]] = [

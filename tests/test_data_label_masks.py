@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from config import InferenceSection, TrainSection
 from tests.support import PLAIN_TEMPLATE, temporary_directory
-from utils.data.batches import BucketedPairs, pad, tokenise_pairs
+from utils.data.batches import BucketedPairs, pad
 from utils.data.example_formats import RowError, to_common
+from utils.data.pairs import tokenise_pairs
 from utils.inference import generation, scoring
 from utils.models import chat
 from utils.models.losses import IGNORED

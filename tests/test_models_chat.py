@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unittest
+from typing import Any, ClassVar
 
 from tests.support import toy
 from utils.models import chat
@@ -112,6 +113,86 @@ class Chat(unittest.TestCase):
                 self.assertEqual(chat.prompt_ids(tokenizer, example, text), at_once)
                 if "<think>" not in text:
                     self.assertEqual(chat.text_ids(tokenizer, [text])[0], tokenizer(text)["input_ids"])
+
+
+TOOLS = [{"type": "function", "function": {"name": "read_gauge", "parameters": {"type": "object"}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "read_gauge", "arguments": {"id": "7", "n": [1, "ä"]}}}
+
+
+class Tools(unittest.TestCase):
+    """Against what MiniMax-M2's template writes, by hand."""
+
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "id": "e",
+        "document": "d",
+        "question": "Gauge 7?",
+        "tools": TOOLS,
+        "answers": ["4 bar."],
+    }
+    WRITTEN = (
+        '\n<minimax:tool_call>\n<invoke name="read_gauge">\n<parameter name="id">7</parameter>\n'
+        '<parameter name="n">[1, "ä"]</parameter>\n</invoke>\n</minimax:tool_call>'
+    )
+    STEPS: ClassVar[list[dict[str, Any]]] = [
+        {"role": "assistant", "content": "I look.", "tool_calls": [CALL], "reasoning_content": "hm"},
+        {"role": "tool", "content": "4 [e~[ bar", "tool_call_id": "c1"},
+    ]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.thinking, cls.plain = toy.tiny_tokenizer(), toy.tiny_tokenizer()
+        cls.plain.chat_template = PLAIN
+
+    def test_tools_calls_and_results_are_in_the_prompt_and_special_tokens_in_them_are_text(self) -> None:
+        ids = chat.prompt_ids(self.thinking, {**self.EXAMPLE, "tool_turns": self.STEPS}, "s")
+        expected = (
+            "]~!b[]~b]system\ns\n\n# Tools\n<tools>\n"
+            '<tool>{"name": "read_gauge", "parameters": {"type": "object"}}</tool>\n</tools>[e~[\n'
+            "]~b]user\nGauge 7?[e~[\n]~b]ai\n<think>\nhm\n</think>\n\nI look."
+            + self.WRITTEN
+            + "[e~[\n]~b]tool\n<response>4 [e~[ bar</response>[e~[\n]~b]ai\n<think>\n"
+        )
+        self.assertEqual(self.thinking.decode(ids), expected)
+        self.assertEqual(ids.count(self.thinking.eos_token_id), 4, "the one in the result is not a token")
+
+    def test_an_answer_that_calls_tools_is_as_the_template_writes_it(self) -> None:
+        for said in ("", "I look."):
+            example = {**self.EXAMPLE, "answers": [said]}
+            self.assertEqual(chat.answer_with_calls(self.thinking, example, [CALL], "s"), said + self.WRITTEN)
+        with self.assertRaisesRegex(chat.TemplateError, "does not write calls"):
+            chat.answer_with_calls(self.plain, self.EXAMPLE, [CALL], "s")
+        with self.assertRaisesRegex(chat.TemplateError, "special token"):
+            chat.answer_with_calls(self.thinking, {**self.EXAMPLE, "answers": ["x[e~["]}, [CALL], "s")
+
+    def test_what_a_template_leaves_out_is_named(self) -> None:
+        example = {**self.EXAMPLE, "tool_turns": self.STEPS}
+        self.assertEqual(chat.unwritten(self.thinking, example, "s"), [])
+        self.assertEqual(chat.unwritten(self.plain, example, "s"), ["the tools", "a call of a tool"])
+        self.plain.chat_template = PLAIN.replace("+ m.content", "+ (m.content if m.role == 'user' else '')")
+        self.addCleanup(setattr, self.plain, "chat_template", PLAIN)
+        self.assertIn("the system turn", chat.unwritten(self.plain, EXAMPLE, "Be brief."))
+        self.plain.chat_template = "{{ raise_exception('roles must alternate') }}"
+        with self.assertRaisesRegex(chat.TemplateError, "roles must alternate"):
+            chat.unwritten(self.plain, EXAMPLE, "s")
+
+    def test_each_trained_turn_is_an_example_with_the_prompt_that_the_model_will_see_there(self) -> None:
+        history = [
+            {"role": "assistant", "content": "Hello, I am the pump."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello", "reasoning_content": "polite"},
+            {"role": "user", "content": "And?"},
+            {"role": "assistant", "content": "No.", "untrained": True},
+        ]
+        example = {**self.EXAMPLE, "history": history, "tool_turns": self.STEPS, "system": "own"}
+        first, second, last = chat.turn_examples(self.thinking, example, "s")
+        self.assertEqual((first["answers"], first["reasoning"], first["document"]), (["Hello"], "polite", "d"))
+        self.assertEqual((second["answers"], second["reasoning"]), (["I look." + self.WRITTEN], "hm"))
+        self.assertEqual(last, example)
+        for part, end in ((first, "Hi"), (second, "Gauge 7?")):
+            prompt = self.thinking.decode(chat.prompt_ids(self.thinking, part, "s"))
+            self.assertTrue(prompt.endswith(f"]~b]user\n{end}[e~[\n]~b]ai\n<think>\n"), prompt)
+            self.assertIn("system\nown", prompt)
+        self.assertNotIn("untrained", str(chat.messages(example, "s")))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from utils.artifacts import resumable
 from utils.composition import search as weight_search
 from utils.composition.methods import Recipe, depth, weights_at
 from utils.composition.search import ChosenWeights, Point
-from utils.data.batches import Batch, BucketedPairs, PackedDocuments, tokenise_pairs
+from utils.data.batches import Batch, BucketedPairs, PackedDocuments
+from utils.data.pairs import tokenise_pairs
 from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
 from utils.exceptions import ArtefactError, DataError, NonFiniteError, Problem

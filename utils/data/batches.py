@@ -12,19 +12,17 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from config import TrainSection
-from utils.exceptions import DataError, Problem
-from utils.models import chat
+from utils.data.pairs import Pair
 from utils.models.losses import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 OPEN_ROWS = 64  # rows kept open while packing: larger fills better and costs a longer scan
 
@@ -160,28 +158,6 @@ class BucketedPairs:
         return torch.from_numpy(np.flatnonzero(draw < self.prompt_loss_weight))
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One tokenised example: prompt, then answer and end-of-turn token."""
-
-    name: str
-    ids: tuple[int, ...]
-    num_answer_tokens: int
-
-
-@dataclass(frozen=True)
-class PairReport:
-    """What became of the examples."""
-
-    usable: int
-    answer_does_not_fit: int
-    contexts_shortened: int
-
-    @property
-    def unusable_share(self) -> float:
-        return self.answer_does_not_fit / max(1, self.usable + self.answer_does_not_fit)
-
-
 def pack(lengths: Sequence[int], row_tokens: int, generator: random.Random) -> list[list[Piece]]:
     """Rows of at most `row_tokens`: documents in random order, each piece into the open row it fills best."""
     order = list(range(len(lengths)))
@@ -262,62 +238,6 @@ def pad(pairs: Sequence[Pair], pad_id: int) -> Batch:
         labels[row, first - 1 : len(tokens) - 1] = tokens[first:]
     positions = torch.arange(length).expand(len(pairs), -1).contiguous()
     return Batch(ids, positions, labels, tuple(pair.name for pair in pairs))
-
-
-def tokenise_pairs(
-    examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, system_prompt: str, max_tokens: int
-) -> tuple[list[Pair], PairReport]:
-    """Examples as pairs of at most `max_tokens`: a long context loses its end, an answer is never cut.
-
-    An example whose question and answer do not fit even without context is left out and counted.
-    """
-    pairs: list[Pair] = []
-    dropped = shortened = 0
-    for example in examples:
-        answer = chat.answer_ids(tokenizer, example["answers"][0], example.get("reasoning"))
-        prompt, was_cut = fitting_prompt(example, tokenizer, system_prompt, max_tokens - len(answer))
-        if prompt is None:
-            dropped += 1
-            continue
-        shortened += was_cut
-        pairs.append(Pair(str(example["id"]), (*prompt, *answer), len(answer)))
-    return pairs, PairReport(len(pairs), dropped, shortened)
-
-
-def fitting_prompt(
-    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, system_prompt: str, room: int
-) -> tuple[list[int] | None, bool]:
-    """The prompt in at most `room` tokens and whether its context was shortened; None when it cannot fit."""
-    prompt = chat.prompt_ids(tokenizer, example, system_prompt)
-    if len(prompt) <= room:
-        return prompt, False
-    context = example.get("context")
-    if not context:
-        return None, False
-    context_ids = chat.text_ids(tokenizer, [context])[0]
-    keep = len(context_ids) - (len(prompt) - room)
-    while keep > 0:
-        shorter = {**example, "context": tokenizer.decode(context_ids[:keep])}
-        prompt = chat.prompt_ids(tokenizer, shorter, system_prompt)
-        if len(prompt) <= room:
-            return prompt, True
-        keep -= len(prompt) - room  # re-tokenising the shortened text can merge differently
-    return None, False
-
-
-def check_usable(report: PairReport, max_unusable_share: float, max_tokens: int) -> None:
-    """Raises DataError when too many examples had to be left out, or none is left."""
-    if report.usable and report.unusable_share <= max_unusable_share:
-        return
-    raise DataError(
-        Problem(
-            f"{report.answer_does_not_fit} of {report.usable + report.answer_does_not_fit} training pairs do not fit "
-            f"{max_tokens} tokens with their answer",
-            f"{report.unusable_share:.1%}",
-            f"raise --task.train.sequence_tokens (and micro_batch_tokens), or allow it with --task.max_unusable_share "
-            f"{min(1.0, report.unusable_share + 0.01):.2f}",
-        )
-    )
 
 
 def dev_batches(data: TrainingData, settings: TrainSection) -> list[Batch]:

@@ -16,7 +16,8 @@ import torch
 
 from config import InferenceSection
 from utils.data import answer_metrics
-from utils.data.batches import Batch, fitting_prompt
+from utils.data.batches import Batch
+from utils.data.pairs import fitting_prompt
 from utils.exceptions import NonFiniteError, Problem
 from utils.inference import generation
 from utils.models import chat
@@ -94,7 +95,8 @@ def questions(
             if choice not in texts:
                 texts.append(choice)
             choice_of.append(texts.index(choice))
-        candidates = tuple(tuple(chat.answer_ids(tokenizer, text)) for text in texts)
+        calls = example.get("tool_calls")
+        candidates = tuple(tuple(chat.answer_ids(tokenizer, text, calls=calls)) for text in texts)
         prompt, _ = fitting_prompt(example, tokenizer, system_prompt, max_tokens - max(len(c) for c in candidates))
         if prompt is None or any(len(c) == skip + 1 for c in candidates):
             too_long.append(str(example["id"]))

@@ -13,8 +13,9 @@ decides: MiniMax-M2's shows that of turns after the last question alone, so in a
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 THINK_START, THINK_END = THINK_MARKS = ("<think>", "</think>")
 # stands for a special token that a person wrote while a template is rendered; private use, so in no template
 _STAND_IN = 0xF0000
+# stands for an answer, to find what a template writes around it; private use too
+_MARK = "\ue0f0\ue0f1"
+# key of an assistant's turn that is context and not trained
+UNTRAINED = "untrained"
 
 
 def user_text(example: Mapping[str, Any]) -> str:
@@ -37,16 +42,123 @@ def user_text(example: Mapping[str, Any]) -> str:
     return f"{context}\n\nQuestion: {example['question']}" if context else str(example["question"])
 
 
-def messages(example: Mapping[str, Any], system_prompt: str) -> list[dict[str, str]]:
-    """The conversation up to the answer; the system message is always explicit, or templates insert their own."""
+def messages(example: Mapping[str, Any], system_prompt: str) -> list[dict[str, Any]]:
+    """The conversation up to the answer; the system message is always explicit, or templates insert their own.
+
+    `tool_turns` are what stands between the question and the answer: calls of tools, and their results.
+    """
     system = {"role": "system", "content": example.get("system") or system_prompt}
-    return [system, *(example.get("history") or []), {"role": "user", "content": user_text(example)}]
+    question = {"role": "user", "content": user_text(example)}
+    turns = [*(example.get("history") or []), question, *(example.get("tool_turns") or [])]
+    return [system, *({key: value for key, value in turn.items() if key != UNTRAINED} for turn in turns)]
+
+
+def turn_examples(
+    tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str
+) -> list[dict[str, Any]]:
+    """The example once for each assistant turn that is trained, in their order; the example itself is the last.
+
+    Each has what was said before its turn, so its prompt is what the template makes of that, and not a part of the
+    whole conversation: MiniMax-M2 and Qwen3 leave the reasoning of earlier turns out. Turns marked `untrained`, and
+    those that answer no user, stay context.
+    """
+    turns = [*(example.get("history") or []), {"role": "user", "content": user_text(example)}]
+    turns += example.get("tool_turns") or []
+    found: list[dict[str, Any]] = []
+    for at, turn in enumerate(turns):
+        asked = max((i for i in range(at) if turns[i]["role"] == "user"), default=None)
+        if turn["role"] != "assistant" or turn.get(UNTRAINED) or asked is None or turns[at - 1]["role"] == "assistant":
+            continue
+        part = {key: example[key] for key in ("document", "system", "tools") if example.get(key)}
+        part |= {"id": f"{example.get('id')}:{at}", "history": turns[:asked], "tool_turns": turns[asked + 1 : at]}
+        # the context stands in the text of the question that it belongs to
+        part |= {"question": turns[asked]["content"], "context": None}
+        part |= {"answers": [turn["content"]], "reasoning": turn.get("reasoning_content")}
+        if calls := turn.get("tool_calls"):
+            written = answer_with_calls(tokenizer, part, calls, system_prompt)
+            part |= {"answers": [written], "tool_calls": calls}
+        found.append(part)
+    return [*found, dict(example)]
+
+
+def answer_with_calls(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Mapping[str, Any],
+    calls: Sequence[Mapping[str, Any]],
+    system_prompt: str,
+) -> str:
+    """The first answer and calls of tools as the template writes them, between its marks of an assistant's turn.
+
+    Raises TemplateError (ValueError) where the template does not write the calls, or a special token stands in them.
+    """
+    turns = messages(example, system_prompt)
+    answer = {"role": "assistant", "content": example["answers"][0]}
+    if _special_tokens(tokenizer).search(" ".join(_strings([answer, list(calls)]))):
+        raise TemplateError("a special token stands in the text of a call")
+    before, plain, whole = (
+        _rendered(tokenizer, [*turns, *last], example)
+        for last in ([], [{**answer, "content": _MARK}], [{**answer, "tool_calls": list(calls)}])
+    )
+    head, found, tail = plain.removeprefix(before).partition(_MARK)
+    written = whole.removeprefix(before + head).removesuffix(tail)
+    names = [str(call.get("function", {}).get("name")) for call in calls]
+    if not found or before + head + written + tail != whole or not all(name in written for name in names):
+        raise TemplateError("the chat template does not write calls of tools")
+    return written
+
+
+class TemplateError(ValueError):
+    """What the chat template of a model cannot write; the message is the reason."""
+
+
+def unwritten(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> list[str]:
+    """What of the conversation up to the answer is not in the prompt that the template makes, each named once.
+
+    A template without a place for tools leaves them out without a word. Raises TemplateError where it refuses.
+    """
+    prompt = prompt_text(tokenizer, example, system_prompt)
+    shown = " ".join(prompt.split())
+    missing = [] if _stands_in(shown, [_name(tool) for tool in example.get("tools") or []]) else ["the tools"]
+    for turn in messages(example, system_prompt):
+        if not _stands_in(shown, [turn.get("content")]):
+            missing.append(f"the {'result of a tool' if turn['role'] == 'tool' else turn['role'] + ' turn'}")
+        if not _stands_in(shown, [_name(call) for call in turn.get("tool_calls") or []]):
+            missing.append("a call of a tool")
+    return list(dict.fromkeys(missing))
+
+
+def _stands_in(shown: str, texts: Sequence[object]) -> bool:
+    """Whether each text stands there, as it is or escaped as JSON, but for white space."""
+    spellings = [(str(text), json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts if text]
+    return all(any(" ".join(spelled.split()) in shown for spelled in pair) for pair in spellings)
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function")
+    return str((function if isinstance(function, dict) else tool).get("name"))
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, Any]],
+    example: Mapping[str, Any],
+    *,
+    opens: bool = False,
+) -> str:
+    """The conversation as the template writes it. Raises TemplateError where it refuses."""
+    from jinja2.exceptions import TemplateError as Refused
+
+    tools = example.get("tools") or None
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=opens))
+    except (Refused, TypeError, ValueError, AttributeError, KeyError) as error:
+        raise TemplateError(f"the chat template refuses the conversation: {error}") from error
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> list[int]:
     """Token ids of everything before the answer."""
-    turns, written = _with_stand_ins(tokenizer, messages(example, system_prompt))
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    turns, tools, written = _with_stand_ins(tokenizer, messages(example, system_prompt), example.get("tools") or [])
+    text = _rendered(tokenizer, turns, {"tools": tools}, opens=True)
     if not written:
         return _template_ids(tokenizer, text)
     ids: list[int] = []
@@ -63,15 +175,19 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], s
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> str:
     """The prompt as the template renders it; a special token that a person wrote looks like a real one in it."""
-    return str(
-        tokenizer.apply_chat_template(messages(example, system_prompt), tokenize=False, add_generation_prompt=True)
-    )
+    return _rendered(tokenizer, messages(example, system_prompt), example, opens=True)
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, reasoning: str | None = None) -> list[int]:
-    """Token ids that the model should produce after the prompt, the end-of-turn token last."""
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, answer: str, reasoning: str | None = None, *, calls: object = None
+) -> list[int]:
+    """Token ids that the model should produce after the prompt, the end-of-turn token last.
+
+    An answer with `calls` is as the template wrote it (`answer_with_calls`), so special tokens in it are real.
+    """
+    ids = _template_ids(tokenizer, answer) if calls else text_ids(tokenizer, [answer])[0]
     # the closing and the answer are tokenised apart: together their white space could merge over the border
-    return [*_closing_ids(tokenizer, reasoning), *text_ids(tokenizer, [answer])[0], int(tokenizer.eos_token_id)]
+    return [*_closing_ids(tokenizer, reasoning), *ids, int(tokenizer.eos_token_id)]
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -136,20 +252,31 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def _with_stand_ins(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]
-) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """The turns with a character in place of each special token that stands in them, and what each stands for."""
-    texts = ("content", "reasoning_content")
-    pattern, said = _special_tokens(tokenizer), "".join(turn.get(key, "") for turn in turns for key in texts)
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], tools: Sequence[Any]
+) -> tuple[list[dict[str, Any]], list[Any], dict[str, str]]:
+    """Turns and tools with a character in place of each special token that stands in them, and what each stands for."""
+    pattern, said = _special_tokens(tokenizer), "\n".join(_strings([*turns, *tools]))
     tokens = sorted({found for found in pattern.findall(said)})
     free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in said)
     stand_ins = dict(zip(tokens, free, strict=False))
 
-    def replaced(value: str) -> str:
-        return pattern.sub(lambda found: stand_ins[found[0]], value)
+    def replaced(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda found: stand_ins[found[0]], value)
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        return [replaced(item) for item in value] if isinstance(value, list) else value
 
-    turns = [{key: replaced(value) if key in texts else value for key, value in turn.items()} for turn in turns]
-    return turns, {character: token for token, character in stand_ins.items()}
+    return replaced(list(turns)), replaced(list(tools)), {character: token for token, character in stand_ins.items()}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -93,6 +93,8 @@ def task_facts(task: TaskSection, domain: Run | None) -> dict[str, Any]:
     }
     if task.prompt_loss_weight:  # left out at 0, which is what adapters of before have
         found["prompt_loss_weight"] = task.prompt_loss_weight
+    if task.turns != "all":
+        found["turns"] = task.turns
     return found
 
 

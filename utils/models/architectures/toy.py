@@ -9,7 +9,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MiniMaxM2ForCausalLM, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-# MiniMax-M2's own special tokens, and the behaviour of its template: it always opens a think block for generation
+# MiniMax-M2's own special tokens, and the behaviour of its template: it always opens a think block for generation, and
+# writes tools, their calls and results
 SPECIAL = {"bos_token": "]~!b[", "eos_token": "[e~[", "pad_token": "]!p~[", "unk_token": "]!d~["}
 MARKERS = ("]~b]", "<think>", "</think>")
 TEMPLATE = """\
@@ -18,13 +19,33 @@ TEMPLATE = """\
 {{- ']~!b[' -}}
 {%- if messages[0].role != 'system' -%}{{- ']~b]system\\nYou are a helpful assistant.[e~[\\n' -}}{%- endif -%}
 {%- for m in messages -%}
+{%- set before = messages[loop.index0 - 1].role if loop.index0 else '' -%}
+{%- set after = messages[loop.index0 + 1].role if not loop.last else '' -%}
 {%- if m.role == 'assistant' -%}
 {{- ']~b]ai\\n' -}}
 {%- if loop.index0 > ns.last_user and m.reasoning_content -%}
 {{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' -}}
 {%- endif -%}
-{{- m.content.split('</think>')[-1].strip('\\n') + '[e~[\\n' -}}
-{%- else -%}{{- ']~b]' + m.role + '\\n' + m.content + '[e~[\\n' -}}{%- endif -%}
+{{- m.content.split('</think>')[-1].strip('\\n') -}}
+{%- if m.tool_calls -%}
+{{- '\\n<minimax:tool_call>\\n' -}}
+{%- for call in m.tool_calls -%}
+{{- '<invoke name="' + call.function.name + '">\\n' -}}
+{%- for key, value in call.function.arguments.items() -%}
+{{- '<parameter name="' + key + '">' + (value if value is string else value | tojson) + '</parameter>\\n' -}}
+{%- endfor -%}{{- '</invoke>\\n' -}}
+{%- endfor -%}{{- '</minimax:tool_call>' -}}
+{%- endif -%}{{- '[e~[\\n' -}}
+{%- elif m.role == 'tool' -%}
+{{- (']~b]tool' if before != 'tool' else '') + '\\n<response>' + m.content + '</response>' -}}
+{{- '[e~[\\n' if after != 'tool' else '' -}}
+{%- else -%}
+{{- ']~b]' + m.role + '\\n' + m.content -}}
+{%- if tools and m.role == 'system' -%}
+{{- '\\n\\n# Tools\\n<tools>\\n' -}}
+{%- for tool in tools -%}{{- '<tool>' + tool.function | tojson + '</tool>\\n' -}}{%- endfor -%}{{- '</tools>' -}}
+{%- endif -%}{{- '[e~[\\n' -}}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- ']~b]ai\\n<think>\\n' -}}{%- endif -%}"""
 

@@ -45,6 +45,8 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
             continue
         try:
             row = json.loads(line)
+            if any(row.get(key) for key in ("tools", "tool_turns", "tool_calls")):
+                continue  # servers differ in how they take and give calls of tools
             golds = row.get("answers") or [row["answer"]]
             golds = [golds] if isinstance(golds, str) else [str(gold) for gold in golds]
             messages = tuple(chat.messages({**row, "question": row.get("question") or row["prompt"]}, system_prompt))

@@ -1,0 +1,114 @@
+"""Labelled pairs as tokens: the prompt as the template makes it, and the answer that is trained.
+
+A context that is too long is cut, an answer never; what still does not fit is left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.exceptions import DataError, Problem
+from utils.models import chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tokenised example: prompt, then answer and end-of-turn token."""
+
+    name: str
+    ids: tuple[int, ...]
+    num_answer_tokens: int
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What became of the examples."""
+
+    usable: int
+    answer_does_not_fit: int
+    contexts_shortened: int
+
+    @property
+    def unusable_share(self) -> float:
+        return self.answer_does_not_fit / max(1, self.usable + self.answer_does_not_fit)
+
+
+def tokenise_pairs(
+    examples: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    max_tokens: int,
+    *,
+    all_turns: bool = False,
+) -> tuple[list[Pair], PairReport]:
+    """Examples as pairs of at most `max_tokens`: a long context is cut, an answer never; what cannot fit is left out.
+
+    `all_turns` makes a pair of each assistant turn of a conversation, else of the last alone.
+    """
+    pairs: list[Pair] = []
+    dropped = shortened = 0
+    if all_turns:
+        examples = [turn for example in examples for turn in chat.turn_examples(tokenizer, example, system_prompt)]
+    for example in examples:
+        said, calls = example["answers"][0], example.get("tool_calls")
+        answer = chat.answer_ids(tokenizer, said, example.get("reasoning"), calls=calls)
+        prompt, was_cut = fitting_prompt(example, tokenizer, system_prompt, max_tokens - len(answer), for_training=True)
+        if prompt is None:
+            dropped += 1
+            continue
+        shortened += was_cut
+        pairs.append(Pair(str(example["id"]), (*prompt, *answer), len(answer)))
+    return pairs, PairReport(len(pairs), dropped, shortened)
+
+
+def fitting_prompt(
+    example: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    room: int,
+    *,
+    for_training: bool = False,
+) -> tuple[list[int] | None, bool]:
+    """The prompt in at most `room` tokens and whether its context was shortened; None when it cannot fit.
+
+    A context keeps its beginning; `for_training` the part around an answer that stands in it (scored without a hint).
+    """
+    prompt = chat.prompt_ids(tokenizer, example, system_prompt)
+    if len(prompt) <= room:
+        return prompt, False
+    context = example.get("context")
+    if not context:
+        return None, False
+    context_ids = chat.text_ids(tokenizer, [context])[0]
+    at = context.find(example["answers"][0]) if for_training else -1
+    before, span = map(len, chat.text_ids(tokenizer, [context[: max(0, at)], example["answers"][0]]))
+    keep = len(context_ids) - (len(prompt) - room)
+    while keep > 0:
+        # the answer in the middle, unless that would leave room at either end
+        start = max(0, min(before - (keep - span) // 2, len(context_ids) - keep)) if at > 0 else 0
+        shorter = {**example, "context": tokenizer.decode(context_ids[start : start + keep])}
+        prompt = chat.prompt_ids(tokenizer, shorter, system_prompt)
+        if (over := len(prompt) - room) <= 0:
+            return prompt, True
+        keep -= over  # re-tokenising the shortened text can merge differently
+    return None, False
+
+
+def check_usable(report: PairReport, max_unusable_share: float, max_tokens: int) -> None:
+    """Raises DataError when too many examples had to be left out, or none is left."""
+    if report.usable and report.unusable_share <= max_unusable_share:
+        return
+    raise DataError(
+        Problem(
+            f"{report.answer_does_not_fit} of {report.usable + report.answer_does_not_fit} training pairs do not fit "
+            f"{max_tokens} tokens with their answer",
+            f"{report.unusable_share:.1%}",
+            f"raise --task.train.sequence_tokens (and micro_batch_tokens), or allow it with --task.max_unusable_share "
+            f"{min(1.0, report.unusable_share + 0.01):.2f}",
+        )
+    )
