@@ -39,10 +39,12 @@ def main(config: Config) -> dict[str, Any]:
     base = preflight.start(config, loads_model=False)
     found = find.adapter_runs(config, base)
     data = find.data_of(config, base, found)
-    identity = composed_identity(config.compose, base, found, data, config.run.seed)
+    parts = composed_adapter.load(found, base)
+    identity = composed_identity(
+        config.compose, base, found, data, config.run.seed, is_padded=composed_adapter.ranks_differ(parts)
+    )
     directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, config.preset, identity)
     composed_adapter.refuse_inside(directory, base, found)
-    parts = composed_adapter.load(found, base)
     # what is refused leaves no half-made run behind
     composed_adapter.refuse_recipe(composed_adapter.recipe_of(config), parts)
 

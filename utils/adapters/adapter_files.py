@@ -17,7 +17,7 @@ import torch
 from config import LoraSection
 from utils import disk
 from utils.adapters import adapter_config, fused_experts
-from utils.adapters.factors import Factors, ModuleFactors, norm, zero_modules
+from utils.adapters.factors import Factors, ModuleFactors, norm, padded, zero_modules
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.models import parallel
@@ -123,13 +123,13 @@ def save_per_expert(directory: Path, factors: Factors, base: BaseModel) -> None:
     if not spread:
         raise ArtefactError(Problem(f"{base.directory} keeps no tensor per expert, so there are no names to export to"))
     plain = {name: f for name, f in factors.items() if not f.is_experts}
-    peft_config = adapter_config.config_for({name: _padded(f, rank) for name, f in plain.items()} or spread)
+    peft_config = adapter_config.config_for({name: padded(f, rank) for name, f in plain.items()} or spread)
     leaves = {name.rpartition(".")[2] for name in spread}
     # PEFT turns these leaf names into the fused parameters when it loads the adapter
     peft_config.target_modules = sorted({*(adapter_config.shortest_targets(plain) if plain else ()), *leaves})
     peft_config.r, peft_config.lora_alpha = rank, rank
     peft_config.rank_pattern, peft_config.alpha_pattern = {}, {}
-    state = to_state({name: _padded(f, rank) for name, f in {**plain, **spread}.items()})
+    state = to_state({name: padded(f, rank) for name, f in {**plain, **spread}.items()})
     _write(directory, peft_config, state, base)
 
 
@@ -297,13 +297,6 @@ def _per_expert_factors(factors: Factors, base: BaseModel) -> dict[str, ModuleFa
         else:
             found[name.removesuffix(".weight")] = ModuleFactors(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)
     return found
-
-
-def _padded(f: ModuleFactors, rank: int) -> ModuleFactors:
-    """The same update with `rank` and scale 1: the scale goes into A, zero rows are added."""
-    more = rank - f.rank
-    a_rI = torch.nn.functional.pad(f.scale * f.a_rI.float(), (0, 0, 0, more))
-    return ModuleFactors(a_rI, torch.nn.functional.pad(f.b_Or.float(), (0, more)), 1.0)
 
 
 def _fused(parent: str, factors: Factors) -> list[str]:

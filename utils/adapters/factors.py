@@ -61,6 +61,25 @@ def stacked(parts: Sequence[ModuleFactors]) -> ModuleFactors:
     return ModuleFactors(a_rI.contiguous(), b_Or.contiguous(), 1.0)
 
 
+def padded(factors: ModuleFactors, rank: int) -> ModuleFactors:
+    """The same update with `rank` and scale 1: the scale goes into A, zero rows are added."""
+    more = rank - factors.rank
+    a_rI = torch.nn.functional.pad(factors.scale * factors.a_rI.float(), (0, 0, 0, more))
+    return ModuleFactors(a_rI, torch.nn.functional.pad(factors.b_Or.float(), (0, more)), 1.0)
+
+
+def of_one_rank(factors: Factors) -> Factors:
+    """The same updates, all of the largest rank and of one scale; as they are where that is so already.
+
+    llama.cpp's converter keeps one alpha and divides it by each tensor's own rank, and vLLM compares its limit with the
+    rank that the configuration names.
+    """
+    if len({(f.rank, f.scale) for f in factors.values()}) <= 1:
+        return factors
+    rank = max(f.rank for f in factors.values())
+    return {name: padded(f, rank) for name, f in factors.items()}
+
+
 def inner(first: ModuleFactors, second: ModuleFactors) -> float:
     """<D_1, D_2> without making the updates: sum of (B_1^T B_2) * (A_1 A_2^T), in float64."""
     products = (first.b_Or.double().mT @ second.b_Or.double()) * (first.a_rI.double() @ second.a_rI.double().mT)

@@ -7,7 +7,7 @@ the same adapters when no setting says how to compose, so what a search chose is
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from config import BaseModelSection, Config
 from utils.adapters import adapter_files, find, inference_layers, peft_model
-from utils.adapters.factors import Factors, scaled
+from utils.adapters.factors import Factors, ModuleFactors, scaled
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.composition import methods
@@ -124,7 +124,7 @@ def check_on_model(base: BaseModel, found: Composition, section: BaseModelSectio
     """
     checkpoint = Checkpoint(base.directory)
     layers = layer_sample.choose(checkpoint, found.factors, float32_model.available())
-    parts, factors = weighted_parts(found), found.factors
+    parts, factors = found.parts, found.factors
     try:
         if len(layers) < layer_sample.layer_count(checkpoint):
             event("the model is larger than memory: some of its layers are checked", checked_layers=layers)
@@ -133,6 +133,10 @@ def check_on_model(base: BaseModel, found: Composition, section: BaseModelSectio
             parts = [layer_sample.factors_of(part, layers) for part in parts]
             factors = layer_sample.factors_of(factors, layers)
         model = float32_model.in_float32(base, section)
+        # the weights by the place that the model itself gives a layer: composing goes by names
+        places = {name: layers[place] for name, place in layers_of(model).items()}
+        _refuse_unplaced(found.recipe, parts, places)
+        parts = _weighted(parts, found.recipe, depth(found.parts), places)
         checked = check_logits(parts, factors, model, float32_model.probe(checkpoint), exact=found.check.exact)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -179,11 +183,26 @@ def check_logits(
 
 def weighted_parts(found: Composition) -> list[Factors]:
     """Each adapter with its weights folded in, without the modules where it has weight 0."""
-    layers, count = depth(found.parts), len(found.parts)
-    return [
-        {m: scaled(f, w) for m, f in part.items() if (w := weights_at(m, found.recipe, count, layers)[i]) != 0.0}
-        for i, part in enumerate(found.parts)
-    ]
+    return _weighted(found.parts, found.recipe, depth(found.parts), {})
+
+
+def ranks_differ(parts: Sequence[Factors]) -> bool:
+    """Whether the sum of these adapters has modules of different ranks."""
+    modules = {module for part in parts for module in part}
+    return len({sum(part[module].rank for part in parts if module in part) for module in modules}) > 1
+
+
+def layers_of(model: Any) -> dict[str, int]:
+    """Path of every module in a decoder layer -> that layer's place in the model's own list of layers."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    outermost = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    return {
+        f"{path}.{key}.{name}": place
+        for path, layers in outermost
+        for place, (key, layer) in enumerate(layers.named_children())
+        for name in [*dict(layer.named_modules()), *dict(layer.named_parameters())]
+    }
 
 
 def refuse_inside(target: Path, base: BaseModel, found: Sequence[Run]) -> None:
@@ -209,6 +228,24 @@ def refuse_recipe(recipe: Recipe, parts: Sequence[Factors]) -> None:
         weights_at("", recipe, len(parts), depth(parts))
     except ValueError as error:
         raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
+
+
+def _weighted(
+    parts: Sequence[Factors], recipe: Recipe, layers: int, places: Mapping[str, int]
+) -> list[dict[str, ModuleFactors]]:
+    """Parts with their weights folded in; `places` has a module's layer where that is not to be read off its name."""
+
+    def weight(module: str, i: int) -> float:
+        return weights_at(module, recipe, len(parts), layers, layer=places.get(module))[i]
+
+    return [{m: scaled(f, w) for m, f in part.items() if (w := weight(m, i)) != 0.0} for i, part in enumerate(parts)]
+
+
+def _refuse_unplaced(recipe: Recipe, parts: Sequence[Factors], places: Mapping[str, int]) -> None:
+    unplaced = sorted({module for part in parts for module in part} - set(places))
+    if METHODS[recipe.method].per_adapter != 1 and unplaced:
+        what = f"{recipe.method} weighs layers, and the model's list of layers does not hold {len(unplaced)} modules"
+        raise VerificationError(Problem(what, unplaced[:3], f"--compose.method {SUM}"))
 
 
 def _checked(factors: Factors, parts: Sequence[Factors], recipe: Recipe) -> FactorCheck:

@@ -21,9 +21,18 @@ SEARCH = {
 
 
 def composed_identity(
-    section: ComposeSection, base: BaseModel, found: Sequence[Run], data: Run | None, seed: int
+    section: ComposeSection,
+    base: BaseModel,
+    found: Sequence[Run],
+    data: Run | None,
+    seed: int,
+    *,
+    is_padded: bool = False,
 ) -> Identity:
-    """The identity of these adapters composed as the section says; `data` is what a search would choose on."""
+    """The identity of these adapters composed as the section says; `data` is what a search would choose on.
+
+    `is_padded`: the ranks of the modules differ, and until 2026-11-30 were not made one.
+    """
     resolved = recipe_of(section, seed)
     recorded = {
         "base": base.digest,
@@ -32,7 +41,7 @@ def composed_identity(
         "compose": section.model_dump(mode="json") | {name: getattr(resolved, name) for name in OPEN},
         "seed": seed,
     }
-    return Identity.of("composed", _values(recorded), _values)
+    return Identity.of("composed", _values(recorded) | ({"one_rank": True} if is_padded else {}), _values)
 
 
 def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from config import Config
 from utils.adapters import adapter_files, cards
-from utils.adapters.factors import Factors
+from utils.adapters.factors import Factors, of_one_rank
 from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition import composed_adapter, dev_losses, interference, methods, pictures, search
@@ -78,7 +78,7 @@ def _explain(probe: DevProbe | None, recipe: Recipe, directory: Path) -> None:
 
 def _write_adapter(base: BaseModel, made: Composition, directory: Path) -> None:
     """adapter/ with its card and, where experts are adapted, the same in adapter_per_expert/."""
-    adapter_files.save(directory / "adapter", made.factors, base)
+    adapter_files.save(directory / "adapter", of_one_rank(made.factors), base)
     card = cards.composed_card(
         base,
         list(made.runs),

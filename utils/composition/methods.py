@@ -215,9 +215,10 @@ def depth(adapters: Sequence[Factors]) -> int:
     return 1 + max(layers, default=0)
 
 
-def weights_at(module: str, recipe: Recipe, adapters: int, layers: int) -> list[float]:
+def weights_at(module: str, recipe: Recipe, adapters: int, layers: int, *, layer: int | None = None) -> list[float]:
     """The weight of each adapter at a module; what lies outside the layers counts as the last one.
 
+    `layer` is the module's layer where that is known otherwise than by its name.
     Raises ValueError when the recipe's weights are not as many as its method takes; without weights each is 1.
     """
     method = METHODS[recipe.method]
@@ -225,8 +226,8 @@ def weights_at(module: str, recipe: Recipe, adapters: int, layers: int) -> list[
     given = recipe.weights or (1.0,) * (adapters * numbers)
     if len(given) != adapters * numbers:
         raise ValueError(f"{recipe.method} of {adapters} adapters takes {adapters * numbers} weights, got {len(given)}")
-    layer = layer_of(module)
-    place = layers - 1 if layer is None else layer
+    place = layer_of(module) if layer is None else layer
+    place = layers - 1 if place is None else place
     return [method.at(given[i * numbers : (i + 1) * numbers], place, layers) for i in range(adapters)]
 
 

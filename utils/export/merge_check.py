@@ -164,11 +164,8 @@ def weight_tolerance(dtype: torch.dtype) -> float:
 def _compare_with_files(model: torch.nn.Module, subject: _Subject) -> dict[str, float]:
     """How far each of the model's weights, rounded as the files' dtypes say, is from its file's, which it then gets."""
     in_model = dict(model.named_parameters()) | dict(model.named_buffers())
-    names = {
-        new: name
-        for name in subject.files.homes
-        if not subject.files.is_scale(name) and (new := layer_sample.renumbered(name, subject.layers))
-    }
+    sampled = layer_sample.names_in_sample(subject.files, subject.layers)
+    names = {new: name for name, new in sampled.items() if not subject.files.is_scale(name)}
     differences = {}
     for new, place in tensor_names.places(subject.base.model_type, names).items():
         name, tensor = names[new], subject.files.tensor(names[new])

@@ -11,7 +11,7 @@ import torch
 
 from utils.models.architectures import registry
 from utils.models.model_shapes import Matrix, ModelSizes
-from utils.models.weights.tensor_names import layer_of
+from utils.models.weights.tensor_names import decoder_list, number_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,9 +37,10 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     text = settings.get_text_config()
     parameters, layers = Counter(), Counter()
+    path = decoder_list((name for name, _ in model.named_parameters()), int(text.num_hidden_layers))
     for name, parameter in model.named_parameters():
-        parameters[_kind(name)] += parameter.numel()
-        if (layer := layer_of(name)) is not None:
+        parameters[_kind(name, path)] += parameter.numel()
+        if (layer := number_in(path, name)) is not None:
             layers[layer] += parameter.numel()
     matrices = _matrices(model)
     heads = int(text.num_attention_heads)
@@ -70,10 +71,10 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
     )
 
 
-def _kind(name: str) -> str:
+def _kind(name: str, layers: str) -> str:
     if "norm" in name:
         return "norms"
-    if layer_of(name) is None:
+    if number_in(layers, name) is None:
         return "embeddings" if "embed" in name else "head" if "lm_head" in name else "other"
     if ".experts." in name:
         return "experts"

@@ -224,7 +224,7 @@ def _quick(section: BaseModelSection, models_dir: Path) -> ModelSizes | None:
 def _understood(settings: dict[str, Any]) -> ModelSizes | None:
     try:
         return (registry.of(settings.get("model_type")).sizes or count_parameters.of_settings)(settings)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ArtefactError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
 
 

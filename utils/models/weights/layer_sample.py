@@ -15,7 +15,10 @@ from utils.exceptions import ArtefactError, Problem
 from utils.models.model_shapes import TRANSIENT_LAYERS
 from utils.models.weights import safetensors_io
 from utils.models.weights.safetensors_io import Checkpoint
-from utils.models.weights.tensor_names import layer_of
+from utils.models.weights.tensor_names import decoder_list, layer_of, number_in
+
+# what configurations call the number of layers
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def choose(checkpoint: Checkpoint, factors: Iterable[str], available_bytes: int) -> list[int]:
@@ -42,7 +45,12 @@ def choose(checkpoint: Checkpoint, factors: Iterable[str], available_bytes: int)
 
 
 def layer_count(checkpoint: Checkpoint) -> int:
-    return int(text_settings(checkpoint.config)["num_hidden_layers"])
+    """Decoder layers of the language model. Raises ArtefactError where config.json does not say."""
+    settings = text_settings(checkpoint.config)
+    if (key := _count_key(settings)) is None:
+        known = ", ".join(COUNTS)
+        raise ArtefactError(Problem("config.json does not say how many layers the model has", fix=f"name it: {known}"))
+    return int(settings[key])
 
 
 def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -50,19 +58,30 @@ def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings.get("text_config", settings)
 
 
-def renumbered(name: str, layers: list[int]) -> str | None:
-    """The name of a tensor or module in the small model; None when it is not part of it."""
-    layer = layer_of(name)
-    if layer is None:
-        return name
-    if layer not in layers:
-        return None
-    return name.replace(f"layers.{layer}.", f"layers.{layers.index(layer)}.", 1)
+def names_in_sample(checkpoint: Checkpoint, layers: list[int]) -> dict[str, str]:
+    """Tensor of the large model -> its name in the small one, for those that are part of it."""
+    path = decoder_list(checkpoint.homes, layer_count(checkpoint))
+    found = {}
+    for name in checkpoint.homes:
+        layer = number_in(path, name)
+        if layer is None:
+            found[name] = name
+        elif layer in layers:
+            rest = name.removeprefix(f"{path}.{layer}.")
+            found[name] = f"{path}.{layers.index(layer)}.{rest}"
+    return found
 
 
 def factors_of(factors: Mapping[str, Any], layers: list[int]) -> dict[str, Any]:
     """The updates of the small model."""
-    return {new: f for name, f in factors.items() if (new := renumbered(name, layers))}
+    found = {}
+    for name, f in factors.items():
+        if (layer := layer_of(name)) is None:
+            found[name] = f
+        elif layer in layers:
+            before, _, after = name.partition(f".{layer}.")
+            found[f"{before}.{layers.index(layer)}.{after}"] = f
+    return found
 
 
 def has_partial_blocks(checkpoint: Checkpoint) -> bool:
@@ -76,8 +95,8 @@ def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
     """Write the small model to a new directory; FP8 that transformers cannot read is dequantized."""
     plain = has_partial_blocks(checkpoint)
     names, wanted = {}, {}
-    for name in checkpoint.homes:
-        if (new := renumbered(name, layers)) and not (plain and checkpoint.is_scale(name)):
+    for name, new in names_in_sample(checkpoint, layers).items():
+        if not (plain and checkpoint.is_scale(name)):
             tensor = checkpoint.tensor(name)
             names[new] = name
             wanted[new] = safetensors_io.described("F32", tensor.shape) if plain and tensor.is_fp8 else tensor
@@ -97,7 +116,7 @@ def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
         key: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
         for key, value in text_settings(settings).items()
     }
-    inner["num_hidden_layers"] = len(layers)
+    inner[_count_key(inner) or COUNTS[0]] = len(layers)
     files.write_json(
         directory / "config.json", {**settings, "text_config": inner} if "text_config" in settings else inner
     )
@@ -106,9 +125,14 @@ def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
 def _float32_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
     """Bytes in float32 of what every layer shares, and of the largest layer."""
     by_layer: dict[int | None, int] = {None: 0}
+    path = decoder_list(checkpoint.homes, layer_count(checkpoint))
     for name in checkpoint.homes:
         if checkpoint.tensor(name).is_floating and not checkpoint.is_scale(name):
-            layer = layer_of(name)
+            layer = number_in(path, name)
             by_layer[layer] = by_layer.get(layer, 0) + 4 * math.prod(checkpoint.tensor(name).shape)
     shared = by_layer.pop(None)
     return shared, max(by_layer.values(), default=0)
+
+
+def _count_key(settings: Mapping[str, Any]) -> str | None:
+    return next((key for key in COUNTS if isinstance(settings.get(key), int)), None)

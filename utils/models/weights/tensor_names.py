@@ -108,10 +108,42 @@ def weight_shapes(directory: Path, model_type: str) -> dict[str, tuple[int, ...]
     return found
 
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_TOWER = re.compile(r"vis|audio|image|speech")
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
 def layer_of(module: str) -> int | None:
-    """The decoder layer of a module; None outside the layers (embeddings, output head)."""
-    found = _LAYER.search(f".{module}.")
+    """The layer of an adapted module: the first number of its path, whatever the list is called that it lies in.
+
+    None outside the layers (embeddings, output head). Composed adapters are checked by the model's own module lists.
+    """
+    found = _NUMBER.search(f".{module}.")
     return int(found[1]) if found else None
+
+
+def decoder_list(names: Iterable[str], count: int) -> str:
+    """The list of a model's decoder layers, e.g. `model.layers` or `transformer.h`, read off the names of its tensors.
+
+    It is an outermost list with the numbers 0..count-1: rather one without further ones (some checkpoints append layers
+    for drafts), rather none of a vision or audio tower, and the one with the most tensors. Raises ArtefactError when
+    there is none.
+    """
+    numbers: dict[str, set[int]] = {}
+    tensors: dict[str, int] = {}
+    for name in names:
+        for found in _NUMBER.finditer(f".{name}."):
+            path = name[: max(0, found.start() - 2)]
+            numbers.setdefault(path, set()).add(int(found[1]))
+            tensors[path] = tensors.get(path, 0) + 1
+    fitting = [path for path, found in numbers.items() if found >= set(range(count))]
+    outermost = [p for p in fitting if not any(p.startswith(f"{other}.") for other in fitting)]
+    if not outermost:
+        lists = {path: len(found) for path, found in sorted(numbers.items())[:8]}
+        raise ArtefactError(Problem(f"none of the model's numbered lists has its {count} layers", lists))
+    return max(outermost, key=lambda path: (len(numbers[path]) == count, not _TOWER.search(path), tensors[path]))
+
+
+def number_in(path: str, name: str) -> int | None:
+    """The number under which a tensor or module lies in the list at `path`; None when it does not."""
+    first = name.removeprefix(f"{path}.").partition(".")[0] if name.startswith(f"{path}.") else ""
+    return int(first) if first.isdigit() else None

@@ -1,0 +1,158 @@
+"""Layers are found in the model, whatever its lists are called; a composed adapter has one rank for every reader."""
+
+from __future__ import annotations
+
+import unittest
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from transformers import FalconConfig, FalconForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import scripts.compose
+from config import BaseModelSection
+from tests.support import (
+    PRESET,
+    plain_tokenizer,
+    random_factors,
+    relative,
+    temporary_directory,
+)
+from utils import cli, logger
+from utils.adapters import adapter_files, peft_model
+from utils.adapters.factors import Factors, delta
+from utils.artifacts import files
+from utils.composition import composed_adapter, methods
+from utils.exceptions import VerificationError
+from utils.models import loading, sources
+from utils.models.base_model import BaseModel
+from utils.models.weights import layer_sample, tensor_names
+from utils.models.weights.safetensors_io import Checkpoint
+
+SHAPE = {"vocab_size": 768, "hidden_size": 32, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def saved(model: torch.nn.Module) -> BaseModel:
+    directory = temporary_directory() / "base"
+    with logger.quiet_transformers():
+        model.save_pretrained(directory)
+        plain_tokenizer().save_pretrained(directory)
+    return sources.fetch(BaseModelSection(source=str(directory), dtype="float32"), directory.parent)
+
+
+def falcon(layers: int = 3) -> FalconForCausalLM:
+    torch.manual_seed(5)
+    return FalconForCausalLM(FalconConfig(**SHAPE, num_hidden_layers=layers))
+
+
+def composed(base: BaseModel, parts: list[Factors], *flags: str) -> Path:
+    """`scripts/compose.py` on these adapters, as folders of another tool; the adapter that it made."""
+    root = temporary_directory()
+    for name, factors in zip(("first", "second"), parts, strict=True):
+        adapter_files.save(root / name, factors, base)
+    given = ["--base.source", str(base.directory), "--base.dtype", "float32", "--run.models_dir", str(root / "models")]
+    given += ["--domain_adapter", str(root / "first"), "--task_adapter", str(root / "second")]
+    config = cli.resolve(["--preset", PRESET, *given, "--run.data_dir", str(root / "data"), *flags], {})
+    return Path(scripts.compose.main(config)["adapter"])
+
+
+class Layers(unittest.TestCase):
+    def test_layers_of_a_list_with_another_name_get_the_weights_that_were_asked_for(self) -> None:
+        model = falcon()
+        base = saved(model)
+        parts = [
+            random_factors(model, ("query_key_value", "dense_h_to_4h"), 4, 8, 1),
+            random_factors(model, ("query_key_value",), 4, 4, 2),
+        ]
+        weights = {0: (0.2, 1.5), 1: (0.6, 1.0), 2: (1.0, 0.5)}
+        for flags in (
+            ("--compose.method", "depth_gate", "--weights", "0.2,1.0,1.5,0.5"),
+            ("--compose.method", "per_layer", "--weights", "0.2,0.6,1.0,1.5,1.0,0.5"),
+        ):
+            found = adapter_files.load(composed(base, parts, *flags), base)
+            for place, layer in enumerate(model.transformer.h):  # by the model's own list
+                for name in (f"transformer.h.{place}.{n}" for n, _ in layer.named_modules()):
+                    if name in parts[0]:
+                        expected = weights[place][0] * delta(parts[0][name])
+                        if name in parts[1]:
+                            expected = expected + weights[place][1] * delta(parts[1][name])
+                        self.assertLess(relative(delta(found[name]), expected), 1e-6, name)
+        self.assertEqual(len(found), 6)
+
+    def test_the_check_on_the_model_does_not_share_the_rule_that_names_are_read_by(self) -> None:
+        model = falcon()
+        base = saved(model)
+        parts = [random_factors(model, ("query_key_value",), 4, 8, seed) for seed in (1, 2)]
+        # as it was: nothing is in a layer, so all of it is in the last one
+        with (
+            mock.patch.object(methods, "layer_of", return_value=None),
+            mock.patch.object(methods, "depth", return_value=3),
+            self.assertRaisesRegex(VerificationError, "all adapters active and the composed one differ"),
+        ):
+            composed(base, parts, "--compose.method", "depth_gate", "--weights", "0.2,1.0,1.5,0.5")
+
+    def test_the_decoders_list_is_told_from_experts_towers_and_appended_layers(self) -> None:
+        experts = [f"net.blocks.{i}.mlp.experts.{e}.w{w}" for i in range(3) for e in range(4) for w in range(3)]
+        tower = [f"visual.blocks.{i}.part{p}" for i in range(3) for p in range(40)]
+        appended = [*experts, "net.blocks.3.draft.weight", "embed.weight"]
+        for names, count, path in (
+            ([*experts, *tower], 3, "net.blocks"),
+            (appended, 3, "net.blocks"),
+            ([f"h.{i}.attn.c_attn.weight" for i in range(2)], 2, "h"),
+        ):
+            self.assertEqual(tensor_names.decoder_list(names, count), path)
+        self.assertEqual(tensor_names.number_in("net.blocks", "net.blocks.2.mlp.experts.0.w1"), 2)
+        self.assertIsNone(tensor_names.number_in("net.blocks", "net.blocks_norm.2"))
+        with self.assertRaisesRegex(Exception, "numbered lists has its 5 layers"):
+            tensor_names.decoder_list(experts, 5)
+
+    def test_a_sample_of_layers_of_another_name_is_that_model_with_those_layers(self) -> None:
+        torch.manual_seed(3)
+        shape = {"vocab_size": 768, "hidden_size": 32, "num_heads": 4, "window_size": 8, "intermediate_size": 64}
+        settings = GPTNeoConfig(**shape, num_layers=4, attention_types=[[["global", "local"], 2]], eos_token_id=1)
+        model = GPTNeoForCausalLM(settings).eval()
+        base, small = saved(model), temporary_directory() / "small"
+        layer_sample.write(Checkpoint(base.directory), [0, 1], small)
+        section = BaseModelSection(source=str(small), dtype="float32", attention="eager")
+        sampled = loading.load_model(replace(base, directory=small), section)
+        ids = torch.arange(12)[None]
+        model.transformer.h = model.transformer.h[:2]
+        with torch.no_grad():
+            self.assertLess(relative(sampled(ids).logits, model(ids).logits), 1e-6)
+
+
+class OneRank(unittest.TestCase):
+    def test_a_composed_adapter_has_one_rank_and_one_scale_by_the_rules_of_every_reader(self) -> None:
+        torch.manual_seed(4)
+        sizes = {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, **sizes))
+        base = saved(model)
+        parts = [
+            random_factors(model, ("q_proj", "v_proj"), 4, 8, 1),
+            random_factors(model, ("q_proj", "k_proj", "down_proj"), 3, 5, 2),
+        ]
+        directory = composed(base, parts, "--weights", "1,0.5")
+        settings = files.read_json(directory / "adapter_config.json")
+        self.assertEqual((settings["r"], settings["rank_pattern"], settings["alpha_pattern"]), (7, {}, {}))
+        state = load_file(directory / "adapter_model.safetensors")
+        factors = methods.compose(parts, methods.Recipe(weights=(1.0, 0.5)))
+        self.assertEqual(len(state), 2 * len(factors))
+        for name, f in factors.items():
+            a, b = (state[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            # llama.cpp: one alpha over the tensor's own rank; vLLM: one alpha over the configuration's r
+            for scale in (settings["lora_alpha"] / a.shape[0], settings["lora_alpha"] / settings["r"]):
+                self.assertLess(relative(scale * b @ a, delta(f)), 1e-6)
+        again = peft_model.add(model, "composed", adapter_files.load(directory, base))
+        self.assertEqual(set(peft_model.lora_layers(again, "composed")), set(factors))
+
+    def test_equal_ranks_stay_as_they_are(self) -> None:
+        model = falcon(1)
+        even = [random_factors(model, ("dense",), 2, 4, seed) for seed in (1, 2)]
+        self.assertFalse(composed_adapter.ranks_differ(even))
+        self.assertTrue(composed_adapter.ranks_differ([even[0], random_factors(model, ("query_key_value",), 3, 4, 3)]))
+
+
+if __name__ == "__main__":
+    unittest.main()
