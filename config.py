@@ -200,6 +200,9 @@ class InputsSection(Section):
     """Directory of a domain run, or of any adapter in PEFT's format."""
     task_adapter: str = ""
     """Directory of a task run, or of any adapter in PEFT's format."""
+    composed: str = ""
+    """Directory of a composed run, or of a composed adapter alone; empty: the newest run of this base model, unless the
+    adapters to compose are named."""
 
 
 class ComposeSection(Section):

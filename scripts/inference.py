@@ -1,7 +1,8 @@
 """Answer questions with base + both adapters composed exactly, or write them as one standalone model.
 
-Reads the newest composed run, or composes the newest task run and the domain run it belongs to; writes nothing, or
---output_file, or --merge_path.
+Reads the newest composed run of the base model (--composed names another; --domain_adapter and --task_adapter name
+adapters instead), or composes the newest task run and the domain run it belongs to; writes nothing, or --output_file,
+or --merge_path.
 
     python scripts/inference.py --prompt "What does json.dumps do?"
     python scripts/inference.py --prompts_file questions.jsonl --output_file answers.jsonl
@@ -25,6 +26,7 @@ MOST_USED = (
     "inference.prompts_file",
     "inference.output_file",
     "inference.adapters",
+    "inputs.composed",
     "merge.path",
     "compose.weights",
 )
@@ -112,7 +114,7 @@ def plan(config: Config) -> list[str]:
     from utils.composition import methods
     from utils.planning import dry_run
 
-    which, how = config.inference.adapters, "as the newest composed run of them does, else by sum with weights of 1"
+    which, how = config.inference.adapters, "as the newest composed run does, else by sum with weights of 1"
     if methods.asks_for_itself(config.compose) or which != "both":
         recipe = methods.recipe_of(config.compose, config.run.seed)
         how = f"by {recipe.method} with weights {recipe.weights or 'of 1'}"

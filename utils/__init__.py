@@ -48,6 +48,7 @@ TAKES_CONFIG = (
     *(
         "training.training_run",
         "training.training_identity",
+        "composition.in_use",
         "composition.composed_adapter",
         "composition.composed_run",
         "composition.dev_losses",

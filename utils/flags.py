@@ -29,6 +29,7 @@ SHORTCUTS = {
     "hub.hub_revision": "hub_revision",
     "inputs.domain_adapter": "domain_adapter",
     "inputs.task_adapter": "task_adapter",
+    "inputs.composed": "composed",
     "rollout.watch": "watch",
 }
 

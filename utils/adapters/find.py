@@ -47,13 +47,13 @@ def prepared_run(config: Config, base: BaseModel) -> Run:
 def domain_run(config: Config, base: BaseModel) -> Run:
     """The domain adapter: pinned (any folder in PEFT's format), or the newest run for this base model."""
     pinned = config.inputs.domain_adapter
-    if pinned and not (own := _own(Path(pinned))):
+    if pinned and not (own := own_run(Path(pinned))):
         return foreign_run(config, base, "domain", Path(pinned))
     return runs.parent(
         config.run.models_dir,
         "domain",
         str(own) if pinned else "",
-        _for_base(base),
+        for_base(base),
         flag="--domain_adapter",
         hint=_preset(config),
     )
@@ -61,8 +61,8 @@ def domain_run(config: Config, base: BaseModel) -> Run:
 
 def task_run(config: Config, base: BaseModel) -> Run:
     """The task adapter: pinned (any folder in PEFT's format), or the newest run that was trained on `task.on`."""
-    pinned, wanted, right_base = config.inputs.task_adapter, config.task.on, _for_base(base)
-    if pinned and not (own := _own(Path(pinned))):
+    pinned, wanted, right_base = config.inputs.task_adapter, config.task.on, for_base(base)
+    if pinned and not (own := own_run(Path(pinned))):
         return foreign_run(config, base, "task", Path(pinned))
 
     def fits(run: Run) -> str:
@@ -88,9 +88,9 @@ def further_runs(config: Config, base: BaseModel) -> list[Run]:
 
 def any_run(config: Config, base: BaseModel, path: Path, *, flag: str) -> Run:
     """An adapter of ours or of another tool at a path. Raises ArtefactError when it belongs to another base model."""
-    own = _own(path)
+    own = own_run(path)
     run = Run(own, files.verify(own)) if own else foreign_run(config, base, "further", path)
-    if reason := _for_base(base)(run):
+    if reason := for_base(base)(run):
         raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", str(path)))
     return run
 
@@ -228,7 +228,7 @@ def is_model(named: str) -> bool:
     return False
 
 
-def _own(path: Path) -> Path | None:
+def own_run(path: Path) -> Path | None:
     """The directory of a complete run of ours at `path`, which may also name its adapter/ folder."""
     for directory in (path, path.parent if path.name == "adapter" else path):
         if (directory / files.MANIFEST).exists():
@@ -236,7 +236,9 @@ def _own(path: Path) -> Path | None:
     return None
 
 
-def _for_base(base: BaseModel) -> Callable[[Run], str]:
+def for_base(base: BaseModel) -> Callable[[Run], str]:
+    """A function of a run: the reason why it cannot be used with this base model, or an empty string."""
+
     def fits(run: Run) -> str:
         found = run.manifest["base"]
         trained_on = found.get("quantization", PLAIN)

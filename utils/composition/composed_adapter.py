@@ -1,7 +1,7 @@
 """Adapters that were found become one: loaded strictly, composed by the recipe, checked before anything uses it.
 
-`inference`, `evaluate`, `benchmark` and the merge all come through `composition`. It takes the newest composed run of
-the same adapters when no setting says how to compose, so what a search chose is what is used.
+`inference`, `evaluate`, `benchmark` and the merge all come through `composition`. It takes the composed run that is in
+use when no setting says how to compose, so what a search chose is what is used.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from config import BaseModelSection, Config
-from utils.adapters import adapter_files, find, inference_layers, peft_model
+from utils.adapters import adapter_files, inference_layers, peft_model
 from utils.adapters.factors import Factors, ModuleFactors, scaled
-from utils.artifacts import files, runs
+from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition import methods
 from utils.composition.checks import FactorCheck, check
+from utils.composition.in_use import in_use
 from utils.composition.methods import METHODS, SUM, Recipe, compose, depth, weights_at
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event
@@ -60,22 +61,24 @@ class Composition:
 
 def composition(config: Config, base: BaseModel, which: str = "both") -> Composition:
     """The adapters of this command, composed and checked. Raises ArtefactError or VerificationError."""
-    found = find.adapter_runs(config, base, which)
+    chosen = in_use(config, base, which)
+    found = chosen.adapters
     parts = load(found, base)
-    if which != "both":
+    if chosen.is_alone:
+        return made(parts, found, Recipe(weights=(1.0,)), searched=False, run=chosen.composed)
+    if len(found) == 1:
         asked = recipe_of(config)
         given = asked.weights if asked.method == SUM else ()
         return made(parts, found, Recipe(weights=(given[which == "task"] if given else 1.0,)), searched=False)
-    if not methods.asks_for_itself(config.compose) and (run := _composed_run(config, base, found)):
-        files.verify(run.directory)
-        recorded = run.manifest["composition"]
-        recipe = Recipe(**{**recorded["recipe"], "weights": tuple(recorded["recipe"]["weights"])})
-        event("using the newest composed run of these adapters", path=run.directory, weights=recipe.weights)
-        factors = adapter_files.load(run.adapter, base)
-        return Composition(
-            factors, parts, tuple(found), recipe, _checked(factors, parts, recipe), recorded["searched"], run
-        )
-    return made(parts, found, recipe_of(config), searched=False)
+    if chosen.composed is None or methods.asks_for_itself(config.compose):
+        return made(parts, found, recipe_of(config), searched=False)
+    run = chosen.composed
+    files.verify(run.directory)
+    recorded = run.manifest["composition"]
+    recipe = Recipe(**{**recorded["recipe"], "weights": tuple(recorded["recipe"]["weights"])})
+    event("as it was composed", method=recipe.method, weights=recipe.weights)
+    factors, searched = adapter_files.load(run.adapter, base), recorded["searched"]
+    return Composition(factors, parts, found, recipe, _checked(factors, parts, recipe), searched, run)
 
 
 def load(found: Sequence[Run], base: BaseModel) -> tuple[Factors, ...]:
@@ -83,13 +86,15 @@ def load(found: Sequence[Run], base: BaseModel) -> tuple[Factors, ...]:
     return tuple(adapter_files.load(run.adapter, base) for run in found)
 
 
-def made(parts: Sequence[Factors], found: Sequence[Run], recipe: Recipe, *, searched: bool) -> Composition:
+def made(
+    parts: Sequence[Factors], found: Sequence[Run], recipe: Recipe, *, searched: bool, run: Run | None = None
+) -> Composition:
     """Compose and check. Raises ArtefactError when the recipe does not fit, VerificationError when a check fails."""
     try:
         factors = compose(parts, recipe)
     except ValueError as error:
         raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
-    return Composition(factors, tuple(parts), tuple(found), recipe, _checked(factors, parts, recipe), searched)
+    return Composition(factors, tuple(parts), tuple(found), recipe, _checked(factors, parts, recipe), searched, run)
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -253,12 +258,3 @@ def _checked(factors: Factors, parts: Sequence[Factors], recipe: Recipe) -> Fact
     if done.problems:
         raise VerificationError([Problem(f"the composed adapter is not what it should be: {p}") for p in done.problems])
     return done
-
-
-def _composed_run(config: Config, base: BaseModel, found: Sequence[Run]) -> Run | None:
-    wanted = [run.digest for run in found]
-    for run in runs.complete_runs(config.run.models_dir, "composed"):
-        identity = run.manifest["identity"]
-        if identity["base"] == base.digest and identity["adapters"] == wanted:
-            return run
-    return None

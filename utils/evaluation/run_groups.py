@@ -10,7 +10,7 @@ from config import BaseModelSection, Config
 from utils.adapters import adapter_files, find
 from utils.artifacts import files
 from utils.artifacts.runs import Run
-from utils.composition import composed_adapter
+from utils.composition import composed_adapter, in_use
 from utils.composition.composed_adapter import Composition
 from utils.evaluation.controls import Trainer
 from utils.exceptions import ArtefactError, Problem
@@ -75,7 +75,7 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
 
     Raises ArtefactError when a run is missing that cannot be made here.
     """
-    domain, task = find.pair(config, base)
+    domain, task = in_use.pair(config, base)
     data = find.data_of(config, base, [task])
     if data is None:
         raise ArtefactError(
