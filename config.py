@@ -459,6 +459,21 @@ class PlanSection(Section):
         return self
 
 
+class RunsSection(Section):
+    """Looking after runs."""
+
+    command: Literal["list", "show", "compare", "best", "rm", "prune", "export", "import"] = "list"
+    """The first word of the command line."""
+    names: tuple[str, ...] = ()
+    """The words after it: runs as `list` names them (stage/directory), or paths."""
+    older_than_days: Annotated[float, Field(ge=0)] = 14.0
+    """prune: only what nothing has touched for so many days."""
+    yes: bool = False
+    """rm and prune: remove. Without it they say what would go."""
+    archive: str = ""
+    """export and import: the tar file."""
+
+
 class RunSection(Section):
     """Where things go, and how runs are named, tracked and repeated."""
 
@@ -503,6 +518,7 @@ class Config(Section):
     rollout: RolloutSection = RolloutSection()
     verify: VerifySection = VerifySection()
     plan: PlanSection = PlanSection()
+    runs: RunsSection = RunsSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")

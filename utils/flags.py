@@ -31,6 +31,7 @@ SHORTCUTS = {
     "inputs.task_adapter": "task_adapter",
     "inputs.composed": "composed",
     "rollout.watch": "watch",
+    "runs.yes": "yes",
 }
 
 

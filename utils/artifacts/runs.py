@@ -85,7 +85,7 @@ def open_run(directory: Path, identity: Identity) -> Run | None:
     if not directory.exists():
         return None
     if (directory / files.MANIFEST).exists():
-        run = _checked(directory, files.verify(directory))
+        run = checked(directory, files.verify(directory))
         _refuse_other(directory, run.manifest["identity"], identity)
         return run
     started = directory / IDENTITY
@@ -174,7 +174,7 @@ def complete_runs(root: Path, stage: str) -> list[Run]:
     for path in (root / stage).glob(f"*/{files.MANIFEST}"):
         if not path.parent.name.startswith("."):
             try:
-                found.append(_checked(path.parent, files.read_manifest(path.parent)))
+                found.append(checked(path.parent, files.read_manifest(path.parent)))
             except ArtefactError as error:
                 warning("a run with an unreadable manifest is passed over", reason=error.problems[0].what)
     latest = _latest(root, stage)
@@ -196,7 +196,7 @@ def parent(
         directory = Path(pinned)
         if not (directory / files.MANIFEST).exists():
             raise ArtefactError(Problem(f"{flag}: no complete {stage} run there", pinned, make))
-        run = _checked(directory, files.verify(directory))
+        run = checked(directory, files.verify(directory))
         reason = f"it is a {run.manifest.get('kind')} run" if run.manifest.get("kind") != stage else fits(run)
         if reason:
             raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", pinned, make))
@@ -220,7 +220,7 @@ def mark_latest(root: Path, stage: str, directory: Path) -> None:
     files.write_json(root / stage / LATEST, {"run": directory.name})
 
 
-def _checked(directory: Path, manifest: dict[str, Any]) -> Run:
+def checked(directory: Path, manifest: dict[str, Any]) -> Run:
     """The run with this manifest. Raises ArtefactError when it lacks what a run of its kind says."""
     if missing := manifests.missing(manifest):
         what = f"{directory / files.MANIFEST} is not a manifest of this version"

@@ -1,0 +1,98 @@
+"""What may be removed: runs that a person names, and what is left of runs that nobody goes on with.
+
+Nothing is removed that another process is working on, and nothing without having been listed first.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils import disk
+from utils.artifacts import files, locks, run_list
+from utils.artifacts.run_list import Entry
+from utils.exceptions import ArtefactError
+from utils.logger import event
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Removal:
+    """Directories that go, with what is lost by it; `warnings` say what others lose."""
+
+    what: str
+    path: Path
+    size_bytes: int
+    warnings: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        return f"{self.path}  {self.what}, {self.size_bytes / 1e6:,.1f} MB"
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"path": str(self.path), "what": self.what, "size_bytes": self.size_bytes}
+        return {**found, "warnings": self.warnings}
+
+
+def of_runs(named: Sequence[Entry]) -> list[Removal]:
+    """These runs, whole. What was made from one and stays can no longer be verified: that is a warning."""
+    going = {entry.directory for entry in named}
+    found = []
+    for entry in named:
+        left = [child for child in run_list.descendants(entry) if child.directory not in going]
+        warnings = [
+            f"{child.name} was made from {entry.name}: verify will no longer trust it, and it cannot be made again"
+            for child in left
+        ]
+        found.append(Removal(f"{entry.state} {entry.stage} run", entry.directory, entry.size_bytes, warnings))
+    return found
+
+
+def of_leftovers(listed: Sequence[Entry], *, older_than_days: float) -> list[Removal]:
+    """Unfinished runs, and checkpoints beside what is complete, that nothing has touched for so many days.
+
+    A complete run, and with it every parent of one, stays; so does what cannot be read, which a person may restore.
+    """
+    before = time.time() - older_than_days * 86_400
+    found = []
+    for entry in listed:
+        if entry.state == "unfinished" and entry.changed_at <= before:
+            found.append(Removal(f"unfinished {entry.stage} run", entry.directory, entry.size_bytes))
+            continue
+        checkpoints = entry.directory / CHECKPOINTS
+        if entry.manifest and checkpoints.is_dir() and _touched(checkpoints) <= before:
+            found.append(Removal("checkpoints of a complete run", checkpoints, run_list.size(checkpoints)))
+    return found
+
+
+def remove(removals: Sequence[Removal]) -> None:
+    """Remove them. Raises ArtefactError, before anything is gone, when another process works on one."""
+    busy = []
+    for removal in removals:
+        try:
+            with locks.locked(_run_of(removal.path), "the run"):
+                pass
+        except ArtefactError as error:
+            busy += error.problems
+    if busy:
+        raise ArtefactError(busy)
+    for removal in removals:
+        run = _run_of(removal.path)
+        with locks.locked(run, "the run"), disk.errors(removal.path):
+            # without its manifest it is no run any more, so one that a kill leaves half is not taken for a whole one
+            if removal.path == run:
+                (run / files.MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(removal.path)
+        event("removed", path=removal.path)
+
+
+def _run_of(path: Path) -> Path:
+    return path.parent if path.name == CHECKPOINTS else path
+
+
+def _touched(directory: Path) -> float:
+    return max(path.lstat().st_mtime for path in [directory, *directory.rglob("*")])
