@@ -441,14 +441,28 @@ class PlanSection(Section):
     """Memory of each GPU in GiB that no tensor gets: CUDA's context, NCCL's buffers, fragmentation."""
     host_memory_gib: Annotated[float, Field(gt=0)] = 1024.0
     """Main memory of one node in GiB."""
-    gpu_tflops: Annotated[float, Field(gt=0)] = 989.0
-    """Peak of one GPU in dense bfloat16 TFLOP/s: 989 for H100 and H200 (SXM), 312 for A100."""
+    gpu_tflops: Annotated[float, Field(ge=0)] = 0.0
+    """Peak of one GPU in dense bfloat16 TFLOP/s; 0 takes the common card of that memory (80 GiB: an H100's 989)."""
+    gpu_bandwidth_gbs: Annotated[float, Field(ge=0)] = 0.0
+    """GB/s at which a GPU reads its own memory; 0 takes that card's (H100: 3,350)."""
+    node_bandwidth_gbs: Annotated[float, Field(ge=0)] = 0.0
+    """GB/s that a GPU receives from the others of its node; 0 takes that card's (H100 with NVLink: 400)."""
+    network_bandwidth_gbs: Annotated[float, Field(gt=0)] = 50.0
+    """GB/s between nodes for each GPU: 50 is a 400 Gb/s adapter of its own, 12.5 a 100 Gb/s one."""
+    disk_bandwidth_gbs: Annotated[float, Field(gt=0)] = 1.0
+    """GB/s at which a node reads and writes files."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of that peak that training is assumed to reach; measure yours before you book hours."""
+    """Share of the peak that arithmetic is assumed to reach; measure yours before you book hours."""
     domain_tokens: NonNegative = 0
     """Tokens of the corpus; 0 takes the newest prepared data, or 10 million where there is none."""
     task_tokens: NonNegative = 0
-    """Tokens of the labelled pairs, prompts included; 0 takes 1 million."""
+    """Tokens of the labelled pairs, prompts included; 0 takes the newest prepared data, or 1 million."""
+    item_tokens: Positive = 512
+    """Tokens of a question with its candidate answers."""
+    document_tokens: NonNegative = 0
+    """Tokens of a held-out document; 0 takes the newest prepared data, or 2,000."""
+    test_items: NonNegative = 0
+    """Test questions; 0 takes the newest prepared data, or 1,000."""
 
     @model_validator(mode="after")
     def _some_memory_is_left(self) -> PlanSection:

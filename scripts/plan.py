@@ -1,10 +1,13 @@
-"""Plan before loading: what the model is, what fits on which GPUs, how long it takes, and how to launch it.
+"""Plan before loading: what the model is, and for every stage the command, the memory of each GPU and the time.
 
-Counts the model from its own config.json on the meta device, so no weight is read or fetched (MiniMax-M2's shapes are
-known by heart where the hub cannot be reached); writes nothing.
+Chooses micro-batch, recomputation, sharding and the form of the weights for the hardware of --plan, the cheapest for
+the result first, and says why; where nothing fits it names hardware that does and ends with exit code 2. Counts the
+model from its own config.json on the meta device, so no weight is read or fetched (MiniMax-M2's shapes are known by
+heart where the hub cannot be reached); writes nothing.
 
     python scripts/plan.py --preset minimax_m2 --plan.gpus 8 --plan.gpu_memory_gib 80
     python scripts/plan.py --preset minimax_m2 --plan.gpu_memory_gib 141 --task.lora.experts true
+    python scripts/plan.py --preset size_8b --base.source DIRECTORY --plan.gpus 1 --plan.gpu_memory_gib 16
 """
 
 from __future__ import annotations
@@ -23,22 +26,24 @@ MOST_USED = ("plan.gpus", "plan.nodes", "plan.gpu_memory_gib", "task.lora.expert
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Count, calculate, print."""
+    """Count, calculate, find a way, print. The exit code is 2 where there is none on this hardware."""
     from utils.artifacts import runs
     from utils.logger import event
-    from utils.planning import plan_report, preflight
+    from utils.planning import plan_report, planned_data, preflight
 
-    sizes, base = preflight.exact(config.base, config.run.models_dir), preflight.loaded_dtype(config.base)
-    base = plan_report.trained_in(config, sizes, base)
-    tokens = plan_report.planned_tokens(config)
+    sizes = preflight.exact(config.base, config.run.models_dir)
     prepared = runs.complete_runs(config.run.data_dir, "prepared")
-    if prepared and not config.plan.domain_tokens:
-        counts = prepared[0].manifest["counts"].get("documents", {}).get("corpus", {})
-        tokens["domain"] = counts.get("tokens") or tokens["domain"]
-        event("tokens of the newest prepared data", path=prepared[0].directory, tokens=tokens["domain"])
-    lines, facts = plan_report.report(config, sizes, base, tokens)
+    counts = prepared[0].manifest["counts"] if prepared else None
+    if prepared:
+        event("counting with the newest prepared data", path=prepared[0].directory)
+    lines, facts = plan_report.report(config, sizes, planned_data.of(config, counts))
     print("\n".join(lines))
     return facts
+
+
+def status(result: dict[str, Any]) -> int:
+    """2 where some stage cannot be done."""
+    return 2 if result["verdict"] == "no" else 0
 
 
 def plan(config: Config) -> list[str]:
@@ -50,4 +55,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__)
+    cli.run(main, plan, status=status, sections=SECTIONS, most_used=MOST_USED, description=__doc__)

@@ -28,7 +28,7 @@ from utils.artifacts import files
 from utils.exceptions import ArtefactError, ConfigError
 from utils.models.architectures import minimax_m2
 from utils.models.model_shapes import GIB
-from utils.planning import dry_run, launch_files, plan_report, preflight
+from utils.planning import dry_run, hardware, launch_files, plan_report, planned_data, preflight, ways
 from utils.planning.preflight import Machine
 from utils.training import training_run
 
@@ -65,7 +65,8 @@ class Script(unittest.TestCase):
         self.assertEqual(
             domain["command"],
             "accelerate launch --config_file scripts/launch/minimax_m2_8x141gb.yaml scripts/train_domain_adapter.py "
-            f"--preset minimax_m2 --run.data_dir={places[1]} --run.models_dir={places[3]}",
+            "--preset minimax_m2 --base.fp8=dequantise --domain.train.micro_batch_tokens=32768 "
+            f"--run.data_dir={places[1]} --run.models_dir={places[3]}",
         )
         for words in ("2,756,902,912", "refused: adapters on FP8 experts", "host memory while loading: 426.1 GiB"):
             self.assertIn(words, done.stdout + str(found))
@@ -74,10 +75,10 @@ class Script(unittest.TestCase):
         directory = saved_model("llama").directory
         config = cli.resolve([f"--base.source={directory}"], {})
         found = preflight.exact(config.base, config.run.models_dir)
-        lines, facts = plan_report.report(config, found, "float32", {"domain": 10**6, "task": 10**6})
+        lines, facts = plan_report.report(config, found, planned_data.of(config))
         self.assertEqual(facts["stages"]["domain"]["verdict"], "fits")
         self.assertIn("scripts/launch/one_node.yaml", "\n".join(lines))
-        self.assertNotIn("experts", "\n".join(line for line in lines if "peak GiB" not in line))
+        self.assertNotIn("with the experts", "\n".join(lines))
 
     def test_what_no_transformers_class_describes_is_an_error_with_a_reason(self) -> None:
         directory = temporary_directory()
@@ -85,21 +86,22 @@ class Script(unittest.TestCase):
         with self.assertRaisesRegex(ArtefactError, "cannot be counted"):
             preflight.exact(BaseModelSection(source=str(directory)), directory)
 
-    def test_every_change_that_is_proposed_makes_it_better(self) -> None:
-        for flags in (["--plan.gpus=4"], ["--domain.lora.experts=true"], ["--domain.train.gradient_checkpointing=0"]):
+    def test_every_change_that_is_proposed_is_one_that_exists_and_fits(self) -> None:
+        for flags in (
+            ["--domain.lora.experts=true"],
+            ["--domain.train.gradient_checkpointing=0"],
+            ["--plan.nodes=2", "--plan.gpu_memory_gib=48"],
+        ):
             config = resolve(*flags)
-            asked = plan_report.choice(M2, config.plan, "domain", plan_report.step(config, "domain", "bfloat16"))
-            self.assertEqual(asked.verdict, "no", flags)
-            changes = plan_report.changes(config, M2, asked)
-            self.assertNotIn("nothing in these settings", changes[0])
-            self.assertTrue(all(change.endswith(("fits", "tight")) for change in changes), changes)
-            told = plan_report.report(config, M2, "bfloat16", {"domain": 1, "task": 1})[1]
-            self.assertIsNone(told["stages"]["domain"]["command"])
-        without = resolve("--domain.train.gradient_checkpointing=0", "--plan.gpu_memory_gib=141")
-        asked = plan_report.choice(M2, without.plan, "domain", plan_report.step(without, "domain", "bfloat16"))
-        first = plan_report.changes(without, M2, asked)[0]
-        self.assertIn("--domain.train.gradient_checkpointing true", first)
-        resolve(*first.partition(":")[0].split())  # what is proposed is a flag that exists
+            (change,) = plan_report.changes(config, M2)
+            settings, _, outcome = change.partition(": ")
+            self.assertTrue(outcome.endswith(("fits", "tight")), change)
+            again = resolve(*flags, *settings.split())
+            self.assertNotEqual(ways.find(again, M2).verdict, "no", flags)
+        for other in plan_report.changes(resolve("--plan.gpus=4"), M2)[1:]:
+            flags = other[other.index("(") + 1 : other.index(")")].split()
+            self.assertNotEqual(ways.find(resolve(*flags), M2).verdict, "no", other)
+        self.assertEqual(plan_report.changes(resolve("--plan.gpu_memory_gib=141"), M2), [])
 
 
 class Refusals(unittest.TestCase):
@@ -214,7 +216,8 @@ class DryRun(unittest.TestCase):
         "train_domain_adapter": "train 26,411,008 at rank 16",
         "train_task_adapter": "accelerate launch --config_file scripts/launch/minimax_m2_8x80gb.yaml",
         "compose": "59.2 GiB of main memory",
-        "inference": "426.1 GiB of memory in bfloat16",
+        "inference": "scripts/inference.py --prompts_file",
+        "evaluate": "scripts/evaluate.py --evaluate.controls",
         "benchmark": "426.1 GiB of memory in bfloat16",
         "rollout": "4 GPUs in fp8 (214.3 GiB)",
         "verify": "230.1 GB",
@@ -269,7 +272,7 @@ class LaunchFiles(unittest.TestCase):
                 self.assertIn("scripts/launch/" + path.name, path.read_text(encoding="utf-8"))
 
     def test_sharded_files_wrap_the_decoder_layer_and_load_one_copy_a_node(self) -> None:
-        self.assertEqual(len(SHARDED), 3)
+        self.assertEqual(len(SHARDED), 4)
         for path in SHARDED:
             with self.subTest(path.name):
                 told = told_by("--config_file", str(path))
@@ -290,7 +293,7 @@ class LaunchFiles(unittest.TestCase):
         named = set()
         dense = preflight.exact(BaseModelSection(source=str(saved_model("llama").directory)), ROOT)
         for sizes in (M2, dense):
-            for sharded in (False, True):
+            for at in range(3):
                 for flags in (
                     [],
                     ["--plan.gpu_memory_gib=141"],
@@ -299,13 +302,18 @@ class LaunchFiles(unittest.TestCase):
                     ["--plan.nodes=3"],
                 ):
                     config = resolve(*flags)
-                    command = launch_files.command(config, sizes, "domain", sharded=sharded).split()
+                    layouts = hardware.of(config.plan).layouts
+                    layout = layouts[min(at, len(layouts) - 1)]
+                    command = launch_files.command(config, sizes, "domain", layout).split()
                     words = command[2 : command.index("scripts/train_domain_adapter.py")]
                     words = ["0" if word == "RANK" else word for word in words]
                     self.assertTrue((ROOT / words[1]).is_file(), words)
                     told = told_by(*words)
                     self.assertEqual(int(told["processes"]), config.plan.nodes * config.plan.gpus, command)
-                    if sharded:
+                    if layout.is_sharded and layout.replicate > 1:
+                        sizes_of = [f"PARALLELISM_CONFIG_DP_{name}_SIZE" for name in ("REPLICATE", "SHARD")]
+                        self.assertEqual([int(told[name]) for name in sizes_of], [layout.replicate, layout.shard])
+                    if layout.is_sharded:
                         self.assertEqual(told["FSDP_TRANSFORMER_CLS_TO_WRAP"], sizes.layer_class)
                     named.add(Path(words[1]).name)
         self.assertLessEqual({path.name for path in SHARDED} | {"one_gpu.yaml", "one_node.yaml"}, named)

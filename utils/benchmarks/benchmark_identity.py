@@ -12,6 +12,7 @@ from utils.artifacts.identity import Identity, chosen, same_names
 from utils.artifacts.runs import Run
 from utils.models import devices
 from utils.models.base_model import BaseModel
+from utils.planning import hardware
 
 # recorded name -> setting; here memory settings decide too, because memory and time are what is measured
 MEASURED = same_names(
@@ -40,7 +41,7 @@ def benchmark_identity(config: Config, base: BaseModel, pair: Sequence[Run] | No
         "dtype": str(devices.compute_dtype(config.base.dtype)),
         "attention": config.base.attention,
         "device": devices.device().type,
-        "gpu_tflops": config.plan.gpu_tflops if "gpu" in config.benchmark.suite else None,
+        "gpu_tflops": hardware.peak_tflops(config.plan) if "gpu" in config.benchmark.suite else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "seed": config.run.seed,

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from config import ATTENTION, LoraSection
+from config import ATTENTION, LoraSection, PlanSection
 from utils.exceptions import ConfigError, Problem
 from utils.models.architectures import minimax_m2
+from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
-from utils.planning import estimates, plan_report
+from utils.planning import estimates, hardware, pass_times, training_plan
 from utils.planning.estimates import TrainingStep
 
 # of the memory that is free, what a prediction may take: the rest is for what no arithmetic knows
 ROOM = 0.92
-# the whole model on one node of eight: bytes per second that a GPU receives over NVLink 4 (H100, H200), one direction
-GPUS, LINK_BYTES_PER_SECOND = 8, 450e9
+# the whole model on one node of eight
+GPUS = 8
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,19 @@ def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
     layer are gathered once forward and once backward, either hidden behind the arithmetic or not at all.
     """
     whole, one = sizes(REAL, REAL.moe["num_hidden_layers"]), step(REAL, REAL.attention, "bfloat16")
-    flops = estimates.flops_per_token(whole, row_tokens=one.row_tokens, checkpointing=True)
-    seconds = one.tokens * flops / (found["hardware_utilisation"] * tflops * 1e12)
-    gathering = 2 * estimates.weight_bytes(whole, "bfloat16") * (GPUS - 1) / GPUS / LINK_BYTES_PER_SECOND
+    node = PlanSection(gpus=GPUS, gpu_tflops=tflops, utilisation=found["hardware_utilisation"])
+    time = pass_times.training_pass(whole, one, ProcessLayout(1, GPUS), hardware.of(node))
+    not_hidden, hidden = time.rates(GPUS)
     memory = [estimates.training_memory(whole, one, shards=GPUS, careful=careful).total for careful in (False, True)]
     return {
         "gpus": GPUS,
         "layers": whole.num_layers,
         "tokens_per_second": {
-            "hidden": round(GPUS * one.tokens / max(seconds, gathering), 1),
-            "not_hidden": round(GPUS * one.tokens / (seconds + gathering), 1),
+            "hidden": round(hidden, 1),
+            "not_hidden": round(not_hidden, 1),
         },
-        "gathering_seconds": round(gathering, 3),
-        "computing_seconds": round(seconds, 3),
+        "gathering_seconds": round(time.sent[pass_times.GATHERS], 3),
+        "computing_seconds": round(time.own[pass_times.ARITHMETIC], 3),
         "predicted_gib_per_gpu": [round(size / GIB, 1) for size in memory],
         "measured_to_predicted": found["measured_to_predicted"],
     }
@@ -109,7 +110,7 @@ def sizes(scale: SuiteScale, layers: int) -> ModelSizes:
 def step(scale: SuiteScale, lora: LoraSection, base: Dtype) -> TrainingStep:
     """One packed row, with activation checkpointing."""
     tokens = scale.sequence_tokens
-    return TrainingStep(base, plan_report.adapter(lora), tokens, tokens, packed=True, checkpointing=True)
+    return TrainingStep(base, training_plan.adapter(lora), tokens, tokens, packed=True, checkpointing=True)
 
 
 def predicted(

@@ -52,7 +52,7 @@ from utils.models import devices, float32_model, loading, sources
 from utils.models.architectures import toy
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, Dtype
-from utils.planning import estimates, plan_report
+from utils.planning import estimates, hardware, pass_times, training_plan
 from utils.planning.native_fp8 import LEAST_CAPABILITY
 from utils.training import training_loop, training_run
 from utils.training.schedules import AdapterSchedule
@@ -95,7 +95,7 @@ def measure(config: Config) -> dict[str, Any]:
         "toy": config.benchmark.gpu_toy,
         "minimax_m2": moe,
         "parity_minimax_m2": parity,
-        "extrapolation": extrapolation(moe["attention"], config.plan.gpu_tflops),
+        "extrapolation": extrapolation(moe["attention"], hardware.peak_tflops(config.plan)),
         **dense,
     }
 
@@ -154,11 +154,11 @@ def _trained(
     said = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     rate = statistics.median([row["tokens_per_second"] for row in said if "tokens_per_second" in row][1:])
     shapes, low = sizes(scale, layers), predicted(scale, layers, lora, base).total
-    peak = config.plan.gpu_tflops * 1e12
+    peak = hardware.peak_tflops(config.plan) * 1e12
 
     def utilisation(*, checkpointing: bool) -> float:
-        per_pass = estimates.expert_lora_flops(shapes, plan_report.adapter(lora), checkpointing=checkpointing)
-        flops = estimates.flops_per_token(shapes, row_tokens=tokens, checkpointing=checkpointing) + per_pass / tokens
+        per_pass = pass_times.expert_lora_flops(shapes, training_plan.adapter(lora), checkpointing=checkpointing)
+        flops = pass_times.flops_per_token(shapes, row_tokens=tokens, checkpointing=checkpointing) + per_pass / tokens
         return rate * flops / peak
 
     return {

@@ -9,8 +9,8 @@ from config import Config
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.models.architectures import registry
-from utils.models.model_shapes import Dtype, ModelSizes
-from utils.planning import estimates, plan_report
+from utils.models.model_shapes import GIB, Dtype, ModelSizes
+from utils.planning import estimates, hardware, plan_report, planned_data, stage_costs, training_plan, ways
 from utils.planning.launch_files import STAGES
 from utils.planning.plan_report import gb, gib
 
@@ -32,30 +32,29 @@ def lines(config: Config, script: str) -> list[str]:
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"the sizes of {config.base.source} do not follow from its config.json: {error}"
         raise ArtefactError(Problem(what, fix="restore the file")) from error
-    base: Dtype = "float32" if config.base.dtype == "float32" else "bfloat16"
+    base = ways.planned_base(config)
     return [plan_report.headline(sizes, base), *_SCRIPTS[script](config, sizes, base)]
 
 
 def _training(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
     def described(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
-        base = plan_report.trained_in(config, sizes, base)
-        asked = plan_report.choice(sizes, config.plan, stage, plan_report.step(config, stage, base))
-        tokens = plan_report.planned_tokens(config)[stage]
-        takes = plan_report.hours(config, stage, asked.tokens_per_second, tokens)
+        data, way = planned_data.of(config), ways.find(config, sizes)
+        cost = next(one for one in stage_costs.every_stage(way, sizes, data) if one.stage == stage)
+        asked, chosen = plan_report.choices(config, sizes, ways.planned_base(config), stage)[0], way.trainings[stage]
         section = getattr(config, stage)
         written = estimates.disk(
             sizes, asked.step.adapter, keep_checkpoints=section.train.keep_checkpoints, merged="bfloat16"
         )
+        low, high = (plan_report.duration(seconds / 3600) for seconds in cost.seconds)
         return [
             f"train {plan_report.trainable(sizes, asked.step.adapter)}",
-            plan_report.verdict(asked, config.plan),
-            *(f"instead: {change}" for change in plan_report.changes(config, sizes, asked)),
-            *plan_report.loading(config, sizes, base, sharded=asked.shards > 1),
-            f"about {plan_report.duration(takes)} for {tokens:,} tokens an epoch ({asked.tokens_per_second:,.0f} "
-            f"tokens/s at an assumed {config.plan.utilisation:.0%} of {config.plan.gpu_tflops:g} TFLOP/s a GPU)",
-            *([plan_report.EXPECT_LESS] if sizes.experts else []),
+            f"as configured, {plan_report.verdict(asked, config.plan)}",
+            *(f"instead: {change}" for change in plan_report.changes(config, sizes)),
+            *plan_report.loading(way, sizes),
+            f"{low} to {high} for {data.trained(stage):,} tokens an epoch: {plan_report.speed(chosen, config.plan)}",
+            plan_report.NOT_COUNTED,
             f"disk: {gb(written.checkpoints)} of checkpoints, then {gb(written.adapter)} of adapter",
-            *plan_report.launching(config, sizes, asked),
+            cost.command if cost.verdict != "no" else "no launch file makes this fit",
         ]
 
     return described
@@ -67,7 +66,8 @@ def _prepare(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
 
 
 def _compose(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
-    return [_adapters(config, sizes), _checking(sizes)]
+    searched = _stage("search")(config, sizes, base) if config.compose.search else []
+    return [_adapters(config, sizes), _checking(sizes), *searched]
 
 
 def _inference(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
@@ -80,19 +80,27 @@ def _inference(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
             _checking(sizes),
             f"then serve it: vllm serve {config.merge.path} --tensor-parallel-size {_tensor_parallel(config, size)}",
         ]
-    together = config.domain.lora.rank + config.task.lora.rank
-    rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512, 2**30) if together <= r)  # those vLLM takes
+    rank = stage_costs.vllm_rank(config.domain.lora.rank + config.task.lora.rank)
     parallel = _tensor_parallel(config, estimates.weight_bytes(sizes, "bfloat16"))
     return [
-        _one_process(sizes, base, "answering"),
-        "so merge with --merge_path DIR and serve that, or serve the adapter on a bfloat16 copy of the base: "
+        *_stage("asking")(config, sizes, base),
+        "or merge with --merge_path DIR and serve that, or serve the adapter on a bfloat16 copy of the base: "
         f"vllm serve BASE --tensor-parallel-size {parallel} --enable-lora --max-lora-rank {rank} "
         "--lora-modules mine=ADAPTER",
     ]
 
 
-def _evaluate(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
-    return [_one_process(sizes, base, "scoring")]
+def _stage(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
+    """A stage's row of the plan."""
+
+    def described(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
+        way = ways.find(config, sizes)
+        cost = next(one for one in stage_costs.every_stage(way, sizes, planned_data.of(config)) if one.stage == stage)
+        low, high = (plan_report.duration(seconds / 3600) for seconds in cost.seconds)
+        peak = f"{cost.peak[0] / GIB:.1f} to {gib(cost.peak[1])} of each GPU in {way.form.scored}"
+        return [f"{peak}: {cost.verdict}; {low} to {high} ({cost.note})", cost.command]
+
+    return described
 
 
 def _benchmark(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
@@ -114,14 +122,13 @@ def _verify(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
 
 
 def _whole(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
-    tokens, base = plan_report.planned_tokens(config), plan_report.trained_in(config, sizes, base)
-    return [line for line in plan_report.report(config, sizes, base, tokens)[0][1:] if line]
+    return [line for line in plan_report.report(config, sizes, planned_data.of(config))[0][1:] if line]
 
 
 def _adapters(config: Config, sizes: ModelSizes) -> str:
     parts = []
     for stage in STAGES:
-        count = sum(estimates.lora_parameters(sizes, plan_report.adapter(getattr(config, stage).lora)).values())
+        count = sum(estimates.lora_parameters(sizes, training_plan.adapter(getattr(config, stage).lora)).values())
         parts.append(f"{stage} {gb(4 * count)}")
     return f"adapters in float32: {', '.join(parts)}, composed as much as both"
 
@@ -137,9 +144,7 @@ def _one_process(sizes: ModelSizes, base: Dtype, what: str) -> str:
 
 
 def _tensor_parallel(config: Config, size: int) -> int:
-    """GPUs that hold these weights and leave a tenth for keys and values, as a power of two."""
-    room = 0.9 * plan_report.usable(config.plan)
-    return next(n for n in (1, 2, 4, 8, 16, 32, 64, 2**30) if size <= n * room)
+    return stage_costs.tensor_parallel(size, hardware.of(config.plan))
 
 
 _SCRIPTS: dict[str, Callable[[Config, ModelSizes, Dtype], list[str]]] = {
@@ -148,7 +153,7 @@ _SCRIPTS: dict[str, Callable[[Config, ModelSizes, Dtype], list[str]]] = {
     "train_task_adapter": _training("task"),
     "compose": _compose,
     "inference": _inference,
-    "evaluate": _evaluate,
+    "evaluate": _stage("evaluate"),
     "benchmark": _benchmark,
     "rollout": _rollout,
     "verify": _verify,

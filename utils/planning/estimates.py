@@ -1,14 +1,15 @@
-"""What fits where, before any weight is loaded: parameters, memory, disk and time. Numbers in, numbers out.
+"""What fits where, before any weight is loaded: parameters, memory and disk. Numbers in, numbers out.
 
 Bytes unless a name says otherwise; GiB = 2**30. Every size follows from the model's own shapes; what the training step
-keeps for its backward pass was read off autograd, tensor by tensor, and is checked against measured peaks
+keeps for its backward pass was read off autograd, tensor by tensor. All peaks are checked against measured ones
 (tests/test_planning_estimates.py). What no arithmetic knows (CUDA's context, NCCL, fragmentation) is the caller's
-headroom.
+headroom. Times are those of `pass_times`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +49,7 @@ class TrainingStep:
     @property
     def activation_bytes(self) -> int:
         """Bytes of one activation."""
-        return 4 if self.base == "float32" else 2
+        return _width(self.base)
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,7 @@ def training_memory(
     frozen = sum(lora_parameters(sizes, step.below).values()) if step.below else 0
     layer = _share(weight_bytes(sizes, step.base) * sizes.layer_parameters, sizes.total)
     layer += _share(4 * (trained + frozen), sizes.num_layers)
-    # embeddings and head are gathered with the loss and stay until it is done
-    outside = (sizes.parameters["embeddings"] + sizes.parameters["head"]) * (4 if step.base == "float32" else 2)
+    outside = _outside(sizes, step.base)
     saved, working = _layer_activations(sizes, step)
     width, hidden = step.activation_bytes, sizes.hidden
     # the last norm keeps its input in float32
@@ -142,8 +142,7 @@ def training_memory(
     )
     casts = 2 * trained if step.base != "float32" else 0  # autocast keeps the factors in bfloat16 too
     passing = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
-    if step.base in ("nf4", "int8"):  # a matrix is de-quantised whole for each product
-        passing += max(width * m.out_features * m.in_features for m in sizes.matrices if not m.is_experts)
+    passing += _dequantised(sizes, step.base)
     return TrainingMemory(
         weights=_share(weight_bytes(sizes, step.base), shards),
         gathered=layer * (2 if careful else 1) + outside if shards > 1 else 0,
@@ -176,30 +175,109 @@ def disk(sizes: ModelSizes, adapter: Adapter, *, keep_checkpoints: int, merged: 
     )
 
 
-def flops_per_token(sizes: ModelSizes, *, row_tokens: int = 0, checkpointing: bool) -> int:
-    """Operations to train on one token: 2 per parameter forward, 2 for the inputs' gradients, 2 to recompute.
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Peak bytes on one GPU (or of one CPU process) while nothing is trained."""
 
-    Frozen weights need no gradient of their own. Attention over `row_tokens` is added, half of it behind the diagonal.
+    weights: int
+    gathered: int
+    adapters: int
+    cache: int
+    passing: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gathered + self.adapters + self.cache + self.passing
+
+
+def scoring_memory(
+    sizes: ModelSizes,
+    base: Dtype,
+    adapters: Sequence[Adapter],
+    tokens: int,
+    row_tokens: int,
+    *,
+    shards: int = 1,
+    careful: bool = False,
+) -> InferenceMemory:
+    """Peak of a forward pass over `tokens` tokens whose losses are wanted, in rows of `row_tokens` with a mask.
+
+    `careful` as in `training_memory`.
     """
-    forward = 2 * sizes.multiplied + 2 * row_tokens * sizes.query * sizes.num_layers
-    return forward * (3 if checkpointing else 2)
+    e, hidden = _width(base), sizes.hidden
+    chunk = min(LOSS_POSITIONS, tokens) * sizes.vocabulary * 8
+    mask = tokens * row_tokens * e
+    passing = mask + max(tokens * _forward_activations(sizes, e), tokens * 3 * e * hidden + chunk)
+    return _inference(sizes, base, adapters, 0, passing + _dequantised(sizes, base), shards, careful)
 
 
-def expert_lora_flops(sizes: ModelSizes, adapter: Adapter, *, checkpointing: bool) -> int:
-    """Operations of one forward and backward pass whatever its tokens: B A is made for every expert of every layer."""
-    if not adapter.experts:
+def answering_memory(
+    sizes: ModelSizes,
+    base: Dtype,
+    adapters: Sequence[Adapter],
+    rows: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    *,
+    shards: int = 1,
+    careful: bool = False,
+) -> InferenceMemory:
+    """Peak of answering `rows` prompts as one batch: keys and values of all tokens, a layer's twice while it grows."""
+    e = _width(base)
+    per_layer = rows * (prompt_tokens + new_tokens) * 2 * sizes.key * e
+    prompts = rows * prompt_tokens * (_forward_activations(sizes, e) + e * prompt_tokens)
+    passing = max(prompts, rows * sizes.vocabulary * 8) + _dequantised(sizes, base)
+    return _inference(sizes, base, adapters, per_layer * (sizes.num_layers + 1), passing, shards, careful)
+
+
+def _inference(
+    sizes: ModelSizes,
+    base: Dtype,
+    adapters: Sequence[Adapter],
+    cache: int,
+    passing: int,
+    shards: int,
+    careful: bool,
+) -> InferenceMemory:
+    e = _width(base)
+    factors = sum(sum(lora_parameters(sizes, one).values()) for one in adapters)
+    layer = _share(weight_bytes(sizes, base) * sizes.layer_parameters, sizes.total) * (2 if careful else 1)
+    return InferenceMemory(
+        weights=_share(weight_bytes(sizes, base), shards),
+        gathered=layer + _outside(sizes, base) if shards > 1 else 0,
+        # each adapter, and the selected ones side by side
+        adapters=2 * e * factors,
+        cache=cache,
+        passing=passing,
+    )
+
+
+def _forward_activations(sizes: ModelSizes, e: int) -> int:
+    """Bytes for a token in the layer that takes most, where nothing is kept for a backward pass."""
+    hidden, query, inner = sizes.hidden, sizes.query, sizes.intermediate
+    attention = e * (3 * query + 2 * sizes.key) + 4 * 2 * (query if sizes.has_qk_norm else 0)
+    # gate, up and what an adapter adds; of experts in and out, the weighted output and its sum in float32
+    mlp = e * 3 * inner
+    if sizes.experts:
+        mlp = sizes.experts_per_token * max(2 * e * hidden + 8 * hidden + e * inner, e * (hidden + 3 * inner))
+    return 4 * e * hidden + max(attention, mlp)
+
+
+def _dequantised(sizes: ModelSizes, base: Dtype) -> int:
+    """A matrix that is de-quantised whole for its product."""
+    if base not in ("nf4", "int8"):
         return 0
-    once = 2 * adapter.rank * sizes.parameters["experts"]
-    return once * (4 if checkpointing else 3)  # forward, gradients of A and of B, and again to recompute
+    return max(2 * m.out_features * m.in_features for m in sizes.matrices if not m.is_experts)
 
 
-def tokens_per_second(
-    sizes: ModelSizes, step: TrainingStep, *, row_tokens: int, gpus: int, tflops: float, utilisation: float
-) -> float:
-    """Trained tokens per second of all GPUs together, at a stated share of their peak."""
-    per_pass = flops_per_token(sizes, row_tokens=row_tokens, checkpointing=step.checkpointing) * step.tokens
-    per_pass += expert_lora_flops(sizes, step.adapter, checkpointing=step.checkpointing)
-    return step.tokens * gpus * tflops * 1e12 * utilisation / per_pass
+def _outside(sizes: ModelSizes, base: Dtype) -> int:
+    """Embeddings and head, which are gathered with the loss and stay until it is done."""
+    return (sizes.parameters["embeddings"] + sizes.parameters["head"]) * _width(base)
+
+
+def _width(base: Dtype) -> int:
+    """Bytes of one activation."""
+    return 4 if base == "float32" else 2
 
 
 def _layer_activations(sizes: ModelSizes, step: TrainingStep) -> tuple[int, int]:

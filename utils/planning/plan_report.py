@@ -1,116 +1,44 @@
-"""A plan in words: what a stage trains, what it takes on the planned hardware, what to change, and how to launch it.
+"""A plan in words: what a stage trains, what every stage takes on the planned hardware, why, and the commands.
 
 No torch here: `--dry-run` answers in a second. Sizes come from `count_parameters` (meta device) or `architectures`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from config import Config, LoraSection, PlanSection
+from config import Config, PlanSection
+from utils import flags
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
-from utils.planning import estimates, launch_files
-from utils.planning.estimates import Adapter, Fit, TrainingMemory, TrainingStep
+from utils.planning import estimates, hardware, launch_files, stage_costs, training_plan, ways
+from utils.planning.estimates import Adapter
 from utils.planning.launch_files import STAGES
+from utils.planning.planned_data import PlannedData
+from utils.planning.stage_costs import StageCost
+from utils.planning.training_plan import StagePlan
+from utils.planning.ways import Way
 
-DOMAIN_TOKENS, TASK_TOKENS = 10_000_000, 1_000_000
 BOTH_ON_EXPERTS = (
     "the domain adapter below is on the experts: merged into the base first (inference.py --adapters domain "
     "--merge_path DIR, then --base.source DIR --task.on base) it takes no memory of its own"
 )
-EXPECT_LESS = (
-    "times are an upper bound until you measured: on mixtures of experts transformers' kernels are known to reach less"
+NOT_COUNTED = (
+    "not counted: checkpoints, waiting for the slowest process, kernels below that share of the peak (mixtures of "
+    "experts); real times are longer"
 )
-_ORDER: tuple[Fit, ...] = ("no", "tight", "fits")
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One way to train a stage, and what it takes of one GPU. `low` and `high` differ in what may overlap."""
-
-    stage: str
-    step: TrainingStep
-    shards: int
-    low: TrainingMemory
-    high: TrainingMemory
-    verdict: Fit
-    tokens_per_second: float
-    refused: str = ""
-
-    @property
-    def name(self) -> str:
-        experts = " with experts" if self.step.adapter.experts else ""
-        return f"{self.stage} rank {self.step.adapter.rank}{experts}, {self.step.base}"
-
-
-def adapter(lora: LoraSection, *, experts: bool | None = None) -> Adapter:
-    """The planner's view of an adapter's settings."""
-    return Adapter(lora.target_modules, lora.rank, lora.experts if experts is None else experts)
-
-
-def step(config: Config, stage: str, base: Dtype) -> TrainingStep:
-    """The forward and backward pass that a stage's settings ask for."""
-    section = getattr(config, stage)
-    below = adapter(config.domain.lora) if stage == "task" and config.task.on != "base" else None
-    return TrainingStep(
-        base=base,
-        adapter=adapter(section.lora),
-        tokens=section.train.micro_batch_tokens,
-        row_tokens=section.train.sequence_tokens,
-        packed=stage == "domain",
-        checkpointing=section.train.gradient_checkpointing,
-        below=below,
-    )
-
-
-def trained_in(config: Config, sizes: ModelSizes, base: Dtype) -> Dtype:
-    """The form of the frozen weights in training, as far as the settings alone say it."""
-    return "fp8" if config.base.fp8 == "native" and sizes.stored == "fp8" else base
-
-
-def usable(plan: PlanSection) -> float:
-    """Bytes of one GPU that tensors may take."""
-    return (plan.gpu_memory_gib - plan.headroom_gib) * GIB
-
-
-def choice(sizes: ModelSizes, plan: PlanSection, stage: str, what: TrainingStep) -> StagePlan:
-    """What a step takes: weights on every GPU where they fit there, else dealt out to all of them.
-
-    Those in 4 or 8 bits are not dealt out.
-    """
-    gpus = plan.gpus * plan.nodes
-    for shards in dict.fromkeys((1, 1 if what.base in ("nf4", "int8") else gpus)):
-        low = estimates.training_memory(sizes, what, shards=shards)
-        high = estimates.training_memory(sizes, what, shards=shards, careful=True)
-        verdict = estimates.verdict(low.total, high.total, usable(plan))
-        if verdict == "fits":
-            break
-    rate = estimates.tokens_per_second(
-        sizes,
-        what,
-        row_tokens=what.row_tokens,
-        gpus=gpus,
-        tflops=plan.gpu_tflops,
-        utilisation=plan.utilisation,
-    )
-    on_experts = what.adapter.experts or (what.below is not None and what.below.experts)
-    refused = "adapters on FP8 experts are silently wrong" if what.base == "fp8" and on_experts else ""
-    return StagePlan(stage, what, shards, low, high, verdict, rate, refused)
 
 
 def choices(config: Config, sizes: ModelSizes, base: Dtype, stage: str) -> list[StagePlan]:
-    """The configured way first, then the other base dtype and the other answer to whether experts are adapted."""
-    asked = step(config, stage, base)
+    """The configured settings first, then the other base dtype and the other answer to whether experts are adapted."""
+    asked, machine = training_plan.step(config, stage, base), hardware.of(config.plan)
     kinds = [asked.adapter.experts, not asked.adapter.experts] if sizes.experts else [False]
     bases = [base, "fp8"] if sizes.stored == "fp8" and base != "fp8" else [base]
     found = []
     for dtype in bases:
         for experts in kinds:
             what = replace(asked, base=dtype, adapter=replace(asked.adapter, experts=experts))
-            found.append(choice(sizes, config.plan, stage, what))
+            found.append(training_plan.choice(sizes, machine, stage, what, getattr(config, stage).train.batch_tokens))
     return found
 
 
@@ -130,116 +58,97 @@ def trainable(sizes: ModelSizes, what: Adapter) -> str:
 
 def verdict(found: StagePlan, plan: PlanSection) -> str:
     """One choice against the memory there is."""
-    how = f"dealt out to {found.shards} GPUs" if found.shards > 1 else "whole on each GPU"
     says = {"fits": "fits", "tight": "tight", "no": "does NOT fit"}[found.verdict]
-    peak = f"{found.low.total / GIB:.1f} to {gib(found.high.total)}"
-    return f"{found.name}: {peak} of {gib(usable(plan))} usable per GPU, {how}: {found.refused or says}"
+    peak = f"{gib(found.low.total)} to {gib(found.high.total)}"
+    usable = gib(hardware.of(plan).memory_bytes)
+    return f"{found.name}: {peak} of {usable} usable per GPU, {found.layout}: {found.refused or says}"
 
 
-def changes(config: Config, sizes: ModelSizes, found: StagePlan) -> list[str]:
-    """What would make a stage fit, each with the peak it leads to; empty where it fits."""
-    if found.verdict == "fits":
-        return []
-    seen = []
-    for flags, plan, what in _alternatives(config, sizes, found):
-        other = choice(sizes, plan, found.stage, what)
-        better = _ORDER.index(other.verdict) > _ORDER.index(found.verdict)
-        if better and not other.refused:
-            seen.append(f"{flags}: {other.low.total / GIB:.1f} to {gib(other.high.total)}, {other.verdict}")
-            if other.verdict == "fits" and plan.nodes > config.plan.nodes:
-                break  # more nodes fit as well
-    return seen or ["nothing in these settings makes it fit: take a smaller model with --base.source"]
-
-
-def launching(config: Config, sizes: ModelSizes, found: StagePlan) -> list[str]:
-    """The command of a choice that can be launched."""
-    if found.verdict == "no" or found.refused:
-        return ["no launch file makes this fit"]
-    run = launch_files.command(config, sizes, found.stage, sharded=found.shards > 1)
+def speed(found: StagePlan, plan: PlanSection) -> str:
+    """Tokens per second, and what was assumed."""
+    slow, fast = found.rates
+    gpus = found.layout.processes
+    assumed = f"{plan.utilisation:.0%} of {hardware.peak_tflops(plan):g} TFLOP/s a GPU"
+    parts = found.time.own | found.time.sent
+    shown = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items())
     return (
-        [run, f"or with Slurm: sbatch {launch_files.LAUNCH}/minimax_m2.slurm {STAGES[found.stage]}"]
-        if config.plan.nodes > 1
-        else [run]
+        f"{slow:,.0f} to {fast:,.0f} tokens/s ({slow / gpus:,.0f} to {fast / gpus:,.0f} a GPU): a pass of "
+        f"{found.step.tokens:,} tokens takes {shown}; {found.time.bound} bound it; arithmetic at {assumed}"
     )
 
 
-def planned_tokens(config: Config) -> dict[str, int]:
-    """Tokens of an epoch by stage, as stated."""
-    return {
-        "domain": config.plan.domain_tokens or DOMAIN_TOKENS,
-        "task": config.plan.task_tokens or TASK_TOKENS,
-    }
-
-
-def hours(config: Config, stage: str, rate: float, tokens: int) -> float:
-    """Training time of a stage over `tokens` tokens an epoch."""
-    train = getattr(config, stage).train
-    wanted = tokens * train.epochs
-    if train.max_steps:
-        wanted = min(wanted, train.max_steps * train.batch_tokens)
-    return wanted / rate / 3600
-
-
-def report(config: Config, sizes: ModelSizes, base: Dtype, tokens: dict[str, int]) -> tuple[list[str], dict[str, Any]]:
-    """The whole plan: lines for a person, and the same for a program. `tokens` of an epoch by stage."""
-    plan = config.plan
+def report(config: Config, sizes: ModelSizes, data: PlannedData) -> tuple[list[str], dict[str, Any]]:
+    """The whole plan: lines for a person, and the same for a program."""
+    plan, base = config.plan, ways.planned_base(config)
+    way, machine = ways.find(config, sizes), hardware.of(config.plan)
     gpus = f"{plan.nodes} x {plan.gpus} GPUs of {plan.gpu_memory_gib:g} GiB"
-    lines = [headline(sizes, base), f"planned for {gpus}, {plan.headroom_gib:g} GiB of each for what is not a tensor"]
+    lines = [
+        headline(sizes, base),
+        f"planned for {gpus} (as {machine.card}), {plan.headroom_gib:g} GiB of each for what is not a tensor; each GPU "
+        f"receives {machine.node_rate / 1e9:g} GB/s in its node and {machine.network_rate / 1e9:g} GB/s between nodes",
+    ]
     facts: dict[str, Any] = {"parameters": sizes.total, "active_parameters": sizes.active, "stages": {}}
     for stage in STAGES:
-        found = choices(config, sizes, base, stage)
-        asked = found[0]
-        lines += ["", f"{stage} adapter: trains {trainable(sizes, asked.step.adapter)}"]
-        if sizes.experts:
-            other = replace(asked.step.adapter, experts=not asked.step.adapter.experts)
-            name = "with the experts" if other.experts else "without the experts"
-            lines.append(f"  {name} it would be {trainable(sizes, other)}")
-        lines += _table(found)
-        lines += _checkpointing(sizes, asked)
-        lines += [f"  {verdict(asked, plan)}"]
-        lines += [f"  instead: {change}" for change in changes(config, sizes, asked)]
-        if asked.step.below and asked.step.below.experts:
-            lines.append(f"  {BOTH_ON_EXPERTS}")
-        sharded = asked.shards > 1
-        takes = hours(config, stage, asked.tokens_per_second, tokens[stage])
-        lines.append(
-            f"  {asked.tokens_per_second:,.0f} tokens/s if {plan.utilisation:.0%} of {plan.gpu_tflops:g} TFLOP/s a GPU "
-            f"is reached: {duration(takes)} for {tokens[stage]:,} tokens an epoch"
-        )
-        lines += [f"  {line}" for line in launching(config, sizes, asked)]
-        facts["stages"][stage] = {
-            "trainable_parameters": sum(estimates.lora_parameters(sizes, asked.step.adapter).values()),
-            "verdict": asked.verdict,
-            "peak_bytes": [asked.low.total, asked.high.total],
-            "tokens_per_second": round(asked.tokens_per_second, 1),
-            "hours": round(takes, 3),
-            "launch_file": launch_files.launch_file(plan, sharded=sharded),
-            "command": launch_files.command(config, sizes, stage, sharded=sharded) if asked.verdict != "no" else None,
-            "choices": [
-                {"name": c.name, "verdict": c.refused or c.verdict, "low": asdict(c.low), "high": asdict(c.high)}
-                for c in found
-            ],
+        lines += ["", *_training(config, sizes, base, way, stage)]
+    costs = stage_costs.every_stage(way, sizes, data)
+    lines += ["", "chosen, and why:", *(f"  {reason}" for reason in way.why if reason)]
+    lines += ["", *_stages(costs), "", f"times count {_counted(config, data)}", NOT_COUNTED]
+    lines += ["", *loading(way, sizes), *stored(config, sizes)]
+    verdict_of_all = training_plan.verdict_of(cost.verdict for cost in costs)
+    if verdict_of_all == "no":
+        lines += ["", *instead(config, sizes)]
+    for cost in costs:
+        facts["stages"][cost.stage] = {
+            "command": None if cost.verdict == "no" else cost.command,
+            "verdict": cost.verdict,
+            "peak_bytes": list(cost.peak),
+            "host_bytes": cost.host,
+            "hours": [round(seconds / 3600, 4) for seconds in cost.seconds],
+            "bound": cost.bound,
+            "note": cost.note,
         }
-    if sizes.experts:
-        lines += ["", EXPECT_LESS]
-    lines += ["", *loading(config, sizes, base, sharded=sharded), *stored(config, sizes)]
-    if sizes.stored == "fp8":
-        lines.append(
-            "fp8 rows hold where training keeps the weights FP8 (compute capability 8.9, the `kernels` package,"
-        )
-        lines.append(
-            "adapters on the attention alone; --base.fp8); everything else becomes bfloat16 while it is loaded"
-        )
+    for stage in STAGES:
+        facts["stages"][stage] |= _facts(config, sizes, base, way, stage)
+    facts |= {"verdict": verdict_of_all, "why": [reason for reason in way.why if reason]}
     return lines, facts
 
 
-def loading(config: Config, sizes: ModelSizes, base: Dtype, *, sharded: bool) -> list[str]:
-    """Host memory of a node, of the first if the model is dealt out, while the weights are loaded."""
-    plan = config.plan
-    needed = estimates.loading_bytes(sizes, base, processes=plan.gpus, sharded=sharded)
-    how = (
-        "one copy in the first process, which deals it out" if sharded else f"a copy for each of {plan.gpus} processes"
+def instead(config: Config, sizes: ModelSizes) -> list[str]:
+    """What other hardware does it, the least memory first."""
+    found = ways.larger(config, sizes)
+    if not found:
+        return ["no hardware that is looked at (up to 32 GPUs) fits: take a smaller model with --base.source"]
+    return [
+        "these GPUs cannot do it, whatever the settings. What does:",
+        *(f"  {name}: {_peaks(way)} per GPU, {way.verdict}" for name, way in found),
+    ]
+
+
+def changes(config: Config, sizes: ModelSizes) -> list[str]:
+    """The flags that make the trainings fit, or other hardware; empty where the configured settings fit."""
+    base, machine = ways.planned_base(config), hardware.of(config.plan)
+    asked = [
+        training_plan.choice(
+            sizes, machine, stage, training_plan.step(config, stage, base), getattr(config, stage).train.batch_tokens
+        )
+        for stage in STAGES
+    ]
+    if all(plan.verdict == "fits" for plan in asked):
+        return []
+    way = ways.find(config, sizes)
+    if way.verdict == "no":
+        return [line.strip() for line in instead(config, sizes)[:4]]
+    flags = " ".join(_differences(config, way.config))
+    return [f"{flags or 'as it is'}: {_peaks(way)}, {way.verdict}"]
+
+
+def loading(way: Way, sizes: ModelSizes) -> list[str]:
+    """Host memory of a node, of the first if the model is sharded, while the weights are loaded."""
+    plan, layout = way.config.plan, way.scoring.layout
+    needed = estimates.loading_bytes(
+        sizes, way.form.scored, processes=min(plan.gpus, layout.processes), sharded=layout.is_sharded
     )
+    how = "one copy in the first process, which sends the parts" if layout.is_sharded else "a copy for each process"
     enough = "fits" if needed <= plan.host_memory_gib * GIB else "does NOT fit"
     return [f"host memory while loading: {gib(needed)} of {plan.host_memory_gib:g} a node ({how}): {enough}"]
 
@@ -252,39 +161,69 @@ def stored(config: Config, sizes: ModelSizes) -> list[str]:
     parts = [f"download {gb(estimates.weight_bytes(sizes, sizes.stored))}"]
     for stage in STAGES:
         section = getattr(config, stage)
-        found = estimates.disk(
-            sizes, adapter(section.lora), keep_checkpoints=section.train.keep_checkpoints, merged=merged
-        )
+        what = training_plan.adapter(section.lora)
+        found = estimates.disk(sizes, what, keep_checkpoints=section.train.keep_checkpoints, merged=merged)
         parts.append(f"{stage} checkpoints {gb(found.checkpoints)} and adapter {gb(found.adapter)}")
     parts.append(f"merged model in {merged} {gb(found.merged)}")
     return ["disk: " + ", ".join(parts)]
 
 
-def _alternatives(
-    config: Config, sizes: ModelSizes, found: StagePlan
-) -> Iterator[tuple[str, PlanSection, TrainingStep]]:
-    """(flags, hardware, step) of what could be changed, the cheapest for the result first."""
-    plan, what, stage = config.plan, found.step, found.stage
-    if not what.checkpointing:
-        yield f"--{stage}.train.gradient_checkpointing true", plan, replace(what, checkpointing=True)
-    for tokens in (2048, 1024, 512):
-        if tokens < what.row_tokens:
-            flags = f"--{stage}.train.sequence_tokens {tokens} --{stage}.train.micro_batch_tokens {tokens}"
-            yield flags, plan, replace(what, tokens=tokens, row_tokens=tokens, checkpointing=what.checkpointing)
-        elif tokens < what.tokens:
-            yield f"--{stage}.train.micro_batch_tokens {what.row_tokens}", plan, replace(what, tokens=what.row_tokens)
-    if what.adapter.experts:
-        plain = replace(what.adapter, experts=False)
-        yield f"--{stage}.lora.experts false", plan, replace(what, adapter=plain)
-    if what.below and what.below.experts:
-        yield "merge the domain adapter into the base, then --task.on base", plan, replace(what, below=None)
-    if sizes.stored == "fp8" and what.base != "fp8" and not what.adapter.experts:
-        yield "--base.fp8 native", plan, replace(what, base="fp8")
-    if plan.gpu_memory_gib < launch_files.LARGE_GPU_GIB:
-        yield "GPUs of 141 GB", plan.model_copy(update={"gpu_memory_gib": 141.0}), what
-    for nodes in (2, 4, 8):
-        if nodes > plan.nodes:
-            yield f"{nodes} nodes of {plan.gpus} GPUs", plan.model_copy(update={"nodes": nodes}), what
+def _training(config: Config, sizes: ModelSizes, base: Dtype, way: Way, stage: str) -> list[str]:
+    """The table of forms with the configured settings, and the settings that were chosen."""
+    found = choices(config, sizes, base, stage)
+    asked, chosen = found[0], way.trainings[stage]
+    lines = [f"{stage} adapter: trains {trainable(sizes, asked.step.adapter)}"]
+    if sizes.experts:
+        other = replace(asked.step.adapter, experts=not asked.step.adapter.experts)
+        name = "with the experts" if other.experts else "without the experts"
+        lines.append(f"  {name} it would be {trainable(sizes, other)}")
+    lines += ["  with the settings as they are:", *_table(found), f"  chosen: {verdict(chosen, config.plan)}"]
+    lines.append(f"  {speed(chosen, config.plan)}")
+    if chosen.step.below and chosen.step.below.experts:
+        lines.append(f"  {BOTH_ON_EXPERTS}")
+    if config.plan.nodes > 1:
+        script = launch_files.COMMANDS[stage].script
+        lines.append(f"  with Slurm: sbatch {launch_files.LAUNCH}/minimax_m2.slurm scripts/{script}.py ...")
+    return lines
+
+
+def _facts(config: Config, sizes: ModelSizes, base: Dtype, way: Way, stage: str) -> dict[str, Any]:
+    chosen = way.trainings[stage]
+    return {
+        "trainable_parameters": sum(estimates.lora_parameters(sizes, chosen.step.adapter).values()),
+        "tokens_per_second": [round(rate, 1) for rate in chosen.rates],
+        "launch_file": launch_files.launch_file(config.plan, chosen.layout),
+        "layout": asdict(chosen.layout),
+        "settings": _differences(config, way.config),
+        "choices": [
+            {"name": c.name, "verdict": c.refused or c.verdict, "low": asdict(c.low), "high": asdict(c.high)}
+            for c in choices(config, sizes, base, stage)
+        ],
+    }
+
+
+def _stages(costs: list[StageCost]) -> list[str]:
+    """A table of every stage, and below it the commands."""
+    lines = [f"{'stage':<10}{'GiB per GPU':>14}{'main memory':>14}{'time':>22}  bound by    verdict"]
+    for cost in costs:
+        low, high = (amount / GIB for amount in cost.peak)
+        peak = f"{low:.1f}-{high:.1f}" if high else "-"
+        time = f"{duration(cost.seconds[0] / 3600)} to {duration(cost.seconds[1] / 3600)}"
+        host = gib(cost.host) if cost.host else "-"
+        lines.append(f"{cost.stage:<10}{peak:>14}{host:>14}{time:>22}  {cost.bound:<12}{cost.verdict}  {cost.note}")
+    lines.append("")
+    for cost in costs:
+        lines.append(f"{cost.stage}: {cost.command if cost.verdict != 'no' else 'not on this hardware'}")
+    return lines
+
+
+def _counted(config: Config, data: PlannedData) -> str:
+    plan = config.plan
+    return (
+        f"{data.domain_tokens:,} tokens of documents and {data.task_tokens:,} of pairs an epoch, {data.test_items:,} "
+        f"test questions of {data.item_tokens:,} tokens, arithmetic at {plan.utilisation:.0%} of the peak, gathers and "
+        f"gradients (hidden or not), and reading the model at {plan.disk_bandwidth_gbs:g} GB/s"
+    )
 
 
 def _table(found: list[StagePlan]) -> list[str]:
@@ -300,13 +239,18 @@ def _table(found: list[StagePlan]) -> list[str]:
     return lines
 
 
-def _checkpointing(sizes: ModelSizes, found: StagePlan) -> list[str]:
-    parts = []
-    for on in (True, False):
-        memory = estimates.training_memory(sizes, replace(found.step, checkpointing=on), shards=found.shards)
-        parts.append(f"{gib(memory.kept + memory.passing)} {'with' if on else 'without'} checkpointing")
-    rows = max(1, math.floor(found.step.tokens / found.step.row_tokens))
-    return [f"  activations of {rows} x {found.step.row_tokens:,} tokens: {', '.join(parts)}"]
+def _peaks(way: Way) -> str:
+    lows, highs = zip(*(ways.gib_of(plan) for plan in (*way.trainings.values(), way.scoring)), strict=True)
+    return f"{max(lows):.1f} to {max(highs):.1f} GiB"
+
+
+def _differences(config: Config, chosen: Config) -> list[str]:
+    """The flags of what was chosen."""
+    return [
+        f"--{path} {flags.shown(flags.value_of(chosen, path))}"
+        for path in flags.fields()
+        if flags.value_of(chosen, path) != flags.value_of(config, path)
+    ]
 
 
 def _range(low: int, high: int) -> str:
@@ -319,8 +263,10 @@ def _weights(sizes: ModelSizes, dtype: Dtype) -> str:
 
 
 def duration(hours: float) -> str:
-    """Hours, or minutes below one."""
-    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+    """Hours, or minutes below one, or seconds below one of those."""
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
 
 
 def gib(amount: float) -> str:

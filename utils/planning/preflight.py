@@ -21,7 +21,7 @@ from utils.models.architectures import registry
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.weights import fp8
-from utils.planning import count_parameters, estimates, native_fp8, plan_report
+from utils.planning import count_parameters, estimates, native_fp8, plan_report, training_plan, ways
 from utils.planning.native_fp8 import Fp8Choice
 
 if TYPE_CHECKING:
@@ -153,16 +153,17 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
         return None
     machine = Machine.here()
     dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
-    step = plan_report.step(config, stage, dtype)
+    step = training_plan.step(config, stage, dtype)
     memory = estimates.training_memory(found, step, shards=machine.shards)
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
-        asked = plan_report.StagePlan(stage, step, machine.shards, memory, memory, "no", 0.0)
+        local = {"gpus": machine.local, "nodes": 1, "gpu_memory_gib": there / GIB, "headroom_gib": 0}
+        here = ways.with_settings(config, {f"plan.{name}": value for name, value in local.items()})
         warning(
             f"the {stage} adapter's training step is predicted not to fit",
             predicted_gib=memory.total / GIB,
             there_gib=there / GIB,
-            instead="; ".join(plan_report.changes(config, found, asked)[:3]),
+            instead="; ".join(plan_report.changes(here, found)[:3]),
         )
     return memory
 
@@ -175,7 +176,7 @@ def check_trainable(model: PeftModel, config: Config, stage: str, base: BaseMode
     found = _understood(files.read_object(base.directory / "config.json"))
     if found is None:
         return
-    wanted = sum(estimates.lora_parameters(found, plan_report.adapter(getattr(config, stage).lora)).values())
+    wanted = sum(estimates.lora_parameters(found, training_plan.adapter(getattr(config, stage).lora)).values())
     count = sum(p.numel() for p in peft_model.trainable_parameters(model).values())
     if count != wanted:
         what = f"{count:,} parameters are trainable, the {stage} adapter's settings ask for {wanted:,}"
