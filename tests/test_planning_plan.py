@@ -35,7 +35,8 @@ from utils.training import training_run
 M2 = minimax_m2.sizes(minimax_m2.PUBLISHED)
 LAUNCH = ROOT / "scripts" / "launch"
 SHARDED = sorted(LAUNCH.glob("minimax_m2_*.yaml"))
-SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
+# `runs` is about what lies on the disk, not about a model
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in ("__init__", "runs"))
 
 
 HARDWARE = (

@@ -14,8 +14,8 @@ from utils import cli
 from utils.composition import search
 from utils.composition.search import Point
 from utils.models.architectures import minimax_m2, qwen3_moe
-from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import GIB, ModelSizes
+from utils.models.process_layout import ProcessLayout
 from utils.planning import hardware, pass_times, plan_report, planned_data, stage_costs, training_plan, ways
 from utils.planning.pass_times import ARITHMETIC, GATHERS, GRADIENTS
 from utils.planning.stage_costs import StageCost

@@ -33,7 +33,12 @@ ROWS: tuple[dict[str, str], ...] = (
 
 # values in, values out: no model library, no disk, no clock; they import exceptions and each other
 PURE = (
-    *("models.model_shapes", "models.layout", "models.architectures.architecture", "models.architectures.registry"),
+    *(
+        "models.model_shapes",
+        "models.process_layout",
+        "models.architectures.architecture",
+        "models.architectures.registry",
+    ),
     *("models.architectures.minimax_m2", "models.architectures.qwen3_moe"),
     *("data.splits", "data.answer_metrics", "data.ngram_overlap", "data.domains.built_in", "data.domains.invented"),
     *("adapters.factors", "planning.estimates", "planning.native_fp8", "planning.hardware", "planning.pass_times"),

@@ -8,8 +8,8 @@ from typing import Any
 from config import ATTENTION, LoraSection, PlanSection
 from utils.exceptions import ConfigError, Problem
 from utils.models.architectures import minimax_m2
-from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
+from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, pass_times, training_plan
 from utils.planning.estimates import TrainingStep
 

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 
 from config import PlanSection
-from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import GIB
+from utils.models.process_layout import ProcessLayout
 
 
 @dataclass(frozen=True)

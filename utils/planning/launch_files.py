@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from config import Config, PlanSection
 from utils.flags import arguments
 from utils.models.architectures import registry
-from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import ModelSizes
+from utils.models.process_layout import ProcessLayout
 
 LAUNCH = "scripts/launch"
 # from this memory on, a GPU is one of the 141 GB kind

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import Dtype, ModelSizes
+from utils.models.process_layout import ProcessLayout
 from utils.planning.estimates import Adapter, TrainingStep, lora_parameters, weight_bytes
 from utils.planning.hardware import Hardware
 

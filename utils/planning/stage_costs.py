@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from config import Config
-from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import Dtype, ModelSizes
+from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, launch_files, pass_times
 from utils.planning.estimates import Fit
 from utils.planning.hardware import Hardware

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from config import Config, LoraSection
-from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import Dtype, ModelSizes
+from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, pass_times
 from utils.planning.estimates import Adapter, Fit, TrainingMemory, TrainingStep
 from utils.planning.hardware import Hardware

@@ -13,8 +13,8 @@ from functools import reduce
 from typing import Any
 
 from config import Config
-from utils.models.layout import ProcessLayout
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
+from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, training_plan
 from utils.planning.estimates import Fit, InferenceMemory
 from utils.planning.hardware import CARDS, Hardware
