@@ -26,6 +26,7 @@ from config import Config
 from tests.support import ROOT, clean_environment, temporary_directory
 
 README = ROOT / "README.md"
+SETTINGS_FILE = "my.yaml"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # blocks that name another language, or `text` for pictures and trees, hold no commands
 SHELL = ("", "sh", "bash", "console")
@@ -204,10 +205,22 @@ def page_commands(text: str) -> Iterator[str]:
 
 def script_of(words: list[str]) -> list[str]:
     """Script and its arguments, of `python scripts/x.py` and `accelerate launch ... scripts/x.py`; else nothing."""
+    if ">" in words:
+        words = words[: words.index(">")]
+    words = [settings_file() if word == SETTINGS_FILE else word for word in words]
     if words[:2] == ["accelerate", "launch"]:
         launch = launch_command_parser().parse_args(words[2:])
         return [launch.training_script, *launch.training_script_args]
     return words[1:] if words[0] == "python" and words[1].startswith("scripts/") else []
+
+
+@functools.cache
+def settings_file() -> str:
+    """The file of settings that docs/settings.md prints."""
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    path = temporary_directory() / SETTINGS_FILE
+    path.write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    return str(path)
 
 
 @functools.cache

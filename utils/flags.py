@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shlex
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import config as settings
+from utils.secrets import redact
 
 ENV_PREFIX = "DTA_"
 # path -> the short flag that means the same
@@ -112,3 +116,10 @@ def arguments(config: settings.Config, sections: Sequence[str]) -> list[str]:
         if path.split(".")[0] in sections and value != usual:
             found.append(f"--{path}={json.dumps(value) if isinstance(value, tuple) else value}")
     return found
+
+
+def command(words: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """This process as a person would type it again, environment variables of ours first; without secrets."""
+    typed, around = sys.argv if words is None else words, os.environ if environment is None else environment
+    given = [f"{name}={shlex.quote(around[name])}" for name in sorted(around) if name.upper().startswith(ENV_PREFIX)]
+    return redact(" ".join([*given, "python", shlex.join(typed)]))

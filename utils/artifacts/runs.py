@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import disk, logger
+from utils import disk, flags, logger
 from utils.artifacts import files, locks, manifests
 from utils.artifacts.identity import MARK, Identity
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
-from utils.secrets import redact
 
 FORMAT_VERSION = 1
 LATEST = ".latest.json"
@@ -148,7 +145,7 @@ def manifest(
         "base": base,
         "parents": [parent.as_parent() for parent in parents],
         "versions": versions(),
-        "command": redact(shlex.join(sys.argv)),
+        "command": flags.command(),
         "measured": measured,
         **facts,
     }

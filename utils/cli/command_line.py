@@ -1,13 +1,15 @@
-"""From flags and environment variables to a checked `Config`, or one error with everything that is wrong.
+"""From flags, environment variables and files to a checked `Config`, or one error with everything that is wrong.
 
-Precedence: flag, then environment variable (`DTA_TASK__LORA__RANK`), then preset. Names and types are those of
-config.py; pydantic reads the texts. A problem is told in the spelling that was typed, with "did you mean".
+Precedence: flag, then environment variable (`DTA_TASK__LORA__RANK`), then `--config` file, then preset. Names and types
+are those of config.py; pydantic reads the texts. A problem is told in the spelling that was typed, with "did you mean".
 """
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from pydantic import ValidationError
 
 import config as settings
 from utils import flags, secrets
+from utils.cli import settings_files
 from utils.composition import methods
 from utils.exceptions import ConfigError, Problem, did_you_mean
 
@@ -24,17 +27,21 @@ HOLDS_SECRET = "holds what looks like a password or an access token, and setting
 
 
 def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> settings.Config:
-    """The configuration asked for by flags and environment variables. Raises ConfigError with every problem."""
+    """The configuration asked for by flags, environment and files. Raises ConfigError with every problem."""
     problems: list[Problem] = []
+    named, arguments = settings_files.taken_from(arguments)
+    filed_preset, filed, filed_from = settings_files.read(named, problems)
     typed = _flags(arguments, problems)
     variables = _variables(environment, problems)
-    name = typed.pop(PRESET, variables.pop(PRESET, [settings.Config.model_fields[PRESET].default]))[0]
+    usual = filed_preset or settings.Config.model_fields[PRESET].default
+    name = typed.pop(PRESET, variables.pop(PRESET, [usual]))[0]
     if not (known := name in settings.PRESETS):
         fix = did_you_mean(name, settings.PRESETS) or f"presets: {', '.join(settings.PRESETS)}"
         problems.append(Problem("--preset: no such preset", name, fix))
     preset = settings.PRESETS[name]() if known else settings.Config()
-    sources = dict.fromkeys(variables, "environment") | dict.fromkeys(typed, "flag")
-    given = {path: value for path, texts in (variables | typed).items() for value in _read(path, texts, problems)}
+    sources = filed_from | dict.fromkeys(variables, "environment") | dict.fromkeys(typed, "flag")
+    given = _from_files(filed, preset, problems)
+    given |= {path: value for path, texts in (variables | typed).items() for value in _read(path, texts, problems)}
     # here and not in config.py: what is a secret depends on the environment. A prompt is not written, and may hold any
     problems += [
         Problem(f"--{path} {HOLDS_SECRET}", fix="give it in the environment (HF_TOKEN, WANDB_API_KEY, ...) instead")
@@ -85,17 +92,43 @@ def _variables(environment: Mapping[str, str], problems: list[Problem]) -> dict[
     return {paths[name.upper()]: [value] for name, value in ours.items() if name.upper() in paths}
 
 
+def _from_files(filed: Mapping[str, Any], preset: settings.Config, problems: list[Problem]) -> dict[str, Any]:
+    """Setting -> value of a file; one that only repeats the preset is nobody's wish, as in a run's config.json."""
+    found = {}
+    for path, value in filed.items():
+        if isinstance(value, str):
+            read = list(_read(path, [value], problems))
+        elif isinstance(value, list):
+            read = [[_at_home(one, path) if isinstance(one, str) else one for one in value]]
+        else:
+            read = [value]
+        for one in read:
+            usual = json.loads(json.dumps(flags.value_of(preset, path), default=str))
+            if one != usual:
+                found[path] = one
+    return found
+
+
 def _read(path: str, words: list[str], problems: list[Problem]) -> Iterator[Any]:
-    """The value as pydantic takes it; of a list `a,b`, `a b` and `["a","b"]` mean the same. Nothing for a problem."""
+    """The value as pydantic takes it; nothing for a problem.
+
+    Of a list `a,b`, `a b` and `["a","b"]` mean the same; `"a, b"` in quotes is one item. `~/` is the home folder.
+    """
     if not flags.is_list(path):
-        yield " ".join(words)
+        yield _at_home(" ".join(words), path)
     elif len(words) == 1 and words[0].startswith("["):
         try:
             yield json.loads(words[0])
         except (ValueError, RecursionError):
             problems.append(Problem(f"--{path}: the list cannot be read", words[0], "write a,b,c, or a list in JSON"))
     else:
-        yield [piece for word in words for piece in word.split(",") if piece]
+        # csv: a path with a comma stands in double quotes
+        yield [_at_home(piece, path) for row in csv.reader(words) for piece in row if piece]
+
+
+def _at_home(text: str, path: str) -> str:
+    """`~/x` as the shell would have written it, had it stood alone."""
+    return os.path.expanduser(text) if text.startswith("~/") and path != "inference.prompt" else text
 
 
 def _validated(
@@ -150,5 +183,6 @@ def _told(path: str, item: Any, sources: Mapping[str, str]) -> list[Problem]:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":  # a validator of ours: it already names the settings, one per line
         return [Problem(f"{path}: {line}" if path else line) for line in message.splitlines()]
-    spelled = flags.variable(path) if sources.get(path) == "environment" else f"--{path}"
+    source = sources.get(path, "flag")
+    spelled = {"environment": flags.variable(path), "flag": f"--{path}"}.get(source, f"{path} ({source})")
     return [Problem(f"{spelled}: {message[0].lower()}{message[1:]}", item["input"], f"see --help {path}")]

@@ -16,10 +16,12 @@ from utils.exceptions import ConfigError, Problem, did_you_mean
 
 USAGE = """\
   --preset NAME            start from this preset: {presets} (default {preset})
+  --config FILE            settings from a YAML, JSON or TOML file, also a run's config.json; of several the last wins
+  --print-config           write such a file, with these settings, to standard output
   --dry-run                print the resolved settings, where each came from and what would be done; do nothing
   --help                   this page; --help SECTION or --help SECTION.FIELD one part, --help all every setting
   --SECTION.FIELD VALUE    any setting; lists are written a,b,c
-Environment: {prefix}SECTION__FIELD=VALUE, for example {example}=32; flags win."""
+Environment: {prefix}SECTION__FIELD=VALUE, for example {example}=32. Flags win over it, it wins over files."""
 FLAGS = ("--help", "-h")
 ALL = "all"
 KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from config import Config
 from utils import flags, logger, signals
-from utils.cli import help_text
+from utils.cli import help_text, settings_files
 from utils.cli.command_line import resolve
 from utils.exceptions import (
     ArtefactError,
@@ -69,7 +69,10 @@ def _exit_code(
             print(help_text.page(description, sections, most_used, topics))
             return 0
         dry_run = "--dry-run" in arguments
-        config = resolve([a for a in arguments if a != "--dry-run"], os.environ)
+        config = resolve([a for a in arguments if a not in ("--dry-run", settings_files.PRINT)], os.environ)
+        if settings_files.PRINT in arguments:
+            print(settings_files.as_yaml(config, sections), end="")
+            return 0
         if dry_run:
             print(_card(config, sections, plan(config)))
             result: dict[str, Any] = {"dry_run": True, "config": config.model_dump(mode="json")}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
+from utils import flags
 from utils.artifacts import files, resumable, runs
 from utils.artifacts.identity import settings_of
 from utils.artifacts.runs import Run
@@ -22,7 +21,6 @@ from utils.evaluation.run_groups import ComparedRuns
 from utils.evaluation.scored_rows import Material, ModelRow
 from utils.models import devices
 from utils.models.base_model import BaseModel
-from utils.secrets import redact
 
 FEW_DOCUMENTS = 12
 NEVER_ENDS = 0.5
@@ -56,7 +54,7 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         "lineage": _lineage(base, parts),
         "dataset": _dataset(parts.data),
         "contamination": _contamination(config, parts, rows, raw),
-        "command": redact(shlex.join(sys.argv)),
+        "command": flags.command(),
         "versions": runs.versions(),
     }
     found["cautions"] = cautions(found, parts)

@@ -161,7 +161,9 @@ def page(
 def command(results: Mapping[str, Any], flag: str = "") -> str:
     """The command of this evaluation with one more flag."""
     said = results.get("command") or COMMAND
-    return f"python {said} {flag}".strip() if flag.partition(" ")[0] not in shlex.split(said) else f"python {said}"
+    if "python " not in said:  # as earlier results have it
+        said = f"python {said}"
+    return f"{said} {flag}".strip() if flag.partition(" ")[0] not in shlex.split(said) else said
 
 
 def untested(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:

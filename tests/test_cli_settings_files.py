@@ -1,0 +1,112 @@
+"""`--config` and `--print-config`: where a value comes from, which one wins, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from config import PRESETS, Config
+from utils import cli, flags
+from utils.cli import settings_files
+from utils.exceptions import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+YAML = """
+preset: tiny_minimax_m2
+task:
+  lora: {rank: 9}
+domain.train.learning_rate: 2e-4
+run: {seed: 3, trackers: []}
+data:
+  corpus: ["~/legal, v2", b]
+  task: pairs.jsonl
+"""
+
+
+class SettingsFiles(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = Path(folder.name)
+
+    def file(self, name: str, text: str) -> str:
+        path = self.root / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    def test_flag_before_environment_before_the_last_file_before_preset(self) -> None:
+        first = self.file("first.yaml", YAML)
+        second = self.file("second.toml", "[run]\nseed = 5\n[task.train]\nepochs = 4\n")
+        found = cli.resolve(["--config", first, second, "--task.lora.rank", "7"], {"DTA_TASK__TRAIN__EPOCHS": "2"})
+        self.assertEqual(found.preset, "tiny_minimax_m2")
+        self.assertEqual((found.task.lora.rank, found.task.train.epochs, found.run.seed), (7, 2, 5))
+        self.assertEqual((found.domain.train.learning_rate, found.run.trackers), (2e-4, ()))
+        self.assertEqual(found.data.corpus, (os.path.expanduser("~/legal, v2"), "b"))
+        self.assertEqual(found.overrides["run.seed"], f"file {second}")
+        self.assertEqual(found.overrides["task.lora.rank"], "flag")
+        other = cli.resolve([f"--config={first}", "--preset", "minimax_m2", "--data.corpus", "none"], {})
+        self.assertEqual(other.preset, "minimax_m2")
+
+    def test_the_config_json_of_a_run_says_what_it_was_and_repeats_no_preset_as_a_wish(self) -> None:
+        made = cli.resolve(["--task.lora.rank", "5", "--weights", "1,0.5"], {"DTA_RUN__SEED": "8"})
+        recorded = self.file("config.json", json.dumps(made.model_dump(mode="json")))
+        found = cli.resolve(["--config", recorded], {})
+        self.assertEqual(found.model_dump(exclude={"overrides"}), made.model_dump(exclude={"overrides"}))
+        self.assertEqual(set(found.overrides), {"task.lora.rank", "compose.weights", "run.seed"})
+
+    def test_what_is_printed_is_read_again(self) -> None:
+        for preset in PRESETS:
+            made = cli.resolve(["--preset", preset, "--weights", "1,0.25,1,0", "--compose.also", "x,y"], {})
+            text = settings_files.as_yaml(
+                made, [name for name in Config.model_fields if name not in ("preset", "overrides")]
+            )
+            found = cli.resolve(["--config", self.file(f"{preset}.yaml", text)], {})
+            self.assertEqual(found.model_dump(exclude={"overrides"}), made.model_dump(exclude={"overrides"}))
+
+    def test_every_problem_is_told_at_once_by_file(self) -> None:
+        bad = self.file("bad.yaml", "task: {lora: {rnk: 8, rank: x}}\nrun: 5\n")
+        listed, broken = self.file("list.yaml", "- a\n"), self.file("broken.json", "{")
+        with self.assertRaises(ConfigError) as caught:
+            cli.resolve(["--config", bad, listed, broken, str(self.root / "absent.yaml"), "--run.sed", "1"], {})
+        said = str(caught.exception)
+        for part in (
+            "did you mean task.lora.rank",
+            f"task.lora.rank (file {bad})",
+            "run is a section",
+            "this is a list",
+            "broken.json",
+            "no such file",
+            "--run.sed",
+        ):
+            self.assertIn(part, said)
+
+    def test_a_secret_in_a_file_is_refused(self) -> None:
+        path = self.file("secret.yaml", "run: {name: hf_abcdefghijklmnopqrstuvwxyzABCDEFGH}\n")
+        with self.assertRaisesRegex(ConfigError, "password or an access token"):
+            cli.resolve(["--config", path], {})
+
+    def test_lists_with_commas_in_quotes_and_the_home_folder(self) -> None:
+        words = ["--data.task", "none", "--data.corpus", '"legal, v2",b', "--run.models_dir=~/models"]
+        found = cli.resolve(words, {})
+        self.assertEqual(found.data.corpus, ("legal, v2", "b"))
+        self.assertEqual(found.run.models_dir, Path("~/models").expanduser())
+
+    def test_the_recorded_command_can_be_typed_again(self) -> None:
+        environment = {"DTA_RUN__SEED": "3", "DTA_DATA__CORPUS": "a b.txt", "HF_TOKEN": "hf_secret"}
+        said = flags.command(["scripts/compose.py", "--weights", "1,0.5"], environment)
+        self.assertEqual(said, "DTA_DATA__CORPUS='a b.txt' DTA_RUN__SEED=3 python scripts/compose.py --weights 1,0.5")
+
+    def test_print_config_of_a_script(self) -> None:
+        command = [sys.executable, str(ROOT / "scripts/compose.py"), "--print-config", "--weights", "1,0.5"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = cli.resolve(["--config", self.file("printed.yaml", done.stdout)], {})
+        self.assertEqual(found.compose.weights, (1.0, 0.5))
+
+
+if __name__ == "__main__":
+    unittest.main()
