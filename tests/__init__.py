@@ -12,3 +12,17 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     TOKENIZERS_PARALLELISM="false",
 )
+
+# by the server that tests and scripts are forked from
+PRELOADED = [
+    "torch",
+    "safetensors.torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft.helpers",
+    "peft.tuners.lora",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.minimax_m2.modeling_minimax_m2",
+]

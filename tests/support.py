@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 import config as settings
 from config import BaseModelSection
+from tests import PRELOADED
 from utils import logger
 from utils.adapters.factors import ModuleFactors
 from utils.exceptions import ArtefactError
@@ -59,15 +60,6 @@ SECRETS = {
     "OPENAI_API_KEY": "sk-" + "Zz9" * 16,
     "PIP_EXTRA_INDEX_URL": "https://somebody:p4ssw0rd-of-somebody@packages.example.org/simple",
 }
-PRELOADED = [
-    "accelerate",
-    "datasets",
-    "peft.helpers",
-    "peft.tuners.lora",
-    "transformers.generation.utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.minimax_m2.modeling_minimax_m2",
-]
 Completed = subprocess.CompletedProcess
 
 

@@ -33,14 +33,14 @@ from utils.composition.methods import Recipe, compose
 from utils.models import loading, sources
 
 SHORT = (
-    *("--data.max_documents", "60", "--data.max_train_examples", "24", "--data.max_dev_examples", "8"),
-    *("--data.max_test_examples", "12"),
+    *("--data.max_documents", "60", "--data.max_train_examples", "16", "--data.max_dev_examples", "4"),
+    *("--data.max_test_examples", "6"),
 )
 LIMITS = (
-    *("--domain.train.max_steps", "4", "--domain.train.save_every_steps", "1", "--domain.train.max_dev_tokens", "512"),
-    *("--domain.train.batch_tokens", "512", "--domain.train.micro_batch_tokens", "256"),
-    *("--task.train.max_steps", "3", "--task.train.batch_tokens", "256", "--task.train.micro_batch_tokens", "256"),
-    *("--task.train.max_dev_tokens", "512", "--run.trackers", ""),
+    *("--domain.train.max_steps", "4", "--domain.train.save_every_steps", "1", "--domain.train.max_dev_tokens", "256"),
+    *("--domain.train.batch_tokens", "256", "--domain.train.micro_batch_tokens", "256"),
+    *("--task.train.max_steps", "2", "--task.train.batch_tokens", "256", "--task.train.micro_batch_tokens", "256"),
+    *("--task.train.max_dev_tokens", "256", "--run.trackers", ""),
 )
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
 THREADS = {"OMP_NUM_THREADS": "2"}
@@ -116,7 +116,10 @@ class EmbeddedModel(unittest.TestCase):
     def test_it_answers_and_evaluates(self) -> None:
         answer = last_json(run("scripts/inference.py", *self.flags, "--prompt", "What does `gc.collect` do?"))
         self.assertTrue(answer["answer"].strip())
-        completed = run("scripts/evaluate.py", *self.flags, "--evaluate.generated_answers", "1")
+        prose = self.root / "prose.txt"
+        prose.write_text("The harbour was quiet, and the boats that had come in at dawn lay empty.\n" * 8)
+        little = ("--evaluate.generated_answers", "1", "--evaluate.max_heldout_documents", "2")
+        completed = run("scripts/evaluate.py", *self.flags, *little, "--evaluate.general_text", str(prose))
         result = last_json(completed)
         # no adapter was trained on the base: the task row is left out
         self.assertEqual(set(result["cells"]), {"base", "domain", "composed", "task_without_domain"})
