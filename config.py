@@ -166,6 +166,9 @@ class DomainSection(Section):
     """The domain adapter: next-token prediction on the documents (DAPT, Gururangan et al. 2020, arXiv:2004.10964)."""
 
     lora: LoraSection = LoraSection()
+    init_from: str = ""
+    """Adapter to start from, with more or other documents, instead of a fresh one: a run of ours or a folder in PEFT's
+    format, of the same modules and rank. Optimiser and learning rate start anew."""
     # last: documents outside the corpus are a poor judge of what was learnt from it; see decision_document.md
     train: TrainSection = TrainSection(learning_rate=1e-3, batch_tokens=1024, micro_batch_tokens=1024, keep="last")
 
@@ -177,6 +180,9 @@ class TaskSection(Section):
     """What the task adapter is trained on: the frozen domain adapter (stacked), the base (independent), or the base
     with the frozen domain adapter on or off at random each step (domain_ready: works with and without it)."""
     lora: LoraSection = LoraSection()
+    init_from: str = ""
+    """Adapter to start from, with more or other pairs, instead of a fresh one: a run of ours or a folder in PEFT's
+    format, of the same modules and rank. Optimiser and learning rate start anew."""
     # small steps: a few hundred short pairs would make only a dozen steps of the domain's size; one pass, because on
     # dev a second one made the stacked adapter worse and the independent one hardly better (decision_document.md)
     train: TrainSection = TrainSection(epochs=1, batch_tokens=768, micro_batch_tokens=768)

@@ -23,25 +23,35 @@ if TYPE_CHECKING:
     from utils.models.base_model import BaseModel
 
 SECTIONS = ("domain", "base", "inputs", "run")
-MOST_USED = ("domain.lora.rank", "domain.train.learning_rate", "domain.train.epochs", "inputs.prepared")
+MOST_USED = (
+    *("domain.lora.rank", "domain.train.learning_rate", "domain.train.epochs", "domain.init_from", "inputs.prepared"),
+)
 
 
 def main(config: Config) -> dict[str, Any]:
     """Base model, fresh adapter, packed documents, training loop, artefact."""
-    from utils.adapters import find
+    from utils.adapters import adapter_files, find
+    from utils.exceptions import ConfigError, Problem
     from utils.planning import preflight
     from utils.training import training_identity, training_run
     from utils.training.schedules import AdapterSchedule
 
+    if config.overrides.get("inputs.domain_adapter") == "flag":
+        what = "--domain_adapter is not read here: this trains one"
+        raise ConfigError(Problem(what, config.inputs.domain_adapter, "to start from it: --domain.init_from PATH"))
     base = preflight.start(config, stage="domain")
     data = find.prepared_run(config, base)
-    identity = training_identity.identity_of(config, "domain", base, data)
-    with training_run.opened(config, "domain", base, identity, [data]) as run:
+    initial = find.initial_run(config, base, "domain")
+    facts = training_identity.start_facts(initial)
+    identity = training_identity.identity_of(config, "domain", base, data, **facts)
+    parents = [data, *([initial] if initial else [])]
+    with training_run.opened(config, "domain", base, identity, parents) as run:
         if run.complete:
             return training_run.result(run, reused=True)
         documents, dev = _documents(config, base, data)
         model = training_run.load_base(config, "domain", base)
-        model = training_run.new_adapter(model, "domain", config.domain.lora, config.run.seed)
+        start = adapter_files.load(initial.adapter, base) if initial else None
+        model = training_run.new_adapter(model, "domain", config.domain.lora, config.run.seed, initial=start)
         outcome = training_run.train(run, model, documents, dev, AdapterSchedule("domain"))
         training_run.save(run, model, outcome)
         run = training_run.record(run, outcome, data=data.manifest["counts"].get("documents", {}))

@@ -40,9 +40,11 @@ def main(config: Config) -> dict[str, Any]:
     base = preflight.start(config, stage="task")
     data = find.prepared_run(config, base)
     domain = find.domain_run(config, base) if config.task.on != "base" else None
-    frozen, parents = (["domain"], [data, domain]) if domain else ([], [data])
+    initial = find.initial_run(config, base, "task")
+    parents, frozen = [data, *filter(None, (domain, initial))], ["domain"] if domain else []
     schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
-    identity = training_identity.identity_of(config, "task", base, data, **task_facts(config.task, domain))
+    facts = task_facts(config.task, domain) | training_identity.start_facts(initial)
+    identity = training_identity.identity_of(config, "task", base, data, **facts)
     with training_run.opened(config, "task", base, identity, parents) as run:
         if run.complete:
             return training_run.result(run, reused=True)
@@ -50,7 +52,8 @@ def main(config: Config) -> dict[str, Any]:
         model = training_run.load_base(config, "task", base)
         if domain:
             model = peft_model.add(model, "domain", adapter_files.load(domain.adapter, base))
-        model = training_run.new_adapter(model, "task", config.task.lora, config.run.seed, frozen)
+        start = adapter_files.load(initial.adapter, base) if initial else None
+        model = training_run.new_adapter(model, "task", config.task.lora, config.run.seed, frozen, initial=start)
         outcome = training_run.train(run, model, pairs, dev, schedule)
         training_run.save(run, model, outcome, system_prompt=config.task.system_prompt)
         run = training_run.record(run, outcome, data=counts, system_prompt=config.task.system_prompt)

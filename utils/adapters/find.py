@@ -81,6 +81,16 @@ def task_run(config: Config, base: BaseModel) -> Run:
     )
 
 
+def initial_run(config: Config, base: BaseModel, stage: str) -> Run | None:
+    """The adapter that a training starts from (`domain.init_from`, `task.init_from`); None for a fresh one."""
+    path = getattr(config, stage).init_from
+    if not path:
+        return None
+    run = any_run(config, base, Path(path), flag=f"--{stage}.init_from")
+    event(f"the {stage} adapter starts from another; optimiser and learning rate start anew", path=run.directory)
+    return run
+
+
 def further_runs(config: Config, base: BaseModel) -> list[Run]:
     """The adapters of `compose.also`."""
     return [any_run(config, base, Path(path), flag="--compose.also") for path in config.compose.also]

@@ -96,6 +96,30 @@ def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors) -> Peft
     return model
 
 
+def start_from(model: PeftModel, name: str, factors: Factors) -> None:
+    """Give the fresh adapter `name` these factors; B takes up the difference where the scales differ.
+
+    Raises ArtefactError unless the adapter has the same modules and ranks.
+    """
+    layers = lora_layers(model, name)
+    problems = []
+    if odd := sorted(set(layers) ^ set(factors)):
+        what = f"the adapter to start from adapts other modules than this run: {len(odd)} differ"
+        problems.append(Problem(what, odd[:3], "give the run the same lora.target_modules and lora.experts"))
+    ranks = {factors[module].rank for module in layers if module in factors}
+    own = {int(layer.r[name]) for layer in layers.values()}
+    if ranks - own:
+        what = f"the adapter to start from has rank {', '.join(map(str, sorted(ranks)))}, this run {own.pop()}"
+        problems.append(Problem(what, fix="give the run the same lora.rank"))
+    if problems:
+        raise ArtefactError(problems)
+    with torch.no_grad():
+        for module, layer in layers.items():
+            lora_A, lora_B = fused_experts.to_peft(factors[module])
+            layer.lora_A[name].weight.copy_(lora_A)
+            layer.lora_B[name].weight.copy_(lora_B * (factors[module].scale / layer.scaling[name]))
+
+
 def activate(model: PeftModel, names: Sequence[str], *, trainable: str = "") -> None:
     """Make exactly these adapters active and exactly one (or none) trainable.
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,17 @@ from typing import Any
 from utils import disk, flags, logger
 from utils.artifacts import files, locks, manifests
 from utils.artifacts.identity import MARK, Identity
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import ArtefactError, PipelineError, Problem
 from utils.logger import event, warning
 
 FORMAT_VERSION = 1
 LATEST = ".latest.json"
 IDENTITY = "identity.json"
 METRICS = "metrics.jsonl"
+LOG = "run.log"
+# what lies in a run in which nothing was made yet
+NOTHING_DONE = {IDENTITY, LOG, locks.LOCK}
+REFUSED = 2
 STAGES = {
     "prepared": "python scripts/prepare_data.py",
     "domain": "accelerate launch scripts/train_domain_adapter.py",
@@ -103,10 +108,22 @@ def make(directory: Path, identity: Identity, what: str, fill: Callable[[], dict
     with files.locked(directory, what), disk.errors(directory):
         if (run := open_run(directory, identity)) is not None:  # whoever held the lock may have finished it
             return run, True
-        with logger.to_file(directory / "run.log"):  # closed before the manifest takes the digest of the log
-            start(directory, identity)
+        with begun(directory, identity):  # closed before the manifest takes the digest of the log
             facts = fill()
         return Run(directory, files.seal(directory, facts)), False
+
+
+@contextmanager
+def begun(directory: Path, identity: Identity) -> Iterator[None]:
+    """Inside, the run (its lock is held) is begun, and events go to its log; refused with nothing done it is gone."""
+    try:
+        with logger.to_file(directory / LOG):
+            start(directory, identity)
+            yield
+    except PipelineError as error:
+        if error.exit_code == REFUSED and {path.name for path in directory.iterdir()} <= NOTHING_DONE:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def start(directory: Path, identity: Identity) -> None:

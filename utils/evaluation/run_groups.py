@@ -104,6 +104,11 @@ def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: R
     if task.manifest["identity"]["on"] == find.ELSEWHERE:
         missing["task"] = "the adapter comes from elsewhere: the settings of a fair baseline are not known"
         return RunGroup(config.run.seed, domain, task, None)
+    if "init_from" in task.manifest["identity"] and task.manifest["identity"]["on"] != "base":
+        missing["task"] = (
+            "the task adapter started from another one: an adapter trained from nothing is no fair baseline"
+        )
+        return RunGroup(int(task.manifest["identity"]["seed"]), domain, task, None)
     seed = int(task.manifest["identity"]["seed"])
     return RunGroup(
         seed,
@@ -117,11 +122,11 @@ def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: R
 def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: RunGroup, seed: int) -> RunGroup:
     """The same family with another seed."""
     domain, task = first.domain, first.task
-    foreign = [run for run in (domain, task) if run and run.manifest["identity"].get("on") == find.ELSEWHERE]
+    foreign = [run for run in (domain, task) if run and not _can_be_repeated(run)]
     if foreign:
         raise ArtefactError(
             Problem(
-                "evaluate.seeds: how an adapter from elsewhere was trained is not known, so no other seed can be",
+                "evaluate.seeds: an adapter from elsewhere, or one that started from another, cannot be trained anew",
                 str(foreign[0].directory),
                 "leave out --evaluate.seeds",
             )
@@ -169,14 +174,21 @@ def _made(
         "random": lambda: with_task(trainer.random_domain(domain, seed)),
         "rank_matched": lambda: (trainer.task(task, seed, None, rank=_rank(domain) + _rank(task)),),
     }
-    if domain.manifest["identity"].get("on") == find.ELSEWHERE:
-        missing["wrong_domain"] = "the domain adapter comes from elsewhere: how to train another is not known"
+    if not _can_be_repeated(domain):
+        what = "the domain adapter comes from elsewhere, or started from another adapter"
+        missing["wrong_domain"] = f"{what}: how to train another in the same way is not known"
     else:
         data = find.parent_by_digest(domain, "prepared", (config.run.data_dir, config.run.data_dir / "controls"))
         makers["wrong_domain"] = lambda: with_task(trainer.domain(domain, seed, trainer.wrong_data(data)))
     for name, make in makers.items():
         found[name] = make()
     return found
+
+
+def _can_be_repeated(run: Run) -> bool:
+    """Whether the settings of a run say all of how it was trained."""
+    identity = run.manifest["identity"]
+    return identity.get("on") != find.ELSEWHERE and "init_from" not in identity
 
 
 def _rank(run: Run) -> int:

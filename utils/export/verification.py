@@ -144,6 +144,7 @@ class _Lineage:
         named = [
             identity.get("data"),
             identity.get("domain_adapter"),
+            identity.get("init_from"),
             *(adapters if isinstance(adapters, list) else []),
         ]
         for digest in named:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import TrainSection
-from utils import disk
+from utils import disk, flags
 from utils.artifacts import files
 from utils.exceptions import NonFiniteError, OutOfMemory, Problem, VerificationError
 from utils.models import parallel
@@ -61,13 +61,19 @@ def non_finite(what: str, names: Sequence[str]) -> NonFiniteError:
 
 def out_of_memory(what: str, step: int, settings: TrainSection, names: Sequence[str]) -> OutOfMemory:
     """A step that does not fit, with what was in its batches and the setting that makes it smaller."""
-    section = f"--{what.split()[0]}.train"
-    fix = f"lower {section}.micro_batch_tokens (now {settings.micro_batch_tokens}; the result stays the same)"
+    section, tokens = f"--{what.split()[0]}.train", settings.micro_batch_tokens
+    less = []
+    if tokens > settings.sequence_tokens:
+        less.append(f"{section}.micro_batch_tokens {max(settings.sequence_tokens, tokens // 2)}")
+    if not settings.gradient_checkpointing:
+        less.append(f"{section}.gradient_checkpointing true")
+    again = "the same launch with" if "LOCAL_RANK" in os.environ else flags.command()
+    fix = "a shorter sequence_tokens, a smaller model or --base.quantization is what is left"
+    if less:
+        fix = f"go on with less memory, the result stays the same: {again} {' '.join(less)}"
     return OutOfMemory(
         Problem(
-            f"memory ran out in step {step} of the {what}; the last checkpoint is kept",
-            ", ".join(names[:NAMED]),
-            f"{fix}, or set {section}.gradient_checkpointing",
+            f"memory ran out in step {step} of the {what}; the last checkpoint is kept", ", ".join(names[:NAMED]), fix
         )
     )
 

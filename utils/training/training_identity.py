@@ -98,6 +98,11 @@ def task_facts(task: TaskSection, domain: Run | None) -> dict[str, Any]:
     return found
 
 
+def start_facts(initial: Run | None) -> dict[str, Any]:
+    """What decides an adapter that started from another; nothing for a fresh one, as adapters of before have it."""
+    return {"init_from": initial.digest} if initial else {}
+
+
 def adapted_modules(base: BaseModel, targets: list[str], *, experts: bool) -> dict[str, str]:
     """Path of every module that the target names find, its layers as `*` -> the layers, e.g. "0-29" or "0,2,4".
 

@@ -17,7 +17,7 @@ import torch
 from config import Config, LoraSection
 from utils import logger
 from utils.adapters import adapter_files, cards, peft_model
-from utils.adapters.factors import zero_modules
+from utils.adapters.factors import Factors, zero_modules
 from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
@@ -75,8 +75,7 @@ def opened(
     state.wait_for_everyone()
     if state.is_main_process:
         with files.locked(directory, "the run"), run.log:
-            run.log.enter_context(logger.to_file(directory / "run.log"))
-            runs.start(directory, identity)
+            run.log.enter_context(runs.begun(directory, identity))
             overrides = ", ".join(config.overrides) or "none"
             logger.event(f"training the {stage} adapter", path=directory, overrides=overrides)
             memory = preflight.predicted(config, stage, base)
@@ -95,10 +94,23 @@ def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
     return parallel.load_model(base, config.base, native_fp8=form.native)
 
 
-def new_adapter(model: Any, stage: str, lora: LoraSection, seed: int, frozen: list[str] | None = None) -> PeftModel:
-    """The model with a fresh adapter `stage` active on top of frozen ones, and nothing else trainable."""
+def new_adapter(
+    model: Any,
+    stage: str,
+    lora: LoraSection,
+    seed: int,
+    frozen: list[str] | None = None,
+    *,
+    initial: Factors | None = None,
+) -> PeftModel:
+    """The model with an adapter `stage` active on top of frozen ones, and nothing else trainable.
+
+    The adapter is fresh, or starts as `initial` is. Raises ArtefactError when that has other modules or ranks.
+    """
     torch.manual_seed(seed)
     model = peft_model.attach(model, stage, lora)
+    if initial is not None:
+        peft_model.start_from(model, stage, initial)
     peft_model.activate(model, [*(frozen or []), stage], trainable=stage)
     return model
 
