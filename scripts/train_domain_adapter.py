@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 SECTIONS = ("domain", "base", "inputs", "run")
 MOST_USED = (
-    *("domain.lora.rank", "domain.train.learning_rate", "domain.train.epochs", "domain.init_from", "inputs.prepared"),
+    "domain.lora.rank",
+    "domain.train.learning_rate",
+    "domain.train.epochs",
+    "domain.init_from",
+    "inputs.prepared",
 )
 
 
