@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -506,9 +506,14 @@ class RunSection(Section):
     models_dir: Path = Path("models")
     """Root of base models, adapters, evaluations and benchmarks."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Experiment trackers through accelerate: tensorboard, wandb, trackio, mlflow ...; metrics.jsonl always."""
+    """Experiment trackers through accelerate: tensorboard, wandb, trackio, mlflow ... or none; metrics.jsonl always."""
     threads: NonNegative = 0
     """CPU threads per process; 0 leaves the choice to torch and the launcher."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _none_is_no_tracker(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return () if value == ("none",) else value
 
     @model_validator(mode="after")
     def _name_is_one_directory(self) -> RunSection:

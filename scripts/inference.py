@@ -5,6 +5,7 @@ adapters instead), or composes the newest task run and the domain run it belongs
 or --merge_path.
 
     python scripts/inference.py --prompt "What does json.dumps do?"
+    echo "What does json.dumps do?" | python scripts/inference.py
     python scripts/inference.py --prompts_file questions.jsonl --output_file answers.jsonl
     python scripts/inference.py --merge_path models/merged_model
 """
@@ -43,9 +44,16 @@ def main(config: Config) -> dict[str, Any]:
     from utils.planning import preflight
 
     wanted, merge_path = config.inference, config.merge.path
-    interactive = sys.stdin.isatty() and not (wanted.prompt or wanted.prompts_file or merge_path)
-    _refuse(config, interactive=interactive)
-    examples = prompts.read(Path(wanted.prompts_file)) if wanted.prompts_file else []
+    asks_nothing = not (wanted.prompt or wanted.prompts_file or merge_path)
+    interactive = asks_nothing and sys.stdin.isatty()
+    examples = (
+        [{"question": text, "context": None, "id": None} for text in prompts.piped()]
+        if asks_nothing and not interactive
+        else []
+    )
+    _refuse(config, has_questions=interactive or bool(examples))
+    if wanted.prompts_file:
+        examples = prompts.read(Path(wanted.prompts_file))
     if wanted.output_file:
         files.make_directory(Path(wanted.output_file).parent)
     base = preflight.start(config, loads_model=not merge_path)
@@ -70,16 +78,19 @@ def main(config: Config) -> dict[str, Any]:
     return {"prompt": wanted.prompt, **answer, "adapters": adapters}
 
 
-def _refuse(config: Config, *, interactive: bool) -> None:
+def _refuse(config: Config, *, has_questions: bool) -> None:
     """Before anything is loaded: a command that asks for nothing or for a contradiction, and a target that is taken."""
     from utils.artifacts import files
     from utils.exceptions import ConfigError, Problem
     from utils.export import gguf, hub, merge
 
     wanted, merge_path = config.inference, config.merge.path
-    if not (wanted.prompt or wanted.prompts_file or merge_path or interactive):
+    if not (wanted.prompt or wanted.prompts_file or merge_path or has_questions):
         raise ConfigError(
-            Problem("nothing to answer", fix='give --prompt "...", --prompts_file FILE or --merge_path DIR')
+            Problem(
+                "nothing to answer",
+                fix='give --prompt "...", --prompts_file FILE, questions on standard input, or --merge_path DIR',
+            )
         )
     if merge_path and wanted.adapters == "none":
         raise ConfigError(Problem("--merge_path with --adapters none would copy the base", fix="leave out --adapters"))

@@ -92,8 +92,8 @@ class SettingsFiles(unittest.TestCase):
 
     def test_lists_with_commas_in_quotes_and_the_home_folder(self) -> None:
         words = ["--data.task", "none", "--data.corpus", '"legal, v2",b', "--run.models_dir=~/models"]
-        found = cli.resolve(words, {})
-        self.assertEqual(found.data.corpus, ("legal, v2", "b"))
+        found = cli.resolve([*words, "--run.trackers", "none"], {})
+        self.assertEqual((found.data.corpus, found.run.trackers), (("legal, v2", "b"), ()))
         self.assertEqual(found.run.models_dir, Path("~/models").expanduser())
 
     def test_the_recorded_command_can_be_typed_again(self) -> None:

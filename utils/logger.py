@@ -22,6 +22,8 @@ from utils import disk
 from utils.secrets import redact
 
 _LOGGER = logging.getLogger("adapters")
+INFO, WARNING, DEBUG = logging.INFO, logging.WARNING, logging.DEBUG
+_level = INFO
 # control characters but tab and newline, line separators, marks that reorder text, halves of surrogate pairs
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -94,8 +96,13 @@ class _RunLog(logging.Handler):
         disk.append_line(self.path, self.format(record))
 
 
-def setup() -> None:
-    """Log to standard error on rank 0; call once, at the start of a script."""
+def setup(level: int = logging.INFO) -> None:
+    """Log to standard error on rank 0; call once, at the start of a script.
+
+    WARNING leaves out what merely happens (a run's own log has it all the same), DEBUG lets transformers speak too.
+    """
+    global _level
+    _level = level
     _LOGGER.handlers.clear()
     _LOGGER.propagate = False
     _LOGGER.setLevel(logging.INFO)
@@ -104,6 +111,7 @@ def setup() -> None:
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Terminal())
+    handler.setLevel(level)
     _LOGGER.addHandler(handler)
 
 
@@ -144,6 +152,9 @@ class quiet_transformers:
         from transformers.utils import logging
 
         self._verbosity = logging.get_verbosity()
+        if _level <= DEBUG:
+            logging.set_verbosity_info()
+            return
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 

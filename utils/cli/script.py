@@ -28,6 +28,8 @@ from utils.exceptions import (
 
 # 128 + SIGPIPE, as a shell says it of a program whose reader went away
 READER_GONE = 141
+# flags whose text may be any
+TEXTS = ("--prompt", "--inference.prompt")
 
 
 def run(
@@ -47,9 +49,9 @@ def run(
     """
     _open_closed_streams()
     with logger.clean_output():
-        logger.setup()
-        _prepare_process()
-        arguments = list(sys.argv[1:] if argv is None else argv)
+        arguments, level = _verbosity(list(sys.argv[1:] if argv is None else argv))
+        logger.setup(level)
+        _prepare_process(quiet=level == logger.WARNING)
         code = _exit_code(main, plan, arguments, sections, most_used, description or "", status)
         # a list, because both have to be flushed before the interpreter does it and complains
         sys.exit(code if all([_flushed(stream) for stream in (sys.stdout, sys.stderr)]) else READER_GONE)
@@ -156,11 +158,23 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
 
 
-def _prepare_process() -> None:
+def _verbosity(arguments: list[str]) -> tuple[list[str], int]:
+    """The arguments without -q and -v, and the level that they ask for."""
+    asked = {"-q": logger.WARNING, "--quiet": logger.WARNING, "-v": logger.DEBUG, "--verbose": logger.DEBUG}
+    rest, level = [], logger.INFO
+    for word in arguments:
+        if word in asked and (not rest or rest[-1] not in TEXTS):
+            level = asked[word]
+        else:
+            rest.append(word)
+    return rest, level
+
+
+def _prepare_process(*, quiet: bool = False) -> None:
     """Process-wide defaults that must be set before torch is imported; each can be overridden from outside."""
     # GNU OpenMP's threads spin while they wait: with other work on the cores a training step took 8x longer so
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if logger.rank() > 0 or not sys.stderr.isatty():
+    if quiet or logger.rank() > 0 or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)

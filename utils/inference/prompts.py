@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from utils.data.tables import ProblemList, iter_rows
 from utils.exceptions import DataError, Problem
 from utils.inference import generation
 from utils.inference.generation import GeneratedAnswer
-from utils.logger import warning
+from utils.logger import event, warning
 from utils.models import chat
 from utils.progress import Progress
 
@@ -42,6 +44,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not found:
         raise DataError(Problem(f"{path} holds no prompts"))
     return found
+
+
+# besides an empty line
+ENDS = ("", "quit", "exit", ":q")
 
 
 def answer_file(
@@ -94,9 +100,27 @@ def answer_one(
     return _parts(given)
 
 
+def piped() -> list[str]:
+    """The questions on standard input, a line each, where it is a pipe or a file; a terminal is asked otherwise.
+
+    Raises DataError for a line that is not UTF-8.
+    """
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # of a stream that is no file
+        return []
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
+        return []
+    event("reading questions from standard input, one a line")
+    try:
+        return [line.strip() for line in sys.stdin.buffer.read().decode("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(Problem(f"standard input is not UTF-8: {error}", fix="write the questions in UTF-8")) from error
+
+
 def converse(answer: Callable[[str], Any]) -> dict[str, Any]:
-    """Answer what is typed, one question at a time, until an empty line or the end of the input."""
-    print("Ask a question; an empty line or Ctrl-D ends.", file=sys.stderr)
+    """Answer what is typed, one question at a time, until an empty line, `quit` or the end of the input."""
+    print("Ask a question; an empty line, quit or Ctrl-D ends.", file=sys.stderr)
     asked = 0
     while True:
         try:
@@ -106,7 +130,7 @@ def converse(answer: Callable[[str], Any]) -> dict[str, Any]:
         except UnicodeDecodeError as error:
             warning("this line is not UTF-8 and was not asked: type it again", reason=error)
             continue
-        if not question:
+        if question.lower() in ENDS:
             break
         answer(question)
         asked += 1
