@@ -44,6 +44,8 @@ class BaseModel:
     tokenizer_digest: str
     quantization: str = PLAIN
     """Into what the directory's weights are loaded; they are what these bits mean."""
+    cache: Path | None = None
+    """Where what was read and measured of it is remembered, beside the models; None where nothing is."""
 
     @property
     def reference(self) -> str:
@@ -58,7 +60,7 @@ class BaseModel:
 
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
-        return {key: str(value) for key, value in asdict(self).items()}
+        return {key: str(value) for key, value in asdict(self).items() if key != "cache"}
 
 
 def identify(directory: Path, source: str, revision: str, cache: Path | None) -> BaseModel:

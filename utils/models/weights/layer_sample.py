@@ -113,13 +113,19 @@ def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
     count = layer_count(checkpoint)
     inner = {
         # a list with an entry per layer
-        key: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
+        key: _of_layers(value, layers) if _is_per_layer(key, value, count) else value
         for key, value in text_settings(settings).items()
     }
     inner[_count_key(inner) or COUNTS[0]] = len(layers)
     files.write_json(
         directory / "config.json", {**settings, "text_config": inner} if "text_config" in settings else inner
     )
+
+
+def float32_bytes(checkpoint: Checkpoint, layers: list[int]) -> int:
+    """Bytes in float32 of the small model of these layers, and of what loading it takes beside."""
+    shared, largest = _float32_bytes(checkpoint)
+    return shared + (len(layers) + TRANSIENT_LAYERS) * largest
 
 
 def _float32_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -132,6 +138,16 @@ def _float32_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
             by_layer[layer] = by_layer.get(layer, 0) + 4 * math.prod(checkpoint.tensor(name).shape)
     shared = by_layer.pop(None)
     return shared, max(by_layer.values(), default=0)
+
+
+def _is_per_layer(key: str, value: Any, count: int) -> bool:
+    """Whether a setting has an entry per layer; a pattern may be a text with a letter for each."""
+    return (isinstance(value, list) or (isinstance(value, str) and "pattern" in key)) and len(value) == count
+
+
+def _of_layers(value: list[Any] | str, layers: list[int]) -> list[Any] | str:
+    chosen = [value[layer] for layer in layers]
+    return "".join(chosen) if isinstance(value, str) else chosen
 
 
 def _count_key(settings: Mapping[str, Any]) -> str | None:
