@@ -32,6 +32,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.composition.composed_identity import composed_identity
     from utils.evaluation.find_evaluation import evaluation_of
     from utils.export import hub
+    from utils.models.rows import row_probe
     from utils.planning import preflight
 
     hub.check(config.hub)
@@ -41,7 +42,14 @@ def main(config: Config) -> dict[str, Any]:
     data = find.data_of(config, base, found)
     parts = composed_adapter.load(found, base)
     identity = composed_identity(
-        config.compose, base, found, data, config.run.seed, is_padded=composed_adapter.ranks_differ(parts)
+        config.compose,
+        base,
+        found,
+        data,
+        config.run.seed,
+        is_padded=composed_adapter.ranks_differ(parts),
+        # what a search reads its losses by
+        rows=row_probe.measured(base, config.base).deciding() if config.compose.search else {},
     )
     directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, config.preset, identity)
     composed_adapter.refuse_inside(directory, base, found)

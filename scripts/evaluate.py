@@ -28,15 +28,19 @@ def main(config: Config) -> dict[str, Any]:
     """Find or make what belongs together, score every cell, conclude, write down, show."""
     from utils import logger
     from utils.artifacts import files, runs
-    from utils.evaluation import comparison, run_groups
+    from utils.evaluation import comparison, run_groups, scored_rows
     from utils.evaluation.evaluation_identity import evaluation_identity
     from utils.evaluation.report import evaluation_report
     from utils.evaluation.report.summary_table import table
+    from utils.models import chat, turn_format
     from utils.planning import preflight
 
     base = preflight.start(config)
     parts = run_groups.gather(config, base)
-    identity = evaluation_identity(config, base, parts)
+    supports = scored_rows.row_supports(config, base, parts)
+    identity = evaluation_identity(
+        config, base, parts, supports, turn_format.deciding(chat.load_tokenizer(base.directory))
+    )
     directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, config.preset, identity)
 
     def fill() -> dict[str, Any]:
@@ -44,10 +48,9 @@ def main(config: Config) -> dict[str, Any]:
         files.write_json(directory / "results.json", results)
         files.write_text(directory / "summary.txt", table(results) + "\n")
         evaluation_report.write(directory, results, parts.runs(), parts.composed.run if parts.composed else None)
-        measured, facts = results["measured"], {"test": results["reads"]["test"]}
-        return runs.manifest(
-            "evaluation", identity, base=base.record(), parents=parts.runs(), measured=measured, **facts
-        )
+        facts = {"measured": results["measured"], "test": results["reads"]["test"]}
+        facts["rows"] = {name: support.to_json() for name, support in supports.items()}
+        return runs.manifest("evaluation", identity, base=base.record(), parents=parts.runs(), **facts)
 
     _, is_there = runs.make(directory, identity, "the evaluation", fill)
     if is_there:

@@ -32,6 +32,8 @@ MOST_USED = ("task.on", "task.lora.rank", "task.train.learning_rate", "task.trai
 def main(config: Config) -> dict[str, Any]:
     """Base model, frozen domain adapter, fresh task adapter, bucketed pairs, training loop, artefact."""
     from utils.adapters import adapter_files, find, peft_model
+    from utils.models import chat, turn_format
+    from utils.models.rows import row_probe
     from utils.planning import preflight
     from utils.training import training_identity, training_run
     from utils.training.schedules import AdapterSchedule
@@ -43,7 +45,9 @@ def main(config: Config) -> dict[str, Any]:
     initial = find.initial_run(config, base, "task")
     parents, frozen = [data, *filter(None, (domain, initial))], ["domain"] if domain else []
     schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
-    facts = task_facts(config.task, domain) | training_identity.start_facts(initial)
+    rows = row_probe.measured(base, config.base)
+    facts = task_facts(config.task, domain) | training_identity.start_facts(initial) | rows.deciding("head")
+    facts |= turn_format.deciding(chat.load_tokenizer(base.directory))
     identity = training_identity.identity_of(config, "task", base, data, **facts)
     with training_run.opened(config, "task", base, identity, parents) as run:
         if run.complete:
@@ -56,7 +60,8 @@ def main(config: Config) -> dict[str, Any]:
         model = training_run.new_adapter(model, "task", config.task.lora, config.run.seed, frozen, initial=start)
         outcome = training_run.train(run, model, pairs, dev, schedule)
         training_run.save(run, model, outcome, system_prompt=config.task.system_prompt)
-        run = training_run.record(run, outcome, data=counts, system_prompt=config.task.system_prompt)
+        prompt = config.task.system_prompt
+        run = training_run.record(run, outcome, data=counts, system_prompt=prompt, rows=rows.to_json())
     return training_run.result(run, reused=False)
 
 

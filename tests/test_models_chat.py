@@ -33,7 +33,9 @@ class Chat(unittest.TestCase):
     def test_plain_template_has_the_answer_and_its_end_alone(self) -> None:
         prompt = chat.prompt_ids(self.plain, EXAMPLE, "Be brief.")
         self.assertEqual(self.plain.decode(prompt), "<system>Be brief.\n<user>Why?\n<assistant>")
-        answer = chat.answer_ids(self.plain, "Because.", "reasoning has no place here")
+        answer = chat.answer_ids(self.plain, "Because.")
+        with self.assertRaisesRegex(chat.TemplateError, "no place for reasoning"):
+            chat.answer_ids(self.plain, "Because.", "It is so.")
         self.assertEqual(self.plain.decode(answer), "Because.[e~[")
         self.assertEqual(chat.answer_offset(self.plain), 0)
         self.assertEqual((chat.opens_thinking(self.plain), chat.opens_thinking(self.thinking)), (False, True))

@@ -26,8 +26,9 @@ from utils.exceptions import ArtefactError, Problem
 from utils.inference import scoring
 from utils.inference.scoring import Question
 from utils.logger import event
-from utils.models import chat, loading
+from utils.models import chat
 from utils.models.base_model import BaseModel
+from utils.models.rows import row_probe
 
 NO_LM_EVAL = "lm-eval is not installed: pip install 'lm-eval>=0.4.9'"
 WINDOW_TOKENS = 1024
@@ -52,7 +53,7 @@ def measure(config: Config, base: BaseModel) -> dict[str, Any]:
                 "prepare more data, or raise --benchmark.evaluation_items",
             )
         )
-    model = loading.load_model(base, config.base)
+    model = row_probe.load_model(base, config.base)
     ours: dict[str, Score] = {
         "questions": lambda part: _our_questions(model, part, pad_id, budget),
         "documents": lambda part: _our_documents(model, tokenizer, part, budget),

@@ -28,10 +28,12 @@ def composed_identity(
     seed: int,
     *,
     is_padded: bool = False,
+    rows: Mapping[str, Any] | None = None,
 ) -> Identity:
     """The identity of these adapters composed as the section says; `data` is what a search would choose on.
 
-    `is_padded`: the ranks of the modules differ, and until 2026-11-30 were not made one.
+    `is_padded`: the ranks of the modules differ, and until 2026-11-30 were not made one. `rows`: in what a search's
+    losses are other than those of a plain decoder (`RowSupport.deciding`).
     """
     resolved = recipe_of(section, seed)
     recorded = {
@@ -41,7 +43,8 @@ def composed_identity(
         "compose": section.model_dump(mode="json") | {name: getattr(resolved, name) for name in OPEN},
         "seed": seed,
     }
-    return Identity.of("composed", _values(recorded) | ({"one_rank": True} if is_padded else {}), _values)
+    own = ({"one_rank": True} if is_padded else {}) | dict(rows or {})
+    return Identity.of("composed", _values(recorded) | own, _values)
 
 
 def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:

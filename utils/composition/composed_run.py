@@ -18,6 +18,7 @@ from utils.composition.methods import Recipe
 from utils.logger import event, warning
 from utils.models import float32_model
 from utils.models.base_model import BaseModel
+from utils.models.rows import row_support
 
 
 def write(
@@ -36,12 +37,14 @@ def write(
     made = composed_adapter.made(parts, found, recipe, searched=is_searched)
     composed_adapter.say(made)
     _explain(probe, recipe, directory)
+    rows = row_support.of(probe.model).to_json() if probe else None
     del probe  # its model goes before the check loads one in float32
     measured = composed_adapter.check_on_model(base, made, config.base, directory / ".selfcheck")
     event("composition verified", **measured)
     _write_adapter(base, made, directory)
     files.write_json(directory / "config.json", config.model_dump(mode="json"))
-    return {"composition": composed_adapter.record(made), "measured": measured, "system_prompt": prompt}
+    facts = {"composition": composed_adapter.record(made), "measured": measured, "system_prompt": prompt}
+    return facts | ({"rows": rows} if rows else {})
 
 
 def _probe(

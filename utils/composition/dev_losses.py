@@ -29,9 +29,10 @@ from utils.data.splits import hash_share
 from utils.exceptions import ArtefactError, DataError, NonFiniteError, Problem
 from utils.inference import scoring
 from utils.logger import event, warning
-from utils.models import chat, loading
+from utils.models import chat
 from utils.models.base_model import BaseModel
 from utils.models.losses import NextTokenLoss
+from utils.models.rows import row_probe, row_support
 from utils.models.weights.tensor_names import layer_of
 from utils.progress import Progress
 
@@ -130,7 +131,7 @@ class DevProbe:
     @classmethod
     def on(cls, base: BaseModel, section: BaseModelSection, parts: Sequence[Factors], data: DevData) -> DevProbe:
         """Load the base once."""
-        return cls(loading.load_model(base, section), parts, data)
+        return cls(row_probe.load_model(base, section), parts, data)
 
     def __init__(self, model: Any, parts: Sequence[Factors], data: DevData):
         self.names = [f"part{i}" for i in range(len(parts))]
@@ -201,6 +202,8 @@ class DevProbe:
     def document_batches(self) -> list[Batch]:
         """Dev documents as batches."""
         documents = self.data.documents
+        if documents and not row_support.of(self.model).packs:
+            documents = documents.unpacked()
         return [documents.batch(0, rows) for step in documents.steps(0) for rows in step] if documents else []
 
     @torch.no_grad()
@@ -232,12 +235,8 @@ class DevProbe:
                 watch(name, module)
         try:
             for batch in batches:
-                self.model(
-                    batch.input_ids_BT.to(self.device),
-                    position_ids=batch.position_ids_BT.to(self.device),
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
+                ids_BT, positions_BT = batch.input_ids_BT.to(self.device), batch.position_ids_BT.to(self.device)
+                self.model(**row_support.arguments(self.model, ids_BT, positions_BT), logits_to_keep=1)
         finally:
             for handle in handles:
                 handle.remove()

@@ -68,28 +68,46 @@ class Piece:
 
 
 class PackedDocuments:
-    """Documents packed into rows of `sequence_tokens`; a long one continues in another row, no token is lost."""
+    """Documents packed into rows of `sequence_tokens`; a long one continues in another row, no token is lost.
 
-    def __init__(self, documents: Dataset, train: TrainSection, seed: int, pad_id: int):
-        self.documents, self.train, self.seed, self.pad_id = documents, train, seed, pad_id
+    Without `packs` each piece is a row of its own, and rows of similar length make a step: for models that do not
+    honour borders within a row (`row_support`).
+    """
+
+    def __init__(self, documents: Dataset, train: TrainSection, seed: int, pad_id: int, *, packs: bool = True):
+        self.documents, self.train, self.seed, self.pad_id, self.packs = documents, train, seed, pad_id, packs
         self.lengths = np.asarray(documents.with_format("numpy")["num_tokens"][:], dtype=np.int64)
         self._packed: tuple[int, list[list[Piece]]] = (-1, [])
 
     def rows(self, epoch: int) -> list[list[Piece]]:
         """The pieces of each row; packing is redone each epoch, so neighbours change."""
         if self._packed[0] != epoch:
-            self._packed = (
-                epoch,
-                pack(self.lengths, self.train.sequence_tokens, random.Random(f"{self.seed}:{epoch}")),
-            )
+            arrange = pack if self.packs else one_piece_each
+            generator = random.Random(f"{self.seed}:{epoch}")
+            self._packed = (epoch, arrange(self.lengths, self.train.sequence_tokens, generator))
         return self._packed[1]
 
+    def row_lengths(self, epoch: int) -> list[int]:
+        """Tokens of each row, padding included where rows are packed."""
+        if self.packs:
+            return [self.train.sequence_tokens] * len(self.rows(epoch))
+        return [piece.end - piece.start for (piece,) in self.rows(epoch)]
+
+    def unpacked(self) -> PackedDocuments:
+        """The same documents, each piece in a row of its own."""
+        return PackedDocuments(self.documents, self.train, self.seed, self.pad_id, packs=False)
+
     def steps(self, epoch: int) -> list[OptimiserStep]:
-        length = self.train.sequence_tokens
-        return group(list(range(len(self.rows(epoch)))), [length] * len(self.rows(epoch)), self.train)
+        lengths = self.row_lengths(epoch)
+        order = sorted(range(len(lengths)), key=lambda row: lengths[row])  # packed rows are all of one length
+        steps = group(order, [lengths[row] for row in order], self.train)
+        if not self.packs:
+            random.Random(f"{self.seed}:{epoch}:steps").shuffle(steps)
+        return steps
 
     def batch(self, epoch: int, rows: MicroBatch) -> Batch:
-        length = self.train.sequence_tokens
+        lengths = self.row_lengths(epoch)
+        length = max(lengths[row] for row in rows)
         ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
         labels = np.full((len(rows), length), IGNORED, dtype=np.int64)
         positions = np.zeros((len(rows), length), dtype=np.int64)
@@ -178,6 +196,17 @@ def pack(lengths: Sequence[int], row_tokens: int, generator: random.Random) -> l
                 fullest = min(range(len(open_rows)), key=lambda at: open_rows[at][0])
                 done.append(open_rows.pop(fullest)[1])
     rows = done + [pieces for _, pieces in open_rows]
+    generator.shuffle(rows)
+    return rows
+
+
+def one_piece_each(lengths: Sequence[int], row_tokens: int, generator: random.Random) -> list[list[Piece]]:
+    """As `pack`, with a row for each piece."""
+    rows = [
+        [Piece(document, start, min(start + row_tokens, int(length)))]
+        for document, length in enumerate(lengths)
+        for start in range(0, int(length), row_tokens)
+    ]
     generator.shuffle(rows)
     return rows
 

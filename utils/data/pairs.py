@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.exceptions import DataError, Problem
-from utils.models import chat
+from utils.models import chat, turn_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,8 @@ def tokenise_pairs(
     dropped = shortened = 0
     if all_turns:
         examples = [turn for example in examples for turn in chat.turn_examples(tokenizer, example, system_prompt)]
+    if not turn_format.has_place_for_reasoning(tokenizer):
+        refuse_reasoning(examples)
     for example in examples:
         said, calls = example["answers"][0], example.get("tool_calls")
         answer = chat.answer_ids(tokenizer, said, example.get("reasoning"), calls=calls)
@@ -64,6 +66,15 @@ def tokenise_pairs(
         shortened += was_cut
         pairs.append(Pair(str(example["id"]), (*prompt, *answer), len(answer)))
     return pairs, PairReport(len(pairs), dropped, shortened)
+
+
+def refuse_reasoning(examples: Sequence[dict[str, Any]]) -> None:
+    """Raises DataError for pairs with reasoning, of which a template without a place for it would train nothing."""
+    names = [str(example.get("id")) for example in examples if example.get("reasoning")]
+    if names:
+        what = f"{len(names)} pairs carry reasoning that the chat template of this base model has no place for"
+        fix = "leave `reasoning` (and <think> blocks) out of them, or adapt a model whose template writes a think block"
+        raise DataError(Problem(what, names[:5], fix))
 
 
 def fitting_prompt(

@@ -23,10 +23,11 @@ from utils.data.domains.built_in import BuiltIn
 from utils.data.domains.invented import invented_domain
 from utils.data.domains.python_demo import other_modules, python_demo
 from utils.data.examples import read_task_examples
+from utils.data.pairs import refuse_reasoning
 from utils.data.splits import hash_share, leaks, split_by_document
 from utils.exceptions import ArtefactError, DataError, Problem
 from utils.logger import event
-from utils.models import chat
+from utils.models import chat, turn_format
 from utils.models.base_model import BaseModel
 from utils.models.chat import load_tokenizer
 
@@ -184,6 +185,8 @@ def _prepare_examples(
         splits, counts = _read_splits(data, seed, cache)
     limits = {"train": data.max_train_examples, "dev": data.max_dev_examples, "test": data.max_test_examples}
     tokenizer = load_tokenizer(base.directory)
+    if not turn_format.has_place_for_reasoning(tokenizer):
+        refuse_reasoning([example for examples in splits.values() for example in examples])
     for split, examples in splits.items():
         if limits[split] and len(examples) > limits[split]:
             kept = {e["id"] for e in sorted(examples, key=lambda e: hash_share(e["id"], seed))[: limits[split]]}

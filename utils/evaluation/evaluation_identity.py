@@ -14,6 +14,7 @@ from utils.evaluation.run_groups import ComparedRuns
 from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
+from utils.models.rows.row_support import RowSupport
 
 # recorded name -> setting; which rows there are is decided by the runs and models that take part
 SCORED = same_names("margin", "batch_tokens", "max_heldout_documents", "generated_answers", "resamples")
@@ -21,8 +22,13 @@ ANSWERED = same_names("max_new_tokens")
 KEPT = same_names("base", "runs", "models", "recipe", "dtype", "quantization", "seed")
 
 
-def evaluation_identity(config: Config, base: BaseModel, parts: ComparedRuns) -> Identity:
-    """The identity of a comparison of these runs."""
+def evaluation_identity(
+    config: Config, base: BaseModel, parts: ComparedRuns, supports: Mapping[str, RowSupport], turn: Mapping[str, Any]
+) -> Identity:
+    """The identity of a comparison of these runs.
+
+    `supports` is what each model honours when rows are shared, `turn` what stands around answers (`chat.deciding`).
+    """
     recorded = {
         "base": base.digest,
         "runs": [run.digest for run in parts.runs()],
@@ -33,7 +39,8 @@ def evaluation_identity(config: Config, base: BaseModel, parts: ComparedRuns) ->
         **({} if base.quantization == PLAIN else {"quantization": base.quantization}),
         "seed": config.run.seed,
     }
-    return Identity.of("evaluation", _values(recorded), _values)
+    odd = {name: found["rows"] for name, support in supports.items() if (found := support.deciding())}
+    return Identity.of("evaluation", _values(recorded) | ({"rows": odd} if odd else {}) | dict(turn), _values)
 
 
 def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:

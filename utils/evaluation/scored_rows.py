@@ -27,8 +27,10 @@ from utils.evaluation.run_groups import ComparedRuns, RunGroup
 from utils.exceptions import DataError, NonFiniteError, Problem
 from utils.inference import generation, scoring
 from utils.logger import event, warning
-from utils.models import chat, loading
+from utils.models import chat
 from utils.models.base_model import BaseModel
+from utils.models.rows import row_probe
+from utils.models.rows.row_support import RowSupport
 
 WINDOW_TOKENS = 1024
 SEEN_DOCUMENTS = 60
@@ -86,6 +88,12 @@ def rows(config: Config, base: BaseModel, parts: ComparedRuns) -> list[ModelRow]
     return found
 
 
+def row_supports(config: Config, base: BaseModel, parts: ComparedRuns) -> dict[str, RowSupport]:
+    """What the base and each further model honours when rows are shared, by the name of its row."""
+    models = {"base": base} | {guest.name: guest.model for guest in parts.guests if guest.model}
+    return {name: row_probe.measured(model, config.base) for name, model in models.items()}
+
+
 def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path) -> Material:
     """Test items and documents as tokens. Raises DataError when no test item can be scored."""
     settings, tokenizer = config.evaluate, chat.load_tokenizer(base.directory)
@@ -138,7 +146,7 @@ def _models(config: Config, base: BaseModel, wanted: Sequence[ModelRow]) -> Iter
     on_base = [row for row in wanted if row.model is None]
     if on_base:
         adapters = {row.name: row.factors for row in on_base if row.factors}
-        model = inference_layers.attach(loading.load_model(base, config.base), adapters).eval()
+        model = inference_layers.attach(row_probe.load_model(base, config.base), adapters).eval()
         for row in on_base:
             inference_layers.select(model, {row.name: 1.0} if row.factors else {})
             yield row, model
@@ -146,7 +154,7 @@ def _models(config: Config, base: BaseModel, wanted: Sequence[ModelRow]) -> Iter
         gc.collect()
     for row in wanted:
         if row.model is not None:
-            yield row, loading.load_model(row.model, config.base).eval()
+            yield row, row_probe.load_model(row.model, config.base).eval()
             gc.collect()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from config import InferenceSection
 from utils.logger import printable
-from utils.models import chat
+from utils.models import chat, turn_format
 from utils.models.losses import autocast
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def answer(
     from transformers import TextStreamer
 
     device = next(model.parameters()).device
-    end = int(tokenizer.eos_token_id)
-    pad = end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    ends, pad = turn_format.stops(tokenizer, getattr(model, "generation_config", None)), chat.pad_id(tokenizer)
     length = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -96,7 +95,7 @@ def answer(
     class Streamer(TextStreamer):
         def put(self, value: torch.Tensor) -> None:
             if not self.next_tokens_are_prompt:
-                value = torch.tensor(chat.shown_ids(tokenizer, value.tolist()))
+                value = torch.tensor([i for i in chat.shown_ids(tokenizer, value.tolist()) if i not in ends])
             if len(value):
                 super().put(value)
 
@@ -111,15 +110,15 @@ def answer(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=end,
+            eos_token_id=ends,
             streamer=streamer,
             **sampling,
         )
     opened = chat.opens_thinking(tokenizer)
     found = []
     for row in made[:, length:].tolist():
-        ended = end in row
-        kept = row[: row.index(end)] if ended else row
+        at = next((at for at, token in enumerate(row) if token in ends), None)
+        ended, kept = at is not None, row[:at]
         text = printable(tokenizer.decode(chat.shown_ids(tokenizer, kept)))
         found.append(GeneratedAnswer(text, len(kept) + ended, ended, opened))
     return found

@@ -2,14 +2,16 @@
 
 Every cell of a comparison is the same loaded base with other adapters active, scored on the same tokens. A question and
 all its candidate answers are one row: the prompt is computed once and each candidate attends to it and to itself only.
+Models that were measured not to keep candidates or documents apart (`row_probe`) get one of them in each row.
 
 Shape suffixes: B rows, T tokens, N scored tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +22,9 @@ from utils.data.batches import Batch
 from utils.data.pairs import fitting_prompt
 from utils.exceptions import NonFiniteError, Problem
 from utils.inference import generation
-from utils.models import chat
-from utils.models.losses import IGNORED, autocast, token_nll
+from utils.models import chat, turn_format
+from utils.models.losses import autocast, token_nll
+from utils.models.rows import row_layouts, row_support
 from utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ class Question:
     """One test item as tokens: the prompt, and candidate answers of which the first is the gold answer.
 
     `choice_of` maps the item's choices to candidates. `skip` is the length of the template's think block in front of
-    each answer; it is conditioned on and not scored. Each candidate ends with the end-of-turn token.
+    each answer; it is conditioned on and not scored. Each candidate ends with `end_tokens` tokens that end the turn.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Question:
     skip: int
     choice_of: tuple[int, ...]
     answer_index: int | None
+    end_tokens: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +91,7 @@ def questions(
     """Test items as tokens, and the names of those left out because prompt and longest answer exceed `max_tokens`."""
     found: list[Question] = []
     too_long: list[str] = []
-    skip = chat.answer_offset(tokenizer)
+    skip, ending = chat.answer_offset(tokenizer), len(turn_format.end_of_turn(tokenizer))
     for example in examples:
         texts = [example["answers"][0]]
         choice_of = []
@@ -98,13 +102,20 @@ def questions(
         calls = example.get("tool_calls")
         candidates = tuple(tuple(chat.answer_ids(tokenizer, text, calls=calls)) for text in texts)
         prompt, _ = fitting_prompt(example, tokenizer, system_prompt, max_tokens - max(len(c) for c in candidates))
-        if prompt is None or any(len(c) == skip + 1 for c in candidates):
+        if prompt is None or any(len(c) == skip + ending for c in candidates):
             too_long.append(str(example["id"]))
             continue
         index = example.get("answer_index") if choice_of else None
         found.append(
             Question(
-                str(example["id"]), str(example["document"]), tuple(prompt), candidates, skip, tuple(choice_of), index
+                str(example["id"]),
+                str(example["document"]),
+                tuple(prompt),
+                candidates,
+                skip,
+                tuple(choice_of),
+                index,
+                ending,
             )
         )
     return found, too_long
@@ -115,6 +126,10 @@ def score_questions(
     model: Any, items: Sequence[Question], *, batch_tokens: int, pad_id: int, device: torch.device, what: str
 ) -> list[ItemScore]:
     """Scores in the order of `items`; long and short ones are batched apart."""
+    if row_support.of(model).candidates == "none" and any(len(item.candidates) > 1 for item in items):
+        alone = [replace(item, candidates=(c,), choice_of=()) for item in items for c in item.candidates]
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "pad_id": pad_id, "device": device, "what": what}
+        return _joined(items, score_questions(model, alone, **how))
     order = sorted(range(len(items)), key=lambda i: items[i].num_tokens)
     scores: dict[int, ItemScore] = {}
     with Progress(what, total=len(items), unit="item") as bar:
@@ -131,13 +146,14 @@ def score_documents(
     model: Any, data: Any, *, batch_tokens: int, device: torch.device, what: str
 ) -> list[DocumentScore]:
     """NLL of each document of a PackedDocuments, in rows whose documents do not see each other."""
-    settings = data.train
-    rows = list(range(len(data.rows(0))))
-    size = max(1, batch_tokens // settings.sequence_tokens)
+    if not row_support.of(model).packs:
+        data = data.unpacked()
+    lengths = data.row_lengths(0)
+    rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
     sums: dict[int, list[float]] = {}
     with Progress(what, total=len(rows), unit="row") as bar:
-        for at in range(0, len(rows), size):
-            chosen = tuple(rows[at : at + size])
+        for group in _batches(rows, [lengths[row] for row in rows], batch_tokens):
+            chosen = tuple(group)
             batch: Batch = data.batch(0, chosen)
             nll_N = _nll(model, batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT, None, device)
             position = 0
@@ -167,7 +183,7 @@ def answered(
     how = InferenceSection(max_new_tokens=max_new_tokens)
     with Progress(what, total=len(examples), unit="answer") as bar:
         given = generation.answer_all(model, tokenizer, examples, system_prompt, how, bar.advance)
-    thinks = chat.opens_thinking(tokenizer)
+    thinks = turn_format.writes_thinking(tokenizer)
     found = []
     for example, answer in zip(examples, given, strict=True):
         text = answer.spoken
@@ -213,30 +229,10 @@ def to_json(scores: Sequence[ItemScore | DocumentScore]) -> list[dict[str, Any]]
 
 
 def _score_batch(model: Any, items: list[Question], pad_id: int, device: torch.device) -> list[ItemScore]:
-    """Row layout: the prompt without its last token, then per candidate that last token and the candidate's inputs.
-
-    So each candidate predicts its own first token, at the position it has when it stands alone after the prompt.
-    """
-    length = max(item.num_tokens for item in items)
-    ids = torch.full((len(items), length), pad_id)
-    positions = torch.zeros((len(items), length), dtype=torch.long)
-    labels = torch.full((len(items), length), IGNORED)
-    # True where a query may look; pad queries see themselves, because a row without any key is NaN
-    visible = torch.eye(length, dtype=torch.bool).repeat(len(items), 1, 1)
-    for row, item in enumerate(items):
-        shared = len(item.prompt) - 1
-        ids[row, :shared] = torch.tensor(item.prompt[:-1])
-        positions[row, :shared] = torch.arange(shared)
-        visible[row, :shared, :shared] = torch.ones(shared, shared, dtype=torch.bool).tril()
-        at = shared
-        for candidate in item.candidates:
-            end = at + len(candidate)
-            ids[row, at:end] = torch.tensor((item.prompt[-1], *candidate[:-1]))
-            positions[row, at:end] = torch.arange(shared, shared + len(candidate))
-            labels[row, at:end] = torch.tensor(candidate)
-            visible[row, at:end, :shared] = True
-            visible[row, at:end, at:end] = torch.ones(end - at, end - at, dtype=torch.bool).tril()
-            at = end
+    """Scores of items whose candidates share a row, or of items with one candidate each."""
+    (ids, positions, labels), visible = row_layouts.sharing_a_prompt([(i.prompt, i.candidates) for i in items], pad_id)
+    if row_support.of(model).candidates == "none":
+        visible = None
     nll_N = _nll(model, ids, positions, labels, visible, device)
     scores = []
     at = 0
@@ -244,22 +240,37 @@ def _score_batch(model: Any, items: list[Question], pad_id: int, device: torch.d
         sums = []
         for candidate in item.candidates:
             own = nll_N[at : at + len(candidate)].double()
-            sums.append((float(own[item.skip : -1].sum()), len(candidate) - item.skip - 1, float(own[-1])))
+            said = own[item.skip : -item.end_tokens]
+            sums.append((float(said.sum()), len(said), float(own[-item.end_tokens :].sum())))
             at += len(candidate)
-        chosen = [sums[i] for i in item.choice_of]
-        scores.append(
-            ItemScore(
-                name=item.name,
-                document=item.document,
-                answer_nll=sums[0][0],
-                answer_tokens=sums[0][1],
-                end_nll=sums[0][2],
-                choice_nlls=[nll for nll, _, _ in chosen],
-                choice_tokens=[tokens for _, tokens, _ in chosen],
-                answer_index=item.answer_index,
-            )
-        )
+        scores.append(_item_score(item, sums))
     return scores
+
+
+def _joined(items: Sequence[Question], alone: Sequence[ItemScore]) -> list[ItemScore]:
+    """Scores of items from those of each candidate alone."""
+    own = iter(alone)
+    return [
+        _item_score(
+            item, [(s.answer_nll, s.answer_tokens, s.end_nll) for s in itertools.islice(own, len(item.candidates))]
+        )
+        for item in items
+    ]
+
+
+def _item_score(item: Question, sums: Sequence[tuple[float, int, float]]) -> ItemScore:
+    """An item's score from (text NLL, text tokens, end-of-turn NLL) of each candidate."""
+    chosen = [sums[i] for i in item.choice_of]
+    return ItemScore(
+        name=item.name,
+        document=item.document,
+        answer_nll=sums[0][0],
+        answer_tokens=sums[0][1],
+        end_nll=sums[0][2],
+        choice_nlls=[nll for nll, _, _ in chosen],
+        choice_tokens=[tokens for _, tokens, _ in chosen],
+        answer_index=item.answer_index,
+    )
 
 
 def _nll(
@@ -271,14 +282,9 @@ def _nll(
     device: torch.device,
 ) -> torch.Tensor:
     """NLL of each labelled position (N,), float32 on the CPU. Raises NonFiniteError instead of returning NaN."""
-    mask = None
-    if visible_BTT is not None:
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        # additive, because eager attention adds it and sdpa takes it in the query's dtype
-        mask = torch.zeros(visible_BTT.shape, dtype=dtype).masked_fill_(~visible_BTT, torch.finfo(dtype).min)
-        mask = mask[:, None].to(device)
+    visible_BTT = None if visible_BTT is None else visible_BTT.to(device)
     with autocast(model, device):
-        nll_N = token_nll(model, ids_BT.to(device), positions_BT.to(device), labels_BT.to(device), mask).cpu()
+        nll_N = token_nll(model, ids_BT.to(device), positions_BT.to(device), labels_BT.to(device), visible_BTT).cpu()
     if not torch.isfinite(nll_N).all():
         raise NonFiniteError(Problem("the model gives NaN or infinite log-likelihoods", fix="check its weights"))
     return nll_N

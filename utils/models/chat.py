@@ -1,8 +1,9 @@
 """Prompt and answer as token ids: one convention for training, evaluation and inference.
 
-The prompt is the chat template with the generation prompt; the answer is appended to exactly that, and ends with the
-end-of-turn token. Templates that open a think block for generation (MiniMax-M2) get it closed first, empty unless the
-data has reasoning, because their generation prompt is not a prefix of the rendered conversation.
+The prompt is the chat template with the generation prompt; the answer is appended to exactly that, with what the
+template writes before it, and ends as the template ends a turn (`turn_format`). Templates that open a think block for
+generation (MiniMax-M2) get it closed first, empty unless the data has reasoning, because their generation prompt is
+not a prefix of the rendered conversation.
 
 What a person wrote is text: a special token that stands in it (`<|im_end|>`) is spelled out in ordinary tokens. The
 template and this module alone put real ones; the marks of a think block in a conversation stay what templates cut at.
@@ -21,13 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
+from utils.models import turn_format
 from utils.models.architectures import registry
 from utils.models.directory_checks import CONFIG, readable
+from utils.models.turn_format import THINK_END, THINK_MARKS, THINK_START, TemplateError, opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THINK_START, THINK_END = THINK_MARKS = ("<think>", "</think>")
+GENERATION = "generation_config.json"
 # stands for a special token that a person wrote while a template is rendered; private use, so in no template
 _STAND_IN = 0xF0000
 # stands for an answer, to find what a template writes around it; private use too
@@ -107,10 +110,6 @@ def answer_with_calls(
     return written
 
 
-class TemplateError(ValueError):
-    """What the chat template of a model cannot write; the message is the reason."""
-
-
 def unwritten(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], system_prompt: str) -> list[str]:
     """What of the conversation up to the answer is not in the prompt that the template makes, each named once.
 
@@ -181,13 +180,14 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], 
 def answer_ids(
     tokenizer: PreTrainedTokenizerBase, answer: str, reasoning: str | None = None, *, calls: object = None
 ) -> list[int]:
-    """Token ids that the model should produce after the prompt, the end-of-turn token last.
+    """Token ids that the model should produce after the prompt, the end of turn last.
 
-    An answer with `calls` is as the template wrote it (`answer_with_calls`), so special tokens in it are real.
+    Raises TemplateError for reasoning that the template has no place for. An answer with `calls` is as the template
+    wrote it (`answer_with_calls`), so special tokens in it are real.
     """
     ids = _template_ids(tokenizer, answer) if calls else text_ids(tokenizer, [answer])[0]
     # the closing and the answer are tokenised apart: together their white space could merge over the border
-    return [*_closing_ids(tokenizer, reasoning), *ids, int(tokenizer.eos_token_id)]
+    return [*_closing_ids(tokenizer, reasoning), *ids, *turn_format.end_of_turn(tokenizer)]
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -198,29 +198,21 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
 
 
 def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> int:
-    """How many of `answer_ids` precede the answer itself (the closing of the think block)."""
+    """How many of `answer_ids` precede the answer itself (the template's opening, the think block)."""
     return len(_closing_ids(tokenizer, reasoning))
 
 
 def answer_opening(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> str:
-    """The text between prompt and answer: the closing of the think block where the template opens one."""
-    return f"{reasoning or ''}\n{THINK_END}\n\n" if opens_thinking(tokenizer) else ""
+    """The text between prompt and answer: the template's own, the closing of the think block where it opens one."""
+    before, after = turn_format.around_reasoning(tokenizer, reasoning)
+    return f"{before}{reasoning or ''}{after}"
 
 
 def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> list[int]:
-    if not opens_thinking(tokenizer):
-        return []
-    text, end = reasoning or "", f"\n{THINK_END}\n\n"
+    text, (before, after) = reasoning or "", turn_format.around_reasoning(tokenizer, reasoning)
     if _special_tokens(tokenizer).search(text):
-        return [*text_ids(tokenizer, [text])[0], *_template_ids(tokenizer, end)]
-    return _template_ids(tokenizer, text + end)
-
-
-def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template's generation prompt leaves a think block open."""
-    probe = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
-    return str(rendered).rstrip().endswith(THINK_START)
+        return [*_template_ids(tokenizer, before), *text_ids(tokenizer, [text])[0], *_template_ids(tokenizer, after)]
+    return _template_ids(tokenizer, before + text + after) if before + text + after else []
 
 
 def parted(text: str, *, opened: bool) -> tuple[str, str]:
@@ -299,7 +291,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     with readable(directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        settings = files.read_object(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+        settings, stopping = (
+            files.read_object(directory / name) if (directory / name).is_file() else {} for name in (CONFIG, GENERATION)
+        )
+    ends = stopping.get("eos_token_id")
+    ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    setattr(tokenizer, turn_format.ENDS, tuple(token for token in ends if isinstance(token, int)))
     pad = registry.of(settings.get("model_type")).unnamed_pad
     if pad and tokenizer.pad_token_id is None and pad in tokenizer.get_vocab():
         tokenizer.pad_token = pad

@@ -25,6 +25,7 @@ from utils.data.batches import Batch, TrainingData
 from utils.exceptions import ConfigError, NonFiniteError, Problem
 from utils.models import devices, parallel
 from utils.models.base_model import BaseModel
+from utils.models.rows import row_probe, row_support
 from utils.planning import preflight
 from utils.training import checkpoints, training_loop
 from utils.training.schedules import AdapterSchedule
@@ -87,11 +88,16 @@ def opened(
 
 
 def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
-    """The frozen base model for training an adapter; an FP8 checkpoint stays FP8 where that can be."""
+    """The frozen base model for training an adapter; an FP8 checkpoint stays FP8 where that can be.
+
+    Rows are fed to it as it was measured to honour them (`row_probe`).
+    """
     form = preflight.form(config, stage, base)
     if form.why:
         logger.event(f"the FP8 checkpoint {'stays FP8' if form.native else 'is de-quantised'}", why=form.why)
-    return parallel.load_model(base, config.base, native_fp8=form.native)
+    model = parallel.load_model(base, config.base, native_fp8=form.native)
+    row_support.attach(model, row_probe.measured(base, config.base))
+    return model
 
 
 def new_adapter(

@@ -24,7 +24,7 @@ from utils.data import answer_metrics
 from utils.evaluation.lm_eval import lm_eval_functions
 from utils.inference.scoring import Question, questions
 from utils.logger import warning
-from utils.models import chat
+from utils.models import chat, turn_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ def write(
         gold, choices = example["answers"][0], example.get("choices") or []
         otherwise += _is_tokenised_otherwise(tokenizer, context, space, item, [gold, *choices])
         shared = {"id": item.name, "document": item.document, "context": context}
-        tokens = [len(candidate) - item.skip - 1 for candidate in item.candidates]
+        tokens = [len(candidate) - item.skip - item.end_tokens for candidate in item.candidates]
         rows.append(
             shared
             | {"prompt": prompt, "answers": example["answers"]}
@@ -96,10 +96,10 @@ def write(
     _write_rows(directory / "answers.jsonl", rows)
     if choice_rows:
         _write_rows(directory / "choices.jsonl", choice_rows)
-    end = str(tokenizer.eos_token)
+    end, stop = str(tokenizer.eos_token), tokenizer.decode(turn_format.end_of_turn(tokenizer))
     has_documents = (directory.parent / HELDOUT).is_dir()
     for name, task in _tasks(
-        system_prompt, end, tokenizer.bos_token_id is not None, max_new_tokens, bool(choice_rows), has_documents
+        system_prompt, end, stop, tokenizer.bos_token_id is not None, max_new_tokens, bool(choice_rows), has_documents
     ):
         files.write_text(directory / f"{name}.yaml", task)
     for module, name in ((lm_eval_functions, "functions.py"), (answer_metrics, "answers.py")):
@@ -119,7 +119,13 @@ def is_for(counts: Mapping[str, Any], system_prompt: str) -> bool:
 
 
 def _tasks(
-    system_prompt: str, end: str, has_begin: bool, max_new_tokens: int, has_choices: bool, has_documents: bool
+    system_prompt: str,
+    end: str,
+    stop: str,
+    has_begin: bool,
+    max_new_tokens: int,
+    has_choices: bool,
+    has_documents: bool,
 ) -> Iterator[tuple[str, str]]:
     """(name, YAML) of each task; strings are written as JSON, which is YAML."""
 
@@ -155,7 +161,7 @@ def _tasks(
             fields=_LIKELIHOOD,
             results="choice_results",
         )
-    generation = {"until": [end], "max_gen_toks": max_new_tokens, "do_sample": False}
+    generation = {"until": list(dict.fromkeys([stop, end])), "max_gen_toks": max_new_tokens, "do_sample": False}
     yield task(
         "dta_generated",
         f"Greedy answers against all gold answers, by SQuAD's rules{prompt}",
@@ -202,7 +208,7 @@ def _is_tokenised_otherwise(
     opened = [*item.prompt, *item.candidates[0][: item.skip]]
     candidates = [item.candidates[0], *(item.candidates[at] for at in item.choice_of)]
     joined = [ids(context + space + text) for text in texts]
-    expected = [[*item.prompt, *candidate[:-1]] for candidate in candidates]
+    expected = [[*item.prompt, *candidate[: -item.end_tokens]] for candidate in candidates]
     return opened[: len(before)] != before or ids(context + space) != opened or joined != expected
 
 

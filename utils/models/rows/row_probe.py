@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from config import BaseModelSection
 from utils.artifacts import files, resumable
-from utils.exceptions import ArtefactError, PipelineError, Problem, is_out_of_memory
+from utils.exceptions import ArtefactError, Problem, is_out_of_memory
 from utils.logger import event, warning
 from utils.models import devices, float32_model, loading, losses
 from utils.models.base_model import BaseModel
@@ -41,6 +41,8 @@ TOLERANCE = 1e-4
 SIGHT = 10
 # of hidden states, root mean square, relative; bfloat16 alone moves them by up to 0.01
 BFLOAT16_TOLERANCE = 0.05
+# key of what the tokens after a row's last one move
+AHEAD = "padding"
 # of the largest logit, between our head's logits and the model's
 SAME_LOGITS = 1e-5
 # tokens of the shortened windows; the pieces are longer and shorter than it. With few learnt positions all is a quarter
@@ -54,11 +56,7 @@ def measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
 
     What cannot be measured is not used, and said. Raises ArtefactError for a model that looks ahead.
     """
-    import transformers
-
-    of = files.fingerprint(
-        [METHOD, base.digest, base.quantization, section.attention, transformers.__version__, devices.device().type]
-    )
+    of = _key(base, section)
     if base.cache is None:
         return _said(_measured(base, section, None))
     path = base.cache.with_name(".rows") / f"{of[:32]}.json"
@@ -71,6 +69,22 @@ def measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
                 resumable.write(path, support.to_json(), of)
             return _said(support)
     return _said(RowSupport(**found))
+
+
+def load_model(base: BaseModel, section: BaseModelSection) -> Any:
+    """The frozen base model, which from then on gets rows as it was measured to honour them. Errors as `loading`'s."""
+    support = measured(base, section)
+    model = loading.load_model(base, section)
+    row_support.attach(model, support)
+    return model
+
+
+def _key(base: BaseModel, section: BaseModelSection) -> str:
+    """What a measurement holds for."""
+    import transformers
+
+    where = [section.attention, transformers.__version__, devices.device().type]
+    return files.fingerprint([METHOD, base.digest, base.quantization, *where])
 
 
 @dataclass(frozen=True)
@@ -86,9 +100,9 @@ class _Texts:
 
 
 def measure(model: Any, *, vocabulary: int, skipped: Sequence[int] = (), size: int = 4) -> RowSupport:
-    """What a loaded float32 model honours, its windows not longer than 16 * `size` tokens; it keeps nothing of it.
+    """What a loaded float32 model honours, its windows not longer than 16 * `size` tokens.
 
-    Raises ArtefactError when what follows a token changes it.
+    `why` is set when what follows a token changes it: that is no causal language model.
     """
     texts = _texts(vocabulary, skipped, size, next(model.parameters()).device)
     alone = [_own_nll(model, piece) for piece in texts.pieces]
@@ -108,10 +122,9 @@ def measure(model: Any, *, vocabulary: int, skipped: Sequence[int] = (), size: i
         nll_N = losses.token_nll(model, *(t.to(model.device) for t in tensors), visible.to(model.device))
         return _largest(nll_N, [_own_nll(model, p + c)[-len(c) :] for p, own in texts.items for c in own])
 
-    ahead = packed("none", [[piece] for piece in texts.pieces])
-    if not ahead <= limit:
-        what = f"what follows a token changes what the model says of it, by {ahead:.2g} nats"
-        raise ArtefactError(Problem(what, type(model).__name__, "give a causal language model"))
+    found[AHEAD] = packed("none", [[piece] for piece in texts.pieces])
+    if not found[AHEAD] <= limit:
+        return replace(ALONE, measured=found, why=f"what follows a token moves it by {found[AHEAD]:.2g} nats")
     packing = _first(PACKING, lambda way: packed(way, texts.rows), limit, found, "packing")
     shared = _first(CANDIDATES, candidates, limit, found, "candidates")
     head = _head(model, texts.pieces[0], found)
@@ -126,7 +139,8 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
     try:
         checkpoint = Checkpoint(base.directory)
         settings = layer_sample.text_settings(checkpoint.config)
-        size = 4 if int(settings.get("max_position_embeddings") or WINDOW * 4) >= WINDOW * 3 else 1
+        positions = [settings[key] for key in ("max_position_embeddings", "n_positions") if settings.get(key)]
+        size = 4 if min(positions, default=WINDOW * 4) >= WINDOW * 3 else 1
         layer_sample.write(checkpoint, _layers(checkpoint), scratch)
         _shorten_windows(scratch / "config.json", WINDOW * size // 4)
         sample, which = replace(base, directory=scratch, quantization=PLAIN), {
@@ -145,8 +159,6 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
         narrow = loading.load_model(sample, section, dtype=torch.bfloat16)
         return replace(measure_attention(narrow, **which), head=found.head)
     except (ArtefactError, MemoryError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, PipelineError) and "what follows a token" in str(error):
-            raise
         reason = "memory ran out" if is_out_of_memory(error) else str(error).strip().splitlines()[0][:200]
         return replace(ALONE, why=reason or type(error).__name__)
     finally:
@@ -304,6 +316,9 @@ def _silence_all_but_attention(model: Any) -> None:
 
 
 def _said(support: RowSupport) -> RowSupport:
+    if not support.measured.get(AHEAD, 0.0) <= TOLERANCE:
+        fix = "give a causal language model"
+        raise ArtefactError(Problem(f"the base model looks ahead: {support.why}", fix=fix))
     if support.why:
         warning(
             "rows could not be probed: one document and one candidate in each, the model's own head", why=support.why

@@ -52,10 +52,11 @@ class RowSupport:
         """What manifests record."""
         return asdict(self)
 
-    def deciding(self) -> dict[str, str]:
-        """What makes a result another one than that of a plain decoder; empty for one."""
+    def deciding(self, *names: str) -> dict[str, Any]:
+        """What of these makes a result another one than that of a plain decoder, for an identity; empty for one."""
         usual, found = asdict(PLAIN_ROWS), asdict(self)
-        return {key: found[key] for key in ("packing", "candidates", "head") if found[key] != usual[key]}
+        odd = {name: found[name] for name in names or ("packing", "candidates", "head") if found[name] != usual[name]}
+        return {"rows": odd} if odd else {}
 
 
 PLAIN_ROWS = RowSupport()
