@@ -206,6 +206,8 @@ class InputsSection(Section):
     """Directory of a domain run, or of any adapter in PEFT's format."""
     task_adapter: str = ""
     """Directory of a task run, or of any adapter in PEFT's format."""
+    tokenizer: Literal["", "adapter", "base"] = ""
+    """Whose tokenizer and chat template, where an adapter of another tool came with others than the base's."""
     composed: str = ""
     """Directory of a composed run, or of a composed adapter alone; empty: the newest run of this base model, unless the
     adapters to compose are named."""

@@ -26,7 +26,7 @@ MOST_USED = ("compose.search", "compose.weights", "compose.method", "inputs.doma
 def main(config: Config) -> dict[str, Any]:
     """Find the adapters, choose weights, compose, check, explain, save."""
     from utils import logger
-    from utils.adapters import find
+    from utils.adapters import adapter_tokenizer, find
     from utils.artifacts import runs
     from utils.composition import composed_adapter, composed_run
     from utils.composition.composed_identity import composed_identity
@@ -39,6 +39,7 @@ def main(config: Config) -> dict[str, Any]:
     composed_adapter.refuse_models_inside(config)  # before anything is fetched or built there
     base = preflight.start(config, loads_model=False)
     found = find.adapter_runs(config, base)
+    base = adapter_tokenizer.with_chosen(base, found)
     data = find.data_of(config, base, found)
     parts = composed_adapter.load(found, base)
     identity = composed_identity(

@@ -27,20 +27,20 @@ MOST_USED = ("evaluate.controls", "evaluate.seeds", "evaluate.also", "compose.we
 def main(config: Config) -> dict[str, Any]:
     """Find or make what belongs together, score every cell, conclude, write down, show."""
     from utils import logger
+    from utils.adapters import adapter_tokenizer
     from utils.artifacts import files, runs
     from utils.evaluation import comparison, run_groups, scored_rows
     from utils.evaluation.evaluation_identity import evaluation_identity
     from utils.evaluation.report import evaluation_report
     from utils.evaluation.report.summary_table import table
-    from utils.models import chat, turn_format
+    from utils.models import turn_format
     from utils.planning import preflight
 
     base = preflight.start(config)
     parts = run_groups.gather(config, base)
+    base = adapter_tokenizer.with_chosen(base, parts.runs())
     supports = scored_rows.row_supports(config, base, parts)
-    identity = evaluation_identity(
-        config, base, parts, supports, turn_format.deciding(chat.load_tokenizer(base.directory))
-    )
+    identity = evaluation_identity(config, base, parts, supports, turn_format.deciding(adapter_tokenizer.of(base)))
     directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, config.preset, identity)
 
     def fill() -> dict[str, Any]:

@@ -35,12 +35,12 @@ MOST_USED = (
 
 def main(config: Config) -> dict[str, Any]:
     """Compose, then merge or answer."""
-    from utils.adapters import inference_layers
+    from utils.adapters import adapter_tokenizer, inference_layers
     from utils.artifacts import files
     from utils.composition import composed_adapter
     from utils.inference import prompts
     from utils.logger import warning
-    from utils.models import chat, loading
+    from utils.models import loading
     from utils.planning import preflight
 
     wanted, merge_path = config.inference, config.merge.path
@@ -62,10 +62,11 @@ def main(config: Config) -> dict[str, Any]:
         composed_adapter.say(found)
         if wanted.adapters == "task" and found.runs[0].manifest["identity"]["on"] == "domain":
             warning("this task adapter was trained on its domain adapter; alone it is not the task baseline")
+        base = adapter_tokenizer.with_chosen(base, found.runs)
     if merge_path:
         return _merge(config, base, found)
     system_prompt = (found.runs[:2][-1].manifest if found else {}).get("system_prompt", config.task.system_prompt)
-    tokenizer = chat.load_tokenizer(base.directory)
+    tokenizer = adapter_tokenizer.of(base)
     model = loading.load_model(base, config.base)
     if found:
         model = inference_layers.attach(model, {"composed": found.factors})

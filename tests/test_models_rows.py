@@ -167,6 +167,7 @@ class Measured(unittest.TestCase):
     def test_what_cannot_be_probed_shares_no_row_and_is_tried_again(self) -> None:
         base = saved(built("Llama"))
         for error in (MemoryError(), ValueError("no such kernel")):
+            row_probe._mentioned.clear()
             with mock.patch.object(row_probe, "measure", side_effect=error), self.assertLogs("adapters", "WARNING"):
                 found = row_probe.measured(base, section(base.directory))
             self.assertEqual((found.packing, found.candidates, found.head), ("none", "none", "model"))

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from config import PRESETS, BaseModelSection, Config
-from utils.adapters import adapter_config, adapter_files
+from utils.adapters import adapter_config, adapter_files, adapter_tokenizer
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.data import prepared_identity
@@ -151,6 +151,7 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
             "identity": {"stage": stage, "on": ELSEWHERE},
             "system_prompt": config.task.system_prompt,
             "adapter": ".",
+            **adapter_tokenizer.choose(directory, base, config.inputs),
         },
     )
 

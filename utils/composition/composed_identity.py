@@ -43,7 +43,7 @@ def composed_identity(
         "compose": section.model_dump(mode="json") | {name: getattr(resolved, name) for name in OPEN},
         "seed": seed,
     }
-    own = ({"one_rank": True} if is_padded else {}) | dict(rows or {})
+    own = ({"one_rank": True} if is_padded else {}) | dict(rows or {}) | base.deciding_tokenizer()
     return Identity.of("composed", _values(recorded) | own, _values)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from config import BaseModelSection, ComposeSection, Config, TrainSection
-from utils.adapters import inference_layers
+from utils.adapters import adapter_tokenizer, inference_layers
 from utils.adapters.factors import Factors
 from utils.artifacts import resumable
 from utils.composition import search as weight_search
@@ -54,7 +54,7 @@ class DevData:
 
 def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: str) -> DevData:
     """Dev pairs and dev documents of prepared data, as tokens. Missing ones are left out."""
-    tokenizer, section = chat.load_tokenizer(base.directory), config.compose
+    tokenizer, section = adapter_tokenizer.of(base), config.compose
     source, pad, longest = Prepared(directory), chat.pad_id(tokenizer), config.evaluate.batch_tokens
     try:
         examples = _some(source.examples("dev"), section.max_dev_items, config.run.seed)

@@ -40,7 +40,11 @@ def evaluation_identity(
         "seed": config.run.seed,
     }
     odd = {name: found["rows"] for name, support in supports.items() if (found := support.deciding())}
-    return Identity.of("evaluation", _values(recorded) | ({"rows": odd} if odd else {}) | dict(turn), _values)
+    return Identity.of(
+        "evaluation",
+        _values(recorded) | ({"rows": odd} if odd else {}) | dict(turn) | base.deciding_tokenizer(),
+        _values,
+    )
 
 
 def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:

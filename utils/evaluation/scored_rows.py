@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, InferenceSection, TrainSection
-from utils.adapters import adapter_files, inference_layers
+from utils.adapters import adapter_files, adapter_tokenizer, inference_layers
 from utils.adapters.factors import Factors
 from utils.artifacts import resumable
 from utils.composition.methods import Recipe, compose
@@ -96,7 +96,7 @@ def row_supports(config: Config, base: BaseModel, parts: ComparedRuns) -> dict[s
 
 def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path) -> Material:
     """Test items and documents as tokens. Raises DataError when no test item can be scored."""
-    settings, tokenizer = config.evaluate, chat.load_tokenizer(base.directory)
+    settings, tokenizer = config.evaluate, adapter_tokenizer.of(base)
     prompt, source = parts.first.task.manifest["system_prompt"], Prepared(parts.data.directory)
     examples = source.examples("test")
     items, left_out = scoring.questions(examples, tokenizer, prompt, settings.batch_tokens)
@@ -133,7 +133,7 @@ def answers_to(
     config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, examples: Sequence[dict[str, Any]]
 ) -> dict[str, list[str]]:
     """What some rows say to some examples: row's cell -> texts."""
-    tokenizer = chat.load_tokenizer(base.directory)
+    tokenizer = adapter_tokenizer.of(base)
     how = InferenceSection(max_new_tokens=config.evaluate.max_new_tokens)
     return {
         row.cell: [given.spoken for given in generation.answer_all(model, tokenizer, examples, on.system_prompt, how)]
@@ -195,7 +195,7 @@ def _score_row(
         found[name] = scoring.to_json(
             scoring.score_documents(model, packed, what=f"{row.name}: {name} documents", **common)
         )
-    tokenizer = chat.load_tokenizer(base.directory)
+    tokenizer = adapter_tokenizer.of(base)
     found["answers"] = scoring.answered(
         model, tokenizer, asked, on.system_prompt, settings.max_new_tokens, what=f"{row.name}: answers"
     )

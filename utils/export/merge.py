@@ -21,7 +21,7 @@ import torch
 
 from config import BaseModelSection, MergeSection
 from utils import disk
-from utils.adapters import fused_experts
+from utils.adapters import adapter_tokenizer, fused_experts
 from utils.adapters.factors import Factors, ModuleFactors, norm
 from utils.artifacts import files, resumable
 from utils.exceptions import ArtefactError, NonFiniteError, Problem, VerificationError
@@ -49,6 +49,7 @@ class Plan:
     outputs: dict[str, Header]
     updates: dict[str, ModuleFactors]
     dtype: str
+    base: BaseModel
 
     @property
     def size(self) -> int:
@@ -120,7 +121,7 @@ def plan(base: BaseModel, factors: Factors, dtype: str) -> Plan:
             if tensor.is_fp8 and (name in updates or after[name] != tensor):
                 checkpoint.scale_home(path, name)  # raises now what would come up after hours of writing
         outputs[path.name] = safetensors_io.plan({n: tensor for n, tensor in after.items() if tensor}, header.metadata)
-    return Plan(checkpoint, outputs, updates, dtype)
+    return Plan(checkpoint, outputs, updates, dtype, base)
 
 
 def write(plan: Plan, directory: Path, card: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -317,6 +318,8 @@ def _write_companions(plan: Plan, directory: Path, card: str) -> None:
         files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for path in _companions(plan):
         shutil.copyfile(path, directory / path.name)
+    if plan.base.tokenizer_from:
+        adapter_tokenizer.write(plan.base, directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 

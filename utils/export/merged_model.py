@@ -80,4 +80,5 @@ def _identity(base: BaseModel, found: Composition, composition: dict[str, Any], 
     """Everything that decides the merged weights."""
     adapters, recipe = [run.digest for run in found.runs], composition["recipe"]
     decides = {"base": base.digest, "adapters": adapters, "recipe": recipe, "dtype": settings.dtype}
+    decides |= base.deciding_tokenizer()
     return Identity.of("merged", decides)

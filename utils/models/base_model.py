@@ -44,6 +44,10 @@ class BaseModel:
     tokenizer_digest: str
     quantization: str = PLAIN
     """Into what the directory's weights are loaded; they are what these bits mean."""
+    tokenizer_from: Path | None = None
+    """The folder of an adapter whose tokenizer was chosen over the directory's (`adapter_tokenizer`)."""
+    tokenizer_choice: str = ""
+    """Digest of that tokenizer."""
     cache: Path | None = None
     """Where what was read and measured of it is remembered, beside the models; None where nothing is."""
 
@@ -60,7 +64,12 @@ class BaseModel:
 
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
-        return {key: str(value) for key, value in asdict(self).items() if key != "cache"}
+        found = {key: str(value) for key, value in asdict(self).items() if key not in ("cache", "tokenizer_from")}
+        return {key: value for key, value in found.items() if value or key != "tokenizer_choice"}
+
+    def deciding_tokenizer(self) -> dict[str, str]:
+        """What an identity says where another tokenizer than the directory's was chosen; empty where not."""
+        return {"tokenizer_choice": self.tokenizer_choice} if self.tokenizer_choice else {}
 
 
 def identify(directory: Path, source: str, revision: str, cache: Path | None) -> BaseModel:

@@ -312,6 +312,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def adopt_ends(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    """Let generation stop for one tokenizer at what the model of the other says."""
+    setattr(tokenizer, turn_format.ENDS, getattr(other, turn_format.ENDS, ()))
+
+
 def pad_id(tokenizer: Any) -> int:
     """Any token will do: padding is by position."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -43,10 +43,14 @@ SIGHT = 10
 BFLOAT16_TOLERANCE = 0.05
 # key of what the tokens after a row's last one move
 AHEAD = "padding"
+# in place of NaN and infinity, which JSON does not have
+UNLIKE = 1e9
 # of the largest logit, between our head's logits and the model's
 SAME_LOGITS = 1e-5
 # tokens of the shortened windows; the pieces are longer and shorter than it. With few learnt positions all is a quarter
 WINDOW = 64
+# keys of what this process has said
+_mentioned: set[str] = set()
 _WINDOWS = re.compile(r"window|attention_chunk|local_attention")
 _NO_WINDOWS = re.compile(r"layer|pattern|type|max_window|num_")
 
@@ -58,7 +62,7 @@ def measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
     """
     of = _key(base, section)
     if base.cache is None:
-        return _said(_measured(base, section, None))
+        return _said(_measured(base, section, None), of)
     path = base.cache.with_name(".rows") / f"{of[:32]}.json"
     files.make_directory(path.parent)
     with files.locked(path.parent / "probe", "the probe of the base model", waits=True):
@@ -67,8 +71,8 @@ def measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
             support = _measured(base, section, path.parent / "sample")
             if not support.why:  # what was out of reach may be within it next time
                 resumable.write(path, support.to_json(), of)
-            return _said(support)
-    return _said(RowSupport(**found))
+            return _said(support, of)
+    return _said(RowSupport(**found), of)
 
 
 def load_model(base: BaseModel, section: BaseModelSection) -> Any:
@@ -186,7 +190,8 @@ def measure_attention(model: Any, *, vocabulary: int, skipped: Sequence[int] = (
         row_support.attach(model, replace(ALONE, packing=way))
         how = row_support.arguments(model, ids.to(model.device), positions.to(model.device))
         together_NH = hidden(**how)[used.flatten().to(model.device)]
-        return float((together_NH - alone_NH).norm(dim=-1).div(alone_NH.norm(dim=-1)).max())
+        moved = (together_NH - alone_NH).norm(dim=-1).div(alone_NH.norm(dim=-1)).max()
+        return float(torch.nan_to_num(moved, nan=UNLIKE, posinf=UNLIKE))
 
     # the lengths first: flash attention reads them, and reads positions only of a batch of one row
     order: tuple[Way, ...] = ("varlen", "positions")
@@ -224,7 +229,8 @@ def _head(model: Any, piece: list[int], found: dict[str, float]) -> Any:
         own_TV = model(input_ids=_row(model, piece), use_cache=False).logits[0].float()
         try:
             ours_TV = losses.fused_logits(model, _row(model, piece))[0].float()
-            found["head"] = float((ours_TV - own_TV).abs().max() / own_TV.abs().max())
+            difference = (ours_TV - own_TV).abs().max() / own_TV.abs().max()
+            found["head"] = float(torch.nan_to_num(difference, nan=UNLIKE, posinf=UNLIKE))
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
             return "model"
     return "fused" if found["head"] <= SAME_LOGITS else "model"
@@ -245,7 +251,7 @@ def _row(model: Any, tokens: Sequence[int]) -> torch.Tensor:
 def _largest(nll_N: torch.Tensor, alone: Sequence[torch.Tensor]) -> float:
     """The largest difference; NaN is one."""
     difference = (nll_N - torch.cat(list(alone))).abs().max()
-    return float(torch.nan_to_num(difference, nan=float("inf")))
+    return float(torch.nan_to_num(difference, nan=UNLIKE, posinf=UNLIKE))
 
 
 def _texts(vocabulary: int, skipped: Sequence[int], size: int, device: torch.device) -> _Texts:
@@ -315,10 +321,14 @@ def _silence_all_but_attention(model: Any) -> None:
             module.forward = lambda x, *_, **__: torch.zeros_like(x)
 
 
-def _said(support: RowSupport) -> RowSupport:
+def _said(support: RowSupport, of: str) -> RowSupport:
+    """Raises ArtefactError for a model that looks ahead; says, once in a process, what is not shared and why."""
     if not support.measured.get(AHEAD, 0.0) <= TOLERANCE:
         fix = "give a causal language model"
         raise ArtefactError(Problem(f"the base model looks ahead: {support.why}", fix=fix))
+    if of in _mentioned:
+        return support
+    _mentioned.add(of)
     if support.why:
         warning(
             "rows could not be probed: one document and one candidate in each, the model's own head", why=support.why
