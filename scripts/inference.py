@@ -40,7 +40,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.composition import composed_adapter
     from utils.inference import prompts
     from utils.logger import warning
-    from utils.models import loading
+    from utils.models.rows import row_probe
     from utils.planning import preflight
 
     wanted, merge_path = config.inference, config.merge.path
@@ -67,7 +67,7 @@ def main(config: Config) -> dict[str, Any]:
         return _merge(config, base, found)
     system_prompt = (found.runs[:2][-1].manifest if found else {}).get("system_prompt", config.task.system_prompt)
     tokenizer = adapter_tokenizer.of(base)
-    model = loading.load_model(base, config.base)
+    model = row_probe.load_model(base, config.base)
     if found:
         model = inference_layers.attach(model, {"composed": found.factors})
     adapters = [str(run.directory) for run in found.runs] if found else []

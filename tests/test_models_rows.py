@@ -27,7 +27,7 @@ from utils.exceptions import ArtefactError
 from utils.inference import scoring
 from utils.models import losses, sources
 from utils.models.base_model import BaseModel
-from utils.models.rows import row_probe, row_support
+from utils.models.rows import row_measures, row_probe, row_support
 from utils.models.rows.row_support import PLAIN_ROWS
 
 SHAPE = {"vocab_size": 768, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "bos_token_id": 0}
@@ -154,7 +154,7 @@ class Measured(unittest.TestCase):
     def test_the_probe_runs_once_for_a_base_an_attention_and_a_version_of_transformers(self) -> None:
         base = saved(built("Llama"))
         first = row_probe.measured(base, section(base.directory))
-        with mock.patch.object(row_probe, "measure", side_effect=AssertionError("measured again")):
+        with mock.patch.object(row_measures, "measure", side_effect=AssertionError("measured again")):
             self.assertEqual(row_probe.measured(base, section(base.directory)), first)
             with self.assertRaises(AssertionError):
                 row_probe.measured(base, section(base.directory, "eager"))
@@ -168,7 +168,7 @@ class Measured(unittest.TestCase):
         base = saved(built("Llama"))
         for error in (MemoryError(), ValueError("no such kernel")):
             row_probe._mentioned.clear()
-            with mock.patch.object(row_probe, "measure", side_effect=error), self.assertLogs("adapters", "WARNING"):
+            with mock.patch.object(row_measures, "measure", side_effect=error), self.assertLogs("adapters", "WARNING"):
                 found = row_probe.measured(base, section(base.directory))
             self.assertEqual((found.packing, found.candidates, found.head), ("none", "none", "model"))
             self.assertTrue(found.why)
@@ -269,7 +269,7 @@ class VariableLengths(unittest.TestCase):
 
     def test_lengths_are_handed_to_attention_that_reads_no_positions(self) -> None:
         model = self.model("varlen_of_a_test", varlen_attention)
-        found = row_probe.measure(model, vocabulary=768)
+        found = row_measures.measure(model, vocabulary=768)
         self.assertEqual((found.packing, found.candidates, found.head), ("varlen", "none", "fused"), found.measured)
         row_support.attach(model, found)
         plain = self.model("varlen_of_a_test", varlen_attention)
@@ -277,15 +277,15 @@ class VariableLengths(unittest.TestCase):
 
     def test_without_float32_the_attention_blocks_alone_are_compared_in_bfloat16(self) -> None:
         model = self.model("varlen_of_a_test", varlen_attention).to(torch.bfloat16)
-        self.assertEqual(row_probe.measure_attention(model, vocabulary=768).packing, "varlen")
+        self.assertEqual(row_measures.measure_attention(model, vocabulary=768).packing, "varlen")
 
         def deaf(module: Any, *tensors: Any, **how: Any) -> Any:
             return varlen_attention(module, *tensors, **{**how, "cu_seq_lens_q": None})
 
         model = self.model("deaf_of_a_test", deaf).to(torch.bfloat16)
-        found = row_probe.measure_attention(model, vocabulary=768)
+        found = row_measures.measure_attention(model, vocabulary=768)
         self.assertEqual(found.packing, "none")
-        self.assertGreater(min(found.measured.values()), 2 * row_probe.BFLOAT16_TOLERANCE)
+        self.assertGreater(min(found.measured.values()), 2 * row_measures.BFLOAT16_TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from config import InferenceSection
 from utils.logger import printable
 from utils.models import chat, turn_format
 from utils.models.losses import autocast
+from utils.models.rows import row_support
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,6 +136,7 @@ def answer_all(
 ) -> list[GeneratedAnswer]:
     """Answers to many examples in their order, prompts of similar length together."""
     prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
+    batch_size = batch_size if row_support.of(model).pads_left else 1
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, GeneratedAnswer] = {}
     for at in range(0, len(order), batch_size):

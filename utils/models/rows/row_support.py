@@ -33,13 +33,15 @@ class RowSupport:
     """What a base model honours. The values of a model that nobody measured are those of a plain decoder.
 
     `packing` is the way for independent documents, `candidates` that for answers that share a prompt in their row;
-    `head` is "fused" where hidden states times the output head are the model's logits, else "model". `measured` has
-    the largest difference in nats of each way that was tried, `why` the reason where nothing could be measured.
+    `head` is "fused" where hidden states times the output head are the model's logits, else "model". `pads_left`:
+    prompts of unequal length are answered in one batch as they are alone. `measured` has the largest difference of
+    each way that was tried, in nats; `why` the reason where nothing could be measured.
     """
 
     packing: Way = "positions"
     candidates: Way = "mask"
     head: Literal["fused", "model"] = "fused"
+    pads_left: bool = True
     measured: dict[str, float] = field(default_factory=dict)
     why: str = ""
 
@@ -55,12 +57,16 @@ class RowSupport:
     def deciding(self, *names: str) -> dict[str, Any]:
         """What of these makes a result another one than that of a plain decoder, for an identity; empty for one."""
         usual, found = asdict(PLAIN_ROWS), asdict(self)
-        odd = {name: found[name] for name in names or ("packing", "candidates", "head") if found[name] != usual[name]}
+        odd = {
+            name: found[name]
+            for name in names or ("packing", "candidates", "head", "pads_left")
+            if found[name] != usual[name]
+        }
         return {"rows": odd} if odd else {}
 
 
 PLAIN_ROWS = RowSupport()
-ALONE = RowSupport("none", "none", "model")
+ALONE = RowSupport("none", "none", "model", pads_left=False)
 
 
 def causal(model: Any) -> PreTrainedModel:
