@@ -20,6 +20,7 @@ from tests.support import PLAIN_TEMPLATE, temporary_directory
 from utils.data.batches import BucketedPairs, pad
 from utils.data.example_formats import RowError, to_common
 from utils.data.pairs import tokenise_pairs
+from utils.exceptions import DataError
 from utils.inference import generation, scoring
 from utils.models import chat
 from utils.models.losses import IGNORED
@@ -166,9 +167,11 @@ class Masks(unittest.TestCase):
             rendered = using(using.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
             self.assertNotEqual(rendered[: len(prompt)], prompt, "the trap that a mask by prefix length falls into")
 
-    def test_a_template_without_think_block_trains_answer_and_end_alone(self) -> None:
+    def test_a_template_without_think_block_trains_answer_and_end_alone_and_refuses_reasoning(self) -> None:
         using = tokenizer(template=PLAIN_TEMPLATE)
-        found, labels = trained(example(reasoning="It is."), using)
+        with self.assertRaisesRegex(DataError, "1 pairs carry reasoning"):
+            trained(example(reasoning="It is."), using)
+        found, labels = trained(example(), using)
         prompt = ids(ROLE, "system\nBe brief.", END, "\n", ROLE, "user\nWhy?", END, "\n", ROLE, "ai\n")
         answer = ids("So.", END)
         self.assertEqual((found, labels), ([*prompt, *answer], [*[IGNORED] * (len(prompt) - 1), *answer, IGNORED]))

@@ -159,7 +159,7 @@ class Measured(unittest.TestCase):
             with self.assertRaises(AssertionError):
                 row_probe.measured(base, section(base.directory, "eager"))
         of = row_probe._key(base, section(base.directory))
-        with mock.patch.object(transformers, "__version__", "6.0"):
+        with mock.patch("importlib.metadata.version", return_value="6.0"):
             self.assertNotEqual(row_probe._key(base, section(base.directory)), of)
         left = [path.name for path in (base.directory.parent / "models" / "base").rglob("*") if "sample" in path.name]
         self.assertEqual(left, [])

@@ -8,6 +8,7 @@ Flash attention has no float32: there the attention blocks alone compute in bflo
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 from dataclasses import replace
@@ -69,9 +70,7 @@ def load_model(base: BaseModel, section: BaseModelSection) -> Any:
 
 def _key(base: BaseModel, section: BaseModelSection) -> str:
     """What a measurement holds for."""
-    import transformers
-
-    where = [section.attention, transformers.__version__, devices.device().type]
+    where = [section.attention, importlib.metadata.version("transformers"), devices.device().type]
     return files.fingerprint([METHOD, base.digest, base.quantization, *where])
 
 
