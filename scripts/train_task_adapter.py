@@ -31,8 +31,8 @@ MOST_USED = ("task.on", "task.lora.rank", "task.train.learning_rate", "task.trai
 
 def main(config: Config) -> dict[str, Any]:
     """Base model, frozen domain adapter, fresh task adapter, bucketed pairs, training loop, artefact."""
-    from utils.adapters import adapter_files, find, peft_model
-    from utils.models import chat, turn_format
+    from utils.adapters import adapter_files, adapter_tokenizer, find, peft_model
+    from utils.models import turn_format
     from utils.models.rows import row_probe
     from utils.planning import preflight
     from utils.training import training_identity, training_run
@@ -43,11 +43,12 @@ def main(config: Config) -> dict[str, Any]:
     data = find.prepared_run(config, base)
     domain = find.domain_run(config, base) if config.task.on != "base" else None
     initial = find.initial_run(config, base, "task")
+    base = adapter_tokenizer.with_chosen(base, [run for run in (domain, initial) if run])
     parents, frozen = [data, *filter(None, (domain, initial))], ["domain"] if domain else []
     schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
     rows = row_probe.measured(base, config.base)
     facts = task_facts(config.task, domain) | training_identity.start_facts(initial) | rows.deciding("head")
-    facts |= turn_format.deciding(chat.load_tokenizer(base.directory))
+    facts |= turn_format.deciding(adapter_tokenizer.of(base)) | base.deciding_tokenizer()
     identity = training_identity.identity_of(config, "task", base, data, **facts)
     with training_run.opened(config, "task", base, identity, parents) as run:
         if run.complete:
@@ -67,13 +68,14 @@ def main(config: Config) -> dict[str, Any]:
 
 def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, list[Batch], dict[str, int]]:
     """The pairs that are trained on, the dev batches, and how many pairs could be used and how."""
+    from utils.adapters import adapter_tokenizer
     from utils.data import batches, pairs
     from utils.data.batches import BucketedPairs
     from utils.data.prepared import Prepared
     from utils.models import chat
 
     prepared, task, settings = Prepared(data.directory), config.task, config.task.train
-    tokenizer = chat.load_tokenizer(base.directory)
+    tokenizer = adapter_tokenizer.of(base)
     pad, longest = chat.pad_id(tokenizer), settings.sequence_tokens
     examples, turns = prepared.examples("train"), task.turns == "all"
     trained, report = pairs.tokenise_pairs(examples, tokenizer, task.system_prompt, longest, all_turns=turns)
