@@ -20,15 +20,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from config import BaseModelSection, TrainSection
-from tests.support import plain_tokenizer, temporary_directory
-from utils import logger
+from tests.support import PRESET, plain_tokenizer, random_factors, temporary_directory
+from utils import cli, logger
+from utils.composition.dev_losses import DevData, DevProbe
 from utils.data.batches import PackedDocuments
+from utils.evaluation import scored_rows
+from utils.evaluation.scored_rows import ModelRow
 from utils.exceptions import ArtefactError
 from utils.inference import scoring
 from utils.models import losses, sources
 from utils.models.base_model import BaseModel
 from utils.models.rows import row_measures, row_probe, row_support
 from utils.models.rows.row_support import PLAIN_ROWS
+from utils.training import training_run
 
 SHAPE = {"vocab_size": 768, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "bos_token_id": 0}
 SHAPE |= {"eos_token_id": 1, "pad_token_id": 2}
@@ -173,6 +177,29 @@ class Measured(unittest.TestCase):
             self.assertEqual((found.packing, found.candidates, found.head), ("none", "none", "model"))
             self.assertTrue(found.why)
         self.assertTrue(row_probe.measured(base, section(base.directory)).packs)
+
+
+class Callers(unittest.TestCase):
+    """What trains, chooses weights and evaluates loads a base with what was measured on it."""
+
+    def test_every_stage_feeds_rows_as_the_base_was_measured_to_honour_them(self) -> None:
+        plain = built("Bloom")
+        base = saved(plain)
+        flags = ["--base.source", str(base.directory), "--base.dtype", "float32", "--base.attention", "eager"]
+        config = cli.resolve(["--preset", PRESET, *flags], {})
+        trained = training_run.load_base(config, "domain", base)
+        data = DevData([], [], [], documents(packs=True), 2, 200)
+        parts = [random_factors(plain, ("query_key_value",), 2, 4, 1)]
+        probe = DevProbe.on(base, config.base, parts, data)
+        for model in (trained, probe.model):
+            self.assertEqual(row_support.of(model).packing, "none")
+        self.assertTrue(all(len(set(batch.names)) == len(batch.names) for batch in probe.document_batches()))
+        item = question(30, 3)
+        on = scored_rows.Material([], [item], [], {}, [], "", 2)
+        (found,) = scored_rows.score(config, base, [ModelRow("base", None)], on, temporary_directory()).values()
+        alone = [float(own_nll(plain, [*item.prompt, *c])[-len(c) :][1:-1].sum()) for c in item.candidates]
+        for nll, expected in zip(found["items"][0]["choice_nlls"], alone, strict=True):
+            self.assertAlmostEqual(nll, expected, delta=1e-3)
 
 
 class OddConfig(PreTrainedConfig):
