@@ -114,12 +114,12 @@ def record(found: Composition) -> dict[str, Any]:
 
 
 def say(found: Composition) -> None:
-    """One line about what is used, and one when its weights are untested."""
+    """One line about what is used, and one when its weights were not chosen on dev."""
     names = ", ".join(run.directory.as_posix() for run in found.runs)
     weights = found.recipe.weights or (1.0,) * len(found.runs)
     event("composed", adapters=names, method=found.recipe.method, weights=weights, check=found.line())
     if len(found.runs) > 1 and not found.searched:
-        event("these weights are untested: `python scripts/compose.py --compose.search` chooses them on the dev split")
+        event("the weights were not chosen on dev: python scripts/compose.py --compose.search does that")
 
 
 def check_on_model(base: BaseModel, found: Composition, section: BaseModelSection, scratch: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def write(
     rows = row_support.of(probe.model).to_json() if probe else None
     del probe  # its model goes before the check loads one in float32
     measured = composed_adapter.check_on_model(base, made, config.base, directory / ".selfcheck")
-    event("composition verified", **measured)
+    event("composition verified, differences of logits as shares of the largest one", **measured)
     _write_adapter(base, made, directory)
     files.write_json(directory / "config.json", config.model_dump(mode="json"))
     facts = {"composition": composed_adapter.record(made), "measured": measured, "system_prompt": prompt}

@@ -116,7 +116,9 @@ def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
         documents = f"{found['test_documents']} document{'s' * (found['test_documents'] != 1)}"
         said.append(f"The test questions are about {documents}: few to draw conclusions from.")
     if parts.composed and not parts.composed.searched:
-        said.append("The composition's weights were not chosen on dev: `python scripts/compose.py --compose.search`.")
+        said.append(
+            "The weights were not chosen on dev; python scripts/compose.py --compose.search chooses them there."
+        )
     if len(parts.families) == 1:
         said.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
     trained = parts.first.task.manifest["identity"]

@@ -150,8 +150,8 @@ def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], task: R
         run = trainer.task(task, int(found["seed"]), None)
     if run is None:
         missing["task"] = (
-            "no task adapter was trained on the base with the same settings: train it with `accelerate launch "
-            "scripts/train_task_adapter.py --task.on base`, or add --evaluate.controls"
+            "no task adapter was trained on the base with the same settings: train it with accelerate launch "
+            "scripts/train_task_adapter.py --task.on base, or add --evaluate.controls"
         )
     else:
         event("the task row is the adapter trained on the base", path=run.directory)

@@ -122,6 +122,9 @@ def _retention(documents: Mapping[str, Scores], common: dict[str, Any]) -> Inter
         return f"there are no scores of held-out documents for {', '.join(missing)}"
     base, domain, composed = (documents[cell] for cell in ("base", "domain", "composed"))
     learnt = gain(base, domain, **common)
+    if not np.isfinite(learnt.low):
+        count = f"{learnt.clusters} held-out document{'s' * (learnt.clusters != 1)}"
+        return f"what the domain adapter gained ({learnt.estimate:+.3f} nats per token) has no interval over {count}"
     if learnt.p >= LEVEL:
         return (
             f"the domain adapter itself is not shown to help on held-out documents ({learnt.estimate:+.3f} nats per "

@@ -18,6 +18,19 @@ COLUMNS = (
 SAMPLES = 3
 
 
+TRAINED_ON = {
+    "domain": "Composed's task adapter was trained on the domain adapter.",
+    "base": "Composed's task adapter was trained on the base.",
+    "domain_ready": "Composed's task adapter was trained on the base, with the domain adapter on in half of the steps.",
+    "elsewhere": "Composed's task adapter comes from elsewhere.",
+}
+
+
+def counted(number: int, what: str) -> str:
+    """3 documents, 1 document."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def table(results: dict[str, Any]) -> str:
     """The matrix, the contrasts, the verdict and a few answers."""
     cells = results["cells"]
@@ -46,18 +59,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _about(results: dict[str, Any]) -> str:
-    composition = results.get("composition")
-    said = ""
-    if composition:
+    said = [
+        f"{counted(results['test_items'], 'test question')} about {counted(results['test_documents'], 'document')}."
+    ]
+    if composition := results.get("composition"):
         weights = composition["recipe"]["weights"]
         how = f"weights {tuple(weights)}" if weights else "weights of 1"
-        said = f"Composed by {composition['recipe']['method']} with {how} "
-        said += f"({'chosen on dev' if composition['searched'] else 'untested'}), "
-    return (
-        f"{results['test_items']} test questions about {results['test_documents']} documents. {said}"
-        f"its task adapter was trained on the {results['task_trained_on'].replace('_', '-')}; the task row was "
-        f"trained on the base. Seeds: {len(results['seeds'])}."
-    )
+        chosen = "chosen on dev" if composition["searched"] else "not chosen on dev"
+        said.append(f"Composed by {composition['recipe']['method']} with {how} ({chosen}).")
+    said.append(TRAINED_ON[results["task_trained_on"]])
+    if "task" in results["cells"]:
+        said.append("The task row was trained on the base.")
+    return " ".join([*said, f"Seeds: {len(results['seeds'])}."])
 
 
 def _interval(name: str, found: dict[str, Any]) -> str:
