@@ -21,9 +21,9 @@ TRAINED = {
     "domain": "next-token prediction on unlabelled documents",
     "task": "supervised pairs, with the loss on the answer only",
 }
-# from the directory of one run's adapter to another's, as utils/artifacts/runs.py lays them out
-OTHER_ADAPTER = "../../../{stage}/{run}/adapter"
-_HERE = 'folder, version = ".", None  # this directory, or the id of a repository and its branch'
+# from the directory of one run's adapter to the other runs, as utils/artifacts/runs.py lays them out
+RUNS = "{folder}/../../../"
+_HERE = 'folder, version = ".", None  # this directory from wherever you are, or a repository and its branch'
 
 
 def adapter_card(stage: str, base: BaseModel, parents: Sequence[Run], *, system_prompt: str = "") -> str:
@@ -83,6 +83,7 @@ def merged_card(
     lines = [
         "A base model with adapters merged into its weights. It loads like any other model, without peft.",
         *_usage(_merged_snippet(_system_prompt(parents))),
+        *_request(_system_prompt(parents)),
         *_composition(parents, method, source, weights, exact=exact, searched=searched),
         "",
         f"The weights were summed in float32 and rounded once, to {kept}.",
@@ -95,7 +96,7 @@ def merged_card(
 def for_hub(card: str, repository: str, branch: str = "") -> str:
     """The card as it is published: its snippet loads from the repository instead of from this directory."""
     there = f"folder, version = {json.dumps(repository)}, {json.dumps(branch) if branch else None}"
-    return card.replace(_HERE, there)
+    return card.replace(_HERE, there).replace(f'f"{RUNS}base/', '"')  # a base that is on no hub is somewhere else there
 
 
 def base_id(base: BaseModel) -> str:
@@ -127,11 +128,13 @@ def _adapter_snippet(stage: str, base: BaseModel, system_prompt: str, below: Run
     name, commit, note = json.dumps(base.source), json.dumps(base.revision), ""
     if not _is_on_hub(base):
         name, commit, note = json.dumps(base.directory.name), "None", "  # its directory: this base model is on no hub"
+        if base.directory.parent.name == "base":
+            name = f'f"{RUNS}base/{base.directory.name}"'
     load = ["model = PeftModel.from_pretrained(model, folder, revision=version)"]
     if below:
-        where = OTHER_ADAPTER.format(stage="domain", run=below.directory.name)
         load = [
-            f'model = PeftModel.from_pretrained(model, "{where}", adapter_name="domain")',
+            f'domain = f"{RUNS}domain/{below.directory.name}/adapter"',
+            'model = PeftModel.from_pretrained(model, domain, adapter_name="domain")',
             'model.load_adapter(folder, adapter_name="task", revision=version)',
             'model.base_model.set_adapter(["domain", "task"])',
         ]
@@ -184,6 +187,14 @@ def _continue_text() -> list[str]:
 
 def _usage(snippet: Sequence[str]) -> list[str]:
     return ["", "## Use", "", "```python", *snippet, "```"]
+
+
+def _request(system_prompt: str) -> list[str]:
+    """The body of a request to a server: without the system message that was trained with, answers are others."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    body = {"model": "NAME", "messages": [*system, {"role": "user", "content": "Your question"}], "temperature": 0}
+    said = "Behind a server with OpenAI's HTTP API, send what it was trained with, the system message first:"
+    return ["", said, "", "```json", json.dumps(body, ensure_ascii=False), "```"]
 
 
 def _composition(

@@ -13,6 +13,7 @@ from utils.artifacts.identity import Identity
 from utils.composition import composed_adapter
 from utils.composition.composed_adapter import Composition
 from utils.evaluation.find_evaluation import Evaluation, evaluation_of
+from utils.exceptions import ArtefactError, Problem
 from utils.export import merge, model_index
 from utils.logger import event
 from utils.models.base_model import BaseModel
@@ -46,13 +47,16 @@ def make(
     composition = composed_adapter.record(found)
     evaluation = evaluation_of(models_dir, base.digest, found.runs, composition["recipe"])
     identity = _identity(base, found, composition, settings)
-    if (target / files.MANIFEST).exists() and identity.is_of(files.read_manifest(target).get("identity")):
+    if (target / files.MANIFEST).exists():
+        if changed := identity.differences(files.read_manifest(target).get("identity")):
+            what = f"{target} holds another merged model: {'; '.join(changed[:8])}"
+            raise ArtefactError(Problem(what, fix="choose another --merge_path; nothing is ever overwritten"))
         checks = files.verify(target)["measured"]
         event("this merged model is already complete", path=target)
         return MergedModel(target, checks, evaluation, is_reused=True)
 
     def manifest(checks: dict[str, Any]) -> dict[str, Any]:
-        parents = [*found.runs, *([found.run] if found.run else [])]
+        parents = [*found.runs, *([found.run] if found.run and found.run not in found.runs else [])]
         facts = {"composition": composition, "seed": seed}
         return runs.manifest("merged", identity, base=base.record(), parents=parents, measured=checks, **facts)
 
