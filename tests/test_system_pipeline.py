@@ -144,7 +144,7 @@ class Pipeline(unittest.TestCase):
         before = files.sha256_file(target / "model.safetensors")
         refused = self.place.run("inference", "--merge_path", str(target))
         self.assertEqual(refused.returncode, 2)
-        self.assertIn("--merge_path exists and is not empty", refused.stderr)
+        self.assertIn("holds another merged model: recipe.weights was [1.0, 0.5]", refused.stderr)
         self.assertEqual(files.sha256_file(target / "model.safetensors"), before)
 
 
