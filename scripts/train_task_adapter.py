@@ -5,7 +5,7 @@ or off at random each step, so that the result works with and without it; --task
 that is the fair baseline in the evaluation. Reads the newest prepared data and domain run; writes models/task/<run>/.
 Killed at any moment, the same command goes on from the last checkpoint.
 
-    accelerate launch scripts/train_task_adapter.py
+    accelerate launch --config_file scripts/launch/one_gpu.yaml scripts/train_task_adapter.py
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class SettingsFiles(unittest.TestCase):
 
     def test_what_is_printed_is_read_again(self) -> None:
         for preset in PRESETS:
-            made = cli.resolve(["--preset", preset, "--weights", "1,0.25,1,0", "--compose.also", "x,y"], {})
+            own = [] if PRESETS[preset]().base.source else ["--base.source=somewhere"]
+            made = cli.resolve(["--preset", preset, *own, "--weights", "1,0.25,1,0", "--compose.also", "x,y"], {})
             text = settings_files.as_yaml(
                 made, [name for name in Config.model_fields if name not in ("preset", "overrides")]
             )

@@ -238,7 +238,9 @@ class DryRun(unittest.TestCase):
             self.assertTrue(dry_run.lines(resolve(), script), script)
 
     def test_other_models_are_not_spoken_of(self) -> None:
-        for name in set(PRESETS) - {"minimax_m2"}:
+        for name in PRESETS:
+            if name.startswith("minimax_m2"):
+                continue
             self.assertEqual(dry_run.lines(PRESETS[name](), "train_domain_adapter"), [])
 
     def test_a_directory_speaks_for_itself(self) -> None:

@@ -84,7 +84,7 @@ class EveryStage(unittest.TestCase):
             way = ways.find(resolve(*flags), M2)
             self.assertEqual((way.form.trained, way.form.scored), (expected[name], "bfloat16"), name)
             self.assertTrue(way.why[0])
-        self.assertIn("pip install kernels", ways.find(resolve(), M2).why[0])
+        self.assertIn("pip install 'kernels", ways.find(resolve(), M2).why[0])
         asked = ways.find(resolve("--base.fp8=dequantise"), M2)
         self.assertEqual(asked.form.trained, "bfloat16")  # what a person set stays
         old = ways.find(resolve("--plan.nodes=2", "--plan.gpu_memory_gib=40", "--plan.gpus=8"), M2)  # an A100
@@ -213,6 +213,9 @@ class FindsAWay(unittest.TestCase):
         self.assertEqual(way.verdict, "fits")
         self.assertEqual(way.form.trained, "nf4")
         self.assertLess(way.trainings["domain"].high.total, 12 * GIB)
+        every = stage_costs.every_stage(way, DENSE_8B, planned_data.of(way.config))
+        self.assertEqual([cost.stage for cost in every if cost.verdict == "no"], [])
+        self.assertIn("--quantization", every[-1].command)
         self.assertIn(
             "--base.quantization=nf4", stage_costs.every_stage(way, DENSE_8B, planned_data.of(way.config))[1].command
         )

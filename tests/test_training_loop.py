@@ -26,6 +26,7 @@ from utils.data.batches import PackedDocuments
 from utils.data.prepared import Prepared
 from utils.inference.scoring import score_documents
 from utils.training.schedules import learning_rate
+from utils.training.steps import FEWEST_STEPS
 
 SETTINGS = {
     "epochs": 2,
@@ -203,6 +204,16 @@ class Numbers(Runs):
         self.assertEqual(files.verify(self.reference)["digest"], files.read_json(self.reference / MANIFEST)["digest"])
         parents = {p["kind"]: p["digest"] for p in files.read_json(Path(result["run"]) / MANIFEST)["parents"]}
         self.assertEqual(parents["domain"], files.read_json(self.reference / MANIFEST)["digest"])
+
+    def test_max_steps_overrides_epochs_and_what_will_be_trained_is_said_before(self) -> None:
+        steps = len(metrics(self.reference)) // 2 + 2  # of the reference's two passes
+        completed = self.run_named("overridden", "--domain.train.epochs=1", f"--domain.train.max_steps={steps}")
+        found = last_json(completed)
+        self.assertEqual(found["steps"], steps)
+        said = next(line for line in completed.stderr.splitlines() if "what will be trained" in line)
+        self.assertRegex(said, rf"steps={steps}\b.*passes=1\.\d+.*trained_tokens=[1-9]")
+        self.assertEqual(max(m["epoch"] for m in metrics(self.place.models / "domain" / "overridden")), 1)
+        self.assertEqual("teach little" in completed.stderr, steps < FEWEST_STEPS)
 
     def test_training_lowers_the_loss(self) -> None:
         found = losses(self.reference)

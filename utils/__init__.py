@@ -41,7 +41,13 @@ PURE = (
     ),
     *("models.architectures.minimax_m2", "models.architectures.qwen3_moe"),
     *("data.splits", "data.answer_metrics", "data.ngram_overlap", "data.domains.built_in", "data.domains.invented"),
-    *("adapters.factors", "planning.estimates", "planning.native_fp8", "planning.hardware", "planning.pass_times"),
+    *(
+        "adapters.factors",
+        "planning.estimates",
+        "planning.native_fp8",
+        "planning.hardware",
+        "planning.pass_times",
+    ),
     *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),
     *("composition.search", "composition.collisions", "evaluation.intervals", "evaluation.verdict"),
     *("rollout.e_process", "rollout.policy", "rollout.gate", "rollout.controller", "rollout.simulation"),
@@ -49,7 +55,14 @@ PURE = (
 
 # the modules that scripts call with their whole `Config`; every other one takes the sections that it needs
 TAKES_CONFIG = (
-    *("adapters.find", "planning.preflight", "planning.plan_report", "planning.launch_files", "planning.dry_run"),
+    *(
+        "models.architectures.size_class",
+        "adapters.find",
+        "planning.preflight",
+        "planning.plan_report",
+        "planning.launch_files",
+        "planning.dry_run",
+    ),
     *("planning.planned_data", "planning.training_plan", "planning.ways", "planning.stage_costs"),
     *(
         "training.training_run",

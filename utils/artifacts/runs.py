@@ -36,8 +36,8 @@ NOTHING_DONE = {IDENTITY, LOG, locks.LOCK}
 REFUSED = 2
 STAGES = {
     "prepared": "python scripts/prepare_data.py",
-    "domain": "accelerate launch scripts/train_domain_adapter.py",
-    "task": "accelerate launch scripts/train_task_adapter.py",
+    "domain": "accelerate launch --config_file scripts/launch/one_gpu.yaml scripts/train_domain_adapter.py",
+    "task": "accelerate launch --config_file scripts/launch/one_gpu.yaml scripts/train_task_adapter.py",
     "composed": "python scripts/compose.py",
     "evaluation": "python scripts/evaluate.py",
     "benchmark": "python scripts/benchmark.py",

@@ -21,6 +21,7 @@ from utils import flags, secrets
 from utils.cli import settings_files
 from utils.composition import methods
 from utils.exceptions import ConfigError, Problem, did_you_mean
+from utils.models.architectures import size_class
 
 PRESET = "preset"
 HOLDS_SECRET = "holds what looks like a password or an access token, and settings are written into manifests"
@@ -33,7 +34,7 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> setting
     filed_preset, filed, filed_from = settings_files.read(named, problems)
     typed = _flags(arguments, problems)
     variables = _variables(environment, problems)
-    usual = filed_preset or settings.Config.model_fields[PRESET].default
+    usual = filed_preset or _preset_by_size(filed, variables, typed) or settings.Config.model_fields[PRESET].default
     name = typed.pop(PRESET, variables.pop(PRESET, [usual]))[0]
     if not (known := name in settings.PRESETS):
         fix = did_you_mean(name, settings.PRESETS) or f"presets: {', '.join(settings.PRESETS)}"
@@ -48,10 +49,30 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> setting
         for path, value in given.items()
         if path != "inference.prompt" and secrets.holds_secret(flags.shown(value))
     ]
+    is_other = given.get("base.source", preset.base.source) != preset.base.source
+    if is_other and preset.base.revision and "base.revision" not in given:  # it is a commit of another repository
+        given["base.revision"], sources["base.revision"] = "", sources["base.source"]
+    if not preset.base.source and "base.source" not in given:
+        fix = "--base.source DIRECTORY, or --base.source ORG/NAME --base.revision COMMIT"
+        problems.append(Problem(f"--preset {name} is for any base model of its size and names none", fix=fix))
     config = _validated(preset, given, sources, problems, cross_checks=known)
     if problems or config is None:
         raise ConfigError(problems)
     return config
+
+
+def _preset_by_size(
+    filed: Mapping[str, Any], variables: Mapping[str, list[str]], typed: Mapping[str, list[str]]
+) -> str | None:
+    """The preset for the size of a person's own base model, where none was named and its config.json is here."""
+
+    def given(path: str) -> str:
+        found = typed.get(path) or variables.get(path) or filed.get(path) or ""
+        return " ".join(found) if isinstance(found, list) else str(found)
+
+    source = given("base.source")
+    found = size_class.config_of(source, given("base.revision")) if source else None
+    return size_class.preset_for(found) if found else None
 
 
 def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[str]]:

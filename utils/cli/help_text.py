@@ -15,7 +15,6 @@ from utils.composition import methods
 from utils.exceptions import ConfigError, Problem, did_you_mean
 
 USAGE = """\
-  --preset NAME            start from this preset: {presets} (default {preset})
   --config FILE            settings from a YAML, JSON or TOML file, also a run's config.json; of several the last wins
   --print-config           write such a file, with these settings, to standard output
   --dry-run                print the resolved settings, where each came from and what would be done; do nothing
@@ -65,7 +64,8 @@ def _first_page(description: str, sections: Sequence[str], most_used: Sequence[s
     presets, preset = ", ".join(settings.PRESETS), settings.Config.model_fields["preset"].default
     example = flags.variable("task.lora.rank")
     yield from (description, "")
-    yield USAGE.format(presets=presets, preset=preset, prefix=flags.ENV_PREFIX, example=example)
+    yield from _hanging("  --preset NAME            ", f"start from this preset: {presets} (default {preset})")
+    yield USAGE.format(prefix=flags.ENV_PREFIX, example=example)
     if most_used:
         yield from ("", "Most used:")
         for path in most_used:

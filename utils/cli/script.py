@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
-from config import Config
+from config import Config, reason_of
 from utils import flags, logger, signals
 from utils.cli import help_text, settings_files
 from utils.cli.command_line import resolve
@@ -183,7 +183,7 @@ def _prepare_process(*, quiet: bool = False) -> None:
 
 
 def _card(config: Config, sections: Sequence[str], plan: list[str]) -> str:
-    lines = [f"preset {config.preset}"]
+    lines = [f"preset {config.preset}: {reason_of(config.preset)}"]
     for path in flags.fields():
         if path.split(".")[0] in sections:
             value = flags.shown(flags.value_of(config, path))

@@ -8,7 +8,6 @@ with the same identity is used instead, wherever it lies. Interrupted, the same 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import signal
@@ -65,8 +64,7 @@ class Trainer:
         what = f"a domain adapter with seed {seed}"
         if data is not None:
             what = f"a wrong-domain adapter with seed {seed}"
-            steps, tokens = like.manifest["measured"]["steps"], data.manifest["counts"]["documents"]["corpus"]["tokens"]
-            train |= {"max_steps": steps, "epochs": 1 + math.ceil(steps * train["batch_tokens"] / max(1, tokens))}
+            train |= {"max_steps": like.manifest["measured"]["steps"]}
         source = data or find.parent_by_digest(like, "prepared", self._roots(True))
         section = {"lora": lora, "train": TrainSection.model_validate(train)}
         config = self._config({"domain": section, "inputs": {"prepared": str(source.directory)}}, seed, like)

@@ -6,14 +6,19 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from utils.exceptions import ConfigError, Problem
+
+PROC = Path("/proc")
+
 
 def device() -> torch.device:
     """This process's device: the launcher's GPU, or the CPU."""
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
+    if torch.cuda.is_available() and not _on_cpu_by_wish():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
@@ -43,3 +48,60 @@ def peak_memory_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def refuse_missing_gpus() -> None:
+    """Raises ConfigError where a launch file for GPUs starts several processes and they do not each have one.
+
+    Eight processes would share the CPU without a word. A file that hides the GPUs (`gpu_ids`) asks for the CPU.
+    """
+    processes, visible = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes <= max(1, visible) or _on_cpu_by_wish():
+        return
+    if visible:
+        fix = f"--num_processes {visible} (with --config_file; several nodes: {visible} for each)"
+        raise ConfigError(Problem(f"the launcher starts {processes} processes on {visible} GPUs", fix=fix))
+    fix = (
+        "on a CPU launch with --config_file scripts/launch/cpu.yaml, or cpu_two_processes.yaml; for so many processes "
+        "on the CPU on purpose: ACCELERATE_USE_CPU=true, or gpu_ids: '-1,-1' in the file"
+    )
+    raise ConfigError(
+        Problem(f"the launcher starts {processes} processes for GPUs, and no GPU is visible here", fix=fix)
+    )
+
+
+def set_threads(wanted: int) -> int:
+    """CPU threads of this process, and how many: `wanted`, or where nobody chose a number its share of the cores.
+
+    `accelerate launch` says OMP_NUM_THREADS=1 for everyone who says nothing, and a training would take one core.
+    """
+    if wanted:
+        torch.set_num_threads(wanted)
+    elif not _threads_are_chosen(os.environ):
+        torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return torch.get_num_threads()
+
+
+def _on_cpu_by_wish() -> bool:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() in ("", "-1")
+    return hidden or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+
+
+def _threads_are_chosen(environment: Mapping[str, str]) -> bool:
+    """Whether a person said how many threads there are. Python without a launcher takes what OpenMP takes."""
+    said = environment.get("OMP_NUM_THREADS")
+    if "ACCELERATE_MIXED_PRECISION" not in environment:
+        return True
+    if said != "1":
+        return said is not None
+    try:  # the launcher is the parent: what it was started with says whether the 1 is its own
+        launcher = PROC / str(os.getppid())
+        variables, words = (launcher / "environ").read_bytes(), (launcher / "cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"\0OMP_NUM_THREADS=" in b"\0" + variables or b"--num_cpu_threads_per_process" in words
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

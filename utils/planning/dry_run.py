@@ -51,7 +51,8 @@ def _training(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
             f"as configured, {plan_report.verdict(asked, config.plan)}",
             *(f"instead: {change}" for change in plan_report.changes(config, sizes)),
             *plan_report.loading(way, sizes),
-            f"{low} to {high} for {data.trained(stage):,} tokens an epoch: {plan_report.speed(chosen, config.plan)}",
+            f"{plan_report.between(low, high)} for {data.trained(stage):,} tokens an epoch",
+            plan_report.speed(chosen, config.plan),
             plan_report.NOT_COUNTED,
             f"disk: {gb(written.checkpoints)} of checkpoints, then {gb(written.adapter)} of adapter",
             cost.command if cost.verdict != "no" else "no launch file makes this fit",
@@ -98,7 +99,7 @@ def _stage(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
         cost = next(one for one in stage_costs.every_stage(way, sizes, planned_data.of(config)) if one.stage == stage)
         low, high = (plan_report.duration(seconds / 3600) for seconds in cost.seconds)
         peak = f"{cost.peak[0] / GIB:.1f} to {gib(cost.peak[1])} of each GPU in {way.form.scored}"
-        return [f"{peak}: {cost.verdict}; {low} to {high} ({cost.note})", cost.command]
+        return [f"{peak}: {cost.verdict}; {plan_report.between(low, high)} ({cost.note})", cost.command]
 
     return described
 

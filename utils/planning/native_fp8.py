@@ -15,6 +15,8 @@ from typing import Literal
 from utils.exceptions import ArtefactError, Problem
 
 LEAST_CAPABILITY = (8, 9)
+# what transformers 5.23 takes (tests/test_planning_presets.py compares)
+KERNELS = "kernels>=0.18.2,<0.19.0"
 Setting = Literal["auto", "native", "dequantise"]
 
 
@@ -43,7 +45,9 @@ def choose(setting: Setting, facts: Facts) -> Fp8Choice:
     reasons = _reasons(facts)
     if reasons and setting == "native":
         fix = "--base.fp8 dequantise takes twice the memory and runs anywhere"
-        raise ArtefactError([Problem(f"--base.fp8 native cannot be: {reason}", fix=fix) for reason in reasons])
+        fixes = {facts.kernels: f"pip install '{KERNELS}'; or {fix}"}
+        problems = [Problem(f"--base.fp8 native cannot be: {why}", fix=fixes.get(why, fix)) for why in reasons]
+        raise ArtefactError(problems)
     if reasons:
         return Fp8Choice(False, "; ".join(reasons))
     return Fp8Choice(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from config import Config, PlanSection
+from config import Config, PlanSection, reason_of
 from utils import flags
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.planning import estimates, hardware, launch_files, stage_costs, training_plan, ways
@@ -59,21 +59,20 @@ def trainable(sizes: ModelSizes, what: Adapter) -> str:
 def verdict(found: StagePlan, plan: PlanSection) -> str:
     """One choice against the memory there is."""
     says = {"fits": "fits", "tight": "tight", "no": "does NOT fit"}[found.verdict]
-    peak = f"{gib(found.low.total)} to {gib(found.high.total)}"
+    peak = between(gib(found.low.total), gib(found.high.total))
     usable = gib(hardware.of(plan).memory_bytes)
     return f"{found.name}: {peak} of {usable} usable per GPU, {found.layout}: {found.refused or says}"
 
 
 def speed(found: StagePlan, plan: PlanSection) -> str:
     """Tokens per second, and what was assumed."""
-    slow, fast = found.rates
     gpus = found.layout.processes
+    all_of, each = (between(*(f"{rate / share:,.0f}" for rate in found.rates)) for share in (1, gpus))
     assumed = f"{plan.utilisation:.0%} of {hardware.peak_tflops(plan):g} TFLOP/s a GPU"
-    parts = found.time.own | found.time.sent
-    shown = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items())
+    shown = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in (found.time.own | found.time.sent).items())
     return (
-        f"{slow:,.0f} to {fast:,.0f} tokens/s ({slow / gpus:,.0f} to {fast / gpus:,.0f} a GPU): a pass of "
-        f"{found.step.tokens:,} tokens takes {shown}; {found.time.bound} bound it; arithmetic at {assumed}"
+        f"{all_of} tokens/s ({each} a GPU): a pass of {found.step.tokens:,} tokens takes {shown}; "
+        f"{found.time.bound} bound it; arithmetic at {assumed}"
     )
 
 
@@ -84,6 +83,7 @@ def report(config: Config, sizes: ModelSizes, data: PlannedData) -> tuple[list[s
     gpus = f"{plan.nodes} x {plan.gpus} GPUs of {plan.gpu_memory_gib:g} GiB"
     lines = [
         headline(sizes, base),
+        f"preset {config.preset}: {reason_of(config.preset)}",
         f"planned for {gpus} (as {machine.card}), {plan.headroom_gib:g} GiB of each for what is not a tensor; each GPU "
         f"receives {machine.node_rate / 1e9:g} GB/s in its node and {machine.network_rate / 1e9:g} GB/s between nodes",
     ]
@@ -207,8 +207,8 @@ def _stages(costs: list[StageCost]) -> list[str]:
     lines = [f"{'stage':<10}{'GiB per GPU':>14}{'main memory':>14}{'time':>22}  bound by    verdict"]
     for cost in costs:
         low, high = (amount / GIB for amount in cost.peak)
-        peak = f"{low:.1f}-{high:.1f}" if high else "-"
-        time = f"{duration(cost.seconds[0] / 3600)} to {duration(cost.seconds[1] / 3600)}"
+        peak = between(f"{low:.1f}", f"{high:.1f}", "-") if high else "-"
+        time = between(*(duration(seconds / 3600) for seconds in cost.seconds))
         host = gib(cost.host) if cost.host else "-"
         lines.append(f"{cost.stage:<10}{peak:>14}{host:>14}{time:>22}  {cost.bound:<12}{cost.verdict}  {cost.note}")
     lines.append("")
@@ -241,7 +241,7 @@ def _table(found: list[StagePlan]) -> list[str]:
 
 def _peaks(way: Way) -> str:
     lows, highs = zip(*(ways.gib_of(plan) for plan in (*way.trainings.values(), way.scoring)), strict=True)
-    return f"{max(lows):.1f} to {max(highs):.1f} GiB"
+    return f"{between(f'{max(lows):.1f}', f'{max(highs):.1f}')} GiB"
 
 
 def _differences(config: Config, chosen: Config) -> list[str]:
@@ -254,8 +254,12 @@ def _differences(config: Config, chosen: Config) -> list[str]:
 
 
 def _range(low: int, high: int) -> str:
-    a, b = f"{low / GIB:.1f}", f"{high / GIB:.1f}"
-    return a if a == b else f"{a}-{b}"
+    return between(f"{low / GIB:.1f}", f"{high / GIB:.1f}", "-")
+
+
+def between(least: str, most: str, to: str = " to ") -> str:
+    """A range, or one value where both are written alike."""
+    return least if least == most else f"{least}{to}{most}"
 
 
 def _weights(sizes: ModelSizes, dtype: Dtype) -> str:

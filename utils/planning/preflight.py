@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from config import BaseModelSection, Config
+from config import BaseModelSection, Config, reason_of
 from utils.adapters import peft_model
 from utils.artifacts import files
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import ArtefactError, ConfigError, Problem
 from utils.logger import event, warning
 from utils.models import devices, parallel, sources
-from utils.models.architectures import registry
+from utils.models.architectures import registry, size_class
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.weights import fp8
@@ -64,6 +64,8 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     found = _quick(config.base, config.run.models_dir)
     if found is None:
         return
+    if stage and f"{stage}.train.learning_rate" not in config.overrides:
+        size_class.refuse_small_settings(config.preset, found, stage)
     dtype, why = loaded_dtype(config.base), ""
     if config.base.quantization != PLAIN:
         dealt_out = loads_model and Machine.here().shards > 1
@@ -279,9 +281,14 @@ def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseM
     from accelerate import PartialState
 
     parallel.check(trains=bool(stage))
+    devices.refuse_missing_gpus()
+    if not config.base.source:
+        fix = "base.source: a directory, or a hub id with base.revision"
+        raise ConfigError(Problem(f"preset {config.preset} names no base model", fix=fix))
+    if stage and config.preset.startswith("size_"):
+        event(f"preset {config.preset}: {reason_of(config.preset)}")
     check(config, loads_model=loads_model, stage=stage)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    devices.set_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     state = PartialState(cpu=devices.device().type == "cpu", timeout=parallel.PATIENCE)
     with state.main_process_first():

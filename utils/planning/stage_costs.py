@@ -12,7 +12,7 @@ from utils.planning import estimates, hardware, launch_files, pass_times
 from utils.planning.estimates import Fit
 from utils.planning.hardware import Hardware
 from utils.planning.launch_files import STAGES
-from utils.planning.pass_times import PassTime
+from utils.planning.pass_times import MEMORY, PassTime
 from utils.planning.planned_data import PlannedData
 from utils.planning.ways import ANSWERS_AT_ONCE, ScoringPlan, Way
 
@@ -130,7 +130,8 @@ def _asking(way: Way, sizes: ModelSizes, machine: Hardware, loading: tuple[float
     seconds = _answered(way, sizes, machine, 100, wanted)
     found = _scoring_stage(way, sizes, machine, "asking", way.answering, seconds, loading)
     step = _decoding(way, sizes, machine)
-    note = f"100 questions, {wanted} tokens each, {step.least:.2g} to {step.most:.2g} s for each token of a batch"
+    range_of = f"{step.least:.2g}" if step.least == step.most else f"{step.least:.2g} to {step.most:.2g}"
+    note = f"100 questions, {wanted} tokens each, {range_of} s for each token of a batch"
     if way.answering.layout.is_sharded:
         note += "; a server (below) gathers nothing and is the faster way"
     return StageCost(**{**found.__dict__, "note": note, "bound": step.bound})
@@ -175,10 +176,12 @@ def _merge(way: Way, sizes: ModelSizes, machine: Hardware) -> StageCost:
 
 
 def serving(config: Config, sizes: ModelSizes, machine: Hardware) -> StageCost:
-    """The merged model in vLLM, on as few GPUs of one node as hold it; time is that of 100 answers of one client."""
-    held: Dtype = "fp8" if config.merge.dtype == "fp8" else "bfloat16"
-    size, room = estimates.weight_bytes(sizes, held), VLLM_SHARE * machine.memory_bytes
-    gpus = tensor_parallel(size, machine)
+    """The merged model in vLLM, in the first form of which a node holds the weights and as many for keys and values as
+    there is; time is that of 100 answers to one client."""
+    options = [(held, asks, estimates.weight_bytes(sizes, held)) for held, asks in _served(config, sizes)]
+    fitting = [option for option in options if tensor_parallel(option[2], machine) <= machine.gpus]
+    held, asks, size = (fitting or options[-1:])[0]
+    room, gpus = VLLM_SHARE * machine.memory_bytes, tensor_parallel(size, machine)
     parallel = min(gpus, machine.gpus)
     each = math.ceil(size / parallel)
     cache = max(0, room - each) * parallel / pass_times.cache_bytes_per_token(sizes, held)
@@ -186,12 +189,23 @@ def serving(config: Config, sizes: ModelSizes, machine: Hardware) -> StageCost:
     tokens = 100 * config.inference.max_new_tokens
     # a recipe of vLLM's for MiniMax-M2: eight parts of each matrix are no whole FP8 blocks, experts are cut by number
     experts = " --enable-expert-parallel" if sizes.experts and parallel > 4 else ""
-    command = f"vllm serve models/merged_model --tensor-parallel-size {parallel}{experts}"
-    note = f"{parallel} GPUs; beside the weights there is room for {cache:,.0f} tokens of keys and values"
+    command = f"vllm serve models/merged_model --tensor-parallel-size {parallel}{experts}{asks}"
+    note = (
+        f"{parallel} GPU{'s' * (parallel > 1)}, {held}; {cache:,.0f} tokens of keys and values fit beside the weights"
+    )
     fits: Fit = "fits" if gpus <= machine.gpus else "no"
     return StageCost(
-        "serving", command, (each, max(each, int(room))), 0, fits, (tokens * step / 8, tokens * step), "memory", note
+        "serving", command, (each, max(each, int(room))), 0, fits, (tokens * step, tokens * step), MEMORY, note
     )
+
+
+def _served(config: Config, sizes: ModelSizes) -> list[tuple[Dtype, str]]:
+    """Forms of the merged weights in vLLM, the most exact first, and what asks for them."""
+    if config.merge.dtype == "fp8":
+        return [("fp8", "")]
+    if sizes.experts:  # quantising while loading is for dense models; experts are merged into FP8 instead
+        return [("bfloat16", "")]
+    return [("bfloat16", ""), ("fp8", " --quantization fp8"), ("nf4", " --quantization bitsandbytes")]
 
 
 def tensor_parallel(size: int, machine: Hardware) -> int:

@@ -74,7 +74,7 @@ def step(config: Config, stage: str, base: Dtype) -> TrainingStep:
 
 def choice(sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep, batch_tokens: int) -> StagePlan:
     """The fastest layout of those that fit, else of those that are tight, else the one that takes least memory."""
-    return _best(_layouts(sizes, hardware, stage, what, batch_tokens))
+    return _best(layouts(sizes, hardware, stage, what, batch_tokens))
 
 
 def tuned(sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep, batch_tokens: int) -> StagePlan:
@@ -95,9 +95,10 @@ def verdict_of(plans: Iterable[Fit]) -> Fit:
     return min(plans, key=ORDER.index)
 
 
-def _layouts(
+def layouts(
     sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep, batch_tokens: int
 ) -> list[StagePlan]:
+    """The same step in every layout that the hardware and the form of the weights allow."""
     found = []
     for layout in hardware.layouts:
         if layout.is_sharded and what.base in ("nf4", "int8"):

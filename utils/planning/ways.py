@@ -19,7 +19,7 @@ from utils.planning import estimates, hardware, training_plan
 from utils.planning.estimates import Fit, InferenceMemory
 from utils.planning.hardware import CARDS, Hardware
 from utils.planning.launch_files import STAGES
-from utils.planning.native_fp8 import LEAST_CAPABILITY
+from utils.planning.native_fp8 import KERNELS, LEAST_CAPABILITY
 from utils.planning.training_plan import ORDER, StagePlan, verdict_of
 
 SHORTER_ROWS = (4096, 2048, 1024, 512)
@@ -140,7 +140,7 @@ def forms(config: Config, sizes: ModelSizes, machine: Hardware) -> Iterator[Form
             base, base, settings, f"{base}, as configured" if sizes.stored != "fp8" else "de-quantised to bfloat16"
         )
     if can_stay and asked != "dequantise":
-        why = "FP8 stays FP8 in training, at half the bytes; it takes the `kernels` package (pip install kernels)"
+        why = f"FP8 stays FP8 in training, at half the bytes; it takes a package: pip install '{KERNELS}'"
         yield Form("fp8", base, {"base.fp8": "native"}, why)
     if config.base.quantization == PLAIN and sizes.stored != "fp8" and not sizes.experts:
         for bits, why in _BITS:
@@ -170,6 +170,7 @@ def _way(changed: tuple[dict[str, Any], str], config: Config, sizes: ModelSizes,
         what = training_plan.step(asked, stage, form.trained)
         plan = training_plan.tuned(sizes, machine, stage, what, train.batch_tokens)
         plans[stage] = plan
+        reasons += _layout_reason(plan, training_plan.layouts(sizes, machine, stage, plan.step, train.batch_tokens))
         if plan.step.tokens != train.micro_batch_tokens:
             chosen[f"{stage}.train.micro_batch_tokens"] = plan.step.tokens
             reasons.append(_tokens_reason(stage, plan, train.micro_batch_tokens))
@@ -184,9 +185,28 @@ def _way(changed: tuple[dict[str, Any], str], config: Config, sizes: ModelSizes,
     scoring = _scoring(asked, sizes, machine, form, adapters)
     if scoring.tokens != asked.evaluate.batch_tokens:
         chosen["evaluate.batch_tokens"] = scoring.tokens
+        reasons.append(f"scoring: {scoring.tokens:,} tokens a pass (memory allows no more)")
     answering = _answering(asked, sizes, machine, form, adapters)
     made = with_settings(config, chosen | form.settings)
     return Way(made, form, plans, scoring, answering, tuple(reasons))
+
+
+def _layout_reason(plan: StagePlan, others: list[StagePlan]) -> list[str]:
+    """Why the weights are where they are; nothing where there is one GPU."""
+    if plan.layout.processes == 1:
+        return []
+    if not plan.layout.is_sharded:
+        return [f"{plan.stage}: {plan.layout}, so nothing is gathered"]
+    whole = next((other for other in others if not other.layout.is_sharded), None)
+    reason = f"{plan.stage}: {plan.layout}"
+    if whole is not None and whole.verdict != "fits":
+        reason += f"; whole it takes {whole.low.total / GIB:,.0f} GiB of each GPU"
+    for other in others:
+        if other.layout.is_sharded and other.layout != plan.layout:
+            is_worse = ORDER.index(other.verdict) < ORDER.index(plan.verdict)
+            said = {"no": "does not fit", "tight": "tight", "fits": "no faster"}[other.verdict if is_worse else "fits"]
+            reason += f"; {other.layout}: {said}"
+    return [reason]
 
 
 def _tokens_reason(stage: str, plan: StagePlan, configured: int) -> str:

@@ -23,6 +23,8 @@ TRAIN = same_names(
 )
 # what the adapter that is kept is chosen by; the last one is not chosen
 CHOICE = same_names("evals_per_epoch", "max_dev_tokens")
+# in today's settings, whose `max_steps` overrides `epochs`
+OVERRIDES = "max_steps_override_epochs"
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -68,13 +70,15 @@ def training_identity(
         found = {**kept, "lora": _decided_lora(recorded["lora"], base), "train": _decided_train(train)}
         if stage == "task" and train["micro_batch_tokens"] != train["batch_tokens"]:
             found[MARK] = 0  # until 2026-11-30 which pairs made a step depended on the micro-batch
+        if train["max_steps"] and OVERRIDES not in train:
+            found[MARK] = 0  # until 2026-11-30 a run ended with its epochs, whatever max_steps said
         return found
 
     whole = {
         "base": base.digest,
         "data": data.digest,
         "lora": lora.model_dump(mode="json"),
-        "train": train.model_dump(mode="json") | {"micro_batch_tokens": train.batch_tokens},
+        "train": train.model_dump(mode="json") | {"micro_batch_tokens": train.batch_tokens, OVERRIDES: True},
         "seed": seed,
         "dtype": str(devices.compute_dtype(dtype)),
         **({"fp8": "native"} if native_fp8 else {}),
@@ -124,6 +128,8 @@ def _decided_lora(lora: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
 
 def _decided_train(train: Mapping[str, Any]) -> dict[str, Any]:
     found = chosen(train, TRAIN)
+    if train["max_steps"]:
+        found.pop("epochs")  # as in the field, so many steps are made in as many passes as they take
     if train["keep"] == "best":
         found |= chosen(train, CHOICE)
     return found

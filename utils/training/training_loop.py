@@ -8,6 +8,7 @@ within one step; the adapter that is kept is the best on dev, or the last where 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +25,13 @@ from utils.adapters import peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import METRICS
 from utils.data.batches import Batch, OptimiserStep, TrainingData
-from utils.exceptions import DataError, Interrupted, Problem, is_out_of_memory
+from utils.exceptions import Interrupted, Problem, is_out_of_memory
 from utils.logger import event
 from utils.models import parallel
 from utils.models.devices import peak_memory_bytes
 from utils.models.losses import IGNORED, NextTokenLoss
 from utils.progress import Progress
-from utils.training import checkpoints, guards, micro_batches, schedules
+from utils.training import checkpoints, guards, micro_batches, schedules, steps
 from utils.training.schedules import AdapterSchedule
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def train(setup: TrainingSetup) -> TrainingOutcome:
     adapters are on, or trained, than `setup.schedule` says.
     """
     loop = _TrainingLoop(setup)
+    steps.announce(setup.data, setup.settings, loop.total, setup.what)
     loop.resume()
     try:
         loop.run()
@@ -96,7 +98,7 @@ class _TrainingLoop:
 
     def __init__(self, setup: TrainingSetup):
         self.setup, self.settings, self.accelerator, self.what = setup, setup.settings, setup.accelerator, setup.what
-        self.total = _total_steps(setup)
+        self.total = steps.total(setup.data, self.settings, self.what)
         if self.settings.gradient_checkpointing:
             setup.model.enable_input_require_grads()
             setup.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -198,15 +200,17 @@ class _TrainingLoop:
     def _remaining(self) -> Iterator[tuple[int, int, OptimiserStep, bool]]:
         """(epoch, step in epoch, step, whether dev is measured after it) from where the run stands to its end."""
         done, first_epoch, first_step = self.state.step, self.state.epoch, self.state.step_in_epoch
-        for epoch in range(first_epoch, self.settings.epochs):
-            steps = self.setup.data.steps(epoch)
-            interval = math.ceil(len(steps) / self.settings.evals_per_epoch)
-            for number in range(first_step if epoch == first_epoch else 0, len(steps)):
+        for epoch in itertools.count(first_epoch):  # `max_steps` may be more than those of `epochs`
+            if done >= self.total:
+                return
+            planned = self.setup.data.steps(epoch)
+            interval = math.ceil(len(planned) / self.settings.evals_per_epoch)
+            for number in range(first_step if epoch == first_epoch else 0, len(planned)):
                 if done >= self.total:
                     return
                 done += 1
-                ends = (number + 1) % interval == 0 or number + 1 == len(steps) or done == self.total
-                yield epoch, number, steps[number], ends
+                ends = (number + 1) % interval == 0 or number + 1 == len(planned) or done == self.total
+                yield epoch, number, planned[number], ends
 
     def _switch_adapters(self, step: int | None) -> None:
         """Have the adapters on that the schedule says, and no others; without alternation they have to be already."""
@@ -296,15 +300,3 @@ class _TrainingLoop:
                 conditions=self.conditions,
             )
         self.accelerator.wait_for_everyone()
-
-
-def _total_steps(setup: TrainingSetup) -> int:
-    """Optimiser steps of the whole run. Raises DataError when there is none."""
-    settings = setup.settings
-    total = sum(len(setup.data.steps(epoch)) for epoch in range(settings.epochs))
-    total = min(total, settings.max_steps or total)
-    if not total:
-        raise DataError(
-            Problem(f"{setup.what}: there is nothing to train on", fix="look at the prepared data's manifest")
-        )
-    return total
