@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from config import Config
+from config import PRESETS, Config
 from utils.models.model_shapes import Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, launch_files, pass_times
@@ -76,10 +76,11 @@ def _training(way: Way, sizes: ModelSizes, machine: Hardware, stage: str, data: 
     plan = way.trainings[stage]
     reading, host = _loading(way, sizes, machine, plan.layout, trained=True)
     least, most = training_seconds(way, stage, data)
+    config = way.config if stage == "domain" else _without_domain(way.config)
     fits: Fit = "no" if plan.refused else _with_host(plan.verdict, host, machine)
     return StageCost(
         stage,
-        launch_files.command(way.config, sizes, stage, plan.layout),
+        launch_files.command(config, sizes, stage, plan.layout),
         (plan.low.total, plan.high.total),
         host,
         fits,
@@ -261,4 +262,11 @@ def _with_host(verdict: Fit, host: int, machine: Hardware) -> Fit:
 
 def _without_training(config: Config) -> Config:
     """What only training reads is not typed elsewhere."""
-    return config.model_copy(update={"base": config.base.model_copy(update={"fp8": "auto"})})
+    usual = PRESETS[config.preset]().base.fp8
+    return config.model_copy(update={"base": config.base.model_copy(update={"fp8": usual})})
+
+
+def _without_domain(config: Config) -> Config:
+    """The task adapter's training reads nothing of how the domain adapter is trained."""
+    usual = PRESETS[config.preset]().domain.train
+    return config.model_copy(update={"domain": config.domain.model_copy(update={"train": usual})})
