@@ -16,7 +16,7 @@ from utils.composition.search import Point
 from utils.models.architectures import minimax_m2, qwen3_moe
 from utils.models.model_shapes import GIB, ModelSizes
 from utils.models.process_layout import ProcessLayout
-from utils.planning import hardware, pass_times, plan_report, planned_data, stage_costs, training_plan, ways
+from utils.planning import estimates, hardware, pass_times, plan_report, planned_data, stage_costs, training_plan, ways
 from utils.planning.pass_times import ARITHMETIC, GATHERS, GRADIENTS
 from utils.planning.stage_costs import StageCost
 
@@ -118,6 +118,25 @@ class Time(unittest.TestCase):
         for tokens, slow, fast in ((4096, 1_280, 2_050), (32_768, 2_840, 3_440)):
             for found, expected in zip(self.rates(tokens), (slow, fast), strict=True):
                 self.assertLess(abs(found / expected - 1), 0.01, f"{found} instead of {expected}")
+
+    def test_the_table_of_the_documentation_is_what_is_calculated(self) -> None:
+        page = (ROOT / "docs" / "multi_gpu.md").read_text(encoding="utf-8")
+        for flags, base, layout, tokens in (
+            (["--plan.gpu_memory_gib=141"], "bfloat16", ProcessLayout(1, 8), 4_096),
+            (["--plan.gpu_memory_gib=141"], "bfloat16", ProcessLayout(1, 8), 32_768),
+            ([], "fp8", ProcessLayout(1, 8), 32_768),
+            (["--plan.nodes=2"], "bfloat16", ProcessLayout(1, 16), 16_384),
+        ):
+            config = resolve(f"--domain.train.micro_batch_tokens={tokens}", *flags)
+            machine, what = hardware.of(config.plan), training_plan.step(config, "domain", base)
+            time = pass_times.training_pass(M2, what, layout, machine)
+            low, high = (
+                estimates.training_memory(M2, what, shards=layout.shard, careful=careful).total / GIB
+                for careful in (False, True)
+            )
+            slow, fast = time.rates(1)
+            row = f"| {tokens:,} | {slow:,.0f} to {fast:,.0f} | {low:.0f} to {high:.0f} | {time.bound} |"
+            self.assertIn(row, page)
 
     def test_time_and_memory_follow_bandwidth_experts_and_memory(self) -> None:
         at_once = self.rates(4096, "--plan.node_bandwidth_gbs=1e9")
