@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import unittest
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,19 @@ class Measured(unittest.TestCase):
             self.assertEqual((found.packing, found.candidates, found.head), ("none", "none", "model"))
             self.assertTrue(found.why)
         self.assertTrue(row_probe.measured(base, section(base.directory)).packs)
+
+    def test_the_probe_of_a_rank_has_values_whatever_the_launcher_asks_for(self) -> None:
+        base, seen = saved(built("Llama")), []
+        original = row_probe.loading.load_model
+
+        def loaded(*given: Any, **how: Any) -> Any:
+            seen.append(os.environ.get(row_probe.SHARDING))
+            return original(*given, **how)
+
+        with mock.patch.dict(os.environ, {row_probe.SHARDING: "true"}):
+            with mock.patch.object(row_probe.loading, "load_model", loaded):
+                self.assertTrue(row_probe.measured(base, section(base.directory)).packs)
+            self.assertEqual((seen, os.environ[row_probe.SHARDING]), ([None], "true"))
 
 
 class Callers(unittest.TestCase):
