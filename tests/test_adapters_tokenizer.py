@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from config import BaseModelSection, InputsSection
-from tests.support import plain_tokenizer, random_factors, saved_model, temporary_directory
+from tests.support import PRESET, plain_tokenizer, random_factors, saved_model, temporary_directory
 from tests.test_composition_layers import composed
+from utils import cli
 from utils.adapters import adapter_files, adapter_tokenizer
 from utils.artifacts.runs import Run
+from utils.composition import in_use
 from utils.exceptions import ArtefactError
 from utils.models import chat, loading
 from utils.models.base_model import BaseModel
@@ -26,12 +28,13 @@ TEMPLATE = (
 class Tokenizers(unittest.TestCase):
     base: BaseModel
     factors: dict[str, Any]
+    other: dict[str, Any]
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.base = saved_model("llama")
         model = loading.load_model(cls.base, BaseModelSection(source=str(cls.base.directory), dtype="float32"))
-        cls.factors = random_factors(model, ("q_proj",), 2, 4, 1)
+        cls.factors, cls.other = (random_factors(model, ("q_proj",), 2, 4, seed) for seed in (1, 2))
 
     def adapter(self, *, template: str = "", tokens: tuple[str, ...] = (), **roles: str) -> Path:
         """An adapter folder as a trainer leaves it: with its whole tokenizer."""
@@ -81,6 +84,21 @@ class Tokenizers(unittest.TestCase):
         self.assertEqual(adapter_tokenizer.choose(directory, self.base, BASE), {})
         self.assertEqual(adapter_tokenizer.with_chosen(self.base, [Run(directory, {})]), self.base)
         self.assertEqual((self.base.deciding_tokenizer(), "tokenizer_choice" in self.base.record()), ({}, False))
+
+    def test_a_composed_run_remembers_what_was_chosen(self) -> None:
+        directory = self.adapter(template=TEMPLATE)
+        for choice in ("adapter", "base"):
+            flags = ("--task_adapter", str(directory), "--inputs.tokenizer", choice)
+            made = composed(self.base, [self.other, self.factors], *flags).parent
+            models = made.parent.parent
+            given = ["--base.source", str(self.base.directory), "--base.dtype", "float32"]
+            places = ["--run.models_dir", str(models), "--run.data_dir", str(models.parent / "data")]
+            config = cli.resolve(["--preset", PRESET, *given, *places], {})
+            found = in_use.in_use(config, self.base)
+            self.assertEqual((found.is_alone, found.composed.directory if found.composed else None), (False, made))
+            used = adapter_tokenizer.with_chosen(self.base, found.adapters).tokenizer_from
+            self.assertEqual(used, directory if choice == "adapter" else None)
+            self.assertEqual(bool(found.composed.manifest["base"].get("tokenizer_choice")), choice == "adapter")
 
     def test_a_template_without_a_tokenizer_is_one_too(self) -> None:
         directory = temporary_directory() / "adapter"

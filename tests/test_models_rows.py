@@ -5,7 +5,9 @@ The reference is stock transformers on prompt and answer, or on a document, alon
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
 import unittest
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
@@ -178,6 +181,19 @@ class Measured(unittest.TestCase):
             self.assertTrue(found.why)
         self.assertTrue(row_probe.measured(base, section(base.directory)).packs)
 
+    def test_the_probe_of_a_rank_has_values_whatever_the_launcher_asks_for(self) -> None:
+        base, seen = saved(built("Llama")), []
+        original = row_probe.loading.load_model
+
+        def loaded(*given: Any, **how: Any) -> Any:
+            seen.append(os.environ.get(row_probe.SHARDING))
+            return original(*given, **how)
+
+        with mock.patch.dict(os.environ, {row_probe.SHARDING: "true"}):
+            with mock.patch.object(row_probe.loading, "load_model", loaded):
+                self.assertTrue(row_probe.measured(base, section(base.directory)).packs)
+            self.assertEqual((seen, os.environ[row_probe.SHARDING]), ([None], "true"))
+
 
 class Callers(unittest.TestCase):
     """What trains, chooses weights and evaluates loads a base with what was measured on it."""
@@ -301,6 +317,34 @@ class VariableLengths(unittest.TestCase):
         row_support.attach(model, found)
         plain = self.model("varlen_of_a_test", varlen_attention)
         Measured.check_scores(self, plain, model)  # type: ignore[arg-type]
+
+    def test_flash_attention_as_transformers_calls_it_gets_lengths(self) -> None:
+        """Transformers' own flash path, with a stand-in for the kernel: of a batch it does not read positions."""
+
+        def varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any,
+                   causal: bool = False, softmax_scale: float | None = None) -> torch.Tensor:  # fmt: skip
+            rows = [t.transpose(0, 1)[None] for t in (q, k, v)]
+            how = {"cu_seq_lens_q": cu_seqlens_q, "max_length_q": max_seqlen_q}
+            return varlen_attention(None, *rows, None, **how)[0][0]
+
+        def flash(q: Any, k: Any, v: Any, causal: bool = False, softmax_scale: float | None = None) -> torch.Tensor:
+            return varlen_attention(None, *(t.transpose(1, 2) for t in (q, k, v)), None)[0]
+
+        kernel = {"_flash_fn": flash, "_flash_varlen_fn": varlen, "_loaded_implementation": "flash_attention_2"}
+        kernel["_process_flash_kwargs_fn"] = flash_utils._lazy_define_process_function(varlen)
+        names = ("_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn", "_process_with_kvcache_kwargs_fn")
+        with mock.patch.multiple(flash_utils, create=True, **kernel, **dict.fromkeys(names)):
+            torch.manual_seed(1)
+            plain = awake(LlamaForCausalLM(LlamaConfig(**WIDE)))
+            model = copy.deepcopy(plain)
+            model.config._attn_implementation = "flash_attention_2"
+            found = row_measures.measure(model, vocabulary=768)
+            self.assertEqual((found.packing, found.candidates, found.head), ("varlen", "none", "fused"), found)
+            self.assertGreater(found.measured["packing:positions"], 0.01, "two packed rows leak by positions")
+            row_support.attach(model, found)
+            Measured.check_scores(self, plain, model)  # type: ignore[arg-type]
+            narrow = copy.deepcopy(model).to(torch.bfloat16)
+            self.assertEqual(row_measures.measure_attention(narrow, vocabulary=768).packing, "varlen")
 
     def test_without_float32_the_attention_blocks_alone_are_compared_in_bfloat16(self) -> None:
         model = self.model("varlen_of_a_test", varlen_attention).to(torch.bfloat16)

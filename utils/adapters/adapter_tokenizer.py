@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # key of a run's manifest: the folder whose tokenizer was chosen
 KEY = "tokenizer_from"
+# key of a composed run's manifest: what `inputs.tokenizer` said when it was made
+CHOICE = "tokenizer"
 _NAMED = 4
 # tokens that decide what a prompt is and where an answer ends; padding is by position here
 _ROLES = ("bos_token", "eos_token")
@@ -52,6 +54,17 @@ def choose(directory: Path, base: BaseModel, inputs: InputsSection) -> dict[str,
         return {}
     _refuse_unusable(directory, base)
     return {KEY: str(directory)}
+
+
+def remembered(inputs: InputsSection, base: BaseModel) -> dict[str, str]:
+    """What the manifest of a composed run records, so that later commands need not choose again."""
+    found = {CHOICE: inputs.tokenizer} if inputs.tokenizer else {}
+    return found | ({KEY: str(base.tokenizer_from)} if base.tokenizer_from else {})
+
+
+def as_composed(inputs: InputsSection, composed: Run) -> InputsSection:
+    """The settings for the adapters of a composed run: without a choice the one that it was made with, else base."""
+    return inputs if inputs.tokenizer else inputs.model_copy(update={CHOICE: composed.manifest.get(CHOICE, "base")})
 
 
 def compare(directory: Path, base: BaseModel) -> list[str]:
@@ -98,6 +111,9 @@ def with_chosen(base: BaseModel, adapters: Sequence[Run]) -> BaseModel:
     folders = {Path(run.manifest[KEY]) for run in adapters if run.manifest.get(KEY)}
     if not folders:
         return base
+    if gone := [str(folder) for folder in folders if not files_in(folder)]:
+        what = "the tokenizer that was chosen with an adapter is gone"
+        raise ArtefactError(Problem(what, gone, "bring it back, or say --inputs.tokenizer base"))
     digests = {folder: digest(folder) for folder in folders}
     if len(set(digests.values())) > 1:
         what = "these adapters came with different tokenizers, and one model has one"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from utils.adapters import adapter_files, cards
+from utils.adapters import adapter_files, adapter_tokenizer, cards
 from utils.adapters.factors import Factors, of_one_rank
 from utils.artifacts import files
 from utils.artifacts.runs import Run
@@ -44,6 +44,7 @@ def write(
     _write_adapter(base, made, directory)
     files.write_json(directory / "config.json", config.model_dump(mode="json"))
     facts = {"composition": composed_adapter.record(made), "measured": measured, "system_prompt": prompt}
+    facts |= adapter_tokenizer.remembered(config.inputs, base)
     return facts | ({"rows": rows} if rows else {})
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import PRESETS, Config
-from utils.adapters import find
+from utils.adapters import adapter_tokenizer, find
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.composition import methods
@@ -81,7 +81,9 @@ def _part(config: Config, base: BaseModel, composed: Run, parent: dict[str, str]
                 return run
     with suppress(ArtefactError):  # an adapter of another tool, or a run that lies elsewhere
         own = find.own_run(path)
-        run = Run(own, files.verify(own)) if own else find.foreign_run(config, base, kind, path)
+        inputs = adapter_tokenizer.as_composed(config.inputs, composed)
+        asked = config.model_copy(update={"inputs": inputs})
+        run = Run(own, files.verify(own)) if own else find.foreign_run(asked, base, kind, path)
         if run.digest == parent["digest"]:
             return run
     what = f"{composed.directory} was made from the {kind} adapter {path}, which is gone or was changed"

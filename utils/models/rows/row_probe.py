@@ -9,8 +9,11 @@ Flash attention has no float32: there the attention blocks alone compute in bflo
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ from utils.models.weights.tensor_names import decoder_list, number_in
 METHOD = 1
 # tokens of the shortened windows; the pieces are longer and shorter than it. With few learnt positions all is a quarter
 WINDOW = 64
+# an environment variable that transformers reads while it loads
+SHARDING = "ACCELERATE_USE_FSDP"
 # keys of what this process has said
 _mentioned: set[str] = set()
 _WINDOWS = re.compile(r"window|attention_chunk|local_attention")
@@ -93,19 +98,31 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
         }
         is_flash = section.attention.startswith("flash")
         plain = section.model_copy(update={"attention": "sdpa"}) if is_flash else section
-        with float32_model.frugal_loading():
+        with float32_model.frugal_loading(), _whole():
             model = loading.load_model(sample, plain, dtype=torch.float32)
         found = row_measures.measure(float32_model.visiting_every_expert(model), **which)
         if not is_flash:
             return found
         del model
-        narrow = loading.load_model(sample, section, dtype=torch.bfloat16)
+        with _whole():
+            narrow = loading.load_model(sample, section, dtype=torch.bfloat16)
         return replace(row_measures.measure_attention(narrow, **which), head=found.head, pads_left=found.pads_left)
     except (ArtefactError, MemoryError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = "memory ran out" if is_out_of_memory(error) else str(error).strip().splitlines()[0][:200]
         return replace(ALONE, why=reason or type(error).__name__)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Meanwhile transformers does not see that a launcher asks for sharding: other ranks would have no values."""
+    before = os.environ.pop(SHARDING, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[SHARDING] = before
 
 
 def _layers(checkpoint: Checkpoint) -> list[int]:
