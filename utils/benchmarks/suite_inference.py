@@ -20,7 +20,7 @@ import torch
 
 from config import BenchmarkSection, Config
 from utils.adapters import inference_layers, peft_model
-from utils.adapters.factors import Factors, delta
+from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.artifacts.runs import Run
 from utils.benchmarks.inputs import TokenStream, adapter_pair
 from utils.composition.methods import Recipe, compose
@@ -123,9 +123,10 @@ def merged_copy(model: Any, factors: Factors) -> torch.nn.Module:
     """A model whose adapted weights are its own: base plus delta, summed in float32 and rounded once."""
     copy = inference_layers.sharing_weights(model)
     for name, f in factors.items():
-        module = copy.get_submodule(name)
-        merged = (module.weight.float() + delta(f).to(module.weight.device)).to(module.weight.dtype)
-        module.weight = torch.nn.Parameter(merged, requires_grad=False)
+        module, parameter = _adapted(copy, name, f)
+        weight = getattr(module, parameter)
+        merged = (weight.float() + delta(f).to(weight.device)).to(weight.dtype)
+        setattr(module, parameter, torch.nn.Parameter(merged, requires_grad=False))
     return copy
 
 
@@ -134,10 +135,16 @@ def merge_in_place(model: Any, factors: Factors) -> None:
     """The same without a copy; every model that shares these weights changes with it."""
     inference_layers.select(model, {})
     for name, f in factors.items():
-        module = model.get_submodule(name)
-        weight = getattr(module, "base", module).weight
+        weight = getattr(*_adapted(model, name, f))
         own = sharding.own(weight)
         own.copy_(own.float() + sharding.own(sharding.like(delta(f).to(own.device), weight)))
+
+
+def _adapted(model: Any, name: str, factors: ModuleFactors) -> tuple[torch.nn.Module, str]:
+    """The module that holds the weight of an update, and the weight's name in it."""
+    path, _, parameter = name.rpartition(".") if factors.is_experts else (name, "", "weight")
+    module = model.get_submodule(path)
+    return getattr(module, "base", module), parameter
 
 
 @torch.no_grad()
