@@ -43,7 +43,7 @@ def ways(script: str) -> tuple[str, ...]:
 class LaunchPlace(Workspace):
     """A workspace with trained adapters on a toy whose answers are text, and what one process made of them."""
 
-    prepared: dict[str, Any]
+    domain: dict[str, Any]
     task: dict[str, Any]
 
     def __init__(self) -> None:
@@ -60,10 +60,15 @@ class LaunchPlace(Workspace):
 @functools.cache
 def place() -> LaunchPlace:
     made = LaunchPlace()
-    made.prepared = made.prepare()
-    last_json(made.run("train_domain_adapter", "--domain.train.max_steps=2"))
+    made.prepare()
+    made.domain = last_json(made.run("train_domain_adapter", "--domain.train.max_steps=2"))
     made.task = last_json(made.run("train_task_adapter", *TASK))
     return made
+
+
+def pinned() -> list[str]:
+    """The adapters of the place, whatever a test trained or composed since."""
+    return [f"--domain_adapter={place().domain['run']}", f"--task_adapter={place().task['run']}"]
 
 
 class SameAsOneProcess(unittest.TestCase):
@@ -73,7 +78,7 @@ class SameAsOneProcess(unittest.TestCase):
 
         def answers(way: str) -> Any:
             out = place().root / f"answers_{way}.jsonl"
-            done = launch(place(), way, "inference", f"--prompts_file={asked}", f"--output_file={out}")
+            done = launch(place(), way, "inference", *pinned(), f"--prompts_file={asked}", f"--output_file={out}")
             self.assertEqual(result(done)["answered"], len(prompts))
             return out.read_text(encoding="utf-8")
 
@@ -86,17 +91,17 @@ class SameAsOneProcess(unittest.TestCase):
     def test_a_prompt_is_answered_once(self) -> None:
         if not ways("prompt"):
             self.skipTest("LAUNCH_TESTS=all")
-        expected = launch(place(), "python", "inference", "--prompt", "What does f3 do?")[0].stdout
+        expected = launch(place(), "python", "inference", *pinned(), "--prompt", "What does f3 do?")[0].stdout
         self.assertTrue(read_answer(expected))
         for way in ways("prompt"):
             with self.subTest(way):
-                ended = launch(place(), way, "inference", "--prompt", "What does f3 do?")
+                ended = launch(place(), way, "inference", *pinned(), "--prompt", "What does f3 do?")
                 result(ended)
                 self.assertEqual(ended[0].stdout, expected)
 
     def test_scores_and_answers_of_an_evaluation(self) -> None:
         def cells(way: str) -> dict[str, Any]:
-            done = result(launch(place(), way, "evaluate", "--run.name", way, *EVALUATE))
+            done = result(launch(place(), way, "evaluate", "--run.name", way, *pinned(), *EVALUATE))
             return {path.name: read(path) for path in Path(done["run"]).glob("cell_*.json")}
 
         expected = cells("python")
@@ -107,7 +112,7 @@ class SameAsOneProcess(unittest.TestCase):
 
     def test_a_weight_search_and_what_explains_it(self) -> None:
         def found(way: str) -> Any:
-            run = Path(result(launch(place(), way, "compose", "--run.name", way, *COMPOSE))["composed"])
+            run = Path(result(launch(place(), way, "compose", "--run.name", way, *pinned(), *COMPOSE))["composed"])
             return {name: read(run / name) for name in ("search.json", "interference.json")}
 
         expected = found("python")
@@ -120,7 +125,14 @@ class SameAsOneProcess(unittest.TestCase):
             target = place().root / f"merged_{way}"
             ranks = range(WAYS[way][1])
             result(
-                launch(place(), way, "inference", f"--merge_path={target}", before=dict.fromkeys(ranks, Unchecked()))
+                launch(
+                    place(),
+                    way,
+                    "inference",
+                    *pinned(),
+                    f"--merge_path={target}",
+                    before=dict.fromkeys(ranks, Unchecked()),
+                )
             )
             return contents(target, "README.md")
 
@@ -135,9 +147,10 @@ class SameAsOneProcess(unittest.TestCase):
                 "digest"
             ]
 
+        expected = digest("python")
         for way in ways("prepare_data"):
             with self.subTest(way):
-                self.assertEqual(digest(way), place().prepared["digest"])
+                self.assertEqual(digest(way), expected)
 
     def test_an_adapter_on_attention_and_experts_is_trained_to_the_same(self) -> None:
         for way in ways("train_task_adapter"):
@@ -155,7 +168,7 @@ class SameAsOneProcess(unittest.TestCase):
     def test_a_benchmark_is_one_report(self) -> None:
         for way in ways("benchmark"):
             with self.subTest(way):
-                found = result(launch(place(), way, "benchmark", "--run.name", way))
+                found = result(launch(place(), way, "benchmark", "--run.name", way, *pinned()))
                 models = read(Path(found["report"]) / "results.json")["inference"]["cells"][0]["models"]
                 self.assertEqual(set(models), {"base", "two active", "composed", "merged"})
 
