@@ -7,7 +7,7 @@ CORES  := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
 READY  := $(VENV)/.ready
 
-.PHONY: demo rollout-demo rollout-test fault-test minimax-test proof-test test format
+.PHONY: demo rollout-demo rollout-test fault-test minimax-test launch-test proof-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -49,6 +49,10 @@ minimax-test: $(READY)
 # Known answers on the embedded model: true documents help, shuffled ones do not. Ten to twenty minutes.
 proof-test: $(READY)
 	PROOF_TESTS=1 $(BIN)/python -m unittest tests.test_system_integration_control
+
+# Every script under every launch file of docs/multi_gpu.md, bad launches, lost ranks: a quarter of an hour.
+launch-test: $(READY)
+	LAUNCH_TESTS=all $(BIN)/python -m unittest tests.test_system_launch tests.test_system_launch_faults
 
 # The same tests as `python -m unittest discover tests`, a file for each core at a time.
 test: $(READY)

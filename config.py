@@ -302,8 +302,6 @@ class EvaluateSection(Section):
     """Further rows: adapter folders, task runs (with their domain adapter), or merged models of the same tokenizer."""
     wrong_corpus: tuple[str, ...] = ()
     """Documents of the wrong-domain control; empty: Python's documentation, or that of other modules for the demo."""
-    launcher: str = ""
-    """Starts the training of controls and seeds, e.g. "accelerate launch --config_file FILE"; empty: this Python."""
     margin: Annotated[float, Field(gt=0)] = 0.05
     """Nats per answer token that composed may be worse than the task adapter alone and still counts as no worse."""
     general_text: str = ""

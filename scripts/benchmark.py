@@ -30,6 +30,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.benchmarks import benchmark_report, inputs, suite_gpu, suites
     from utils.benchmarks.benchmark_identity import benchmark_identity
     from utils.exceptions import ConfigError, Problem
+    from utils.models.parallel import sharding
     from utils.planning import preflight
 
     if config.base.quantization != "none":
@@ -38,6 +39,7 @@ def main(config: Config) -> dict[str, Any]:
 
     if "gpu" in config.benchmark.suite:
         suite_gpu.refuse(config)
+    suites.refuse_sharded(config)
     base = preflight.start(config)
     pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None
     identity = benchmark_identity(config, base, pair)
@@ -49,7 +51,9 @@ def main(config: Config) -> dict[str, Any]:
         files.write_text(directory / "summary.txt", benchmark_report.table(results) + "\n")
         benchmark_report.write_plots(results, directory / "plots.html")
         parents, machine = list(pair) if pair else [], results["machine"]
-        return runs.manifest("benchmark", identity, base=base.record(), parents=parents, measured=machine)
+        return runs.manifest(
+            "benchmark", identity, base=base.record(), parents=parents, measured=machine, **sharding.loaded()
+        )
 
     _, is_there = runs.make(directory, identity, "the benchmark", fill)
     if is_there:

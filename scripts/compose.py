@@ -32,6 +32,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.composition.composed_identity import composed_identity
     from utils.evaluation.find_evaluation import evaluation_of
     from utils.export import hub
+    from utils.models.parallel import sharding
     from utils.models.rows import row_probe
     from utils.planning import preflight
 
@@ -60,7 +61,15 @@ def main(config: Config) -> dict[str, Any]:
     def fill() -> dict[str, Any]:
         facts = composed_run.write(config, base, found, parts, data, directory)
         parents = [*found, *([data] if data else [])]
-        return runs.manifest("composed", identity, base=base.record(), parents=parents, seed=config.run.seed, **facts)
+        return runs.manifest(
+            "composed",
+            identity,
+            base=base.record(),
+            parents=parents,
+            seed=config.run.seed,
+            **facts,
+            **sharding.loaded(),
+        )
 
     run, is_there = runs.make(directory, identity, "the composition", fill)
     if is_there:

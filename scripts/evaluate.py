@@ -34,6 +34,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.evaluation.report import evaluation_report
     from utils.evaluation.report.summary_table import table
     from utils.models import turn_format
+    from utils.models.parallel import sharding
     from utils.planning import preflight
 
     base = preflight.start(config)
@@ -50,7 +51,9 @@ def main(config: Config) -> dict[str, Any]:
         evaluation_report.write(directory, results, parts.runs(), parts.composed.run if parts.composed else None)
         facts = {"measured": results["measured"], "test": results["reads"]["test"]}
         facts["rows"] = {name: support.to_json() for name, support in supports.items()}
-        return runs.manifest("evaluation", identity, base=base.record(), parents=parts.runs(), **facts)
+        return runs.manifest(
+            "evaluation", identity, base=base.record(), parents=parts.runs(), **facts, **sharding.loaded()
+        )
 
     _, is_there = runs.make(directory, identity, "the evaluation", fill)
     if is_there:

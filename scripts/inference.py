@@ -8,6 +8,7 @@ or --merge_path.
     echo "What does json.dumps do?" | python scripts/inference.py
     python scripts/inference.py --prompts_file questions.jsonl --output_file answers.jsonl
     python scripts/inference.py --merge_path models/merged_model
+    python scripts/inference.py --merge_path models/minimax-m2-bf16 --adapters none --merge.dtype bfloat16
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ MOST_USED = (
 
 def main(config: Config) -> dict[str, Any]:
     """Compose, then merge or answer."""
-    from utils.adapters import adapter_tokenizer, inference_layers
+    from utils.adapters import adapter_tokenizer
     from utils.artifacts import files
     from utils.composition import composed_adapter
     from utils.inference import prompts
     from utils.logger import warning
-    from utils.models.rows import row_probe
+    from utils.models.parallel import ranks
     from utils.planning import preflight
 
     wanted, merge_path = config.inference, config.merge.path
@@ -66,17 +67,15 @@ def main(config: Config) -> dict[str, Any]:
     if merge_path:
         return _merge(config, base, found)
     system_prompt = (found.runs[:2][-1].manifest if found else {}).get("system_prompt", config.task.system_prompt)
-    tokenizer = adapter_tokenizer.of(base)
-    model = row_probe.load_model(base, config.base)
-    if found:
-        model = inference_layers.attach(model, {"composed": found.factors})
+    factors, asked = found.factors if found else None, (system_prompt, wanted)
     adapters = [str(run.directory) for run in found.runs] if found else []
     if examples:
-        return prompts.answer_file(model, tokenizer, examples, system_prompt, wanted) | {"adapters": adapters}
+        model = ranks.Held(prompts.PromptModel, base, config.base, factors, *asked)
+        return prompts.write_answers(examples, model.answer_all(examples), wanted) | {"adapters": adapters}
+    model = ranks.undivided(prompts.PromptModel, base, config.base, factors, *asked)
     if interactive:
-        return prompts.converse(lambda asked: prompts.answer_one(model, tokenizer, asked, system_prompt, wanted))
-    answer = prompts.answer_one(model, tokenizer, wanted.prompt, system_prompt, wanted)
-    return {"prompt": wanted.prompt, **answer, "adapters": adapters}
+        return prompts.converse(model.answer_one)
+    return {"prompt": wanted.prompt, **model.answer_one(wanted.prompt), "adapters": adapters}
 
 
 def _refuse(config: Config, *, has_questions: bool) -> None:
@@ -93,8 +92,9 @@ def _refuse(config: Config, *, has_questions: bool) -> None:
                 fix='give --prompt "...", --prompts_file FILE, questions on standard input, or --merge_path DIR',
             )
         )
-    if merge_path and wanted.adapters == "none":
-        raise ConfigError(Problem("--merge_path with --adapters none would copy the base", fix="leave out --adapters"))
+    if config.hub.push_to_hub and wanted.adapters == "none":
+        what = "--adapters none with --merge_path copies the base model, which is not ours to publish"
+        raise ConfigError(Problem(what, fix="leave out --push_to_hub"))
     if config.hub.push_to_hub and not merge_path:
         raise ConfigError(Problem("--push_to_hub uploads a merged model here", fix="add --merge_path DIR"))
     if merge_path:
@@ -106,12 +106,15 @@ def _refuse(config: Config, *, has_questions: bool) -> None:
 
 
 def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
-    """The standalone model; then GGUF and the hub, where they were asked for."""
+    """The standalone model, or a copy of the base alone; then GGUF and the hub, where they were asked for."""
     from utils.export import gguf, hub, merged_model
 
     models_dir, seed = config.run.models_dir, config.run.seed
-    merged = merged_model.make(base, found, config.merge, config.base, models_dir=models_dir, seed=seed)
-    adapters = [str(run.directory) for run in found.runs]
+    if found:
+        merged = merged_model.make(base, found, config.merge, config.base, models_dir=models_dir, seed=seed)
+    else:
+        merged = merged_model.copy(base, config.merge, config.base, seed=seed)
+    adapters = [str(run.directory) for run in found.runs] if found else []
     result = {"merged": str(merged.directory), "adapters": adapters, "reused": merged.is_reused, **merged.checks}
     if config.merge.gguf:
         converted = gguf.convert(merged.directory, config.merge.gguf)
@@ -132,7 +135,7 @@ def plan(config: Config) -> list[str]:
         how = f"by {recipe.method} with weights {recipe.weights or 'of 1'}"
     steps = [
         *dry_run.lines(config, "inference"),
-        f"load {config.base.source} and compose {which} {how}",
+        f"load {config.base.source} and compose {which} {how}" if which != "none" else f"take {config.base.source}",
     ]
     if config.merge.path:
         written = f"write the merged model to {config.merge.path} shard by shard ({config.merge.dtype})"

@@ -55,4 +55,4 @@ def plan(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, status=status, sections=SECTIONS, most_used=MOST_USED, description=__doc__)
+    cli.run(main, plan, status=status, sections=SECTIONS, most_used=MOST_USED, description=__doc__, ranks="first")

@@ -23,7 +23,7 @@ MOST_USED = ("data.corpus", "data.task", "data.max_documents")
 def main(config: Config) -> dict[str, Any]:
     """Read, clean, split, tokenise, publish."""
     from utils import logger
-    from utils.artifacts import files, runs
+    from utils.artifacts import runs
     from utils.data import prepared, prepared_identity
     from utils.evaluation.lm_eval import lm_eval_tasks
     from utils.models import chat
@@ -32,31 +32,23 @@ def main(config: Config) -> dict[str, Any]:
     base, prompt = preflight.start(config, loads_model=False), config.task.system_prompt
     identity = prepared_identity.identity(config.data, base, config.run.seed)
     directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, config.preset, identity)
-    run = runs.open_run(directory, identity)
-    if reused := run is not None:
-        logger.event("the data is already prepared", path=directory)
-        if config.data.task != prepared.NONE and not lm_eval_tasks.is_for(run.manifest["counts"], prompt):
-            logger.warning("its tasks for lm-evaluation-harness use another system prompt", path=directory)
-    else:
-        counts: dict[str, Any] = {}
+    has_task = config.data.task != prepared.NONE
 
-        def manifest() -> dict[str, Any]:
-            facts = {"counts": counts, "settings": {"data": config.data.model_dump(mode="json")}}
-            return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, **facts)
+    def harness_tasks(temporary: Path, counts: dict[str, Any]) -> None:
+        counts[lm_eval_tasks.FOLDER] = lm_eval_tasks.write(
+            temporary / lm_eval_tasks.FOLDER,
+            prepared.Prepared(temporary).examples("test"),
+            chat.load_tokenizer(base.directory),
+            prompt,
+            max_tokens=config.evaluate.batch_tokens,
+            max_new_tokens=config.evaluate.max_new_tokens,
+        )
 
-        with files.publish(directory, manifest) as temporary:
-            counts.update(prepared.prepare(config.data, base, config.run.seed, temporary))
-            if config.data.task != prepared.NONE:
-                counts[lm_eval_tasks.FOLDER] = lm_eval_tasks.write(
-                    temporary / lm_eval_tasks.FOLDER,
-                    prepared.Prepared(temporary).examples("test"),
-                    chat.load_tokenizer(base.directory),
-                    prompt,
-                    max_tokens=config.evaluate.batch_tokens,
-                    max_new_tokens=config.evaluate.max_new_tokens,
-                )
-        run = runs.Run(directory, files.verify(directory, hash_files=False))
-        logger.event("data prepared", path=directory)
+    run, reused = prepared.make(
+        config.data, base, config.run.seed, directory, identity, harness_tasks if has_task else None
+    )
+    if reused and has_task and not lm_eval_tasks.is_for(run.manifest["counts"], prompt):
+        logger.warning("its tasks for lm-evaluation-harness use another system prompt", path=directory)
     runs.mark_latest(config.run.data_dir, "prepared", directory)
     print(summary(run.manifest["counts"]))
     return {

@@ -181,4 +181,5 @@ def _with_command(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__, argv=_with_command(sys.argv[1:]))
+    words = _with_command(sys.argv[1:])
+    cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__, argv=words, ranks="first")

@@ -69,4 +69,5 @@ if __name__ == "__main__":
         description=__doc__,
         argv=_with_path(sys.argv[1:]),
         status=lambda result: 0 if result["trusted"] else 2,
+        ranks="first",
     )

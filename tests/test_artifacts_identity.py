@@ -228,7 +228,7 @@ class Others(unittest.TestCase):
         self.assertEqual(set(ComposeSection.model_fields), named)
 
     def test_every_evaluation_setting_decides_or_is_known_by_the_runs_that_take_part(self) -> None:
-        by_runs = {"controls", "seeds", "also", "wrong_corpus", "launcher"}
+        by_runs = {"controls", "seeds", "also", "wrong_corpus"}
         named = {*evaluation_identity.SCORED.values(), *evaluation_identity.ANSWERED.values(), "general_text"}
         self.assertEqual(set(EvaluateSection.model_fields), named | by_runs)
 

@@ -10,7 +10,6 @@ import math
 import re
 import shutil
 import signal
-import sys
 import unittest
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,8 +33,8 @@ from tests.support import (
 from utils import cli, flags
 from utils.adapters.factors import ModuleFactors, norm, random_like
 from utils.artifacts import files
-from utils.evaluation import comparison, controls, measures, scored_rows, test_reads
-from utils.exceptions import Interrupted, PipelineError
+from utils.evaluation import comparison, measures, scored_rows, test_reads
+from utils.exceptions import ConfigError
 from utils.export import hub
 from utils.models.architectures import toy
 from utils.training import schedules
@@ -67,14 +66,9 @@ def compared() -> tuple[Workspace, dict[str, Any], str]:
 
 
 def evaluated(place: Workspace, *flags: str) -> tuple[dict[str, Any], str]:
-    """scripts/evaluate.py in this process, its trainings in forked ones: no interpreter is started for any."""
-
-    def run(command: list[str], what: str) -> dict[str, Any]:
-        at = next(i for i, part in enumerate(command) if part.endswith(".py"))
-        return last_json(forked(Path(command[at]).stem, *command[at + 1 :]))
-
+    """scripts/evaluate.py in this process, which trains what is missing."""
     printed = io.StringIO()
-    with mock.patch.object(controls, "_run", run), contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed):
         return script("evaluate").main(cli.resolve([*place.flags, *flags], {})), printed.getvalue()
 
 
@@ -445,32 +439,6 @@ class Measures(unittest.TestCase):
         self.assertEqual(len(found["lost"]), 10)
 
 
-class Children(unittest.TestCase):
-    """A training that is started for a comparison: its result, its errors and its interruption are the caller's."""
-
-    def run_code(self, code: str) -> dict[str, Any]:
-        return controls._run([sys.executable, "-c", code], "a thing")
-
-    def test_last_line_is_the_result_and_settings_of_the_caller_stay_out(self) -> None:
-        code = "import json, os; print('noise'); print(json.dumps({'seen': os.environ.get('DTA_RUN__SEED')}))"
-        with mock.patch.dict("os.environ", {"DTA_RUN__SEED": "9"}):
-            self.assertEqual(self.run_code(code), {"seen": None})
-
-    def test_exit_code_of_a_failure_is_kept(self) -> None:
-        with self.assertRaises(PipelineError) as caught:
-            self.run_code("import sys; sys.exit(3)")
-        self.assertEqual(caught.exception.exit_code, 3)
-        self.assertIn("a thing", str(caught.exception))
-
-    def test_sigterm_reaches_the_training_and_the_comparison_can_be_run_again(self) -> None:
-        code = "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        code += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(30)"
-        before = signal.getsignal(signal.SIGTERM)
-        with self.assertRaises(Interrupted):
-            self.run_code(code)
-        self.assertEqual(signal.getsignal(signal.SIGTERM), before)
-
-
 class Reads(unittest.TestCase):
     def test_each_comparison_is_counted_once_and_a_torn_line_is_none(self) -> None:
         folder = temporary_directory()
@@ -507,6 +475,11 @@ class Flags(unittest.TestCase):
         for section in ("task", "data", "run"):
             self.assertEqual(getattr(again, section), getattr(config, section))
         self.assertEqual(cli.resolve(flags.arguments(config, ("task",)), {}).data, cli.resolve(given[:2], {}).data)
+
+    def test_the_launcher_that_is_no_setting_any_more_says_what_to_do(self) -> None:
+        for given, environment in ((["--evaluate.launcher", "x"], {}), ([], {"DTA_EVALUATE__LAUNCHER": "x"})):
+            with self.assertRaisesRegex(ConfigError, "accelerate launch --config_file FILE scripts/evaluate.py"):
+                cli.resolve(given, environment)
 
 
 if __name__ == "__main__":

@@ -116,8 +116,9 @@ class Refusals(unittest.TestCase):
             self.assertIn(part, str(caught.exception))
 
     def test_a_script_that_streams_files_is_not_refused(self) -> None:
-        with mock.patch.object(preflight.sources, "fetch", return_value="here") as fetch:
-            self.assertEqual(preflight.start(resolve(), loads_model=False), "here")
+        here = mock.Mock(digest="")
+        with mock.patch.object(preflight.sources, "fetch", return_value=here) as fetch:
+            self.assertIs(preflight.start(resolve(), loads_model=False), here)
         fetch.assert_called_once()
 
     def test_memory_is_compared_process_by_process(self) -> None:
@@ -128,11 +129,12 @@ class Refusals(unittest.TestCase):
             "each of 8 GPUs holds all": (Machine(shards=1, gpu_bytes=79 * GIB, **node), ["main memory for 8", "GPU"]),
             "one GPU of 141 GB": (Machine(shards=1, local=1, gpu_bytes=140 * GIB, host_bytes=2048 * GIB), ["GPU"]),
             "4 GPUs": (Machine(shards=4, local=4, gpu_bytes=79 * GIB, host_bytes=2048 * GIB), ["GPU"]),
-            "a small host": (Machine(shards=8, local=8, gpu_bytes=79 * GIB, host_bytes=256 * GIB), ["main memory"]),
+            "a host for what passes": (Machine(shards=8, local=8, gpu_bytes=79 * GIB, host_bytes=96 * GIB), []),
+            "a small host": (Machine(shards=8, local=8, gpu_bytes=79 * GIB, host_bytes=48 * GIB), ["main memory"]),
             "a CPU that has it": (Machine(shards=1, local=1, gpu_bytes=0, host_bytes=512 * GIB), []),
-            "two CPU processes share it": (Machine(shards=2, local=2, gpu_bytes=0, host_bytes=900 * GIB), []),
-            "which takes a copy and the parts": (
-                Machine(shards=2, local=2, gpu_bytes=0, host_bytes=800 * GIB),
+            "two CPU processes share it": (Machine(shards=2, local=2, gpu_bytes=0, host_bytes=480 * GIB), []),
+            "which takes both parts": (
+                Machine(shards=2, local=2, gpu_bytes=0, host_bytes=400 * GIB),
                 ["main memory"],
             ),
             "two such processes": (

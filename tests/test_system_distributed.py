@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from config import BaseModelSection
-from tests.fault_support import ADAPTER, LONG, At, Place, Send, port, resolve
+from tests.fault_support import ADAPTER, LONG, All, At, Place, Send, port, resolve
 from tests.support import (
     ROOT,
     Completed,
@@ -37,10 +37,12 @@ from utils import logger
 from utils.adapters import adapter_files
 from utils.artifacts import files
 from utils.exceptions import ConfigError
-from utils.models import loading, parallel
+from utils.models import loading
+from utils.models.parallel import launcher, sharding
+from utils.models.process_layout import ProcessLayout
 from utils.models.weights import safetensors_io
 
-FSDP_FILE = LAUNCH / "cpu_two_processes_fsdp.yaml"
+FSDP_FILE, HSDP_FILE = LAUNCH / "cpu_two_processes_fsdp.yaml", LAUNCH / "cpu_four_processes_hsdp.yaml"
 # three micro-batches a step: two processes have an uneven share of them
 TRAIN = {"epochs": 1, "batch_tokens": 384, "micro_batch_tokens": 128, "save_every_steps": 4, "evals_per_epoch": 2}
 FLAGS = [f"--domain.train.{name}={value}" for name, value in TRAIN.items()]
@@ -138,11 +140,12 @@ class Lost(unittest.TestCase):
     def test_a_process_killed_while_the_model_is_dealt_out_or_saved_ends_the_other_and_the_run_goes_on(self) -> None:
         place = reference()
         for name, where, call in (
-            ("dealing", "utils.models.parallel._from_main", 9),
+            ("dealing", "utils.models.parallel.sharding._from_main", 9),
             ("saving", "utils.training.checkpoints.whole", 4),
         ):
             with self.subTest(name):
-                first, second = start("fsdp", name, before=(None, At(where, Send(signal.SIGKILL), call)))
+                killed = All((FirstReads(), At(where, Send(signal.SIGKILL), call)))
+                first, second = start("fsdp", name, before=(FirstReads(), killed))
                 self.assertEqual((first.returncode, second.returncode), (STOPPED, -signal.SIGKILL), first.stderr)
                 self.assertIn("another process of this run ended", first.stderr)
                 first, second = start("fsdp", name)
@@ -178,11 +181,11 @@ class Unequal(unittest.TestCase):
             ("bit", 0, r"4 of \d+ values: .*lm_head.*embed_tokens.*gate_up_proj"),
         ):
             with self.subTest(name):
-                ended = start("fsdp", name, before=(None, Deaf(size)))
+                ended = start("fsdp", name, before=(FirstReads(), All((FirstReads(), Deaf(size)))))
                 self.assert_refused(name, ended, f"the model, while it was dealt out, differs .*{said}")
 
     def test_a_model_of_another_dtype_in_one_process(self) -> None:
-        ended = start("fsdp", "dtype", before=(None, At("utils.models.parallel._refuse_unlike", Halve(), 1)))
+        ended = start("fsdp", "dtype", before=(None, At("utils.models.parallel.sharding._refuse_unlike", Halve(), 1)))
         self.assert_refused("dtype", ended, r"the model differs between process 0 and 1, .*norm\.weight")
 
 
@@ -202,34 +205,32 @@ class Loading(unittest.TestCase):
 
 class Asked(unittest.TestCase):
     def told(self, *arguments: str, **more: str) -> Any:
-        told = {k: v for k, v in told_by(*arguments).items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+        told = {k: v for k, v in told_by(*arguments).items() if k.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
         return mock.patch.dict(os.environ, told | more)
 
     def test_the_launch_files_ask_for_what_is_done_and_the_others_for_nothing(self) -> None:
+        copies = {HSDP_FILE.name: 2, "minimax_m2_2x8_hsdp.yaml": 2}
         for path in sorted(LAUNCH.glob("*.yaml")):
-            with self.subTest(path.name), self.told("--config_file", str(path), WORLD_SIZE="2"):
-                parallel.check(trains=True)
-                self.assertEqual(parallel.asked(), path in [*SHARDED, FSDP_FILE])
+            count = int(told_by("--config_file", str(path))["processes"])
+            with self.subTest(path.name), self.told("--config_file", str(path), WORLD_SIZE=str(count)):
+                replicate = copies.get(path.name, 1 if path in [*SHARDED, FSDP_FILE] else count)
+                self.assertEqual(launcher.read(os.environ), ProcessLayout(replicate, count // replicate))
         with self.told("--config_file", str(FSDP_FILE), WORLD_SIZE="1"):
-            self.assertFalse(parallel.asked(), "there is nobody to deal out to")
+            self.assertEqual(launcher.read(os.environ), ProcessLayout(), "there is nobody to deal out to")
 
     def test_what_would_be_ignored_is_refused_all_at_once(self) -> None:
         more = {"FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
         with self.told("--config_file", str(FSDP_FILE), **more), self.assertRaises(ConfigError) as caught:
-            parallel.check(trains=True)
+            launcher.read(os.environ)
         text = str(caught.exception)
         for said in ("3 problems", "fsdp_version has to be 2 (got '1')", "fsdp_offload_params", "DeepSpeed"):
             self.assertIn(said, text)
-
-    def test_a_script_that_does_not_train_is_not_started_in_several_processes_that_share_a_model(self) -> None:
-        with self.told("--config_file", str(FSDP_FILE), WORLD_SIZE="2"), self.assertRaisesRegex(ConfigError, "python"):
-            parallel.check(trains=False)
 
     def test_quantised_weights_are_refused(self) -> None:
         model = torch.nn.Linear(4, 4)
         model.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
         with self.assertRaisesRegex(ConfigError, r"quantised weights cannot be dealt out \(got \['weight'\]\)"):
-            parallel._refuse_unlike(model)
+            sharding._refuse_unlike(model)
 
     def test_a_layer_that_the_model_does_not_have_is_refused_before_weights_are_read(self) -> None:
         base = saved_model("llama")
@@ -238,7 +239,7 @@ class Asked(unittest.TestCase):
             mock.patch("transformers.modeling_utils.safe_open", side_effect=AssertionError("was read")),
             self.assertRaisesRegex(ConfigError, r"no layer of class MiniMaxM2DecoderLayer .*'LlamaDecoderLayer'"),
         ):
-            parallel.load_model(base, BaseModelSection(source=str(base.directory)))
+            sharding._layer_classes(loading.skeleton(base))
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -300,6 +301,16 @@ def described(model: torch.nn.Module) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class FirstReads:
+    """The first rank reads the weights for all, as it does where they are not simply rows of tensors on disk."""
+
+    def __call__(self) -> None:
+        from utils.models.parallel import shard_reading
+
+        shard_reading.reader = lambda base, model: None
+
+
+@dataclass(frozen=True)
 class Drift:
     """The first adapter matrix is no longer what it was, by little."""
 
@@ -324,13 +335,13 @@ class AfterDealing:
     what: str
 
     def __call__(self) -> None:
-        deal_out = parallel.deal_out
+        deal_out = sharding.deal_out
 
         def and_change(module: torch.nn.Module) -> None:
             deal_out(module)
             next(b for name, b in module.named_buffers() if "e_score" in name).add_(1e-3)
 
-        parallel.deal_out = and_change
+        sharding.deal_out = and_change
 
 
 @dataclass(frozen=True)
@@ -340,7 +351,7 @@ class Deaf:
     size: int
 
     def __call__(self) -> None:
-        owner, name = resolve("utils.models.parallel._from_main")
+        owner, name = resolve("utils.models.parallel.sharding._from_main")
         receive = getattr(owner, name)
 
         def half_heard(as_bytes: torch.Tensor) -> None:

@@ -55,6 +55,7 @@ PURE = (
 
 # the modules that scripts call with their whole `Config`; every other one takes the sections that it needs
 TAKES_CONFIG = (
+    "models.parallel.lifecycle",
     *(
         "models.architectures.size_class",
         "adapters.find",
@@ -65,6 +66,8 @@ TAKES_CONFIG = (
     ),
     *("planning.planned_data", "planning.training_plan", "planning.ways", "planning.stage_costs"),
     *(
+        "training.domain_adapter",
+        "training.task_adapter",
         "training.training_run",
         "training.training_identity",
         "composition.in_use",

@@ -126,6 +126,20 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("DistError" in kinds or "gloo/transport" in str(error))
 
 
+def explained(error: Exception, rank: int = 0) -> PipelineError | None:
+    """What no stage foresaw about memory, a file or another process, as an error of ours; None for anything else."""
+    said = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if is_out_of_memory(error):
+        problem = Problem(f"{said}; what was complete before is as it was", fix="use a machine with more memory")
+        return OutOfMemory(problem)
+    if is_lost_process(error):
+        what = f"another process of this run ended or cannot be reached: {said}"
+        return Interrupted(Problem(what, f"process {rank}", "see what it said; run the same command again"))
+    if isinstance(error, OSError):
+        return ArtefactError(Problem(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"))
+    return None
+
+
 class BalancerError(PipelineError):
     """The balancer does not answer, or does not do what it was told."""
 

@@ -39,6 +39,13 @@ SHORTCUTS = {
 }
 
 
+# path -> what to do instead of a setting that is gone
+REMOVED = {
+    "evaluate.launcher": "launch the evaluation itself, which trains its controls in the same ranks: accelerate launch "
+    "--config_file FILE scripts/evaluate.py"
+}
+
+
 @functools.cache
 def fields() -> dict[str, FieldInfo]:
     """Every setting's path and field, in the order of config.py."""

@@ -61,6 +61,8 @@ class _Cleaned:
 def clean_output() -> Iterator[None]:
     """Meanwhile nothing that is printed, also by a library, holds a secret; standard output commands no terminal."""
     before = sys.stdout, sys.stderr
+    if rank() > 0:  # what a script prints is rank 0's
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     # progress bars on standard error move the cursor
     sys.stdout = _Cleaned(sys.stdout, lambda text: printable(redact(text)))  # type: ignore[assignment]
     sys.stderr = _Cleaned(sys.stderr, redact)  # type: ignore[assignment]

@@ -20,10 +20,10 @@ from utils.adapters import adapter_config, fused_experts
 from utils.adapters.factors import Factors, ModuleFactors, norm, padded, zero_modules
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
-from utils.models import parallel
 from utils.models.base_model import BaseModel
 from utils.models.directory_checks import leads_out
 from utils.models.model_shapes import PLAIN
+from utils.models.parallel import sharding
 from utils.models.weights import tensor_names
 from utils.models.weights.safetensors_io import DTYPES, Checkpoint
 
@@ -152,7 +152,7 @@ def to_state(factors: Factors) -> dict[str, torch.Tensor]:
 def _write(directory: Path, peft_config: LoraConfig, state: Mapping[str, torch.Tensor], base: BaseModel) -> None:
     from safetensors.torch import save_file
 
-    parallel.refuse_non_finite(state, f"the adapter for {directory}")
+    sharding.refuse_non_finite(state, f"the adapter for {directory}")
     files.make_directory(directory)
     peft_config.base_model_name_or_path = base.reference
     peft_config.revision = (base.revision or None) if base.quantization == PLAIN else None

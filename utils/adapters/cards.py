@@ -93,6 +93,19 @@ def merged_card(
     return _card(metadata, "Merged model", lines)
 
 
+def copied_card(base: BaseModel, *, dtype: str) -> str:
+    """Card of a base model's weights in another dtype, without any adapter."""
+    metadata = {
+        "library_name": "transformers",
+        "base_model": base_id(base),
+        "base_model_relation": "quantized",
+        "pipeline_tag": "text-generation",
+    }
+    kept = "as its files have them, FP8 dequantized to bfloat16" if dtype == "base" else f"in {dtype}"
+    lines = [f"A copy of the base model's weights, {kept}.", *_usage(_merged_snippet("")), *_lineage(base, [])]
+    return _card(metadata, "Copy of a base model", lines)
+
+
 def for_hub(card: str, repository: str, branch: str = "") -> str:
     """The card as it is published: its snippet loads from the repository instead of from this directory."""
     there = f"folder, version = {json.dumps(repository)}, {json.dumps(branch) if branch else None}"

@@ -16,7 +16,7 @@ from config import LoraSection
 from utils.adapters import adapter_config, fused_experts
 from utils.adapters.factors import Factors, ModuleFactors
 from utils.exceptions import ArtefactError, Problem, VerificationError
-from utils.models import parallel
+from utils.models.parallel import sharding
 from utils.models.weights import tensor_names
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
     """A detached float32 copy of an adapter on the model; of one that is dealt out, every process has to ask for it."""
     found = {}
     for path, layer in lora_layers(model, name).items():
-        sides = (parallel.whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
+        sides = (sharding.whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
         lora_A, lora_B = (side.detach().float().cpu().clone() for side in sides)
         scale = float(layer.scaling[name])
         is_experts = getattr(layer, "num_experts", 1) > 1

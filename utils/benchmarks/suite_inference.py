@@ -20,13 +20,14 @@ import torch
 
 from config import BenchmarkSection, Config
 from utils.adapters import inference_layers, peft_model
-from utils.adapters.factors import Factors, delta
+from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.artifacts.runs import Run
 from utils.benchmarks.inputs import TokenStream, adapter_pair
 from utils.composition.methods import Recipe, compose
-from utils.models import devices, loading
+from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.losses import autocast
+from utils.models.parallel import ranks, sharding
 from utils.progress import Progress
 
 MODELS = ("base", "two active", "composed", "merged")
@@ -50,11 +51,14 @@ class Repeat:
 def measure(config: Config, base: BaseModel, runs: tuple[Run, Run] | None, stream: TokenStream) -> dict[str, Any]:
     """Every model in every cell of prompt length x batch size."""
     settings = config.benchmark
-    model = loading.load_model(base, config.base)
+    model = sharding.ready_model(base, config.base)
     pair = adapter_pair(config, base, model, runs)
     composed = compose(pair, Recipe())
-    together = weights_bytes(model) <= COPY_BYTES
-    models = variants(model, pair, composed, with_merged=together)
+    together = weights_bytes(model) <= COPY_BYTES and not ranks.is_sharded()
+    if ranks.is_sharded():
+        models = sharded_variants(model, pair, composed)
+    else:
+        models = variants(model, pair, composed, with_merged=together)
     total = len(settings.prompt_tokens) * len(settings.batch_sizes) * (settings.repeats + 1) * len(MODELS)
     cells = []
     with Progress("inference", total=total, unit="answer") as bar:
@@ -93,23 +97,54 @@ def variants(
     return found | ({"merged": merged} if merged is not None else {})
 
 
+class SelectedAdapters(torch.nn.Module):
+    """A sharded model, of which there is only one, in the state of one of those that are compared."""
+
+    def __init__(self, model: Any, weights: dict[str, float]):
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, **inputs: Any) -> Any:
+        if inputs["past_key_values"] is None:  # the first pass of an answer
+            inference_layers.select(self.model, self.weights)
+        return self.model(**inputs)
+
+
+def sharded_variants(model: Any, pair: tuple[Factors, Factors], composed: Factors) -> dict[str, torch.nn.Module]:
+    """The same on a model that several ranks hold together; two active adapters are those of our layers, not PEFT's."""
+    adapters = {"domain": pair[0], "task": pair[1], "composed": composed}
+    inference_layers.attach(model, adapters)
+    states = {"base": {}, "two active": {"domain": 1.0, "task": 1.0}, "composed": {"composed": 1.0}}
+    return {name: SelectedAdapters(model, weights) for name, weights in states.items()}
+
+
 @torch.no_grad()
 def merged_copy(model: Any, factors: Factors) -> torch.nn.Module:
     """A model whose adapted weights are its own: base plus delta, summed in float32 and rounded once."""
     copy = inference_layers.sharing_weights(model)
     for name, f in factors.items():
-        module = copy.get_submodule(name)
-        merged = (module.weight.float() + delta(f).to(module.weight.device)).to(module.weight.dtype)
-        module.weight = torch.nn.Parameter(merged, requires_grad=False)
+        module, parameter = _adapted(copy, name, f)
+        weight = getattr(module, parameter)
+        merged = (weight.float() + delta(f).to(weight.device)).to(weight.dtype)
+        setattr(module, parameter, torch.nn.Parameter(merged, requires_grad=False))
     return copy
 
 
 @torch.no_grad()
 def merge_in_place(model: Any, factors: Factors) -> None:
     """The same without a copy; every model that shares these weights changes with it."""
+    inference_layers.select(model, {})
     for name, f in factors.items():
-        weight = model.get_submodule(name).weight
-        weight.copy_(weight.float() + delta(f).to(weight.device))
+        weight = getattr(*_adapted(model, name, f))
+        own = sharding.own(weight)
+        own.copy_(own.float() + sharding.own(sharding.like(delta(f).to(own.device), weight)))
+
+
+def _adapted(model: Any, name: str, factors: ModuleFactors) -> tuple[torch.nn.Module, str]:
+    """The module that holds the weight of an update, and the weight's name in it."""
+    path, _, parameter = name.rpartition(".") if factors.is_experts else (name, "", "weight")
+    module = model.get_submodule(path)
+    return getattr(module, "base", module), parameter
 
 
 @torch.no_grad()
@@ -131,7 +166,7 @@ def answer_once(model: Any, ids_BT: torch.Tensor, new_tokens: int) -> Repeat:
 
 
 def weights_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the model's parameters, shared ones once."""
+    """Bytes of the model's parameters, shared ones once; of a sharded model all of them."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 

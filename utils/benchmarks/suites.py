@@ -20,8 +20,10 @@ from utils.benchmarks import (
     suite_merge,
     suite_training,
 )
+from utils.exceptions import ConfigError, Problem
 from utils.models import devices
 from utils.models.base_model import BaseModel
+from utils.models.parallel import launcher, ranks
 
 
 def measure(config: Config, base: BaseModel, pair: tuple[Run, Run] | None, directory: Path) -> dict[str, Any]:
@@ -36,11 +38,22 @@ def measure(config: Config, base: BaseModel, pair: tuple[Run, Run] | None, direc
     return {"machine": machine | {"load_after": _load()}, **results}
 
 
+def refuse_sharded(config: Config) -> None:
+    """Raises ConfigError for suites that need the whole model in one rank, where the launcher shards it."""
+    whole = sorted({"training", "evaluation", "gpu"} & set(config.benchmark.suite))
+    if whole and launcher.current().shard > 1:
+        fix = "start these with python, or with a launch file that shards nothing"
+        raise ConfigError(Problem("these suites measure a model that is whole in one process", whole, fix))
+
+
 def _measured(suite: str, config: Config, base: BaseModel, pair: tuple[Run, Run] | None) -> dict[str, Any]:
     wanted = config.benchmark
     if suite == "inference":
         longest = max(wanted.prompt_tokens) * max(wanted.batch_sizes)
-        return suite_inference.measure(config, base, pair, inputs.token_stream(config, base, longest))
+        measured = (config, base, pair, inputs.token_stream(config, base, longest))
+        if launcher.current().shard > 1:
+            return ranks.everywhere(suite_inference.measure, *measured)
+        return suite_inference.measure(*measured)
     if suite == "training":
         return suite_training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
     if suite == "data":

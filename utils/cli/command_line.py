@@ -94,7 +94,8 @@ def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[
         path = paths.get(name)
         if path is None:
             fix = did_you_mean(name, paths, "--") or "see --help all for every setting"
-            problems.append(Problem("unknown setting", f"--{name}", fix))
+            gone = flags.REMOVED.get(name)
+            problems.append(Problem("a setting that is gone" if gone else "unknown setting", f"--{name}", gone or fix))
         elif words or (path != PRESET and flags.is_switch(path)):
             found[path] = words or ["true"]
         else:
@@ -105,10 +106,11 @@ def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[
 def _variables(environment: Mapping[str, str], problems: list[Problem]) -> dict[str, list[str]]:
     """Setting -> its environment variable's text, as one word."""
     paths = {flags.variable(path): path for path in (PRESET, *flags.fields())}
+    gone = {flags.variable(path): fix for path, fix in flags.REMOVED.items()}
     ours = {name: value for name, value in environment.items() if name.upper().startswith(flags.ENV_PREFIX)}
     for name in ours:
         if name.upper() not in paths:
-            fix = did_you_mean(name.upper(), paths) or "see --help all for every setting"
+            fix = gone.get(name.upper()) or did_you_mean(name.upper(), paths) or "see --help all for every setting"
             problems.append(Problem("unknown environment variable", name, fix))
     return {paths[name.upper()]: [value] for name, value in ours.items() if name.upper() in paths}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import select
@@ -10,22 +11,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 from config import Config, reason_of
 from utils import flags, logger, signals
 from utils.cli import help_text, settings_files
 from utils.cli.command_line import resolve
-from utils.exceptions import (
-    ArtefactError,
-    Interrupted,
-    OutOfMemory,
-    PipelineError,
-    Problem,
-    is_lost_process,
-    is_out_of_memory,
-)
+from utils.exceptions import ConfigError, Interrupted, PipelineError, explained
 
+# which ranks run a script's `main`
+Ranks = Literal["led", "all", "first"]
 # 128 + SIGPIPE, as a shell says it of a program whose reader went away
 READER_GONE = 141
 # flags whose text may be any
@@ -41,20 +36,42 @@ def run(
     most_used: Sequence[str] = (),
     argv: Sequence[str] | None = None,
     status: Callable[[dict[str, Any]], int] = lambda result: 0,
+    ranks: Ranks = "led",
 ) -> NoReturn:
     """Parse, check, run `main`, print its result as one line of JSON and exit; errors become text and an exit code.
 
     `sections` are those that the script reads, its own first; `most_used` are the settings on the first page of help.
-    `status` gives the exit code of a result.
+    `status` gives the exit code of a result. Launched in several ranks, `main` runs on the first, which calls the
+    others for what all of them do ("led"), on "all" of them, or on the "first" alone, for which the others do not wait.
     """
     _open_closed_streams()
     with logger.clean_output():
         arguments, level = _verbosity(list(sys.argv[1:] if argv is None else argv))
         logger.setup(level)
         _prepare_process(quiet=level == logger.WARNING)
-        code = _exit_code(main, plan, arguments, sections, most_used, description or "", status)
+        launched = functools.partial(_on_ranks, main, ranks)
+        code = _exit_code(launched, plan, arguments, sections, most_used, description or "", status)
+        _leave_ranks()
         # a list, because both have to be flushed before the interpreter does it and complains
         sys.exit(code if all([_flushed(stream) for stream in (sys.stdout, sys.stderr)]) else READER_GONE)
+
+
+def _on_ranks(main: Callable[[Config], dict[str, Any]], ranks: Ranks, config: Config) -> dict[str, Any]:
+    """`main(config)` in as many ranks as there are; the result is rank 0's."""
+    from utils.models.parallel import launcher
+
+    if ranks == "first":
+        return main(config) if logger.rank() == 0 else {}
+    if launcher.take().processes == 1:
+        return main(config)
+    from utils.models.parallel import lifecycle
+
+    return lifecycle.run(main, config, on_all=ranks == "all")
+
+
+def _leave_ranks() -> None:
+    if (lifecycle := sys.modules.get("utils.models.parallel.lifecycle")) is not None:
+        lifecycle.leave()
 
 
 def _exit_code(
@@ -84,23 +101,26 @@ def _exit_code(
         if logger.rank() == 0:
             print(logger.json_line(result), flush=True)
     except PipelineError as error:
-        if logger.rank() == 0 or isinstance(error, OutOfMemory):  # memory may be short on one process only
+        # the same settings were given to all ranks of a node, so its first one says what is wrong with them
+        if logger.rank() == 0 or (isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK") == "0"):
             _complain(str(error))
         return error.exit_code
     except signals.Terminated:
-        _complain("stopped by SIGTERM; nothing is half-written, run the same command again")
+        if logger.rank() == 0:
+            _complain("stopped by SIGTERM; nothing is half-written, run the same command again")
         return Interrupted.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted")
+        if logger.rank() == 0:
+            _complain("interrupted")
         return 130
     except Exception as error:  # noqa: BLE001 - shown here, because the interpreter would show it with secrets in it
         if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):
             _silence(sys.stdout)
             return READER_GONE
-        explained = _explained(error)
-        _complain(str(explained) if explained else traceback.format_exc())
-        return explained.exit_code if explained else 1
-    return 0 if dry_run else status(result)
+        found = explained(error, logger.rank())
+        _complain(str(found) if found else traceback.format_exc())
+        return found.exit_code if found else 1
+    return 0 if dry_run or logger.rank() else status(result)
 
 
 def _complain(text: str) -> None:
@@ -131,20 +151,6 @@ def _silence(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
-
-
-def _explained(error: Exception) -> PipelineError | None:
-    """What no stage foresaw about memory, a file or another process: still a message and not a traceback."""
-    said = (str(error).splitlines() or [""])[0] or type(error).__name__
-    if is_out_of_memory(error):
-        problem = Problem(f"{said}; what was complete before is as it was", fix="use a machine with more memory")
-        return OutOfMemory(problem)
-    if is_lost_process(error):
-        what = f"another process of this run ended or cannot be reached: {said}"
-        return Interrupted(Problem(what, f"process {logger.rank()}", "see what it said; run the same command again"))
-    if isinstance(error, OSError):
-        return ArtefactError(Problem(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"))
-    return None
 
 
 def _open_closed_streams() -> None:

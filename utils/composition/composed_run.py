@@ -18,6 +18,7 @@ from utils.composition.methods import Recipe
 from utils.logger import event, warning
 from utils.models import float32_model
 from utils.models.base_model import BaseModel
+from utils.models.parallel import ranks
 from utils.models.rows import row_support
 
 
@@ -38,7 +39,8 @@ def write(
     composed_adapter.say(made)
     _explain(probe, recipe, directory)
     rows = row_support.of(probe.model).to_json() if probe else None
-    del probe  # its model goes before the check loads one in float32
+    if probe is not None:
+        probe.free()  # before the check loads a model in float32
     measured = composed_adapter.check_on_model(base, made, config.base, directory / ".selfcheck")
     event("composition verified, differences of logits as shares of the largest one", **measured)
     _write_adapter(base, made, directory)
@@ -50,15 +52,15 @@ def write(
 
 def _probe(
     config: Config, base: BaseModel, parts: Sequence[Factors], data: Run | None, system_prompt: str
-) -> DevProbe | None:
-    """The model that measures on dev; None without data, or where it does not fit into memory in float32."""
-    if data is None:
+) -> ranks.Held | None:
+    """The `DevProbe` that measures on dev, on every rank; None without data, or where it does not fit into memory."""
+    if data is None or not float32_model.fits(base):
         return None
     dev = dev_losses.dev_data(config, base, data.directory, system_prompt)
-    return DevProbe.on(base, config.base, parts, dev) if float32_model.fits(base) else None
+    return ranks.Held(DevProbe.on, base, config.base, parts, dev)
 
 
-def _searched(config: Config, probe: DevProbe | None, recipe: Recipe, directory: Path) -> Recipe:
+def _searched(config: Config, probe: ranks.Held | None, recipe: Recipe, directory: Path) -> Recipe:
     """The recipe with the weights that are best on dev; writes down what was tried."""
     choice = dev_losses.search(probe, config.compose, directory / "search_points.jsonl")
     recipe = dev_losses.recipe_with(recipe, choice)
@@ -68,12 +70,12 @@ def _searched(config: Config, probe: DevProbe | None, recipe: Recipe, directory:
     return recipe
 
 
-def _explain(probe: DevProbe | None, recipe: Recipe, directory: Path) -> None:
+def _explain(probe: ranks.Held | None, recipe: Recipe, directory: Path) -> None:
     """Where the adapters collide: interference.json, its picture, and lines on stdout."""
     if probe is None:
         warning("no dev data, or too little memory for this model: interference is not explained")
         return
-    explained = interference.explain(probe, recipe)
+    explained = ranks.everywhere(interference.explain, probe, recipe)
     files.write_json(directory / "interference.json", explained)
     pictures.write_interference(explained, directory / "interference.html")
     for line in interference.lines(explained):

@@ -32,6 +32,7 @@ from utils.logger import event, warning
 from utils.models import chat
 from utils.models.base_model import BaseModel
 from utils.models.losses import NextTokenLoss
+from utils.models.parallel import ranks, work
 from utils.models.rows import row_probe, row_support
 from utils.models.weights.tensor_names import layer_of
 from utils.progress import Progress
@@ -74,7 +75,7 @@ def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: st
     return DevData(questions, pairs, [document_of[p.name] for p in pairs], documents, pad, longest)
 
 
-def search(probe: DevProbe | None, section: ComposeSection, remembered: Path) -> ChosenWeights:
+def search(probe: DevProbe | ranks.Held | None, section: ComposeSection, remembered: Path) -> ChosenWeights:
     """Weights chosen on dev. Each measured point is a line of `remembered`, so an interrupted search goes on.
 
     Raises DataError when there is nothing to choose on.
@@ -126,7 +127,7 @@ def recipe_with(recipe: Recipe, choice: ChosenWeights) -> Recipe:
 
 
 class DevProbe:
-    """The base with adapters on it, and dev data to ask it about."""
+    """The base with adapters on it, and dev data to ask it about; every rank may have one (`ranks.Held`)."""
 
     @classmethod
     def on(cls, base: BaseModel, section: BaseModelSection, parts: Sequence[Factors], data: DevData) -> DevProbe:
@@ -166,19 +167,22 @@ class DevProbe:
 
         Raises NonFiniteError.
         """
-        loss_of, total = NextTokenLoss(self.model), 0.0
-        labels = sum(batch.num_labels for batch in batches)
-        gradient = torch.zeros_like(weights_kL)
-        for batch in batches:
+        loss_of = NextTokenLoss(self.model)
+
+        def derived(batch: Batch) -> tuple[float, torch.Tensor]:
             leaf = weights_kL.detach().clone().to(self.device).requires_grad_()
             inference_layers.select(self.model, lambda module, leaf=leaf: self._named(leaf[:, self._layer(module)]))
             loss = loss_of(*(t.to(self.device) for t in (batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)))
             loss.backward()
-            total += float(loss.detach())
-            gradient += leaf.grad.cpu()
+            return float(loss.detach()), leaf.grad.cpu()
+
+        found = work.computed(batches, [batch.input_ids_BT.numel() for batch in batches], derived)
+        gradient, labels = torch.zeros_like(weights_kL), sum(batch.num_labels for batch in batches)
+        for _, part in found:
+            gradient += part
         if not torch.isfinite(gradient).all():
             raise NonFiniteError(Problem("a derivative of the dev loss is NaN or infinite", fix="check the adapters"))
-        return total / labels, gradient / labels
+        return sum(loss for loss, _ in found) / labels, gradient / labels
 
     def fit_per_layer(self, start: Sequence[float], documents: Sequence[str]) -> tuple[float, ...]:
         """Weights per adapter and layer by gradient descent (Adam) on the dev pairs of these documents."""
@@ -212,7 +216,7 @@ class DevProbe:
 
         Linear modules only: a fused expert sees its own tokens, and is compared by its factors.
         """
-        sums: dict[str, torch.Tensor] = {}
+        here: dict[str, torch.Tensor] = {}
         handles = []
 
         def watch(name: str, module: inference_layers.FrozenLoraLinear) -> None:
@@ -224,7 +228,7 @@ class DevProbe:
                 w = module.base(inputs[0]).float()
                 w = w if module.base.bias is None else w - module.base.bias.float()
                 found = torch.stack([(d * d).sum(), (t * t).sum(), (d * t).sum(), (w * w).sum()]).double().cpu()
-                sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + found
+                here[name] = here.get(name, torch.zeros(4, dtype=torch.float64)) + found
 
             handles.append(module.register_forward_hook(measure))
 
@@ -233,13 +237,22 @@ class DevProbe:
                 module.update.parts
             ):
                 watch(name, module)
+
+        def summed(batch: Batch) -> dict[str, torch.Tensor]:
+            here.clear()
+            ids_BT, positions_BT = batch.input_ids_BT.to(self.device), batch.position_ids_BT.to(self.device)
+            self.model(**row_support.arguments(self.model, ids_BT, positions_BT), logits_to_keep=1)
+            return dict(here)
+
         try:
-            for batch in batches:
-                ids_BT, positions_BT = batch.input_ids_BT.to(self.device), batch.position_ids_BT.to(self.device)
-                self.model(**row_support.arguments(self.model, ids_BT, positions_BT), logits_to_keep=1)
+            parts = work.computed(batches, [batch.input_ids_BT.numel() for batch in batches], summed)
         finally:
             for handle in handles:
                 handle.remove()
+        sums: dict[str, torch.Tensor] = {}
+        for part in parts:
+            for name, found in part.items():
+                sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + found
         return {
             name: {
                 "first_to_base": float((d / w).sqrt()),

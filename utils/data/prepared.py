@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import BUILT_IN_TASKS, DataSection
 from utils import disk
-from utils.artifacts import files
+from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity
+from utils.artifacts.runs import Run
 from utils.data.documents import read_documents
 from utils.data.domains.built_in import BuiltIn
 from utils.data.domains.invented import invented_domain
@@ -70,6 +72,35 @@ class Prepared:
             )
         # not splitlines(): a question may hold U+2028, at which it would break
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def make(
+    data: DataSection,
+    base: BaseModel,
+    seed: int,
+    directory: Path,
+    identity: Identity,
+    finish: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> tuple[Run, bool]:
+    """The prepared run in `directory` and whether it was there already, else published there.
+
+    `finish(directory, counts)` writes what belongs beside it.
+    """
+    if (run := runs.open_run(directory, identity)) is not None:
+        event("the data is already prepared", path=directory)
+        return run, True
+    counts: dict[str, Any] = {}
+
+    def manifest() -> dict[str, Any]:
+        facts = {"counts": counts, "settings": {"data": data.model_dump(mode="json")}}
+        return runs.manifest("prepared", identity, base=base.record(), parents=[], measured={}, **facts)
+
+    with files.publish(directory, manifest) as temporary:
+        counts.update(prepare(data, base, seed, temporary))
+        if finish is not None:
+            finish(temporary, counts)
+    event("data prepared", path=directory)
+    return Run(directory, files.verify(directory, hash_files=False)), False
 
 
 def prepare(data: DataSection, base: BaseModel, seed: int, directory: Path) -> dict[str, Any]:

@@ -1,20 +1,13 @@
 """Training what a comparison lacks: the baseline, the controls, further seeds.
 
-Everything is made by the pipeline's own scripts with the settings of the run it stands beside, under
-`models/controls/` and `data/controls/`, so that no later stage takes it for the newest run of a person. What exists
-with the same identity is used instead, wherever it lies. Interrupted, the same command goes on where it stopped.
+Everything is made as the pipeline's own scripts make it, with the settings of the run it stands beside, by all ranks of
+this command, before the model that is judged is loaded. It lies under `models/controls/` and `data/controls/`, so that
+no later stage takes it for the newest run of a person. What exists with the same identity is used instead, wherever it
+lies. Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +18,19 @@ from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity, settings_of
 from utils.artifacts.runs import Run
 from utils.data import prepared, prepared_identity
-from utils.exceptions import ArtefactError, Interrupted, PipelineError, Problem
-from utils.flags import ENV_PREFIX, arguments
+from utils.exceptions import ArtefactError, Problem
 from utils.logger import event
+from utils.models import devices
 from utils.models.base_model import BaseModel
+from utils.models.parallel import ranks
+from utils.training.domain_adapter import train_domain
+from utils.training.task_adapter import train_task
 from utils.training.training_identity import task_facts, training_identity
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "controls"
 # built-in domains have a wrong one of the same form; for a person's own documents it is Python's documentation
 WRONG_FOR = {"python_docs": "python_docs_other", "invented": "invented_shuffled"}
 # what decides the built-in domains' sizes and splits
-DOMAIN, TASK = ("domain", "inputs"), ("task", "inputs")
 SIZES = ("invented_towns", "invented_attributes", "dev_share", "test_share")
 
 
@@ -55,7 +49,7 @@ class Trainer:
         section = {key: own[key] for key in SIZES if key in own} | {"corpus": corpus, "task": prepared.NONE}
         config = self._config({"data": section}, int(of.manifest["identity"]["seed"]))
         identity = prepared_identity.identity(config.data, self.base, config.run.seed)
-        return self._found_or_made("prepared", identity, config, ("data",), "the wrong domain's documents")
+        return self._found_or_made("prepared", identity, config, "the wrong domain's documents")
 
     def domain(self, like: Run, seed: int, data: Run | None = None) -> Run:
         """A domain adapter with the settings and the number of steps of `like`: another seed, or other documents."""
@@ -68,7 +62,7 @@ class Trainer:
         source = data or find.parent_by_digest(like, "prepared", self._roots(True))
         section = {"lora": lora, "train": TrainSection.model_validate(train)}
         config = self._config({"domain": section, "inputs": {"prepared": str(source.directory)}}, seed, like)
-        return self._found_or_made("domain", self._trained("domain", like, source, config), config, DOMAIN, what)
+        return self._found_or_made("domain", self._trained("domain", like, source, config), config, what)
 
     def random_domain(self, like: Run, seed: int) -> Run:
         """An adapter of random numbers with the shapes of `like` and its norm in every module."""
@@ -92,7 +86,7 @@ class Trainer:
         if rank:
             what = f"a task adapter of rank {rank} with seed {seed}"
         identity = self._trained("task", like, source, config, **task_facts(config.task, domain))
-        return self._found_or_made("task", identity, config, TASK, what)
+        return self._found_or_made("task", identity, config, what)
 
     def on_base(self, like: Run) -> Run | None:
         """The complete run trained on the base with the data, steps and settings of `like`, or None."""
@@ -146,19 +140,16 @@ class Trainer:
     def _roots(self, of_data: bool) -> tuple[Path, Path]:
         return (self.config.run.data_dir, self.data) if of_data else (self.config.run.models_dir, self.models)
 
-    def _found_or_made(
-        self, stage: str, identity: Identity, config: Config, sections: tuple[str, ...], what: str
-    ) -> Run:
+    def _found_or_made(self, stage: str, identity: Identity, config: Config, what: str) -> Run:
         if (run := self.existing(stage, identity)) is not None:
             return run
-        script = {"prepared": "prepare_data", "domain": "train_domain_adapter", "task": "train_task_adapter"}[stage]
-        starter = shlex.split(self.config.evaluate.launcher) if stage != "prepared" else []
-        flags = arguments(config, (*sections, "base", "run"))
-        command = [*(starter or [sys.executable]), str(ROOT / "scripts" / f"{script}.py"), *flags]
-        event(f"making {what}", command=shlex.join(command[len(starter or [""]) :]))
-        result = _run(command, what)
-        directory = Path(result["run"])
-        run = Run(directory, files.verify(directory))
+        event(f"making {what}")
+        if stage == "prepared":
+            directory = runs.directory_for(self.data, stage, "", config.preset, identity)
+            run, _ = prepared.make(config.data, self.base, config.run.seed, directory, identity)
+        else:
+            directory = Path(ranks.everywhere(_trained, stage, config)["run"])
+            run = Run(directory, files.verify(directory))
         if not identity.is_of(run.manifest["identity"]):
             raise ArtefactError(Problem(f"{directory} was made with other settings than asked for", fix="report this"))
         return run
@@ -185,33 +176,9 @@ def _scale_ratio(lora: dict[str, Any], rank: int) -> float:
     return (rank / lora["rank"]) ** (0.5 if lora["use_rslora"] else 1.0)
 
 
-def _run(command: list[str], what: str) -> dict[str, Any]:
-    """Run one of our scripts; its messages go where ours go. Returns its last line; raises what it said."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    with child, _passed_on(child):
-        printed = child.communicate()[0]
-    if child.returncode == Interrupted.exit_code or child.returncode in (-signal.SIGTERM, -signal.SIGINT, 130):
-        raise Interrupted(Problem(f"stopped while making {what}", fix="run the same command again"))
-    if child.returncode:
-        error = PipelineError(
-            Problem(f"making {what} failed, see above", f"exit code {child.returncode}", shlex.join(command))
-        )
-        error.exit_code = child.returncode if child.returncode > 0 else 1
-        raise error
-    return dict(json.loads(printed.strip().rpartition("\n")[2]))
-
-
-@contextmanager
-def _passed_on(child: subprocess.Popen[str]) -> Iterator[None]:
-    """A SIGTERM to us reaches the child, which writes a checkpoint; a terminal's Ctrl-C reaches both by itself."""
-
-    def forward(number: int, frame: Any) -> None:
-        child.send_signal(number)
-
-    before = signal.signal(signal.SIGTERM, forward), signal.signal(signal.SIGINT, lambda number, frame: None)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+def _trained(stage: str, config: Config) -> dict[str, Any]:
+    """Train an adapter on every rank; its model's memory is free again afterwards."""
+    devices.forget_peak_memory()
+    found = train_domain(config) if stage == "domain" else train_task(config)
+    devices.free_memory()
+    return found

@@ -6,9 +6,8 @@ loaded one after the other. A cell is written whole or not at all, so an interru
 
 from __future__ import annotations
 
-import gc
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from utils.inference import generation, scoring
 from utils.logger import event, warning
 from utils.models import chat
 from utils.models.base_model import BaseModel
+from utils.models.parallel import ranks
 from utils.models.rows import row_probe
 from utils.models.rows.row_support import RowSupport
 
@@ -118,11 +118,11 @@ def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Mater
     scored = {name: resumable.read(path, of) for name, path in paths.items()}
     todo = [row for row in wanted if scored[row.name] is None]
     first_of_cell = {row.cell: row.name for row in reversed(wanted)}
-    for row, model in _models(config, base, todo):
+    for row, model in _models(config, base, todo, on):
         # generating costs far more than scoring: the first seed answers for its cell
         asked = on.asked if first_of_cell[row.cell] == row.name else []
         try:
-            found = _score_row(config, model, base, row, on, asked)
+            found = model.scores(row.name, asked)
         except NonFiniteError as error:
             raise NonFiniteError([replace(problem, value=row.name) for problem in error.problems]) from error
         scored[row.name] = resumable.write(paths[row.name], found, of)
@@ -133,29 +133,60 @@ def answers_to(
     config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, examples: Sequence[dict[str, Any]]
 ) -> dict[str, list[str]]:
     """What some rows say to some examples: row's cell -> texts."""
-    tokenizer = adapter_tokenizer.of(base)
-    how = InferenceSection(max_new_tokens=config.evaluate.max_new_tokens)
-    return {
-        row.cell: [given.spoken for given in generation.answer_all(model, tokenizer, examples, on.system_prompt, how)]
-        for row, model in _models(config, base, wanted)
-    }
+    return {row.cell: model.answers(row.name, examples) for row, model in _models(config, base, wanted, on)}
 
 
-def _models(config: Config, base: BaseModel, wanted: Sequence[ModelRow]) -> Iterator[tuple[ModelRow, Any]]:
-    """Each row with the model that is in its state; the base is loaded once, with every adapter on it."""
+class ScoredModel:
+    """A loaded model with the adapters of several rows, and what it is scored on; every rank has one (`ranks.Held`)."""
+
+    def __init__(
+        self, config: Config, base: BaseModel, loaded: BaseModel, adapters: Mapping[str, Factors], on: Material
+    ):
+        self._settings, self._on, self._adapters = config.evaluate, on, set(adapters)
+        self._tokenizer = adapter_tokenizer.of(base)
+        self._model = inference_layers.attach(row_probe.load_model(loaded, config.base), adapters).eval()
+
+    def scores(self, row: str, asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Every item's and document's likelihoods in the state of a row, and its answers to `asked`."""
+        self._select(row)
+        settings, on, model = self._settings, self._on, self._model
+        common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "device": next(model.parameters()).device}
+        scored = scoring.score_questions(model, on.items, pad_id=on.pad_id, what=f"{row}: questions", **common)
+        found: dict[str, Any] = {"items": scoring.to_json(scored)}
+        for name, packed in on.documents.items():
+            what = f"{row}: {name} documents"
+            found[name] = scoring.to_json(scoring.score_documents(model, packed, what=what, **common))
+        found["answers"] = scoring.answered(
+            model, self._tokenizer, asked, on.system_prompt, settings.max_new_tokens, what=f"{row}: answers"
+        )
+        event(f"{row} scored", answer_nll=scoring.summary(scored, [])["answer_nll"])
+        return found
+
+    def answers(self, row: str, examples: Sequence[dict[str, Any]]) -> list[str]:
+        """The answers in the state of a row, without their reasoning."""
+        self._select(row)
+        how = InferenceSection(max_new_tokens=self._settings.max_new_tokens)
+        given = generation.answer_all(self._model, self._tokenizer, examples, self._on.system_prompt, how)
+        return [answer.spoken for answer in given]
+
+    def _select(self, row: str) -> None:
+        inference_layers.select(self._model, {row: 1.0} if row in self._adapters else {})
+
+
+def _models(
+    config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material
+) -> Iterator[tuple[ModelRow, ranks.Held]]:
+    """Each row with the `ScoredModel` that has it; the base is loaded once, with every adapter on it."""
     on_base = [row for row in wanted if row.model is None]
     if on_base:
         adapters = {row.name: row.factors for row in on_base if row.factors}
-        model = inference_layers.attach(row_probe.load_model(base, config.base), adapters).eval()
-        for row in on_base:
-            inference_layers.select(model, {row.name: 1.0} if row.factors else {})
-            yield row, model
-        del model
-        gc.collect()
+        with ranks.Held(ScoredModel, config, base, base, adapters, on) as model:
+            for row in on_base:
+                yield row, model
     for row in wanted:
         if row.model is not None:
-            yield row, row_probe.load_model(row.model, config.base).eval()
-            gc.collect()
+            with ranks.Held(ScoredModel, config, base, row.model, {}, on) as model:
+                yield row, model
 
 
 def _factors(cell: str, family: RunGroup, base: BaseModel, parts: ComparedRuns) -> Factors | None:
@@ -182,25 +213,6 @@ def _factors(cell: str, family: RunGroup, base: BaseModel, parts: ComparedRuns) 
         return None
     # further adapters of the composition are the same for every seed and control
     return compose([*load(*pair), *parts.composed.parts[2:]], parts.composed.recipe)
-
-
-def _score_row(
-    config: Config, model: Any, base: BaseModel, row: ModelRow, on: Material, asked: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    settings = config.evaluate
-    common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "device": next(model.parameters()).device}
-    scored = scoring.score_questions(model, on.items, pad_id=on.pad_id, what=f"{row.name}: questions", **common)
-    found: dict[str, Any] = {"items": scoring.to_json(scored)}
-    for name, packed in on.documents.items():
-        found[name] = scoring.to_json(
-            scoring.score_documents(model, packed, what=f"{row.name}: {name} documents", **common)
-        )
-    tokenizer = adapter_tokenizer.of(base)
-    found["answers"] = scoring.answered(
-        model, tokenizer, asked, on.system_prompt, settings.max_new_tokens, what=f"{row.name}: answers"
-    )
-    event(f"{row.name} scored", answer_nll=scoring.summary(scored, [])["answer_nll"])
-    return found
 
 
 def _document_sets(config: Config, source: Prepared, pad_id: int) -> dict[str, PackedDocuments]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from utils.adapters.factors import Factors, ModuleFactors, norm
 from utils.artifacts import files, resumable
 from utils.exceptions import ArtefactError, NonFiniteError, Problem, VerificationError
 from utils.export import merge_check
+from utils.export.rounding import figures, squared_norm
 from utils.logger import event
 from utils.models.architectures import registry
 from utils.models.base_model import COMPANION_FILES, BaseModel
+from utils.models.parallel import ranks, work
 from utils.models.weights import fp8, safetensors_io, tensor_names
 from utils.models.weights.safetensors_io import Checkpoint, Header, Tensor
 from utils.progress import Progress
@@ -83,8 +85,8 @@ def merge(
     with files.publish(target, lambda: manifest(checks), resume=fingerprint, digests=digests) as directory:
         _mention_others(target, directory)
         try:
-            figures, sha256s = write(intended, directory, card)
-            checks |= figures | merge_check.merged_equals_composed(base, factors, directory, section)
+            rounding, sha256s = write(intended, directory, card)
+            checks |= rounding | merge_check.merged_equals_composed(base, factors, directory, section)
         except (NonFiniteError, VerificationError):
             shutil.rmtree(directory)  # going on from files that failed their check would only fail again
             raise
@@ -129,7 +131,7 @@ def write(plan: Plan, directory: Path, card: str) -> tuple[dict[str, Any], dict[
     _check_space(plan, directory)
     record = _write_shards(plan, directory)
     _write_companions(plan, directory, card)
-    return _figures(plan, record), {name: done["sha256"] for name, done in record.items()}
+    return figures(plan.outputs, record), {name: done["sha256"] for name, done in record.items()}
 
 
 def _updates(checkpoint: Checkpoint, model_type: str, factors: Factors) -> dict[str, ModuleFactors]:
@@ -193,37 +195,64 @@ def _check_space(plan: Plan, directory: Path) -> None:
 
 
 def _write_shards(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
-    """Write what is not finished; returns file name -> sha256, bytes and the changed tensors' squared norms."""
+    """Write what is not finished; returns file name -> sha256, bytes and the changed tensors' squared norms.
+
+    The files are split over the ranks, each of which keeps a record of its own: there is no place for two writers.
+    """
     record = _finished(plan, directory)
-    done = sum(entry["bytes"] for entry in record.values())
+    if record:  # of any number of ranks
+        resumable.write(directory / RECORD, record, directory.name)
+    todo = [path.name for path in plan.checkpoint.headers if path.name not in record]
+    return record | ranks.everywhere(_write_files, plan, directory, todo, record)
+
+
+def _write_files(
+    plan: Plan, directory: Path, todo: Sequence[str], finished: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Every rank writes its share of `todo`; returns what `_write_shards` does about all of it."""
+    paths = {path.name: path for path in plan.checkpoint.headers}
+    rank, is_alone = ranks.index(), ranks.size() == 1
+    record = dict(finished) if rank == 0 else {}
+    own = directory / (RECORD if rank == 0 else RECORD.replace(".json", f"-{rank}.json"))
+    done = sum(entry["bytes"] for entry in finished.values())
     with (
         Progress("merging", total=plan.size, unit="B", done=done) as bar,
         safetensors_io.one_thread(),
         safetensors_io.one_more_thread() as thread,
     ):
-        for path in plan.checkpoint.headers:
-            if path.name in record:
-                continue
+
+        def written(file: str) -> dict[str, Any]:
             squares: dict[str, list[float]] = {}
-            header = plan.outputs[path.name]
+            header = plan.outputs[file]
 
-            def content(name: str, path: Path = path, squares: dict[str, list[float]] = squares) -> Iterator[Any]:
-                return _content(plan, path, name, squares)
+            def content(name: str) -> Iterator[Any]:
+                return _content(plan, paths[file], name, squares)
 
-            digest = safetensors_io.write(directory / path.name, header, content, bar.advance, thread)
-            record[path.name] = {"sha256": digest, "bytes": header.size, "squares": squares}
-            resumable.write(directory / RECORD, record, directory.name)
-    return record
+            advance = bar.advance if is_alone else _nothing
+            digest = safetensors_io.write(directory / file, header, content, advance, thread)
+            record[file] = {"sha256": digest, "bytes": header.size, "squares": squares}
+            resumable.write(own, record, directory.name)
+            return record[file]
+
+        sizes = [plan.outputs[file].size for file in todo]
+        entries = work.computed(todo, sizes, written, None if is_alone else bar, sizes, in_step=False)
+    return dict(zip(todo, entries, strict=True))
+
+
+def _nothing(amount: float) -> None:
+    """For progress that is told by the file."""
 
 
 def _finished(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
     """The record of an interrupted merge, as far as the files are still what it says."""
-    record = resumable.read(directory / RECORD, directory.name)
-    if record is None:
+    paths = [directory / RECORD, *sorted(directory.glob(RECORD.replace(".json", "-*.json")))]
+    records = [found for path in paths if (found := resumable.read(path, directory.name)) is not None]
+    if not records:
         return {}
     event("going on with an interrupted merge: checking its finished files")
     return {
         name: done
+        for record in records
         for name, done in record.items()
         if (directory / name).is_file()
         and (directory / name).stat().st_size == done["bytes"] == plan.outputs[name].size
@@ -256,8 +285,8 @@ def _computed(plan: Plan, path: Path, name: str, squares: dict[str, list[float]]
             written_RI = exact_RI.to(safetensors_io.DTYPES[dtype])
             rounded_RI = written_RI.float()
         if name in plan.updates:
-            error += _squared_norm(rounded_RI - exact_RI)
-            size += _squared_norm(exact_RI)
+            error += squared_norm(rounded_RI - exact_RI)
+            size += squared_norm(exact_RI)
         yield safetensors_io.as_bytes(written_RI)
     if name in plan.updates:
         if not math.isfinite(error + size):
@@ -276,28 +305,6 @@ def _exact(plan: Plan, path: Path, name: str) -> Iterator[torch.Tensor]:
         if update is not None:
             weights_RI.addmm_(b_LOr[lead, first : first + len(weights_RI)], a_LrI[lead], alpha=update.scale)
         yield weights_RI
-
-
-def _squared_norm(values: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(values)) ** 2
-
-
-def _figures(plan: Plan, record: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """How much rounding took: ||W_out - W_exact|| as a share of ||W_exact|| and of ||delta||, overall and worst."""
-    squares = {name: sums for done in record.values() for name, sums in done["squares"].items()}
-    error, size, delta = (math.fsum(column) for column in zip(*squares.values(), strict=True))
-    return {
-        "tensors": sum(len(header.tensors) for header in plan.outputs.values()),
-        "tensors_changed": len(squares),
-        "rounding_to_weight": _share(error, size),
-        "rounding_to_weight_worst": max(_share(e, s) for e, s, _ in squares.values()),
-        "rounding_to_delta": _share(error, delta),
-        "rounding_to_delta_worst": max(_share(e, d) for e, _, d in squares.values()),
-    }
-
-
-def _share(error: float, whole: float) -> float:
-    return math.sqrt(error / whole) if whole else 0.0
 
 
 def _write_companions(plan: Plan, directory: Path, card: str) -> None:

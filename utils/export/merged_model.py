@@ -17,6 +17,7 @@ from utils.exceptions import ArtefactError, Problem
 from utils.export import merge, model_index
 from utils.logger import event
 from utils.models.base_model import BaseModel
+from utils.models.parallel import sharding
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def make(
     def manifest(checks: dict[str, Any]) -> dict[str, Any]:
         parents = [*found.runs, *([found.run] if found.run and found.run not in found.runs else [])]
         facts = {"composition": composition, "seed": seed}
-        return runs.manifest("merged", identity, base=base.record(), parents=parents, measured=checks, **facts)
+        return runs.manifest(
+            "merged", identity, base=base.record(), parents=parents, measured=checks, **facts, **sharding.loaded()
+        )
 
     card = cards.merged_card(
         base,
@@ -78,6 +81,26 @@ def make(
     )
     event("merged model written", path=target)
     return MergedModel(target, checks, evaluation, is_reused=False)
+
+
+def copy(base: BaseModel, settings: MergeSection, section: BaseModelSection, *, seed: int) -> MergedModel:
+    """The base model alone at `settings.path` in `settings.dtype`: an FP8 one in bfloat16, say; checked as a merge."""
+    target = Path(settings.path)
+    composed_adapter.refuse_inside(target, base, ())
+    identity = Identity.of("merged", {"base": base.digest, "adapters": [], "recipe": None, "dtype": settings.dtype})
+    if (target / files.MANIFEST).exists() and identity.is_of(files.read_manifest(target).get("identity")):
+        event("this copy is already complete", path=target)
+        return MergedModel(target, files.verify(target)["measured"], None, is_reused=True)
+
+    def manifest(checks: dict[str, Any]) -> dict[str, Any]:
+        return runs.manifest("merged", identity, base=base.record(), parents=[], measured=checks, seed=seed)
+
+    facts = {"fingerprint": identity.fingerprint, "manifest": manifest}
+    checks = merge.merge(
+        base, {}, target, settings, section, card=cards.copied_card(base, dtype=settings.dtype), **facts
+    )
+    event("copy of the base model written", path=target)
+    return MergedModel(target, checks, None, is_reused=False)
 
 
 def _identity(base: BaseModel, found: Composition, composition: dict[str, Any], settings: MergeSection) -> Identity:

@@ -12,7 +12,9 @@ from config import InferenceSection
 from utils.logger import printable
 from utils.models import chat, turn_format
 from utils.models.losses import autocast
+from utils.models.parallel import ranks, work
 from utils.models.rows import row_support
+from utils.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +115,8 @@ def answer(
             pad_token_id=pad,
             eos_token_id=ends,
             streamer=streamer,
+            # ranks that hold the model together go on until the last of them has its answers
+            synced_gpus=ranks.is_sharded(),
             **sampling,
         )
     opened = chat.opens_thinking(tokenizer)
@@ -131,24 +135,34 @@ def answer_all(
     examples: Sequence[dict[str, Any]],
     system_prompt: str,
     settings: InferenceSection,
-    on_done: Callable[[int], None] = lambda count: None,
+    bar: Progress | None = None,
     batch_size: int = 8,
 ) -> list[GeneratedAnswer]:
-    """Answers to many examples in their order, prompts of similar length together."""
+    """Answers to many examples in their order, prompts of similar length together.
+
+    What is sampled depends on the seed and on the batch, and not on the rank that answers it.
+    """
     prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
     batch_size = batch_size if row_support.of(model).pads_left else 1
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, GeneratedAnswer] = {}
-    for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
-        found = answer(
+    groups = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+    seed = torch.initial_seed()
+
+    def answered(number: int) -> list[GeneratedAnswer]:
+        if settings.temperature > 0:
+            torch.manual_seed((seed * 1_000_003 + number) % 2**63)
+        return answer(
             model,
             tokenizer,
-            [prompts[i] for i in rows],
+            [prompts[i] for i in groups[number]],
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
         )
-        answers.update(zip(rows, found, strict=True))
-        on_done(len(rows))
+
+    # what an answer costs is what is generated, and only then known
+    sizes = [len(rows) for rows in groups]
+    found = work.computed(range(len(groups)), sizes, answered, bar, sizes)
+    answers = {i: given for rows, part in zip(groups, found, strict=True) for i, given in zip(rows, part, strict=True)}
     return [answers[i] for i in range(len(prompts))]

@@ -8,9 +8,11 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from config import InferenceSection
+from config import BaseModelSection, InferenceSection
+from utils.adapters import adapter_tokenizer, inference_layers
+from utils.adapters.factors import Factors
 from utils.artifacts import files
 from utils.data.tables import ProblemList, iter_rows
 from utils.exceptions import DataError, Problem
@@ -18,10 +20,10 @@ from utils.inference import generation
 from utils.inference.generation import GeneratedAnswer
 from utils.logger import event, warning
 from utils.models import chat
+from utils.models.base_model import BaseModel
+from utils.models.parallel import ranks
+from utils.models.rows import row_probe
 from utils.progress import Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -50,16 +52,61 @@ def read(path: Path) -> list[dict[str, Any]]:
 ENDS = ("", "quit", "exit", ":q")
 
 
-def answer_file(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
-    system_prompt: str,
-    settings: InferenceSection,
+class PromptModel:
+    """Base model with or without a composed adapter, and how it is asked; every rank may have one (`ranks.Held`)."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        section: BaseModelSection,
+        factors: Factors | None,
+        system_prompt: str,
+        settings: InferenceSection,
+    ):
+        self._tokenizer = adapter_tokenizer.of(base)
+        adapters = {"composed": factors} if factors else {}
+        self._model = inference_layers.attach(row_probe.load_model(base, section), adapters)
+        self._system_prompt, self._settings = system_prompt, settings
+
+    def answer_all(self, examples: list[dict[str, Any]]) -> list[GeneratedAnswer]:
+        """Answers in the order of what `read` gave."""
+        with Progress("answers", total=len(examples), unit="prompt") as bar:
+            return generation.answer_all(
+                self._model, self._tokenizer, examples, self._system_prompt, self._settings, bar
+            )
+
+    def answer_one(self, question: str) -> dict[str, str]:
+        """Answer as the tokens are made: the answer to stdout, what stands in the template's think block to stderr."""
+        is_shown = ranks.index() == 0
+        parting = generation.Parting(
+            lambda text: print(text, end="", flush=True, file=sys.stderr),
+            lambda text: print(text, end="", flush=True),
+            opened=chat.opens_thinking(self._tokenizer),
+        )
+        (given,) = generation.answer(
+            self._model,
+            self._tokenizer,
+            [chat.prompt_ids(self._tokenizer, {"question": question}, self._system_prompt)],
+            max_new_tokens=self._settings.max_new_tokens,
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            stream=parting if is_shown else None,
+        )
+        if is_shown:
+            parting.end()
+            print(flush=True)
+        if given.opened and is_shown:
+            print(file=sys.stderr)
+            if not given.ended and not given.spoken:
+                tokens = self._settings.max_new_tokens
+                warning("cut while still thinking: raise --inference.max_new_tokens", max_new_tokens=tokens)
+        return _parts(given)
+
+
+def write_answers(
+    examples: list[dict[str, Any]], answers: list[GeneratedAnswer], settings: InferenceSection
 ) -> dict[str, Any]:
-    """Answer what `read` gave, as JSON lines in `settings.output_file` or on stdout; says how many and where."""
-    with Progress("answers", total=len(examples), unit="prompt") as bar:
-        answers = generation.answer_all(model, tokenizer, examples, system_prompt, settings, bar.advance)
+    """JSON lines in `settings.output_file` or on stdout; says how many and where."""
     rows = [
         {"id": example["id"], "prompt": example["question"], **_parts(answer)}
         for example, answer in zip(examples, answers, strict=True)
@@ -70,34 +117,6 @@ def answer_file(
     else:
         print(lines)
     return {"answered": len(rows), "output_file": settings.output_file or None}
-
-
-def answer_one(
-    model: Any, tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str, settings: InferenceSection
-) -> dict[str, str]:
-    """Answer as the tokens are made: the answer to stdout, what stands in the template's think block to stderr."""
-    parting = generation.Parting(
-        lambda text: print(text, end="", flush=True, file=sys.stderr),
-        lambda text: print(text, end="", flush=True),
-        opened=chat.opens_thinking(tokenizer),
-    )
-    (given,) = generation.answer(
-        model,
-        tokenizer,
-        [chat.prompt_ids(tokenizer, {"question": question}, system_prompt)],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        stream=parting,
-    )
-    parting.end()
-    print(flush=True)
-    if given.opened:
-        print(file=sys.stderr)
-        if not given.ended and not given.spoken:
-            tokens = settings.max_new_tokens
-            warning("cut while still thinking: raise --inference.max_new_tokens", max_new_tokens=tokens)
-    return _parts(given)
 
 
 def piped() -> list[str]:

@@ -24,6 +24,7 @@ from utils.exceptions import NonFiniteError, Problem
 from utils.inference import generation
 from utils.models import chat, turn_format
 from utils.models.losses import autocast, token_nll
+from utils.models.parallel import work
 from utils.models.rows import row_layouts, row_support
 from utils.progress import Progress
 
@@ -131,13 +132,15 @@ def score_questions(
         how: dict[str, Any] = {"batch_tokens": batch_tokens, "pad_id": pad_id, "device": device, "what": what}
         return _joined(items, score_questions(model, alone, **how))
     order = sorted(range(len(items)), key=lambda i: items[i].num_tokens)
-    scores: dict[int, ItemScore] = {}
+    groups = _batches(order, [items[i].num_tokens for i in order], batch_tokens)
+    costs = [len(rows) * items[rows[-1]].num_tokens for rows in groups]
+
+    def scored(rows: list[int]) -> list[ItemScore]:
+        return _score_batch(model, [items[i] for i in rows], pad_id, device)
+
     with Progress(what, total=len(items), unit="item") as bar:
-        for rows in _batches(order, [items[i].num_tokens for i in order], batch_tokens):
-            batch = [items[i] for i in rows]
-            for i, score in zip(rows, _score_batch(model, batch, pad_id, device), strict=True):
-                scores[i] = score
-            bar.advance(len(rows))
+        found = work.computed(groups, costs, scored, bar, [len(rows) for rows in groups])
+    scores = {i: score for rows, part in zip(groups, found, strict=True) for i, score in zip(rows, part, strict=True)}
     return [scores[i] for i in range(len(items))]
 
 
@@ -149,22 +152,30 @@ def score_documents(
     if not row_support.of(model).packs:
         data = data.unpacked()
     lengths = data.row_lengths(0)
-    rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    groups = [tuple(group) for group in _batches(order, [lengths[row] for row in order], batch_tokens)]
+
+    def scored(chosen: tuple[int, ...]) -> list[tuple[int, float, int]]:
+        """(document, NLL, tokens) of each piece of a document in these rows."""
+        batch: Batch = data.batch(0, chosen)
+        nll_N = _nll(model, batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT, None, device)
+        pieces, position = [], 0
+        for number in chosen:
+            for piece in data.rows(0)[number]:
+                count = piece.end - piece.start - int(piece.end == data.lengths[piece.document])
+                pieces.append((piece.document, float(nll_N[position : position + count].double().sum()), count))
+                position += count
+        return pieces
+
+    sizes = [len(chosen) for chosen in groups]
+    costs = [len(chosen) * lengths[chosen[-1]] for chosen in groups]
+    with Progress(what, total=len(order), unit="row") as bar:
+        found = work.computed(groups, costs, scored, bar, sizes)
     sums: dict[int, list[float]] = {}
-    with Progress(what, total=len(rows), unit="row") as bar:
-        for group in _batches(rows, [lengths[row] for row in rows], batch_tokens):
-            chosen = tuple(group)
-            batch: Batch = data.batch(0, chosen)
-            nll_N = _nll(model, batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT, None, device)
-            position = 0
-            for number in chosen:
-                for piece in data.rows(0)[number]:
-                    count = piece.end - piece.start - int(piece.end == data.lengths[piece.document])
-                    total = sums.setdefault(piece.document, [0.0, 0])
-                    total[0] += float(nll_N[position : position + count].double().sum())
-                    total[1] += count
-                    position += count
-            bar.advance(len(chosen))
+    for document, nll, count in (piece for pieces in found for piece in pieces):
+        total = sums.setdefault(document, [0.0, 0])
+        total[0] += nll
+        total[1] += count
     facts = data.documents.select_columns(["id", "utf8_bytes"])
     return [DocumentScore(facts[d]["id"], nll, n, facts[d]["utf8_bytes"]) for d, (nll, n) in sorted(sums.items()) if n]
 
@@ -182,7 +193,7 @@ def answered(
     """Greedy answers and what they are worth: exact match, token F1, and whether their form is right."""
     how = InferenceSection(max_new_tokens=max_new_tokens)
     with Progress(what, total=len(examples), unit="answer") as bar:
-        given = generation.answer_all(model, tokenizer, examples, system_prompt, how, bar.advance)
+        given = generation.answer_all(model, tokenizer, examples, system_prompt, how, bar)
     thinks = turn_format.writes_thinking(tokenizer)
     found = []
     for example, answer in zip(examples, given, strict=True):

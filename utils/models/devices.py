@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -105,3 +106,16 @@ def _threads_are_chosen(environment: Mapping[str, str]) -> bool:
 def _cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> None:
+    """Have what is no longer used given back, also by the GPU's allocator."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def forget_peak_memory() -> None:
+    """Begin a new peak, where a GPU counts it; a process's resident set keeps its own."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

@@ -16,6 +16,7 @@ from utils.exceptions import ArtefactError
 from utils.models import devices, loading
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
+from utils.models.parallel import launcher
 from utils.models.weights import layer_sample
 from utils.models.weights.safetensors_io import Checkpoint
 
@@ -63,10 +64,10 @@ def probe(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def fits(base: BaseModel) -> bool:
-    """Whether the whole model can be loaded here."""
-    checkpoint = Checkpoint(base.directory)
+    """Whether the whole model can be loaded here, by the ranks together where they hold it together."""
+    checkpoint, room = Checkpoint(base.directory), available() * launcher.current().shard
     try:
-        return len(layer_sample.choose(checkpoint, {}, available())) == layer_sample.layer_count(checkpoint)
+        return len(layer_sample.choose(checkpoint, {}, room)) == layer_sample.layer_count(checkpoint)
     except ArtefactError:
         return False
 

@@ -16,10 +16,11 @@ from utils.adapters import peft_model
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, ConfigError, Problem
 from utils.logger import event, warning
-from utils.models import devices, parallel, sources
+from utils.models import devices, sources
 from utils.models.architectures import registry, size_class
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
+from utils.models.parallel import launcher, ranks
 from utils.models.weights import fp8
 from utils.planning import count_parameters, estimates, native_fp8, plan_report, training_plan, ways
 from utils.planning.native_fp8 import Fp8Choice
@@ -48,7 +49,7 @@ class Machine:
         """This process's launcher and memory."""
         on_gpu = devices.device().type == "cuda"
         return cls(
-            shards=int(os.environ.get("WORLD_SIZE", "1")) if parallel.asked() else 1,
+            shards=launcher.current().shard,
             local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             gpu_bytes=torch.cuda.get_device_properties(devices.device()).total_memory if on_gpu else 0,
             host_bytes=_host_bytes(),
@@ -117,12 +118,18 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
     `why` is the reason for which an FP8 checkpoint is de-quantised.
     """
     whole = estimates.weight_bytes(found, dtype)
-    host = estimates.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
-    if machine.shards > 1 and not machine.gpu_bytes:
-        host += whole * machine.local // machine.shards  # on CPUs the parts are in main memory too
+    part, host = whole, estimates.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
+    if machine.shards > 1:
+        # embeddings and head stay whole where a model is asked, and a layer is gathered to compute
+        kept = found.parameters["embeddings"] + found.parameters["head"] + found.layer_parameters
+        part = whole // machine.shards + whole * kept // found.total
+        if dtype != "fp8":  # each rank reads its part; FP8 that stays so is read by the first one
+            host = machine.local * whole * kept // found.total
+        if not machine.gpu_bytes:
+            host = max(host, machine.local * part)  # on CPUs the parts are in main memory
     places = [("main memory", host, machine.host_bytes)]
     if machine.gpu_bytes:
-        places.append(("GPU memory per process", whole // machine.shards, machine.gpu_bytes))
+        places.append(("GPU memory per process", part, machine.gpu_bytes))
     fix = (
         f"plan it: python scripts/plan.py {_preset(found)}--plan.gpus 8 --plan.gpu_memory_gib 80 names the launch file "
         "for your GPUs; here take a smaller model: --preset smollm2_135m, or --base.source DIRECTORY"
@@ -273,14 +280,11 @@ def _preset(found: ModelSizes) -> str:
 
 
 def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseModel:
-    """Threads, seed and the base model; the main process fetches or builds it while the others wait.
+    """Threads, seed and the base model on every rank; one of each node fetches or builds it while the others wait.
 
     A model that this machine cannot hold is refused before it is fetched, unless the script only streams its files.
     `stage` is the adapter that the script trains, if it does.
     """
-    from accelerate import PartialState
-
-    parallel.check(trains=bool(stage))
     devices.refuse_missing_gpus()
     if not config.base.source:
         fix = "base.source: a directory, or a hub id with base.revision"
@@ -288,11 +292,16 @@ def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseM
     if stage and config.preset.startswith("size_"):
         event(f"preset {config.preset}: {reason_of(config.preset)}")
     check(config, loads_model=loads_model, stage=stage)
+    return ranks.everywhere(_ready, config)
+
+
+def _ready(config: Config) -> BaseModel:
     devices.set_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    state = PartialState(cpu=devices.device().type == "cpu", timeout=parallel.PATIENCE)
-    with state.main_process_first():
-        return sources.fetch(config.base, config.run.models_dir)
+    base = ranks.first_of_node(lambda: sources.fetch(config.base, config.run.models_dir))
+    fix = "give every node the same files: a file system that all of them see, or copies of one digest"
+    ranks.refuse_unequal({"digest": base.digest}, "the base model", ArtefactError, fix)
+    return base
 
 
 def quantization_refusals(found: ModelSizes, kind: Dtype, *, dealt_out: bool = False) -> list[Problem]:

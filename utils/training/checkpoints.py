@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,10 +25,7 @@ from utils.artifacts import files
 from utils.artifacts.runs import IDENTITY
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import warning
-from utils.models import parallel
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from utils.models.parallel import sharding
 
 Tensors = dict[str, torch.Tensor]
 # headers, state and manifest
@@ -82,7 +79,7 @@ def save(
         return
     tensors = {"adapter": adapter, "best": best, "optimizer": optimizer}
     for name, group in tensors.items():
-        parallel.refuse_non_finite(group, f"the {name} of the checkpoint after step {state.step}")
+        sharding.refuse_non_finite(group, f"the {name} of the checkpoint after step {state.step}")
     disk.require(root, sum(t.nbytes for group in tensors.values() for t in group.values()) + _SMALL_FILES, str(target))
     about = {"kind": "checkpoint", "step": state.step, "run": _run(root), **facts}
     with files.publish(target, lambda: about) as temporary:
@@ -104,7 +101,7 @@ def whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> Tensors:
 
     Of a model that is dealt out, every process has to call it: they make one tensor whole after the other.
     """
-    named = ((name, parallel.whole(tensor)) for name, tensor in tensors.items())
+    named = ((name, sharding.whole(tensor)) for name, tensor in tensors.items())
     return {name: tensor.detach().cpu().contiguous() for name, tensor in named if keep}
 
 
@@ -117,7 +114,7 @@ def copy_of(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
 def put(parameters: Mapping[str, torch.nn.Parameter], tensors: Tensors) -> None:
     """Give the parameters these values: whole ones, or what `copy_of` took."""
     for name, parameter in parameters.items():
-        parameter.copy_(parallel.like(tensors[name], parameter))
+        parameter.copy_(sharding.like(tensors[name], parameter))
 
 
 def conditions(train: TrainSection, *, processes: int, is_dealt_out: bool) -> dict[str, Any]:
@@ -144,16 +141,6 @@ def refuse_other(newest: Path, *, frozen: str, conditions: Mapping[str, Any]) ->
     ]
     if changed:
         warning("resumed under other conditions: the result may differ in its last bits", changed=", ".join(changed))
-
-
-def newest_for_all(root: Path, accelerator: Accelerator) -> Path | None:
-    """The newest valid checkpoint as the main process finds it; every process goes on from the same."""
-    newest = newest_valid(root) if accelerator.is_main_process else None
-    if accelerator.num_processes == 1:
-        return newest
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([newest])[0]
 
 
 def newest_valid(root: Path) -> Path | None:
@@ -245,7 +232,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> No
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = parallel.like(tensor, parameters[int(index)])
+        state.setdefault(int(index), {})[key] = sharding.like(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

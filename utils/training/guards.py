@@ -18,7 +18,7 @@ from config import TrainSection
 from utils import disk, flags
 from utils.artifacts import files
 from utils.exceptions import NonFiniteError, OutOfMemory, Problem, VerificationError
-from utils.models import parallel
+from utils.models.parallel import ranks, sharding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +32,7 @@ def refuse_without_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> Non
     A tensor without a gradient would silently stay as it is (FP8 experts do that). A's gradient is zero while B is.
     Every process has to call it. Raises NonFiniteError that names the tensors.
     """
-    gradients = {name: parallel.whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+    gradients = {name: sharding.whole(p.grad) for name, p in parameters.items() if p.grad is not None}
     faults = {
         "are trainable and got no gradient": [name for name in parameters if name not in gradients],
         "got a gradient with NaN or infinity": [n for n, g in gradients.items() if not torch.isfinite(g).all()],
@@ -93,7 +93,7 @@ def frozen_adapters(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in frozen:
         digest.update(name.encode() + b"\0")
-        whole = parallel.whole(parameter).detach().cpu().contiguous()
+        whole = sharding.whole(parameter).detach().cpu().contiguous()
         digest.update(whole.flatten().view(torch.uint8).numpy())
     return digest.hexdigest() if frozen else ""
 
@@ -104,10 +104,10 @@ def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
     An average of gradients keeps adapters equal only as long as nothing else touches one of them; what is published is
     the first process's, so the others would have trained for nothing, or it on gradients of something else.
     """
-    if parallel.is_alone():
+    if ranks.size() == 1:
         return
-    held = {name: parallel.checksum(tensor) for name, tensor in parallel.held_whole(module)}
-    parallel.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
+    held = {name: sharding.checksum(tensor) for name, tensor in sharding.held_whole(module)}
+    ranks.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
 
 
 def refuse_changed(before: str, after: str, what: str) -> None:

@@ -27,9 +27,9 @@ from utils.artifacts.runs import METRICS
 from utils.data.batches import Batch, OptimiserStep, TrainingData
 from utils.exceptions import Interrupted, Problem, is_out_of_memory
 from utils.logger import event
-from utils.models import parallel
 from utils.models.devices import peak_memory_bytes
 from utils.models.losses import IGNORED, NextTokenLoss
+from utils.models.parallel import ranks, sharding
 from utils.progress import Progress
 from utils.training import checkpoints, guards, micro_batches, schedules, steps
 from utils.training.schedules import AdapterSchedule
@@ -104,9 +104,9 @@ class _TrainingLoop:
             setup.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = setup.model.train()
         module = NextTokenLoss(self.model)
-        self.is_dealt_out = parallel.asked()
+        self.is_dealt_out = ranks.is_sharded()
         if self.is_dealt_out:
-            parallel.deal_out(module)  # the parameters are others after it
+            sharding.deal_out(module)  # the parameters are others after it
         self.parameters = peft_model.trainable_parameters(self.model)
         optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -128,15 +128,16 @@ class _TrainingLoop:
 
     def resume(self) -> None:
         """Go back to the newest valid checkpoint, the same one on every process."""
-        newest = checkpoints.newest_for_all(self.checkpoints, self.accelerator)
+        newest = ranks.first(lambda: checkpoints.newest_valid(self.checkpoints))
         if newest is not None:
             checkpoints.refuse_other(newest, frozen=self.frozen, conditions=self.conditions)
             self.state, current, best = checkpoints.load(newest, self.optimizer.optimizer)
             checkpoints.put(self.parameters, current)
-            self.best = {name: parallel.like(tensor, self.parameters[name]) for name, tensor in best.items()}
+            self.best = {name: sharding.like(tensor, self.parameters[name]) for name, tensor in best.items()}
             event(f"{self.what}: resumed", step=self.state.step, checkpoint=newest)
-        if self.accelerator.is_main_process:
-            checkpoints.require_space(self.checkpoints, self.parameters, self.settings.keep_checkpoints)
+        ranks.first(
+            lambda: checkpoints.require_space(self.checkpoints, self.parameters, self.settings.keep_checkpoints)
+        )
         self.metrics = guards.Metrics(self.setup.directory / METRICS, self.state.step, self.accelerator)
 
     def run(self) -> None:
@@ -181,7 +182,7 @@ class _TrainingLoop:
         if self.best and self.settings.keep == "best":
             checkpoints.put(self.parameters, self.best)
             kept_step = state.best_step
-        parallel.refuse_non_finite(self.parameters, f"the {self.what} of step {kept_step}")
+        sharding.refuse_non_finite(self.parameters, f"the {self.what} of step {kept_step}")
         guards.refuse_changed(self.frozen, guards.frozen_adapters(self.model), self.what)
         self.model.eval()
         return TrainingOutcome(
@@ -228,7 +229,7 @@ class _TrainingLoop:
             guards.refuse_without_gradient(self.parameters)
             self.had_gradients = True
         clipped = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        norm = float(parallel.whole(clipped))
+        norm = float(sharding.whole(clipped))
         if not math.isfinite(norm):
             names = guards.from_every_process(self.accelerator, self.names)
             raise guards.non_finite(f"gradient norm of step {number + 1}", names)
@@ -299,4 +300,4 @@ class _TrainingLoop:
                 frozen=self.frozen,
                 conditions=self.conditions,
             )
-        self.accelerator.wait_for_everyone()
+        ranks.meet()

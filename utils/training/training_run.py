@@ -22,9 +22,10 @@ from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 from utils.data.batches import Batch, TrainingData
-from utils.exceptions import ConfigError, NonFiniteError, Problem
-from utils.models import devices, parallel
+from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem
+from utils.models import devices
 from utils.models.base_model import BaseModel
+from utils.models.parallel import ranks, sharding
 from utils.models.rows import row_probe, row_support
 from utils.planning import preflight
 from utils.training import checkpoints, training_loop
@@ -61,30 +62,34 @@ def opened(
 
     Raises ArtefactError when the directory holds other settings, or another command is at it.
     """
-    from accelerate import PartialState
 
-    directory = runs.directory_for(config.run.models_dir, stage, config.run.name, config.preset, identity)
-    run = TrainingRun(config, stage, base, identity, tuple(parents), directory)
-    state = PartialState()
-    with state.main_process_first():
+    def found() -> tuple[Path, Run | None]:
+        directory = runs.directory_for(config.run.models_dir, stage, config.run.name, config.preset, identity)
         complete = runs.open_run(directory, identity)
+        if complete is not None:
+            checkpoints.discard(directory / files.SCRATCH)  # a run killed right after it was sealed still has them
+        return directory, complete
+
+    fix = "let every node see the same --run.data_dir and --run.models_dir"
+    ranks.refuse_unequal(identity.values, "what is to be trained", ArtefactError, fix)
+    directory, complete = ranks.first(found)
+    run = TrainingRun(config, stage, base, identity, tuple(parents), directory, complete)
     if complete is not None:
-        checkpoints.discard(directory / files.SCRATCH)  # a run killed right after it was sealed still has them
         logger.event(f"the {stage} adapter is already complete", path=directory)
-        yield replace(run, complete=complete)
+        yield run
         return
-    state.wait_for_everyone()
-    if state.is_main_process:
+    if ranks.index() == 0:
         with files.locked(directory, "the run"), run.log:
             run.log.enter_context(runs.begun(directory, identity))
             overrides = ", ".join(config.overrides) or "none"
             logger.event(f"training the {stage} adapter", path=directory, overrides=overrides)
             memory = preflight.predicted(config, stage, base)
+            ranks.meet()  # the lock is held
             yield replace(run, predicted_bytes=memory.total if memory else None)
     else:
+        ranks.meet()
         yield replace(run, is_main=False)
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    ranks.meet()
 
 
 def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
@@ -95,7 +100,7 @@ def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:
     form = preflight.form(config, stage, base)
     if form.why:
         logger.event(f"the FP8 checkpoint {'stays FP8' if form.native else 'is de-quantised'}", why=form.why)
-    model = parallel.load_model(base, config.base, native_fp8=form.native)
+    model = sharding.load_model(base, config.base, native_fp8=form.native)
     row_support.attach(model, row_probe.measured(base, config.base))
     return model
 
@@ -180,6 +185,7 @@ def record(run: TrainingRun, outcome: TrainingOutcome, *, data: dict[str, Any], 
         data=data,
         seed=run.config.run.seed,
         settings=_settings(run),
+        **sharding.loaded(),
         **facts,
     )
     complete = Run(run.directory, files.seal(run.directory, manifest))
@@ -191,7 +197,8 @@ def result(run: TrainingRun, *, reused: bool) -> dict[str, Any]:
     """The last line of stdout for a complete run, which later stages then take; empty in the other processes."""
     if run.complete is None:
         return {}
-    runs.mark_latest(run.config.run.models_dir, run.stage, run.directory)
+    if ranks.index() == 0:
+        runs.mark_latest(run.config.run.models_dir, run.stage, run.directory)
     measured = run.complete.manifest["measured"]
     return {
         "stage": run.stage,
@@ -216,13 +223,12 @@ def _accelerator(config: Config, stage: str, directory: Path) -> Accelerator:
 
     project = ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory / "tracking"))
     try:
-        with parallel.unseen():  # dealing the model out is ours too
-            accelerator = Accelerator(
-                mixed_precision="no",  # autocast is ours: the frozen weights are loaded in the compute dtype
-                cpu=devices.device().type == "cpu",
-                log_with=list(config.run.trackers) or None,
-                project_config=project,
-            )
+        accelerator = Accelerator(
+            mixed_precision="no",  # autocast is ours: the frozen weights are loaded in the compute dtype
+            cpu=devices.device().type == "cpu",
+            log_with=list(config.run.trackers) or None,
+            project_config=project,
+        )
         if config.run.trackers:
             accelerator.init_trackers(f"{stage}-adapter")
     except (ValueError, ImportError) as error:

@@ -27,6 +27,7 @@ from utils.logger import event, warning
 from utils.models import devices, float32_model, loading
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
+from utils.models.parallel import ranks, sharding
 from utils.models.rows import row_measures, row_support
 from utils.models.rows.row_support import ALONE, RowSupport
 from utils.models.weights import layer_sample
@@ -50,6 +51,10 @@ def measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
 
     What cannot be measured is not used, and said. Raises ArtefactError for a model that looks ahead.
     """
+    return ranks.first_of_node(lambda: _known_or_measured(base, section))
+
+
+def _known_or_measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
     of = _key(base, section)
     if base.cache is None:
         return _said(_measured(base, section, None), of)
@@ -68,7 +73,7 @@ def measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
 def load_model(base: BaseModel, section: BaseModelSection) -> Any:
     """The frozen base model, which from then on gets rows as it was measured to honour them. Errors as `loading`'s."""
     support = measured(base, section)
-    model = loading.load_model(base, section)
+    model = sharding.ready_model(base, section)
     row_support.attach(model, support)
     return model
 

@@ -1,0 +1,62 @@
+"""The task adapter from beginning to end: supervised pairs, loss on the answers, on the domain adapter or the base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from config import Config
+from utils.adapters import adapter_files, adapter_tokenizer, find, peft_model
+from utils.artifacts.runs import Run
+from utils.data import batches, pairs
+from utils.data.batches import Batch, BucketedPairs
+from utils.data.prepared import Prepared
+from utils.models import chat, turn_format
+from utils.models.base_model import BaseModel
+from utils.models.rows import row_probe
+from utils.planning import preflight
+from utils.training import training_identity, training_run
+from utils.training.schedules import AdapterSchedule
+from utils.training.training_identity import task_facts
+
+
+def train_task(config: Config) -> dict[str, Any]:
+    """On every rank at once: base model, frozen domain adapter, fresh task adapter, bucketed pairs, artefact."""
+    base = preflight.start(config, stage="task")
+    data = find.prepared_run(config, base)
+    domain = find.domain_run(config, base) if config.task.on != "base" else None
+    initial = find.initial_run(config, base, "task")
+    base = adapter_tokenizer.with_chosen(base, [run for run in (domain, initial) if run])
+    parents, frozen = [data, *filter(None, (domain, initial))], ["domain"] if domain else []
+    schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
+    rows = row_probe.measured(base, config.base)
+    facts = task_facts(config.task, domain) | training_identity.start_facts(initial) | rows.deciding("head")
+    facts |= turn_format.deciding(adapter_tokenizer.of(base)) | base.deciding_tokenizer()
+    identity = training_identity.identity_of(config, "task", base, data, **facts)
+    with training_run.opened(config, "task", base, identity, parents) as run:
+        if run.complete:
+            return training_run.result(run, reused=True)
+        trained, dev, counts = _pairs(config, base, data)
+        model = training_run.load_base(config, "task", base)
+        if domain:
+            model = peft_model.add(model, "domain", adapter_files.load(domain.adapter, base))
+        start = adapter_files.load(initial.adapter, base) if initial else None
+        model = training_run.new_adapter(model, "task", config.task.lora, config.run.seed, frozen, initial=start)
+        outcome = training_run.train(run, model, trained, dev, schedule)
+        training_run.save(run, model, outcome, system_prompt=config.task.system_prompt)
+        prompt = config.task.system_prompt
+        run = training_run.record(run, outcome, data=counts, system_prompt=prompt, rows=rows.to_json())
+    return training_run.result(run, reused=False)
+
+
+def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, list[Batch], dict[str, int]]:
+    """The pairs that are trained on, the dev batches, and how many pairs could be used and how."""
+    prepared, task, settings = Prepared(data.directory), config.task, config.task.train
+    tokenizer = adapter_tokenizer.of(base)
+    pad, longest = chat.pad_id(tokenizer), settings.sequence_tokens
+    examples, turns = prepared.examples("train"), task.turns == "all"
+    trained, report = pairs.tokenise_pairs(examples, tokenizer, task.system_prompt, longest, all_turns=turns)
+    pairs.check_usable(report, task.max_unusable_share, longest)
+    trained = BucketedPairs(trained, settings, config.run.seed, pad, prompt_loss_weight=task.prompt_loss_weight)
+    dev_pairs, _ = pairs.tokenise_pairs(prepared.examples("dev"), tokenizer, task.system_prompt, longest)
+    return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), asdict(report)
