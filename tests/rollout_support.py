@@ -18,7 +18,8 @@ from typing import Any
 from config import RolloutSection
 from tests.support import ROOT
 from utils.exceptions import ArtefactError
-from utils.rollout.edge import haproxy, journal, servers
+from utils.rollout.edge import journal, servers
+from utils.rollout.edge.balancer import haproxy
 from utils.rollout.edge.load import Load
 from utils.rollout.edge.service import Service
 
@@ -37,6 +38,7 @@ FAST = {
     "step_minutes": 0.5,
     "server_timeout_seconds": 5,
     "drain_seconds": 3,
+    "probe_timeout_seconds": 5,
     "margins": "0.3,0.3,0.3",
 }
 

@@ -478,7 +478,7 @@ class BadData(RolloutTest):
 
 
 class Promotion(RolloutTest):
-    OPERATIONS = ("configuration", "reload", "verified", "recorded", "published")
+    OPERATIONS = ("configuration", "switch", "verified", "recorded", "published")
 
     def test_a_crash_after_any_operation_leaves_one_model_and_resume_ends_it(self) -> None:
         # R12
@@ -617,14 +617,24 @@ class Doors(RolloutTest):
     def test_only_the_completion_endpoints_can_be_reached_from_outside(self) -> None:
         controller = self.start(**HELD)
         self.wait_ramp(1000, controller)
-        asked = [("POST", "/load_model"), ("POST", "/reset"), ("GET", "/v1/models"), ("GET", "/metrics")]
+        asked = [
+            ("POST", "/load_model"),
+            ("POST", "/reset"),
+            ("POST", "/v1/models"),
+            ("GET", "/v1/models/other"),
+            ("GET", "/metrics"),
+        ]
         asked += [("POST", "/v1/chat/completions/../../stub"), ("POST", "//stub"), ("GET", "/v1/chat/completions")]
         for method, path in asked:
             connection = http.client.HTTPConnection(self.address, timeout=5)
             connection.request(method, path, json.dumps({"messages": [{"role": "user", "content": QUESTIONS[0]}]}))
             self.assertEqual(connection.getresponse().status, 404, path)
             connection.close()
-        for method, path, status in (("GET", "/health", 200), ("POST", "/v1/completions?x=1", 200)):
+        for method, path, status in (
+            ("GET", "/health", 200),
+            ("GET", "/v1/models", 200),
+            ("POST", "/v1/completions?x=1", 200),
+        ):
             connection = http.client.HTTPConnection(self.address, timeout=5)
             connection.request(method, path, json.dumps({"messages": [{"role": "user", "content": QUESTIONS[0]}]}))
             self.assertEqual(connection.getresponse().status, status, path)

@@ -54,6 +54,7 @@ def page(story: Story, examples: list[dict[str, Any]]) -> str:
                 ("started", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(header["started_at"]))),
                 ("took", span(seconds)),
                 ("sessions", f"{canary:,} on the candidate, {production:,} on production"),
+                ("answers cut", f"{sum(int(entry.get('answers_cut') or 0) for entry in story.events):,}"),
             )
         ),
         "</table>",
