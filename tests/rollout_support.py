@@ -83,11 +83,13 @@ ON_REQUEST = "real balancers, servers and kills take twelve minutes: make rollou
 @unittest.skipUnless(os.environ.get(REAL_PROCESSES), ON_REQUEST)
 @unittest.skipUnless(has_haproxy(), "haproxy is not there: apt-get install haproxy")
 class RolloutTest(unittest.TestCase):
-    """A production and a candidate stub; the service's directory is short, because socket paths are."""
+    """A production and a candidate stub, and a models folder as people have them: with a space in its name."""
 
     def setUp(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="ro-"))
-        self.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(prefix="ro-"))
+        self.addCleanup(shutil.rmtree, place, ignore_errors=True)
+        self.root = place / "my models"
+        self.root.mkdir()
         self.production, self.candidate = Stub(OLD), Stub(NEW)
         self.addCleanup(self.production.stop)
         self.addCleanup(self.candidate.stop)

@@ -14,12 +14,10 @@ import socket
 import time
 import unittest
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
-from tests.test_rollout_kills import LEASE_S, POLICY, LoopTest, Operations, Silent
+from tests.test_rollout_kills import LEASE_S, POLICY, LoopTest, Silent
 from utils.exceptions import BalancerError
-from utils.rollout.edge import rollout_loop
 from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
 from utils.rollout.edge.journal import Journal, read
 from utils.rollout.edge.rollout_loop import Loop, Timing
@@ -27,7 +25,10 @@ from utils.rollout.edge.traffic import Collector
 from utils.rollout.policy import UNITS
 
 # written by HAProxy 2.6.12; numbers are replaced
-LINE = '{{"t":{t},"be":"{be}","st":{st},"ts":"{ts}","Tr":13,"Ta":{ta},"B":239,"rc":"0","u":"{u}","bp":"{bp}","in":"{want}"}}\n'
+LINE = (
+    '{{"t":{t},"be":"{be}","st":{st},"ts":"{ts}","Tr":13,"Ta":{ta},"B":239,"rc":"0",'
+    '"u":"{u}","bp":"{bp}","in":"{want}"}}\n'
+)
 PER_SECOND, SHARE_BP = 100, 1000
 
 
@@ -44,6 +45,9 @@ class WorldOfHAProxy:
         self.units: dict[tuple[int, int], set[str]] = {}
         self.errors: dict[int, set[str]] = {0: set(), 1: set()}
         self.requests = 0
+
+    def time(self) -> float:
+        return self.clock
 
     def info(self) -> dict[str, str]:
         return {"Pid": str(self.pid)}
@@ -114,7 +118,7 @@ class WholeDay(LoopTest):
             policy, step_deadline_s=1e9, rollout_deadline_s=1e9, share_alpha=1e-30, evidence=1e300
         )
         policy = dataclasses.replace(policy, max_interruptions=100)
-        with mock.patch.object(time, "time", lambda: world.clock):
+        with mock.patch.object(time, "time", world.time):
             state = read(path).state
             loop = Loop(world, Journal(path), Silent(), policy, state, Timing(1.0, LEASE_S, 0.0), Collector())  # type: ignore[arg-type]
             self.addCleanup(loop.sink.close)

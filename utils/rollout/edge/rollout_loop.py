@@ -19,10 +19,10 @@ from utils.artifacts import files
 from utils.exceptions import BalancerError
 from utils.logger import event, warning
 from utils.rollout.controller import Decision, Observation, State, advance, share_of
-from utils.rollout.edge.golden import Prober, without_times
 from utils.rollout.edge.balancer.haproxy import Balancer
 from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
 from utils.rollout.edge.balancer.old_workers import DrainWatch
+from utils.rollout.edge.golden import Prober, without_times
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.traffic import Collector, LogSink, completed
 from utils.rollout.gate import Counts

@@ -98,7 +98,9 @@ def screen(picture: dict[str, Any], width: int = 100) -> str:
         lines.append("  next: python scripts/rollout.py resume, or abort")
     if any((picture.get("old_workers") or {}).values()):
         streams = picture["old_workers"]
-        lines.append(f"  since a reload: {streams['open']} answers go on in its former worker, {streams['cut']} were cut")
+        lines.append(
+            f"  since a reload: {streams['open']} answers go on in its former worker, {streams['cut']} were cut"
+        )
     lines.append("")
     if not state.is_over:
         step_left = (

@@ -66,7 +66,7 @@ class Layout:
 
 
 def configuration(layout: Layout) -> str:
-    """The text of haproxy.cfg. Only completions and the list of models are reachable; retries are off, they hide errors.
+    """The text of haproxy.cfg. Only completions and the list of models are reachable; retries would hide errors.
 
     Paths are relative to the folder it is started in. `description` tells of a running process which text it has.
     """
