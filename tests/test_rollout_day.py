@@ -29,11 +29,12 @@ LINE = (
     '{{"t":{t},"be":"{be}","st":{st},"ts":"{ts}","Tr":13,"Ta":{ta},"B":239,"rc":"0",'
     '"u":"{u}","bp":"{bp}","in":"{want}"}}\n'
 )
-PER_SECOND, SHARE_BP = 100, 1000
+PER_SECOND, SECONDS_PER_TICK, SHARE_BP = 100, 5, 1000
+PER_TICK = PER_SECOND * SECONDS_PER_TICK
 
 
 class WorldOfHAProxy:
-    """Its map, counters, process id and log, without its processes; `second` is a second of users' traffic."""
+    """Its map, counters, process id and log, without its processes; `traffic` is that of one tick."""
 
     def __init__(self, home: Path, generator: random.Random):
         self.home, self.generator = home, generator
@@ -84,13 +85,13 @@ class WorldOfHAProxy:
         self.pid, self.counters = self.pid + 1, dict.fromkeys(self.counters, 0)
         self.map = {SHARE: 0, LEASE: 0}
 
-    def second(self) -> None:
+    def traffic(self) -> None:
         if self.connection is None:
             self.connection = socket.socket(socket.AF_UNIX)
             self.connection.connect(str(self.home / "log.sock"))
         share = self.map[SHARE] if self.clock < self.map[LEASE] else 0
         lines = []
-        for _ in range(PER_SECOND):
+        for _ in range(PER_TICK):
             self.sessions += self.generator.random() < 0.4  # 2.5 requests a session
             session = str(self.sessions * 2_654_435_761 % 2**32)
             canary = int(session) % 10_000 < share
@@ -103,12 +104,12 @@ class WorldOfHAProxy:
             values = {"t": int(1000 * self.clock), "be": name, "st": 500 if failed else 200, "ts": "--", "ta": 200}
             line = LINE.format(**values, u=session, bp=share, want=1 if canary else "-")
             lines.append(f"{len(line)} {line}")
-        self.requests += PER_SECOND
+        self.requests += PER_TICK
         self.connection.sendall("".join(lines).encode())
 
 
 class WholeDay(LoopTest):
-    SECONDS = int(os.environ.get("ROLLOUT_DAY_SECONDS", "300"))
+    SECONDS = int(os.environ.get("ROLLOUT_DAY_SECONDS", "600"))
 
     def test_each_session_and_each_error_is_counted_once_whatever_happens_to_log_balancer_and_clock(self) -> None:
         path = self.rollout(0, 0)
@@ -125,15 +126,16 @@ class WholeDay(LoopTest):
             self.addCleanup(world.rotate)
             loop.pid, loop.roles = "1", (0, 1)
             generator, events = random.Random(1), dict.fromkeys(("rotate", "reload", "back", "forth"), 0)
-            for second in range(self.SECONDS):
-                world.clock += 1.0
-                what = generator.choice(sorted(events)) if second and second % (self.SECONDS // 30) == 0 else ""
+            for tick in range(self.SECONDS // SECONDS_PER_TICK):
+                world.clock += SECONDS_PER_TICK
+                often = max(2, self.SECONDS // SECONDS_PER_TICK // 40)
+                what = generator.choice(sorted(events)) if tick % often == often - 1 else ""
                 if what:
                     events[what] += 1
                 if what in ("rotate", "reload"):
                     getattr(world, what)()
                 world.clock += {"back": -3600.0, "forth": 3600.0}.get(what, 0.0)
-                world.second()
+                world.traffic()
                 self.wait_for_lines(loop, world)
                 loop.tick()
                 self.assertFalse(loop.state.is_over, loop.state.reason)
@@ -154,7 +156,7 @@ class WholeDay(LoopTest):
     def wait_for_lines(self, loop: Loop, world: WorldOfHAProxy) -> None:
         """The sink reads in a thread of its own."""
         end = time.monotonic() + 30
-        while len(loop.sink._lines) < PER_SECOND:
+        while len(loop.sink._lines) < PER_TICK:
             self.assertLess(time.monotonic(), end, "lines do not arrive")
             time.sleep(0.0002)
 

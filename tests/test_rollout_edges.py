@@ -291,7 +291,10 @@ class RealBalancer(RolloutTest):
     def test_a_write_that_did_not_arrive_is_an_error(self) -> None:
         with self.assertRaises(BalancerError):
             self.balancer.set(canary_bb=5)
-        with self.assertRaisesRegex(BalancerError, "refuses its configuration"):
+        taken = Balancer(self.root / "second", find_binary(""))
+        with self.assertRaisesRegex(BalancerError, "(?s)does not start.*Address already in use"):
+            taken.take(self.layout)
+        with self.assertRaisesRegex(BalancerError, "(?s)refuses its configuration.*ALERT"):
             self.balancer.write(Layout(Server("not an address", OLD), None, self.port))
         self.assertIn("server s 127.0.0.1", self.balancer.config.read_text())
 
@@ -365,6 +368,9 @@ class RealBalancer(RolloutTest):
         self.assertEqual([model.id for model in client.models.list()], ["mine", "org/other"])
         self.assertEqual(client.models.retrieve("org/other").id, "org/other")
         self.assertEqual(servers.model_names(self.production.address), ("model",))
+        most = tuple(f"{number}{'/x' * 99}" for number in range(10, 10 + servers.MOST_NAMES))
+        self.balancer.take(dataclasses.replace(self.layout, models=most))
+        self.assertEqual([model.id for model in client.models.list()], list(most))
         with self.assertRaisesRegex(BalancerError, "cannot be told"):
             haproxy_layout.configuration(dataclasses.replace(self.layout, models=("a' if TRUE",)))
 
@@ -565,6 +571,7 @@ class Kubernetes(unittest.TestCase):
             (route,) = yaml.safe_load_all((self.directory / f"httproute-{name}.yaml").read_text())
             references = route["spec"]["rules"][0]["backendRefs"]
             self.assertEqual([r["weight"] for r in references], [10_000 - share, share])
+            self.assertEqual([r["name"] for r in route["spec"]["rules"][1]["backendRefs"]], ["mine-production"])
             self.assertEqual(references[1]["name"], "mine-candidate")
 
     def test_argo_waits_for_the_gate_after_every_weight(self) -> None:

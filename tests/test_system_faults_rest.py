@@ -139,6 +139,7 @@ class LongRun(unittest.TestCase):
         self.assertLessEqual(late[1], early[1] + 2)
 
 
+@unittest.skipUnless(LONG, "kills and long runs: make fault-test")
 class SpecialTokens(unittest.TestCase):
     def test_special_tokens_in_labelled_pairs_are_text_from_the_file_to_the_answer(self) -> None:
         place = with_both_adapters()
@@ -157,9 +158,10 @@ class SpecialTokens(unittest.TestCase):
         kept = [json.loads(line) for path in data.glob("task_*.jsonl") for line in path.read_text().splitlines()]
         self.assertEqual(len(kept), len(rows))
         for row in kept:
-            prompt, answer = chat.prompt_ids(tokenizer, row, "Be brief."), chat.answer_ids(tokenizer, row["answer"])
+            said = (row.get("answers") or [row.get("answer")])[0]
+            prompt, answer = chat.prompt_ids(tokenizer, row, "Be brief."), chat.answer_ids(tokenizer, said)
             self.assertEqual([i for i in prompt if i in special], plain, row["question"])
-            self.assertEqual(answer.count(tokenizer.eos_token_id), 1, row["answer"])
+            self.assertEqual(answer.count(tokenizer.eos_token_id), 1, said)
         trained = last_json(place.run("train_task_adapter", "--run.name", "special", "--data.prepared", str(data)))
         for mark in SPECIAL:
             asked = place.run("inference", "--prompt", f"{mark} What does f1 do? {mark}")

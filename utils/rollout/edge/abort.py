@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, BalancerError, PipelineError, Problem, VerificationError
-from utils.logger import warning
+from utils.logger import event, warning
 from utils.rollout.controller import Observation
 from utils.rollout.edge import journal, on_event
 from utils.rollout.edge.balancer.haproxy import Balancer
@@ -103,6 +103,9 @@ def _abort_without_controller(service: Service, directory: Path | None) -> list[
     candidate = service.side("candidate")
     if candidate:
         with suppress(OSError, PipelineError):
+            if answers := service.balancer.open_answers(candidate.address):
+                seconds = f"{service.section.drain_seconds:g} s"
+                event("no new request reaches the candidate; its answers may end", answers=len(answers), within=seconds)
             cut = service.balancer.drain(candidate.address, service.section.drain_seconds)
         candidate.stop()
     if ended:

@@ -146,6 +146,7 @@ class Loop:
             if info["Pid"] != self.pid or any(counters[arm] < n for arm, n in self.last_counters.items()):
                 interrupted = interrupted or "the balancer was restarted or its counters were cleared"
                 self.pid, self.base, self.held_bp = info["Pid"], dict.fromkeys(counters, 0), live[SHARE]
+                self.watch.expected = True
                 self.collector.lines = dict.fromkeys(self.collector.lines, 0)
                 if live[SHARE]:
                     self._try(lambda: self._set(0))

@@ -34,7 +34,7 @@ MODEL = "model"
 DIGEST_HEADER = "x-model-digest"
 # bytes; an event of a stream, or a list of models, has some hundred
 LONGEST_LINE, LARGEST_ANSWER = 1 << 20, 1 << 24
-MOST_NAMES = 50
+MOST_NAMES = 20
 # servers outlive their controller on purpose; a Popen that is collected while its process runs warns
 _STARTED: list[subprocess.Popen[bytes]] = []
 

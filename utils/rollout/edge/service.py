@@ -298,8 +298,13 @@ def _finish(service: Service, balancer: Balancer, writer: Journal, state: State,
                     balancer.set(canary_bp=0, lease_until=0)
                 raise
         event("promoted", production=service.facts["production"]["address"])
-        page = _report(writer, loop)
         cut = loop.watch.cut if loop else 0
+        if cut:
+            with suppress(OSError):
+                writer.event("answers_cut", time.time(), answers_cut=cut)
+        if loop and loop.watch.open:
+            event("answers go on in the balancer's former worker", answers=loop.watch.open)
+        page = _report(writer, loop)
         done = {"outcome": "promoted", "rollout": str(writer.path.parent), "reason": state.reason, "report": page}
         tell_person(service, writer, done | {"answers_cut": cut})
         return done | {"answers_cut": cut}

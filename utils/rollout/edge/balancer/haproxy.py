@@ -129,7 +129,7 @@ class Balancer:
         """Start the master and its worker in the background, and wait until the admin socket answers."""
         self.admin.unlink(missing_ok=True)  # a killed one leaves it behind
         master = ("-S", "unix@master.sock,mode,600")
-        self._run("does not start", "-W", "-D", "-q", "-f", self.config.name, "-p", self.pid_file.name, *master)
+        self._run("does not start", "-W", "-D", "-f", self.config.name, "-p", self.pid_file.name, *master)
         self._wait(lambda: bool(self.info().get("Pid")), "haproxy started, but its admin socket does not answer")
 
     def reload(self) -> None:
@@ -229,18 +229,19 @@ class Balancer:
         return [found[place - 1][0] for place, (_, at) in enumerate(found) if at == where]
 
     def cut(self, streams: list[str]) -> int:
-        """End these streams; how many there were."""
-        if streams:
-            self.command(*(f"shutdown session {stream}" for stream in streams))
+        """End these streams; how many there were. A command line of HAProxy's has 16 KiB."""
+        for first in range(0, len(streams), 100):
+            self.command(*(f"shutdown session {stream}" for stream in streams[first : first + 100]))
         return len(streams)
 
     def drain(self, address: str, seconds: float) -> int:
         """Wait until no answer of this server streams, then cut the rest; how many were cut."""
         end = time.monotonic() + seconds
         while streams := self.open_answers(address):
-            if time.monotonic() >= end:
+            left = end - time.monotonic()
+            if left <= 0:
                 return self.cut(streams)
-            time.sleep(0.1)
+            time.sleep(min(left, 0.5))
         return 0
 
     def close_canary(self) -> None:

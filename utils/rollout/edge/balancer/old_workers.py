@@ -17,6 +17,8 @@ from utils.rollout.edge.balancer.haproxy import Balancer
 MASTER = "master.sock"
 # the master tells ages in whole seconds
 ROUNDING_S = 1.5
+# a controller that looks must not wait long for what is not its task
+PATIENCE_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class OldWorker:
 
 def old_workers(balancer: Balancer) -> list[OldWorker]:
     """The oldest first. Raises BalancerError when the master does not tell."""
-    workers = _workers(balancer.command("show proc", to=MASTER))
+    workers = _workers(balancer.command("show proc", to=MASTER, timeout_s=PATIENCE_S))
     found = []
     for (pid, _), (_, successor_age) in zip(workers[1:], workers, strict=False):
         found.append(OldWorker(pid, successor_age, _open(balancer, pid)))
@@ -45,11 +47,15 @@ class DrainWatch:
     drain_s: float
     open: int = 0
     cut: int = 0
+    expected: bool = True
+    """Whether there may be one: at first, and after a reload."""
     _last: dict[str, OldWorker] = field(default_factory=dict)
     _looked: float = 0.0
 
     def look(self) -> None:
-        """Once a tick; costs one question to the master when there is no old worker."""
+        """Once a tick; asks nobody while no old worker is expected."""
+        if not self.expected:
+            return
         try:
             found = {worker.pid: worker for worker in old_workers(self.balancer)}
         except BalancerError:
@@ -59,6 +65,7 @@ class DrainWatch:
             if worker.replaced_s + since > self.drain_s - ROUNDING_S:  # a stopped worker is seen for a moment more
                 self.cut += max(0, worker.answers - (found[pid].answers if pid in found else 0))
         self._last, self.open = found, sum(worker.answers for worker in found.values())
+        self.expected = bool(found)
 
 
 def _workers(text: str) -> list[tuple[str, float]]:
@@ -70,6 +77,6 @@ def _workers(text: str) -> list[tuple[str, float]]:
 
 def _open(balancer: Balancer, pid: str) -> int:
     """Answers in progress in this worker; 0 when it has just ended."""
-    text = balancer.command(f"@!{pid} show stat", to=MASTER).strip().lstrip("# ")
+    text = balancer.command(f"@!{pid} show stat", to=MASTER, timeout_s=PATIENCE_S).strip().lstrip("# ")
     rows = [row for row in csv.DictReader(text.splitlines()) if row.get("svname") == "BACKEND"]
     return sum(int(row["scur"] or 0) for row in rows)
