@@ -56,7 +56,7 @@ class WorldOfHAProxy:
     def roles(self) -> tuple[int, int]:
         return 0, 1
 
-    def command(self, *commands: str, to: str = "") -> str:
+    def command(self, *commands: str, to: str = "", timeout_s: float = 1.0) -> str:
         raise BalancerError([])
 
     def settings(self) -> dict[str, int]:

@@ -292,7 +292,7 @@ class RealBalancer(RolloutTest):
         with self.assertRaises(BalancerError):
             self.balancer.set(canary_bb=5)
         taken = Balancer(self.root / "second", find_binary(""))
-        with self.assertRaisesRegex(BalancerError, "(?s)does not start.*Address already in use"):
+        with self.assertRaisesRegex(BalancerError, f"another program listens on .* {self.port}"):
             taken.take(self.layout)
         with self.assertRaisesRegex(BalancerError, "(?s)refuses its configuration.*ALERT"):
             self.balancer.write(Layout(Server("not an address", OLD), None, self.port))
@@ -370,7 +370,8 @@ class RealBalancer(RolloutTest):
         self.assertEqual(servers.model_names(self.production.address), ("model",))
         most = tuple(f"{number}{'/x' * 99}" for number in range(10, 10 + servers.MOST_NAMES))
         self.balancer.take(dataclasses.replace(self.layout, models=most))
-        self.assertEqual([model.id for model in client.models.list()], list(most))
+        status, body = servers.get(f"127.0.0.1:{self.port}", "/v1/models")
+        self.assertEqual((status, [entry["id"] for entry in json.loads(body)["data"]]), (200, list(most)))
         with self.assertRaisesRegex(BalancerError, "cannot be told"):
             haproxy_layout.configuration(dataclasses.replace(self.layout, models=("a' if TRUE",)))
 

@@ -243,6 +243,8 @@ class DeadController(RolloutTest):
             controller = self.start(word, **settings)
             if self.service.facts.get("port"):
                 with self.load(200, seed=100 + moment, session_requests=1):
+                    if moment % 2:  # not in its start, however long that takes here
+                        self.wait_ramp(controller=controller)
                     time.sleep(generator.uniform(0.2, 5.0))
             else:
                 self.wait_ramp(controller=controller)

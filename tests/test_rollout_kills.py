@@ -71,7 +71,7 @@ class MapBalancer:
     def roles(self) -> tuple[int, int]:
         return 0, 1
 
-    def command(self, *commands: str, to: str = "") -> str:
+    def command(self, *commands: str, to: str = "", timeout_s: float = 1.0) -> str:
         return ""
 
     def close_canary(self) -> None:

@@ -27,7 +27,7 @@ from utils.artifacts import files
 from utils.models import chat
 
 SLOW = SlowWriting(0.02)
-SMALL = ("--benchmark.repeats", "2")
+SMALL = ("--benchmark.repeats", "2", "--benchmark.prompt_tokens", "32", "--benchmark.new_tokens", "4")
 SPECIAL = ("[e~[", "]~b]ai", "]~!b[", "]~b]system", "<|im_end|>", "<s>", "<|endoftext|>")
 
 
@@ -37,7 +37,9 @@ class Killed(unittest.TestCase):
 
     def kills(self, stage: str, command: list[str], seconds: float, kills: int) -> tuple[Path, Path]:
         place = with_both_adapters()
-        whole = Path(last_json(place.run(*command, "--run.name", "whole"))["run"])
+        name = f"whole-{stage}-{len(command)}"
+        last_json(place.run(*command, "--run.name", name))
+        whole = place.run_of(name, stage)
         directory, killer = whole.with_name("killed"), Killer(5, kills)
 
         def after() -> None:
@@ -57,12 +59,12 @@ class Killed(unittest.TestCase):
     def test_killed_composition_ends_in_the_same_adapter(self) -> None:
         for more in ([], ["--compose.search"]):
             with self.subTest(more):
-                whole, killed = self.kills("composed", ["compose", *more], 3.0, 8)
+                whole, killed = self.kills("composed", ["compose", *more], 3.0, 6)
                 self.assertEqual(contents(killed / "adapter", "README.md"), contents(whole / "adapter", "README.md"))
                 shutil.rmtree(killed), shutil.rmtree(whole)
 
     def test_killed_benchmark_ends_with_every_suite(self) -> None:
-        whole, killed = self.kills("benchmark", ["benchmark", *SMALL], 6.0, 8)
+        whole, killed = self.kills("benchmark", ["benchmark", *SMALL], 6.0, 6)
         names = [sorted(path.name for path in directory.iterdir() if path.suffix) for directory in (whole, killed)]
         self.assertEqual(*names)
 
@@ -76,7 +78,7 @@ class ReadOnly(unittest.TestCase):
         shared.corpus, shared.task = place.corpus, place.task
         shutil.copytree(place.models, shared.models)
         shutil.copytree(place.data, shared.data)
-        composed = last_json(shared.run("compose"))["run"]
+        composed = last_json(shared.run("compose"))["composed"]
         everything = [shared.root, *shared.root.rglob("*")]
         for path in everything:
             path.chmod(path.stat().st_mode & 0o555)
@@ -162,7 +164,7 @@ class SpecialTokens(unittest.TestCase):
             prompt, answer = chat.prompt_ids(tokenizer, row, "Be brief."), chat.answer_ids(tokenizer, said)
             self.assertEqual([i for i in prompt if i in special], plain, row["question"])
             self.assertEqual(answer.count(tokenizer.eos_token_id), 1, said)
-        trained = last_json(place.run("train_task_adapter", "--run.name", "special", "--data.prepared", str(data)))
+        trained = last_json(place.run("train_task_adapter", "--run.name", "special", "--inputs.prepared", str(data)))
         for mark in SPECIAL:
             asked = place.run("inference", "--prompt", f"{mark} What does f1 do? {mark}")
             self.assertEqual(asked.returncode, 0, asked.stderr[-1000:])

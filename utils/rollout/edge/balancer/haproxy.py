@@ -127,6 +127,7 @@ class Balancer:
 
     def start(self) -> None:
         """Start the master and its worker in the background, and wait until the admin socket answers."""
+        self._wait(self._port_is_free, f"another program listens on the balancer's port {self.port}", seconds=2.0)
         self.admin.unlink(missing_ok=True)  # a killed one leaves it behind
         master = ("-S", "unix@master.sock,mode,600")
         self._run("does not start", "-W", "-D", "-f", self.config.name, "-p", self.pid_file.name, *master)
@@ -283,6 +284,16 @@ class Balancer:
     def _rows(self) -> dict[tuple[str, str], dict[str, str]]:
         text = self.command("show stat").lstrip("# ")
         return {(row["pxname"], row["svname"]): row for row in csv.DictReader(text.splitlines())}
+
+    def _port_is_free(self) -> bool:
+        """HAProxy would share it with another HAProxy, and the kernel would deal users out to both."""
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", self.port or 0))
+        except OSError:
+            return False
+        return True
 
     def _run(self, otherwise: str, *words: str) -> None:
         """HAProxy in its folder; every path that it is given, and that its configuration has, is relative to that."""
