@@ -39,8 +39,7 @@ from utils.rollout.edge.balancer.haproxy_layout import (
 PLACES = ("/usr/sbin/haproxy", "/usr/local/sbin/haproxy", ".haproxy/haproxy")
 SAFE_MAP = f"{SHARE} 0\n{LEASE} 0\n"
 MAP, DIGESTS = "control.map", "digests.map"
-# how statistics call the two: by what they are, whichever slot they have
-ARM = {PRODUCTION: "production", CANDIDATE: "canary"}
+ROLES = (PRODUCTION, CANDIDATE)
 
 
 def environment() -> dict[str, str]:
@@ -196,9 +195,10 @@ class Balancer:
 
     def roles(self) -> tuple[int, int]:
         """The slots of production and of the candidate; the same one when there is no candidate."""
-        entries, default = self._entries(), self._loaded()[1:]
+        entries = self._entries()
+        told = [entries[role] for role in ROLES if role in entries]
         try:
-            production, candidate = (int(entries.get(role, begun)) for role, begun in zip(ARM, default, strict=True))
+            production, candidate = map(int, told if len(told) == len(ROLES) else self._loaded()[1:])
         except ValueError:
             raise BalancerError(Problem("haproxy does not tell which slot is whose", str(self.map))) from None
         return production, candidate
