@@ -1,4 +1,4 @@
-"""Faults beside those of the other files: compose and benchmark killed, shared folders that are read-only, long runs.
+"""Faults beside those of the other files: long runs, special tokens.
 
 Long ones are asked for (`make fault-test`); each has a sample here or in the files of its subject.
 """
@@ -6,105 +6,19 @@ Long ones are asked for (`make fault-test`); each has a sample here or in the fi
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import unittest
 from pathlib import Path
 
 from tests.fault_support import (
     LONG,
-    Killer,
-    Place,
-    SlowWriting,
-    contents,
-    obey_permissions,
-    rubbish,
     with_both_adapters,
-    within,
 )
-from tests.support import last_json, temporary_directory, write_jsonl
+from tests.support import last_json, write_jsonl
 from utils.artifacts import files
 from utils.models import chat
 
-SLOW = SlowWriting(0.02)
-SMALL = ("--benchmark.repeats", "2", "--benchmark.prompt_tokens", "32", "--benchmark.new_tokens", "4")
 SPECIAL = ("[e~[", "]~b]ai", "]~!b[", "]~b]system", "<|im_end|>", "<s>", "<|endoftext|>")
-
-
-@unittest.skipUnless(LONG, "kills and long runs: make fault-test")
-class Killed(unittest.TestCase):
-    """What was measured before a kill is gone on from; what is published is whole."""
-
-    def kills(self, stage: str, command: list[str], seconds: float, kills: int) -> tuple[Path, Path]:
-        place = with_both_adapters()
-        name = f"whole-{stage}-{len(command)}"
-        last_json(place.run(*command, "--run.name", name))
-        whole = place.run_of(name, stage)
-        directory, killer = whole.with_name("killed"), Killer(5, kills)
-
-        def after() -> None:
-            if (directory / files.MANIFEST).exists():
-                files.verify(directory)
-
-        while killer.left:
-            if directory.exists():
-                shutil.rmtree(directory)
-            last_json(
-                killer.run(lambda: place.start(*command, "--run.name", "killed", before=SLOW), within(seconds), after)
-            )
-        files.verify(directory)
-        self.assertEqual(rubbish(directory), [])
-        return whole, directory
-
-    def test_killed_composition_ends_in_the_same_adapter(self) -> None:
-        for more in ([], ["--compose.search"]):
-            with self.subTest(more):
-                whole, killed = self.kills("composed", ["compose", *more], 3.0, 6)
-                self.assertEqual(contents(killed / "adapter", "README.md"), contents(whole / "adapter", "README.md"))
-                shutil.rmtree(killed), shutil.rmtree(whole)
-
-    def test_killed_benchmark_ends_with_every_suite(self) -> None:
-        whole, killed = self.kills("benchmark", ["benchmark", *SMALL], 6.0, 6)
-        names = [sorted(path.name for path in directory.iterdir() if path.suffix) for directory in (whole, killed)]
-        self.assertEqual(*names)
-
-
-@unittest.skipUnless(LONG, "kills and long runs: make fault-test")
-class ReadOnly(unittest.TestCase):
-    def test_a_models_folder_that_others_own_is_read_by_what_reads_and_refused_by_what_writes(self) -> None:
-        place, shared = with_both_adapters(), Place.__new__(Place)
-        shared.root = temporary_directory()
-        shared.data, shared.models, shared.scripts = shared.root / "data", shared.root / "models", []
-        shared.corpus, shared.task = place.corpus, place.task
-        shutil.copytree(place.models, shared.models)
-        shutil.copytree(place.data, shared.data)
-        composed = last_json(shared.run("compose"))["composed"]
-        everything = [shared.root, *shared.root.rglob("*")]
-        for path in everything:
-            path.chmod(path.stat().st_mode & 0o555)
-        for path in everything:
-            self.addCleanup(path.chmod, 0o755)
-        before = {path: path.stat().st_mtime_ns for path in everything}
-        for command, code in (
-            (["verify", composed], 0),
-            (["inference", "--prompt", "What does f1 do?"], 0),
-            (["plan"], 0),
-            (["rollout", "status"], 0),
-            (["compose", "--weights", "0.5,0.5"], 2),
-            (["benchmark", "--run.name", "b", *SMALL], 2),
-            (["evaluate", "--run.name", "e"], 2),
-            (["train_task_adapter", "--run.name", "t"], 2),
-            (["prepare_data", *shared.sources, "--run.name", "p"], 2),
-            (["inference", "--merge_path", str(shared.root / "merged")], 2),
-            (["rollout", "start", "--rollout.production", "http://h:1", "--rollout.candidate", "http://h:2"], 2),
-        ):
-            with self.subTest(command):
-                done = shared.start(*command, before=obey_permissions).wait()
-                self.assertEqual(done.returncode, code, done.stderr[-1500:])
-                self.assertNotIn("Traceback", done.stderr)
-                if code:
-                    self.assertRegex(done.stderr, "Permission denied|no golden prompts")
-                self.assertEqual({p: p.stat().st_mtime_ns for p in [shared.root, *shared.root.rglob("*")]}, before)
 
 
 @unittest.skipUnless(LONG, "kills and long runs: make fault-test")
