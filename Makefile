@@ -33,14 +33,15 @@ rollout-demo: $(READY)
 	sh scripts/launch/get_haproxy.sh
 	$(BIN)/python scripts/rollout.py demo
 
-# Real balancers, servers and kills: twelve minutes, so they are asked for; `make test` has the rest.
+# Real balancers, servers and kills, and a day of traffic: twenty minutes, so they are asked for; `make test` has the rest.
 rollout-test: $(READY)
 	sh scripts/launch/get_haproxy.sh
 	ROLLOUT_PROCESS_TESTS=1 $(BIN)/python -m unittest tests.test_rollout_edges tests.test_rollout_faults tests.test_rollout_serving tests.test_rollout_damage
+	ROLLOUT_DAY_SECONDS=86400 $(BIN)/python -m unittest tests.test_rollout_day
 
 # Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
 fault-test: $(READY)
-	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_system_faults_kill tests.test_system_faults_signals tests.test_system_distributed
+	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_system_faults_kill tests.test_system_faults_rest tests.test_system_faults_signals tests.test_system_distributed
 
 # The tiny MiniMax-M2 in bfloat16 and FP8, every regime, with and without experts, through every script: five minutes.
 minimax-test: $(READY)

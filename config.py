@@ -419,12 +419,23 @@ class RolloutSection(Section):
     """Golden prompts asked of the candidate and of production before any user sees it."""
     latency_tolerance: Annotated[float, Field(ge=0)] = 0.25
     """A request is slow when it takes this much longer than production's recent 95th percentile."""
-    server_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """A server that sends nothing for this long has failed the request."""
+    server_timeout_seconds: Annotated[float, Field(gt=0)] = 590.0
+    """A server that sends nothing for this long has failed the request; just below the 600 of OpenAI's client, so that
+    a server that hangs is its error and not a client that left. Raise both for longer answers without streaming."""
+    probe_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """A golden prompt must be answered within this; it is short, so it need not wait as long as users do."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """A server must answer a completion within this time after it was started."""
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0
     """Responses that still stream from a rolled-back candidate are cut after this time."""
+    reload_drain_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """Longest time that a response goes on after its balancer was reloaded, or before its former server is ended.
+    Only a change of port, header or timeouts reloads; a start, a step and a promotion do not."""
+    on_event: str = ""
+    """Command of yours that is run when a candidate was promoted or rolled back, without a shell; the event is JSON on
+    its standard input and in ROLLOUT_EVENT. What it does or fails to do does not touch the rollout."""
+    on_event_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """That command is ended after this time."""
     watch: bool = False
     """status: keep showing until the rollout is over."""
     counts: str = "-"

@@ -18,7 +18,8 @@ from typing import Any
 from config import RolloutSection
 from tests.support import ROOT
 from utils.exceptions import ArtefactError
-from utils.rollout.edge import haproxy, journal, servers
+from utils.rollout.edge import journal, servers
+from utils.rollout.edge.balancer import haproxy
 from utils.rollout.edge.load import Load
 from utils.rollout.edge.service import Service
 
@@ -37,6 +38,7 @@ FAST = {
     "step_minutes": 0.5,
     "server_timeout_seconds": 5,
     "drain_seconds": 3,
+    "probe_timeout_seconds": 5,
     "margins": "0.3,0.3,0.3",
 }
 
@@ -81,11 +83,13 @@ ON_REQUEST = "real balancers, servers and kills take twelve minutes: make rollou
 @unittest.skipUnless(os.environ.get(REAL_PROCESSES), ON_REQUEST)
 @unittest.skipUnless(has_haproxy(), "haproxy is not there: apt-get install haproxy")
 class RolloutTest(unittest.TestCase):
-    """A production and a candidate stub; the service's directory is short, because socket paths are."""
+    """A production and a candidate stub, and a models folder as people have them: with a space in its name."""
 
     def setUp(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="ro-"))
-        self.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(prefix="ro-"))
+        self.addCleanup(shutil.rmtree, place, ignore_errors=True)
+        self.root = place / "my models"
+        self.root.mkdir()
         self.production, self.candidate = Stub(OLD), Stub(NEW)
         self.addCleanup(self.production.stop)
         self.addCleanup(self.candidate.stop)

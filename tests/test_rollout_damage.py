@@ -18,7 +18,7 @@ from tests.rollout_support import NEW, OLD, RolloutTest
 from utils.exceptions import ArtefactError, BalancerError, PipelineError
 from utils.rollout.controller import Observation
 from utils.rollout.edge import abort, screen, service
-from utils.rollout.edge.haproxy import SAFE_MAP, Balancer
+from utils.rollout.edge.balancer.haproxy import SAFE_MAP, Balancer
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.servers import free_port
 from utils.rollout.edge.service_state import Service

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import http.server
 import json
@@ -16,21 +17,25 @@ import threading
 import time
 import unittest
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import yaml
 
 from config import Config, RolloutSection
-from tests.rollout_support import NEW, OLD, QUESTIONS, ROOT, RolloutTest, has_haproxy
+from tests.rollout_support import NEW, OLD, QUESTIONS, ROOT, RolloutTest, Stub, has_haproxy, until
 from utils import cli
 from utils.data import answer_metrics
 from utils.exceptions import ArtefactError, BalancerError, ConfigError, DataError
 from utils.rollout import kubernetes
 from utils.rollout.controller import Observation, replay
-from utils.rollout.edge import golden, haproxy, journal, rollout_report, screen, servers
-from utils.rollout.edge.haproxy import Balancer, Layout, Server, find_binary
+from utils.rollout.edge import golden, journal, rollout_report, screen, servers
+from utils.rollout.edge.balancer import haproxy, haproxy_layout
+from utils.rollout.edge.balancer.haproxy import Balancer, find_binary
+from utils.rollout.edge.balancer.haproxy_layout import Layout, Server
+from utils.rollout.edge.balancer.old_workers import DrainWatch
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.load import Load
 from utils.rollout.edge.servers import ServerAnswer
@@ -60,9 +65,9 @@ class Claims(unittest.TestCase):
 
     def test_no_other_text_becomes_configuration(self) -> None:
         for digest in ("${HF_TOKEN}", "%[env(HF_TOKEN)]", "x" * 64):
-            layout = haproxy.Layout(haproxy.Server("127.0.0.1:1", digest), None, 1)
+            layout = Layout(Server("127.0.0.1:1", digest), None, 1)
             with self.assertRaisesRegex(BalancerError, "64 hexadecimal digits"):
-                haproxy.configuration(layout, Path("/tmp"))
+                haproxy_layout.configuration(layout)
 
     def test_settings_are_held_to_the_same(self) -> None:
         address = "http://127.0.0.1:8000"
@@ -286,13 +291,89 @@ class RealBalancer(RolloutTest):
     def test_a_write_that_did_not_arrive_is_an_error(self) -> None:
         with self.assertRaises(BalancerError):
             self.balancer.set(canary_bb=5)
-        with self.assertRaisesRegex(BalancerError, "refuses its configuration"):
+        taken = Balancer(self.root / "second", find_binary(""))
+        with self.assertRaisesRegex(BalancerError, f"another program listens on .* {self.port}"):
+            taken.take(self.layout)
+        with self.assertRaisesRegex(BalancerError, "(?s)refuses its configuration.*ALERT"):
             self.balancer.write(Layout(Server("not an address", OLD), None, self.port))
         self.assertIn("server s 127.0.0.1", self.balancer.config.read_text())
 
-    def test_a_path_that_is_too_long_for_a_socket_is_refused_with_the_way_out(self) -> None:
-        with self.assertRaisesRegex(ArtefactError, "socket is too long"):
-            Balancer(self.root / ("x" * 90), find_binary(""))
+    def test_a_folder_with_spaces_and_a_path_longer_than_a_socket_may_have(self) -> None:
+        home = self.root / "models of mine" / ("x" * 120) / "rollout"
+        balancer = Balancer(home, find_binary(""))
+        layout = dataclasses.replace(self.layout, port=servers.free_port())
+        self.assertEqual(balancer.take(layout), "started")
+        self.addCleanup(balancer.stop)
+        sink = LogSink(home / "log.sock")
+        self.addCleanup(sink.close)
+        time.sleep(1.2)
+        status, _ = servers.get(f"127.0.0.1:{layout.port}", "/v1/models")
+        found = servers.ask(
+            f"127.0.0.1:{layout.port}", [{"role": "user", "content": "What is 7?"}], max_tokens=8, timeout_s=5
+        )
+        self.assertEqual((status, found.text, found.digest), (200, "The answer is 7.", OLD))
+        balancer.reload()
+        until(sink.drain, "its log does not reach us")
+
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[Load]:
+        """Some twenty answers of production stream while the block runs, which ends with them."""
+        load = Load(f"127.0.0.1:{self.port}", 40, questions=QUESTIONS, stream_share=1.0)
+        with load:
+            until(lambda: self.balancer.answers() > 5, "nothing streams")
+            load.pause()
+            yield load
+
+    def test_slots_take_turns_without_a_reload_and_without_an_answer_cut(self) -> None:
+        third = Stub("f" * 64)
+        self.addCleanup(third.stop)
+        pid = self.balancer.info()["Pid"]
+        self.production.fault(per_token=1.5)
+        with self.streaming() as slow:
+            promoted = dataclasses.replace(self.layout, production=self.layout.canary, canary=None, slot=1)
+            self.assertEqual(self.balancer.take(promoted), "told")
+            self.assertEqual(set(self.digests(10).values()), {NEW})
+            again = dataclasses.replace(promoted, canary=Server(third.address, third.digest))
+            self.assertEqual(self.balancer.take(again), "told")
+            self.assertEqual(self.balancer.roles(), (1, 0))
+            self.balancer.set(canary_bp=10_000, lease_until=int(time.time()) + 60)
+            self.assertEqual(set(self.digests(10).values()), {third.digest})
+            self.assertGreater(len(self.balancer.open_answers(self.production.address)), 5)
+            self.assertEqual(self.balancer.drain(third.address, 0), 0, "another model's answers are not cut")
+        self.assertEqual((slow.failures(), {r.digest for r in slow.results}), ([], {OLD}))
+        self.assertEqual(self.balancer.info()["Pid"], pid)
+        self.balancer.stop()
+        self.balancer.start()  # what is on disk serves the same
+        self.assertEqual((self.balancer.roles(), set(self.digests(10).values())), ((1, 0), {NEW}))
+
+    def test_other_settings_reload_and_what_the_hard_stop_cuts_is_counted(self) -> None:
+        self.production.fault(per_token=1.5)
+        for seconds, all_end in ((60.0, True), (2.0, False)):
+            with self.subTest(reload_drain_s=seconds):
+                layout = dataclasses.replace(self.layout, reload_drain_s=seconds)
+                self.balancer.take(layout)
+                with self.streaming() as load:
+                    changed = dataclasses.replace(layout, session_header="x-other")
+                    self.assertEqual(self.balancer.take(changed), "reloaded")
+                    watch = DrainWatch(self.balancer, seconds)
+                    watch.look()
+                    self.assertGreater(watch.open, 5)
+                    until(lambda watch=watch: watch.look() or not watch.open, "they do not end", seconds=30)
+                self.assertEqual(watch.cut, len(load.failures()), load.failures()[:2])
+                self.assertEqual(watch.cut == 0, all_end)
+
+    def test_models_are_listed_for_clients_that_ask_first(self) -> None:
+        self.balancer.take(dataclasses.replace(self.layout, models=("mine", "org/other")))
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+        self.assertEqual([model.id for model in client.models.list()], ["mine", "org/other"])
+        self.assertEqual(client.models.retrieve("org/other").id, "org/other")
+        self.assertEqual(servers.model_names(self.production.address), ("model",))
+        most = tuple(f"{number}{'/x' * 99}" for number in range(10, 10 + servers.MOST_NAMES))
+        self.balancer.take(dataclasses.replace(self.layout, models=most))
+        status, body = servers.get(f"127.0.0.1:{self.port}", "/v1/models")
+        self.assertEqual((status, [entry["id"] for entry in json.loads(body)["data"]]), (200, list(most)))
+        with self.assertRaisesRegex(BalancerError, "cannot be told"):
+            haproxy_layout.configuration(dataclasses.replace(self.layout, models=("a' if TRUE",)))
 
 
 class Answers(unittest.TestCase):
@@ -491,6 +572,7 @@ class Kubernetes(unittest.TestCase):
             (route,) = yaml.safe_load_all((self.directory / f"httproute-{name}.yaml").read_text())
             references = route["spec"]["rules"][0]["backendRefs"]
             self.assertEqual([r["weight"] for r in references], [10_000 - share, share])
+            self.assertEqual([r["name"] for r in route["spec"]["rules"][1]["backendRefs"]], ["mine-production"])
             self.assertEqual(references[1]["name"], "mine-candidate")
 
     def test_argo_waits_for_the_gate_after_every_weight(self) -> None:

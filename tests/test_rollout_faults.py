@@ -60,8 +60,9 @@ class Healthy(RolloutTest):
         self.assertEqual(code, 0, err)
         self.assertEqual(result["outcome"], "promoted")
         self.assertEqual(load.failures(), [])
-        self.assertEqual(shares, [100, 1000, 5000, FULL_BP])
-        self.assertNotIn("canary_bp", self.service.balancer.config.read_text(), "nothing is left to share")
+        self.assertEqual([share for share in shares if share], [100, 1000, 5000, FULL_BP])
+        production, candidate = self.service.balancer.roles()
+        self.assertEqual(production, candidate, "nothing is left to share")
         self.assertEqual({r.digest for r in load.results[-30:]}, {NEW})
         self.assertLess(self.story().state.total.units()[0], len(load.results))
 
@@ -121,6 +122,20 @@ class PlainClients(RolloutTest):
         self.assertEqual((code, state.cause), (5, "worse"), err[-1500:])
         self.assertIn("errors", state.reason)
         self.assertLess(sum(map(bool, seen)), 100)
+
+    def test_a_candidate_that_hangs_is_seen_although_every_client_leaves_before_the_time_limit(self) -> None:
+        settings = HELD | {"steps": "0.3,0.5", "ratios": "2,2", "margins": "0.1,0.1", "golden": "none"}
+        controller = self.start(**settings, server_timeout_seconds=590)
+        self.wait_ramp(3000, controller)
+        with self.load(150, session_share=0.0):
+            until(lambda: self.story().state.total.units()[1] > 300, "no traffic")
+        self.candidate.fault(hang=1.0)
+        with self.load(30, session_share=0.0, timeout_s=1.5, seed=1) as load:
+            code, _, err = self.end(controller)
+        state = self.story().state
+        self.assertEqual((code, state.cause), (5, "worse"), err[-1500:])
+        self.assertIn("slow", state.reason)
+        self.assertLess(len(load.failures()), 60)
 
     def test_a_good_candidate_is_promoted(self) -> None:
         code, result, err, seen = self.ramp(100, lease_seconds=10)
@@ -228,6 +243,8 @@ class DeadController(RolloutTest):
             controller = self.start(word, **settings)
             if self.service.facts.get("port"):
                 with self.load(200, seed=100 + moment, session_requests=1):
+                    if moment % 2:  # not in its start, however long that takes here
+                        self.wait_ramp(controller=controller)
                     time.sleep(generator.uniform(0.2, 5.0))
             else:
                 self.wait_ramp(controller=controller)
@@ -302,14 +319,17 @@ class DeadController(RolloutTest):
 
 class DeadBalancer(RolloutTest):
     def test_reload_and_kill_of_the_balancer_go_back_to_the_first_step(self) -> None:
-        # R6
-        controller = self.start(**HELD)
+        # R6; a lease that lapses on a starved machine would be an interruption of its own
+        def restarts() -> int:
+            return sum("balancer was restarted" in seen.interrupted for seen in self.story().observations)
+
+        controller = self.start(**(HELD | {"lease_seconds": 15}))
         self.wait_ramp(1000, controller)
         self.run_command("promote")
         self.wait_ramp(3000, controller)
         balancer = self.service.balancer
         os.kill(balancer.master() or 0, signal.SIGUSR2)
-        until(lambda: self.story().state.interruptions == 1, "the reload was not noticed")
+        until(lambda: restarts() == 1, "the reload was not noticed")
         self.assertEqual(self.story().state.step, 0)
         self.wait_ramp(1000, controller)
         worker = int(balancer.info()["Pid"])
@@ -319,7 +339,7 @@ class DeadBalancer(RolloutTest):
         self.assertIsNone(controller.poll(), "a dead balancer is no reason to give up at once")
         self.assertIn("does not tell", self.story().observations[-1].blind)
         balancer.start()
-        until(lambda: self.story().state.interruptions == 2, "the restart was not noticed")
+        until(lambda: restarts() == 2, "the restart was not noticed")
         for observation in self.story().observations:
             for arms in observation.counts.rates.values():
                 self.assertTrue(all(n >= 0 for pair in arms.values() for n in pair))
@@ -478,7 +498,7 @@ class BadData(RolloutTest):
 
 
 class Promotion(RolloutTest):
-    OPERATIONS = ("configuration", "reload", "verified", "recorded", "published")
+    OPERATIONS = ("configuration", "switch", "verified", "recorded", "published")
 
     def test_a_crash_after_any_operation_leaves_one_model_and_resume_ends_it(self) -> None:
         # R12
@@ -617,14 +637,24 @@ class Doors(RolloutTest):
     def test_only_the_completion_endpoints_can_be_reached_from_outside(self) -> None:
         controller = self.start(**HELD)
         self.wait_ramp(1000, controller)
-        asked = [("POST", "/load_model"), ("POST", "/reset"), ("GET", "/v1/models"), ("GET", "/metrics")]
+        asked = [
+            ("POST", "/load_model"),
+            ("POST", "/reset"),
+            ("POST", "/v1/models"),
+            ("GET", "/v1/models/other"),
+            ("GET", "/metrics"),
+        ]
         asked += [("POST", "/v1/chat/completions/../../stub"), ("POST", "//stub"), ("GET", "/v1/chat/completions")]
         for method, path in asked:
             connection = http.client.HTTPConnection(self.address, timeout=5)
             connection.request(method, path, json.dumps({"messages": [{"role": "user", "content": QUESTIONS[0]}]}))
             self.assertEqual(connection.getresponse().status, 404, path)
             connection.close()
-        for method, path, status in (("GET", "/health", 200), ("POST", "/v1/completions?x=1", 200)):
+        for method, path, status in (
+            ("GET", "/health", 200),
+            ("GET", "/v1/models", 200),
+            ("POST", "/v1/completions?x=1", 200),
+        ):
             connection = http.client.HTTPConnection(self.address, timeout=5)
             connection.request(method, path, json.dumps({"messages": [{"role": "user", "content": QUESTIONS[0]}]}))
             self.assertEqual(connection.getresponse().status, status, path)

@@ -16,7 +16,7 @@ from config import RolloutSection
 from utils.exceptions import BalancerError
 from utils.rollout.controller import share_of
 from utils.rollout.edge import rollout_loop
-from utils.rollout.edge.haproxy import LEASE, SHARE
+from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
 from utils.rollout.edge.journal import Journal, read
 from utils.rollout.edge.rollout_loop import Loop, Timing
 from utils.rollout.edge.service import policy_of
@@ -68,7 +68,13 @@ class MapBalancer:
             self.map[name] = value
             self.operation(f"{name}={value if name == SHARE else bool(value)}")
 
-    def drain(self, *, cut: bool) -> None:
+    def roles(self) -> tuple[int, int]:
+        return 0, 1
+
+    def command(self, *commands: str, to: str = "", timeout_s: float = 1.0) -> str:
+        return ""
+
+    def close_canary(self) -> None:
         self.operation("drain")
 
     def share_at(self, moment: float) -> int:

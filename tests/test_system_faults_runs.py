@@ -257,7 +257,11 @@ class LeftBehind(unittest.TestCase):
             path.write_text("{")
         with files.publish(self.root / "held", dict) as held:
             (held / "weights").write_text("x")
+            elsewhere = self.root / f".y.json.tmp-{ended.pid}@another-host"
+            elsewhere.write_text("{")
             locks.sweep(self.root)
+            self.assertTrue(elsewhere.exists(), "its process may live there")
+            elsewhere.unlink()
             kept = {path.name for path in self.root.iterdir()}
         self.assertEqual(kept, {held.name, resumable.name, foreign.name, file_of_living.name})
         self.assertNotIn(dead.name, kept)

@@ -10,7 +10,7 @@ readers take nothing without it. There are two ways to one:
   evaluating, benchmarks. Nobody writes into a sealed one: `runs.start` looks again once it has the lock.
 
 A killed process leaves its lock free, and beside its target `.NAME.tmp/` (rubbish, removed by the next `publish`),
-`.NAME.partial-*/` (kept: the same command goes on from it) or `.NAME.tmp-PID` (a small file, removed by `locks.sweep`).
+`.NAME.partial-*/` (kept: the same command goes on from it) or `.NAME.tmp-PID@HOST` (small, removed by `locks.sweep`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def fingerprint(value: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader, or a crash, sees the old content or the new, never a mixture."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = locks.small_file(path)
     with disk.errors(path):
         try:
             with temporary.open("w", encoding="utf-8") as handle:

@@ -25,7 +25,7 @@ from utils.logger import event, redact
 
 LOCK = ".lock"
 POLL_SECONDS = 0.5
-_SMALL_FILE = re.compile(r"\..+\.tmp-(\d+)")
+_SMALL_FILE = re.compile(r"\..+\.tmp-(\d+)(?:@(.+))?")
 
 
 @contextmanager
@@ -58,17 +58,25 @@ def locked(directory: Path, what: str, *, waits: bool = False) -> Iterator[None]
         yield
 
 
+def small_file(path: Path, shown: str = "") -> Path:
+    """Where this process writes what is renamed to `path`: hidden, and its own on every host that shares the folder."""
+    return path.with_name(f".{shown or path.name}.tmp-{os.getpid()}@{socket.gethostname()}")
+
+
 def sweep(directory: Path, *, held: bool = False) -> None:
     """Remove what killed processes left: temporary directories nobody holds, and small files of dead processes.
 
     With `held` the caller has the lock of `directory`, so every small file below it is a dead process's. What is in
-    use, what can be gone on from (`.NAME.partial-*`) and what is not ours stays.
+    use, what can be gone on from (`.NAME.partial-*`) and what is not ours stays, and so does what another host's
+    process wrote: nobody here can tell whether it lives.
     """
     for path in directory.glob(".*.tmp"):
         remove_if_free(path)
     for path in directory.rglob(".*.tmp-*") if held else directory.glob(".*.tmp-*"):
         matched = _SMALL_FILE.fullmatch(path.name)
-        if matched and path.is_file() and (held or not _is_alive(int(matched[1]))):
+        if not matched or not path.is_file():
+            continue
+        if held or (matched[2] in (None, socket.gethostname()) and not _is_alive(int(matched[1]))):
             path.unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.artifacts.locks import sweep
+from utils.artifacts.locks import small_file, sweep
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event
 from utils.secrets import redact
@@ -48,7 +48,7 @@ def convert(directory: Path, out_type: str) -> Path | None:
         return None
     sweep(target.parent)
     # no part of the model's name: the converter fills in {placeholders} in a file name
-    temporary = target.with_name(f".gguf.tmp-{os.getpid()}")
+    temporary = small_file(target, "gguf")
     event("converting to GGUF", type=out_type, target=target)
     try:
         _run(command(directory, out_type, temporary), run)

@@ -57,7 +57,11 @@ def http_route(service: str, share_bp: int) -> dict[str, Any]:
                 {
                     "matches": matches,
                     "backendRefs": [{"name": name, "port": 8000, "weight": weight} for name, weight in weights],
-                }
+                },
+                {
+                    "matches": [{"path": {"type": "PathPrefix", "value": "/v1/models"}, "method": "GET"}],
+                    "backendRefs": [{"name": f"{service}-production", "port": 8000}],
+                },
             ],
         },
     }

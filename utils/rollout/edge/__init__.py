@@ -1,6 +1,6 @@
 """The canary rollout at the edge: the balancer, the servers, the clock, the disk. What is decided is in utils/rollout.
 
-haproxy         configuration, runtime map, lease, statistics, reload
+balancer/       HAProxy: what serves where, its process and memory, answers in replaced workers
 traffic         the balancer's log lines as counts, one event per session and metric, reconciled with its counters
 servers         the OpenAI HTTP API: one timed answer, which model it is; servers of merged directories
 golden          prompts with expected answers, asked of both models, as pairs won and lost
@@ -8,6 +8,7 @@ journal         every observation on disk before it is acted on
 rollout_loop    one tick: look, decide, write down, act, renew the lease
 promotion       the candidate becomes production
 abort           everyone to production, whatever is damaged
+on_event        a person's own command when a rollout ended
 service_state   a service's directory: its two models (address, digest, process), who is production
 service         start, resume, promote, stop
 screen          the picture in the terminal

@@ -12,10 +12,10 @@ from typing import Any
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, BalancerError, PipelineError, Problem, VerificationError
-from utils.logger import warning
+from utils.logger import event, warning
 from utils.rollout.controller import Observation
-from utils.rollout.edge import journal
-from utils.rollout.edge.haproxy import Balancer
+from utils.rollout.edge import journal, on_event
+from utils.rollout.edge.balancer.haproxy import Balancer
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.promotion import restore
 from utils.rollout.edge.rollout_loop import send_command
@@ -93,6 +93,7 @@ def _abort_without_controller(service: Service, directory: Path | None) -> list[
     writer = Journal(path)
     if service.damaged or story.happened("published"):
         return aside
+    cut, ended = 0, not story.is_finished
     with suppress(OSError):
         if not story.state.is_over:
             writer.append("seen", Observation(at=time.time(), command="abort").to_json())
@@ -101,8 +102,28 @@ def _abort_without_controller(service: Service, directory: Path | None) -> list[
             writer.event("abandoned", time.time())
     candidate = service.side("candidate")
     if candidate:
+        with suppress(OSError, PipelineError):
+            if answers := service.balancer.open_answers(candidate.address):
+                seconds = f"{service.section.drain_seconds:g} s"
+                event("no new request reaches the candidate; its answers may end", answers=len(answers), within=seconds)
+            cut = service.balancer.drain(candidate.address, service.section.drain_seconds)
         candidate.stop()
+    if ended:
+        facts = {"outcome": "rolled_back", "reason": "aborted by a person", "cause": "person", "answers_cut": cut}
+        tell_person(service, writer, facts | {"rollout": str(directory)})
     return aside
+
+
+def tell_person(service: Service, writer: Journal, facts: dict[str, Any]) -> None:
+    """Run --rollout.on_event, once for each end of a rollout; nothing of it can fail."""
+    command = service.section.on_event
+    with suppress(OSError, PipelineError):
+        if not command or journal.read(writer.path).happened("told"):
+            return
+    told = {"service": service.section.service, "at": time.time(), **facts}
+    done = on_event.tell(command, told, writer.path.with_name("on_event.log"), service.section.on_event_seconds)
+    with suppress(OSError):
+        writer.event("told", time.time(), done=done)
 
 
 def _set_aside(path: Path, error: ArtefactError) -> str:

@@ -53,8 +53,12 @@ class Load:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped.set()
+        self.pause()
         self._thread.join()
+
+    def pause(self) -> None:
+        """Send nothing more; what was sent is still waited for."""
+        self._stopped.set()
 
     def failures(self) -> list[Result]:
         """Requests whose client saw something other than a whole answer."""

@@ -19,8 +19,10 @@ from utils.artifacts import files
 from utils.exceptions import BalancerError
 from utils.logger import event, warning
 from utils.rollout.controller import Decision, Observation, State, advance, share_of
+from utils.rollout.edge.balancer.haproxy import Balancer
+from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
+from utils.rollout.edge.balancer.old_workers import DrainWatch
 from utils.rollout.edge.golden import Prober, without_times
-from utils.rollout.edge.haproxy import LEASE, SHARE, Balancer
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.traffic import Collector, LogSink, completed
 from utils.rollout.gate import Counts
@@ -37,6 +39,7 @@ class Timing:
     tick_s: float
     lease_s: float
     drain_s: float
+    reload_drain_s: float = 1800.0
 
 
 class Loop:
@@ -51,15 +54,21 @@ class Loop:
         state: State,
         timing: Timing,
         collector: Collector,
+        candidate: str = "",
     ):
         self.balancer, self.journal, self.prober, self.policy = balancer, journal, prober, policy
         self.state, self.timing, self.collector = state, timing, collector
-        self.directory = journal.path.parent
+        self.directory, self.candidate = journal.path.parent, candidate
         self.sink = LogSink(balancer.home / "log.sock")
+        self.watch = DrainWatch(balancer, timing.reload_drain_s)
+        self.roles: tuple[int, int] | None = None
+        self.cut = 0
         self.pid, self.base, self.last_counters = "", {}, {}  # type: ignore[var-annotated]
         self.held_bp = 0
         self.kept = Counts()
         self.last_tick = time.monotonic()
+        # deadlines run by a clock that nobody sets while they run
+        self.began = time.time() - time.monotonic()
         self.shown = ""
         self.ticks = 0
 
@@ -70,6 +79,7 @@ class Loop:
         # lines of requests that ended before this sink existed were never ours
         self.base = completed(self.balancer.statistics())
         self.last_counters = dict(self.base)
+        self.roles = self.balancer.roles()
         self._set(0)
         self.last_tick = time.monotonic()
         try:
@@ -131,16 +141,19 @@ class Loop:
         blind = unsafe = ""
         try:
             info, statistics = self.balancer.info(), self.balancer.statistics()
-            live = self.balancer.settings()
+            live, roles = self.balancer.settings(), self.balancer.roles()
             counters = completed(statistics)
             if info["Pid"] != self.pid or any(counters[arm] < n for arm, n in self.last_counters.items()):
                 interrupted = interrupted or "the balancer was restarted or its counters were cleared"
                 self.pid, self.base, self.held_bp = info["Pid"], dict.fromkeys(counters, 0), live[SHARE]
+                self.watch.expected = True
                 self.collector.lines = dict.fromkeys(self.collector.lines, 0)
                 if live[SHARE]:
                     self._try(lambda: self._set(0))
             elif live[SHARE] != self.held_bp:
                 unsafe = f"someone else set the share to {live[SHARE] / 100:g}%, it was {self.held_bp / 100:g}%"
+            if roles != self.roles:
+                unsafe = unsafe or "someone else changed which model is production"
             self.last_counters = counters
             down = {arm: not statistics[arm, "s"]["status"].startswith("UP") for arm in ("canary", "production")}
             if down["canary"] and not down["production"]:
@@ -149,6 +162,7 @@ class Loop:
                 blind = "production's server is down"
         except (BalancerError, KeyError) as error:
             counters, blind = {}, f"the balancer does not tell: {error}"
+        self.watch.look()
         probed = self.prober.collect()
         if self.held_bp > FULL_BP // 2:  # the candidate is busy and production idle: not like with like
             probed = without_times(probed)
@@ -156,7 +170,7 @@ class Loop:
         since = {arm: n - self.base.get(arm, 0) for arm, n in counters.items()}
         blind = blind or self.collector.missing(since)
         return Observation(
-            at=time.time(),
+            at=self.began + time.monotonic(),
             counts=counts,
             blind=blind,
             interrupted=interrupted,
@@ -197,7 +211,7 @@ class Loop:
         while not self._try(lambda: self._set(0)):
             if time.monotonic() > end:
                 warning("the balancer does not answer; its lease has ended, so all traffic is at production")
-                self._try(lambda: self.balancer.drain(cut=False))
+                self._try(self.balancer.close_canary)
                 return
             time.sleep(0.1)
 
@@ -212,16 +226,16 @@ class Loop:
 
     def drain(self) -> None:
         """After a rollback: let what streams from the candidate end, and cut it after the drain time."""
-        self._try(lambda: self.balancer.drain(cut=False))
-        end = time.monotonic() + self.timing.drain_s
-        while time.monotonic() < end:
-            try:
-                if int(self.balancer.statistics()["canary", "s"]["scur"] or 0) == 0:
-                    return
-            except (BalancerError, KeyError):
-                return
-            time.sleep(0.1)
-        self._try(lambda: self.balancer.drain(cut=True))
+
+        def drain() -> None:
+            self.balancer.close_canary()
+            self.cut += self.balancer.drain(self.candidate, self.timing.drain_s)
+
+        self._try(drain)
+        self.watch.look()
+        if self.cut:
+            what = f"answers of the candidate that still streamed after {self.timing.drain_s:g} s were cut"
+            warning(what, answers=self.cut)
 
     def _tell(self, decision: Decision, seen: Observation) -> None:
         """The live picture for `status`, and a line in the log when something changed."""
@@ -243,7 +257,7 @@ class Loop:
     def picture(self, decision: Decision, seen: Observation) -> dict[str, Any]:
         """What a person sees of this tick."""
         return {
-            "at": seen.at,
+            "at": time.time(),
             "controller": os.getpid(),
             "action": decision.action,
             "reason": decision.reason,
@@ -253,6 +267,7 @@ class Loop:
             "blind": seen.blind,
             "aborted": self.collector.aborted,
             "fallen_back": self.collector.fallen_back,
+            "old_workers": {"open": self.watch.open, "cut": self.watch.cut},
             "examples": [vars(example) for example in self.prober.examples[-20:]],
         }
 

@@ -54,6 +54,7 @@ def page(story: Story, examples: list[dict[str, Any]]) -> str:
                 ("started", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(header["started_at"]))),
                 ("took", span(seconds)),
                 ("sessions", f"{canary:,} on the candidate, {production:,} on production"),
+                ("answers cut", f"{_answers_cut(story):,}"),
             )
         ),
         "</table>",
@@ -88,6 +89,11 @@ def _decisions(story: Story) -> list[tuple[float, Decision]]:
 def _share(state: State, policy: Policy) -> int:
     """The candidate's share as people see it: after a promotion it has everything."""
     return FULL_BP if state.phase == "promoted" else share_of(state, policy)
+
+
+def _answers_cut(story: Story) -> int:
+    counts = [entry.get("answers_cut") for entry in story.events]
+    return sum(count for count in counts if isinstance(count, int))
 
 
 def _side(side: dict[str, Any]) -> str:

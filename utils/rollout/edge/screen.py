@@ -96,6 +96,11 @@ def screen(picture: dict[str, Any], width: int = 100) -> str:
             f"  THE CONTROLLER HAS NOT LOOKED FOR {span(age)}: its lease has ended, production serves everyone"
         )
         lines.append("  next: python scripts/rollout.py resume, or abort")
+    if any((picture.get("old_workers") or {}).values()):
+        streams = picture["old_workers"]
+        lines.append(
+            f"  since a reload: {streams['open']} answers go on in its former worker, {streams['cut']} were cut"
+        )
     lines.append("")
     if not state.is_over:
         step_left = (

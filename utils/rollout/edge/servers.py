@@ -28,12 +28,13 @@ import psutil
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
-from utils.rollout.edge.haproxy import DIGEST
+from utils.rollout.edge.balancer.haproxy_layout import DIGEST, MODEL_NAME
 
 MODEL = "model"
 DIGEST_HEADER = "x-model-digest"
 # bytes; an event of a stream, or a list of models, has some hundred
 LONGEST_LINE, LARGEST_ANSWER = 1 << 20, 1 << 24
+MOST_NAMES = 20
 # servers outlive their controller on purpose; a Popen that is collected while its process runs warns
 _STARTED: list[subprocess.Popen[bytes]] = []
 
@@ -164,19 +165,31 @@ def served_digest(address: str) -> str:
     In this order: an `x-model-digest` header; the model's path in /v1/models (vLLM's `root`) where a manifest stands;
     the working directory of the local process that listens there, when it is a slot of ours.
     """
-    try:
-        with _response(address, "/v1/models", 3.0) as response:
-            body = response.read(LONGEST_LINE)
-            if claimed := claimed_digest(response.headers):
-                return claimed
-            listed = json.loads(body).get("data") if response.status == 200 else []
-    except (OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
-        listed = []
-    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    claimed, entries = _listed(address)
+    if claimed:
+        return claimed
     roots = [Path(str(entry["root"])) for entry in entries if entry.get("root")]
     return next(
         (d for d in map(_directory_digest, [r for r in roots if r.is_absolute()]) if d), _process_digest(address)
     )
+
+
+def model_names(address: str) -> tuple[str, ...]:
+    """What this server calls its models in /v1/models, as far as it may be told to clients; none when it does not."""
+    names = [entry.get("id") for entry in _listed(address)[1]]
+    return tuple(dict.fromkeys(n for n in names if isinstance(n, str) and MODEL_NAME.fullmatch(n)))[:MOST_NAMES]
+
+
+def _listed(address: str) -> tuple[str, list[dict[str, Any]]]:
+    """The digest that the answer to /v1/models claims, and its entries."""
+    try:
+        with _response(address, "/v1/models", 3.0) as response:
+            body = response.read(LONGEST_LINE)
+            claimed = claimed_digest(response.headers)
+            listed = json.loads(body).get("data") if response.status == 200 else []
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
+        return "", []
+    return claimed, [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
 
 def _directory_digest(directory: Path) -> str:

@@ -1,7 +1,7 @@
 """A service: its balancer, its servers, its rollouts. What each command of scripts/rollout.py does.
 
 models/rollout/<service>/  service.json     who is production, who is the candidate, which processes are ours
-                           haproxy.cfg      control.map  admin.sock  log.sock  balancer.pid
+                           haproxy.cfg      control.map  digests.map  admin.sock  master.sock  log.sock  balancer.pid
                            slots/<digest>/  model -> merged directory, server.log
                            rollouts/<id>/   journal.jsonl  live.json  report.html
 """
@@ -29,9 +29,11 @@ from utils.exceptions import (
 )
 from utils.logger import event, warning
 from utils.rollout.controller import State, begin
-from utils.rollout.edge import golden, haproxy, journal, rollout_report, servers
-from utils.rollout.edge.abort import to_production
-from utils.rollout.edge.haproxy import Balancer
+from utils.rollout.edge import golden, journal, on_event, rollout_report, servers
+from utils.rollout.edge.abort import tell_person, to_production
+from utils.rollout.edge.balancer.haproxy import Balancer
+from utils.rollout.edge.balancer.haproxy_layout import SHARE
+from utils.rollout.edge.balancer.old_workers import old_workers
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.promotion import publish
 from utils.rollout.edge.rollout_loop import Loop, Timing, send_command
@@ -68,12 +70,11 @@ def start(service: Service, prompts: list[golden.Prompt], seed: int) -> dict[str
         except ArtefactError:
             to_production(service)  # nobody controls it
             raise
+        if service.section.on_event:
+            on_event.words(service.section.on_event)
         candidate = _prepare_sides(service)
-        previous = service.side("previous")
-        if previous:  # kept warm since the last promotion
-            previous.stop()
-            service.remember(previous=None)
         balancer = service.balancer
+        _end_previous(service, balancer)
         _switch_on(service, balancer)
         identity = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{candidate.digest[:8] or 'unknown'}"
         directory = service.home / "rollouts" / identity
@@ -125,15 +126,18 @@ def promote(service: Service) -> dict[str, Any]:
 
 
 def stop(service: Service) -> dict[str, Any]:
-    """End the balancer and every server that we started. The service is off after this."""
+    """End the balancer and every server that we started. The service is off after this; answers in progress are cut."""
     with files.locked(service.home, "the service"):
-        service.balancer.stop()
+        balancer, cut = service.balancer, 0
+        with suppress(BalancerError, ValueError):
+            cut = balancer.answers() + sum(worker.answers for worker in old_workers(balancer))
+        balancer.stop()
         stopped = [which for which in ("candidate", "production", "previous") if service.side(which)]
         for which in stopped:
             side = service.side(which)
             assert side is not None
             side.stop()
-    return {"stopped": ["balancer", *stopped]}
+    return {"stopped": ["balancer", *stopped], "answers_cut": cut}
 
 
 def _refuse_unfinished(service: Service) -> None:
@@ -177,21 +181,37 @@ def _prepare_sides(service: Service) -> Side:
             side.stop()
         raise
     facts = {which: vars(side) for which, side in (("production", production), ("candidate", candidate))}
-    service.remember(port=port, **facts)
+    # without a name of theirs: what our slots are called
+    models = [section.model_name] if section.model_name else list(servers.model_names(production.address))
+    service.remember(port=port, models=models or [servers.MODEL], **facts)
     return candidate
 
 
+def _end_previous(service: Service, balancer: Balancer) -> None:
+    """The server of the model before the last promotion, kept warm until now; its answers may still stream."""
+    previous = service.side("previous")
+    if previous is None:
+        return
+    if previous.process:
+        with suppress(BalancerError):
+            if answers := balancer.open_answers(previous.address):
+                event("waiting for answers of the former production", answers=len(answers), at=previous.address)
+            if cut := balancer.drain(previous.address, service.section.reload_drain_seconds):
+                warning("answers of the former production were cut", answers=cut)
+        previous.stop()
+    service.remember(previous=None)
+
+
 def _switch_on(service: Service, balancer: Balancer) -> None:
-    """The balancer with both backends and share 0, started or reloaded."""
-    balancer.write(service.layout(with_canary=True))
-    if balancer.master() is None:
-        balancer.start()
-    else:
-        balancer.reload()
+    """The balancer with both models and share 0: started, told, or reloaded when its text changed."""
+    how = balancer.take(service.layout(with_canary=True))
     found = balancer.settings()
-    if found[haproxy.SHARE] != 0:
+    if found[SHARE] != 0:
         to_production(service)
         raise VerificationError(Problem("a fresh balancer does not start with share 0", found))
+    if how == "reloaded":
+        longest = f"{service.section.reload_drain_seconds:g} s"
+        event("the balancer took new settings; answers in progress go on in its former worker", at_most=longest)
     event("balancer ready", at=f"http://127.0.0.1:{service.facts['port']}", share="0%")
 
 
@@ -207,7 +227,7 @@ def _prober(service: Service, prompts: list[golden.Prompt], seed: int, asked: in
         seed=seed,
         every_s=section.probe_seconds,
         max_tokens=section.probe_tokens,
-        timeout_s=section.server_timeout_seconds,
+        timeout_s=section.probe_timeout_seconds,
         tolerance=section.latency_tolerance,
         model=section.model_name,
         digest=candidate.digest,
@@ -243,9 +263,9 @@ def _drive(
     interrupted: str,
 ) -> dict[str, Any]:
     section = service.section
-    timing = Timing(section.tick_seconds, section.lease_seconds, section.drain_seconds)
+    timing = Timing(section.tick_seconds, section.lease_seconds, section.drain_seconds, section.reload_drain_seconds)
     collector = Collector(tolerance=section.latency_tolerance)
-    loop = Loop(balancer, writer, prober, policy, state, timing, collector)
+    loop = Loop(balancer, writer, prober, policy, state, timing, collector, candidate=prober.canary)
     try:
         state = loop.run(first, interrupted)
     except KeyboardInterrupt:
@@ -278,8 +298,16 @@ def _finish(service: Service, balancer: Balancer, writer: Journal, state: State,
                     balancer.set(canary_bp=0, lease_until=0)
                 raise
         event("promoted", production=service.facts["production"]["address"])
+        cut = loop.watch.cut if loop else 0
+        if cut:
+            with suppress(OSError):
+                writer.event("answers_cut", time.time(), answers_cut=cut)
+        if loop and loop.watch.open:
+            event("answers go on in the balancer's former worker", answers=loop.watch.open)
         page = _report(writer, loop)
-        return {"outcome": "promoted", "rollout": str(writer.path.parent), "reason": state.reason, "report": page}
+        done = {"outcome": "promoted", "rollout": str(writer.path.parent), "reason": state.reason, "report": page}
+        tell_person(service, writer, done | {"answers_cut": cut})
+        return done | {"answers_cut": cut}
     with suppress(BalancerError):
         balancer.set(canary_bp=0, lease_until=0)
     if loop is not None:
@@ -287,12 +315,17 @@ def _finish(service: Service, balancer: Balancer, writer: Journal, state: State,
     candidate = service.side("candidate")
     if candidate:
         candidate.stop()
+    cut = loop.cut + loop.watch.cut if loop else 0
     with suppress(OSError):
-        writer.event("rolled_back", time.time(), cause=state.cause)
+        writer.event("rolled_back", time.time(), cause=state.cause, answers_cut=cut)
     outcome = {"undecided": Undecided, "incident": Incident}.get(state.cause, RolledBack)
     page = _report(writer, loop)
     reason = "given up by a person before it was carried out" if state.phase == "promoted" else state.reason
-    raise outcome(Problem(reason, fix=f"what was seen: {page or writer.path}"))
+    rollout = str(writer.path.parent)
+    told = {"outcome": "rolled_back", "rollout": rollout, "reason": reason, "cause": state.cause, "report": page}
+    tell_person(service, writer, told | {"answers_cut": cut})
+    shown = f"{reason}; {cut} answers were cut" if cut else reason
+    raise outcome(Problem(shown, fix=f"what was seen: {page or writer.path}"))
 
 
 def _is_controlled(service: Service) -> bool:

@@ -11,8 +11,9 @@ from config import RolloutSection
 from utils.artifacts import files
 from utils.exceptions import MALFORMED, ArtefactError, ConfigError, Problem, VerificationError
 from utils.logger import warning
-from utils.rollout.edge import haproxy, journal, servers
-from utils.rollout.edge.haproxy import Balancer, Layout, Server
+from utils.rollout.edge import journal, servers
+from utils.rollout.edge.balancer.haproxy import Balancer, find_binary
+from utils.rollout.edge.balancer.haproxy_layout import MODEL_NAME, SLOTS, Layout, Server
 from utils.rollout.edge.journal import Story
 from utils.rollout.edge.servers import Process
 
@@ -59,7 +60,7 @@ class Service:
 
     @property
     def balancer(self) -> Balancer:
-        return Balancer(self.home, haproxy.find_binary(self.section.haproxy))
+        return Balancer(self.home, find_binary(self.section.haproxy))
 
     def remember(self, **facts: Any) -> None:
         self.facts = {**self.facts, **facts}
@@ -85,11 +86,21 @@ class Service:
     def layout(self, *, with_canary: bool) -> Layout:
         production, candidate = self.side("production"), self.side("candidate")
         assert production is not None
-        canary = candidate.server() if with_canary and candidate else None
-        section = self.section
         return Layout(
-            production.server(), canary, self.facts["port"], section.session_header, section.server_timeout_seconds
+            production.server(),
+            candidate.server() if with_canary and candidate else None,
+            self.facts["port"],
+            session_header=self.section.session_header,
+            server_timeout_s=self.section.server_timeout_seconds,
+            reload_drain_s=self.section.reload_drain_seconds,
+            models=tuple(self.facts.get("models") or (self.section.model_name or servers.MODEL,)),
+            slot=self.slot,
         )
+
+    @property
+    def slot(self) -> int:
+        """Production's slot in the balancer; the candidate has the other one."""
+        return int(self.facts.get("slot") or 0)
 
 
 def open_side(given: str, digest: str, *, slots: Path, slot: str, known: Side | None, section: RolloutSection) -> Side:
@@ -135,6 +146,8 @@ def _checked(path: Path) -> dict[str, Any]:
     fits: dict[str, Any] = {
         "port": lambda value: isinstance(value, int) and 0 < value < 1 << 16,
         "rollout": lambda value: isinstance(value, str) and Path(value).name == value,
+        "slot": lambda value: type(value) is int and value in SLOTS,
+        "models": lambda value: isinstance(value, list) and all(MODEL_NAME.fullmatch(str(name)) for name in value),
         **dict.fromkeys(("production", "candidate", "previous"), _is_side),
     }
     wrong = [key for key, fit in fits.items() if facts.get(key) is not None and not fit(facts[key])]

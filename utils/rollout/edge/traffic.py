@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.rollout.edge.balancer import near_sockets
 from utils.rollout.gate import Counts
 from utils.rollout.policy import NEW_UNITS, UNITS
 
@@ -43,7 +44,7 @@ class LogSink:
         self._lines: deque[bytes] = deque()
         self._connections: set[socket.socket] = set()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind(str(path))
+        near_sockets.bind(self._socket, path)
         os.chmod(path, 0o600)
         self._socket.listen(8)
         threading.Thread(target=self._accept, daemon=True).start()
@@ -89,7 +90,10 @@ def is_error(line: Mapping[str, Any]) -> bool:
 
 
 def is_ours_or_the_clients(line: Mapping[str, Any]) -> bool:
-    """The client went away (C, c) or we cut it (K): nobody's error, but counted and shown."""
+    """The client went away (C, c) or we cut it (K): nobody's error, but counted and shown.
+
+    A client that left later than a slow answer takes has met a slow one: else a model that hangs would never be seen.
+    """
     return line["ts"][0] in "CcKDI"
 
 
@@ -99,7 +103,8 @@ class Collector:
 
     tolerance: float = 0.25
     since_ms: float = field(default_factory=lambda: 1000 * time.time())
-    """Requests that ended before this are not ours: the ring keeps what nobody read."""
+    """Requests that ended before this are not ours: the ring keeps what nobody read, in the order of their ends, so
+    after the first one of ours all are, whatever the clock does."""
     lines: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
     garbage: int = 0
     aborted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
@@ -113,27 +118,34 @@ class Collector:
         rates: dict[int, dict[str, list[int]]] = {}
         for text in raw:
             line = self._parsed(text)
-            if line is None or line["be"] not in ARMS or line["t"] + line["Ta"] < self.since_ms:
+            if line is None or line["be"] not in ARMS:
                 continue
+            if line["t"] + line["Ta"] < self.since_ms:
+                continue
+            self.since_ms = 0.0
             arm = ARMS.index(line["be"])
             self.lines[line["be"]] += 1
             if line["in"] == "1" and arm == 1:
                 self.fallen_back += 1  # its session belongs to the canary, which was down
+            speed = (float(line["Ta"]), line["Ta"] / max(line["B"], 1))
+            # a model that says more takes longer, one that says less has more overhead per byte: both must be slow
+            is_slow = limit is not None and speed[0] > limit[0] and speed[1] > limit[1]
             if is_ours_or_the_clients(line):
                 self.aborted[line["be"]] += 1
-                continue
+                if not is_slow or line["ts"][0] not in "Cc":  # who left after waiting that long has seen enough
+                    continue
             bp, unit = int(line["bp"] or 0), line["u"]
             share = rates.setdefault(bp, {})
             self._add(share, UNITS, unit, arm, once_per=(UNITS, bp))
             self._add(share, NEW_UNITS, unit, arm, once_per=NEW_UNITS)
-            if is_error(line):
+            if is_ours_or_the_clients(line):
+                self._add(share, "slow", unit, arm, once_per="slow")
+            elif is_error(line):
                 self._add(share, "errors", unit, arm, once_per="errors")
             elif 400 <= line["st"] < 500:
                 self._add(share, "client_errors", unit, arm, once_per="client_errors")
             else:
-                speed = (float(line["Ta"]), line["Ta"] / max(line["B"], 1))
-                # a model that says more takes longer, one that says less has more overhead per byte: both must be slow
-                if limit is not None and speed[0] > limit[0] and speed[1] > limit[1]:
+                if is_slow:
                     self._add(share, "slow", unit, arm, once_per="slow")
                 if arm == 1:
                     self._speeds.append(speed)
