@@ -83,6 +83,9 @@ class DataSection(Section):
     """Commit of 40 hex digits when the corpus is a hub dataset."""
     heldout_share: Share = 0.05
     """Share of the corpus's documents held out when corpus_heldout is empty."""
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    """Documents hardly different from an earlier one of the corpus; between corpus and held-out documents they are
+    never on both sides."""
     max_documents: NonNegative = 0
     """Use only this many documents of the corpus, chosen by hash of their id; 0 uses all."""
     on_unreadable: Literal["auto", "skip", "stop"] = "auto"

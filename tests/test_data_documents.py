@@ -344,7 +344,7 @@ class TestErrors(CorpusTest):
 
     def test_unimportable_reader_is_an_error_and_not_a_dropped_file(self):
         write_pdf(self.folder / "a.pdf", [["text"]])
-        with mock.patch.dict(sys.modules, {"pypdf": None}):
+        with mock.patch.dict(sys.modules, {"pypdfium2": None}):
             reply = worker.answer(str(self.folder / "a.pdf"))
         with mock.patch("utils.data.extraction.pool.json.loads", return_value=reply):
             self.assertIn("the reader of .pdf files cannot be imported", self.error())

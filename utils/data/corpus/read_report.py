@@ -143,8 +143,21 @@ def printable_path(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
-def report_lines(read: dict[str, Any]) -> Iterator[str]:
-    """A report (`ReadReport.to_json`) for a screen."""
+def document_lines(counts: dict[str, Any]) -> Iterator[str]:
+    """What became of the documents (the counts of `prepared_documents`), for a screen."""
+    for name in ("read", "read_heldout"):
+        yield from _report_lines(counts.get(name) or {})
+    found = counts.get("corpus", {}).get("languages", {})
+    if found and counts.get("read", {}).get("files"):
+        total = max(1, sum(found.values()))
+        yield "languages          " + ", ".join(f"{code} {number / total:.0%}" for code, number in found.items())
+    if (near := counts.get("near_duplicates", {})) and near["clusters"]:
+        left = near["dropped"] + near["dropped_because_held_out"]
+        what = f"{near['documents']:,} documents in {near['clusters']:,} groups, for example {near['largest'][:2]}"
+        yield f"near duplicates    {what}; {left:,} left the corpus, none are on both sides of held-out documents"
+
+
+def _report_lines(read: dict[str, Any]) -> Iterator[str]:
     if not read.get("files"):
         return
     yield f"read {read['files']:,} files: {read['documents']:,} documents, {read['characters']:,} characters"

@@ -1,35 +1,158 @@
-"""Text of a PDF file: its text layer, page by page."""
+"""Text of a PDF file as it is read: pages in columns, without running headers, words whole, scripts in their order.
+
+pdfium gives characters and their places; `pdf_pieces` and `pdf_layout` make lines of them, this module makes one text
+of the lines of all pages.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from pathlib import Path
 
-from utils.data.extraction.extracted import Extracted, NoTextError
+from utils.data.extraction.extracted import RUNNING, Extracted, NoTextError, visible_characters
+from utils.data.extraction.pdf_layout import Row, lines_of, rows_of
+from utils.data.extraction.pdf_pieces import PdfPage, read_page
+from utils.data.extraction.right_to_left import in_reading_order
 
-# only before a small letter: "Graeco-\nRoman" keeps its hyphen
-_HYPHENATION = re.compile(r"(?<=[^\W\d_])[-\u00ad\u2010][ \t]*\n[ \t]*(?=[^\W\d_A-Z])")
+# rows at an edge of a page that may be running headers and footers; pages from which they are looked for
+EDGE_ROWS, FEWEST_PAGES = 4, 3
+MOST_PAGES, SOME_PAGES = 0.4, 0.1
+_PAGE_NUMBER = re.compile(
+    r"\W*(?:page|seite|p\.|pg\.?|página|pagina|стр\.?|第)?\W*(?:#+|[ivxlc]{1,7})\W*(?:(?:of|von|de|di|sur|/|из)\W*#+)?\W*页?\W*",
+    re.I,
+)
+_HYPHENATED = re.compile(r"([^\W\d_]+(?:[-‐][^\W\d_]+)*)[-\u00ad\u2010]\n([^\W\d_]+)")
+_WORD = re.compile(r"[^\W\d_]+(?:[-‐][^\W\d_]+)*")
+# before these a hyphen is part of the word, when the document does not write it otherwise
+_COMPOUNDS = frozenset(
+    ["self", "well", "non", "ex", "all", "half", "cross", "quasi", "one", "two", "three", "four", "five", "six", "ten"]
+)
+_SENTENCE_END = re.compile(r"[.!?:;。！？…][\"'”’)\]]*$")
 
 
 def extract_pdf(path: Path) -> Extracted:
-    """The text layer, page by page, words hyphenated at a line end joined.
-
-    Raises NoTextError if the file is encrypted, damaged or a scan, ImportError if pypdf is not installed.
-    """
-    from pypdf import PdfReader
+    """The text layer of all pages. Raises NoTextError if the file is encrypted, damaged, or all of it are pictures."""
+    import pypdfium2
 
     try:
-        reader = PdfReader(path)
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise NoTextError("the PDF is encrypted; save it without a password")
-        pages = [page.extract_text() for page in reader.pages]
-    except NoTextError:
-        raise
-    except Exception as error:
-        raise NoTextError(f"the PDF cannot be parsed ({type(error).__name__}: {error})") from error
-    text = _HYPHENATION.sub("", "\n\n".join(page.strip("\n") for page in pages if page.strip()))
-    if not text.strip():
-        raise NoTextError(
-            f"none of the PDF's {len(pages)} pages has a text layer; it may be a scan: run OCR on it first"
-        )
-    return Extracted.whole(text)
+        document = pypdfium2.PdfDocument(path)
+    except pypdfium2.PdfiumError as error:
+        if "assword" in str(error):
+            raise NoTextError("the PDF is encrypted; save it without a password") from error
+        raise NoTextError(f"the PDF cannot be parsed ({error})") from error
+    pages: list[PdfPage] = []
+    try:
+        for number in range(len(document)):
+            pages.append(_page(document, number))
+    finally:
+        document.close()
+    return _whole(pages)
+
+
+def _page(document: object, number: int) -> PdfPage:
+    import pypdfium2
+
+    try:
+        page = document[number]
+    except pypdfium2.PdfiumError:  # one damaged page of a file whose others are whole
+        return PdfPage([], is_picture=True, is_blank=False)
+    try:
+        return read_page(page)
+    finally:
+        page.close()
+
+
+def _whole(pages: list[PdfPage]) -> Extracted:
+    rows = [[rows_of(group) for group in page.pieces] for page in pages]
+    upright = [groups[0] if groups else [] for groups in rows]
+    visible = sum(visible_characters(row.text) for groups in rows for group in groups for row in group)
+    kept = _without_running(upright)
+    texts, without_text = [], 0
+    for page, groups, main in zip(pages, rows, kept, strict=True):
+        lines = [line for group in ([main] if main else []) + groups[1:] for line in [*lines_of(group), ""]]
+        text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+        is_without = page.is_picture or (not text.strip() and not page.is_blank)
+        without_text += is_without
+        texts.append(text)
+    removed = visible - sum(visible_characters(text.replace(" | ", " ")) for text in texts)
+    if not any(text.strip() for text in texts) or without_text == len(pages):
+        what = f"none of the PDF's {len(pages)} pages has a text layer; it may be a scan: run OCR on it first"
+        raise NoTextError(what)
+    text = in_reading_order(_joined(texts))
+    found = Extracted.whole(_without_hyphens(text), visible=visible, pages=len(pages), pages_without_text=without_text)
+    if removed > 0:
+        found.removed[RUNNING] = removed
+    if without_text:
+        found.notes.append(f"{without_text} of {len(pages)} pages have no text layer (images): run OCR on them first")
+    return found
+
+
+def _without_running(pages: list[list[Row]]) -> list[list[Row]]:
+    """The rows of each page without what stands at the same edge of many others."""
+    if sum(map(bool, pages)) < FEWEST_PAGES:
+        return pages
+    kept = pages
+    for from_top in (True, False):
+        ordered = [rows if from_top else rows[::-1] for rows in kept]
+        exact, alike = Counter[str](), Counter[str]()
+        for rows in ordered:
+            texts = {_key(row.text) for row in rows[:EDGE_ROWS]}
+            exact.update(texts)
+            alike.update({re.sub(r"\d+", "#", text) for text in texts})
+        many = max(FEWEST_PAGES, MOST_PAGES * len(pages))
+        some = max(FEWEST_PAGES, SOME_PAGES * len(pages))
+        cut = [rows[_running(rows, exact, alike, many, some) :] for rows in ordered]
+        kept = [rows if from_top else rows[::-1] for rows in cut]
+    return kept
+
+
+def _running(rows: list[Row], exact: Counter[str], alike: Counter[str], many: float, some: float) -> int:
+    """How many rows at the beginning of `rows` are running ones."""
+    usual = sorted(abs(a.middle - b.middle) for a, b in itertools.pairwise(rows))
+    step = usual[len(usual) // 2] if usual else 0.0
+    certain = 0
+    for number, row in enumerate(rows[:EDGE_ROWS], 1):
+        text = _key(row.text)
+        pattern = re.sub(r"\d+", "#", text)
+        if exact[text] >= some or (alike[pattern] >= some and _PAGE_NUMBER.fullmatch(pattern)):
+            certain = number
+        elif alike[pattern] < many:
+            break
+        # a line of the text may differ from page to page by a number, too; a running one stands apart
+        elif number < len(rows) and abs(row.middle - rows[number].middle) > 1.4 * step:
+            certain = number
+    return certain
+
+
+def _key(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _joined(texts: list[str]) -> str:
+    """Pages one after the other; a sentence that goes on behind a page's end does so in the next line."""
+    whole = ""
+    for text in filter(None, texts):
+        goes_on = bool(whole) and not _SENTENCE_END.search(whole) and text[:1].islower()
+        whole += f"\n{text}" if goes_on else f"\n\n{text}" if whole else text
+    return whole
+
+
+def _without_hyphens(text: str) -> str:
+    """Words that a line end cuts, as the document writes them elsewhere; else without the hyphen."""
+    if not _HYPHENATED.search(text):
+        return text
+    words = Counter(found.lower() for found in _WORD.findall(_HYPHENATED.sub(" ", text)))
+
+    def join(found: re.Match[str]) -> str:
+        left, right = found[1], found[2]
+        if right[0].isupper():
+            return found[0]
+        whole, compound = words[(left + right).lower()], words[f"{left}-{right}".lower()]
+        last = re.split("[-‐]", left)[-1]
+        is_compound = "-" in left or len(last) == 1 or last.lower() in _COMPOUNDS
+        keeps = compound > whole or (compound == whole and is_compound)
+        return f"{left}-{right}" if keeps else left + right
+
+    return _HYPHENATED.sub(join, text)
