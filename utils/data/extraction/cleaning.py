@@ -52,7 +52,7 @@ _AS_BROWSERS |= {"iso-8859-9": "cp1254", "gb2312": "gb18030", "gbk": "gb18030", 
 
 
 @dataclass(frozen=True)
-class Cleaned:
+class CleanText:
     """A clean text, what was removed from it (reason -> characters; composing may lengthen), and its marks U+FFFD."""
 
     text: str
@@ -65,7 +65,7 @@ def clean_text(text: str) -> str:
     return cleaned(text).text
 
 
-def cleaned(text: str) -> Cleaned:
+def cleaned(text: str) -> CleanText:
     """`clean_text` with the account of it: len(text) == len(result) + the sum of what was removed."""
     removed: Counter[str] = Counter()
     undecoded = 0
@@ -90,7 +90,7 @@ def cleaned(text: str) -> Cleaned:
         text = step(COMPOSED, unicodedata.normalize("NFC", text))
     # not a pattern: `\s+$` takes quadratic time on a long run of blanks
     lines = "\n".join(line.rstrip() for line in text.split("\n"))
-    return Cleaned(step(BLANKS, _MANY_BLANK_LINES.sub("\n\n\n", lines).strip("\n")), removed, undecoded)
+    return CleanText(step(BLANKS, _MANY_BLANK_LINES.sub("\n\n\n", lines).strip("\n")), removed, undecoded)
 
 
 def refuse_undecoded(undecoded: int, characters: int) -> None:

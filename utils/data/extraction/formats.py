@@ -12,6 +12,8 @@ from utils.data.tables import LONGEST_DOCUMENT
 
 TOO_LONG, SPLIT = "too long", "split it where its parts end, into files or rows of their own"
 
+# it is in memory as a whole
+LARGEST_FILE = 1 << 29
 TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".text", ".log", ".org", ".adoc", ".asciidoc", ".textile")
 # source code, data and configuration: read as they are
 CODE_SUFFIXES = tuple(
@@ -84,7 +86,7 @@ HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 XML_SUFFIXES = (".xml", ".xsd", ".xsl", ".svg")
 # a suffix -> (module of this package, function) that reads the file; imported when the first such file is read
 _READERS: dict[str, tuple[str, str]] = {
-    ".pdf": ("pdf_text", "extract_pdf"),
+    ".pdf": ("pdf.pdf_text", "extract_pdf"),
     ".docx": ("word_text", "extract_docx"),
     ".docm": ("word_text", "extract_docx"),
     ".pptx": ("office_text", "extract_pptx"),
@@ -97,7 +99,7 @@ _READERS: dict[str, tuple[str, str]] = {
     ".eml": ("book_text", "extract_mail"),
     ".rst": ("markup_text", "extract_rst"),
     ".tex": ("markup_text", "extract_tex"),
-    **dict.fromkeys(HTML_SUFFIXES, ("html_text", "")),
+    **dict.fromkeys(HTML_SUFFIXES, ("pages.html_text", "")),
 }
 # in a child process, under limits: what is parsed; plain text takes as long as its bytes
 PARSED_SUFFIXES = tuple(_READERS)
@@ -111,6 +113,8 @@ def read_file(path: Path) -> Extracted:
     MemoryError; KeyError for another suffix.
     """
     suffix = path.suffix.lower()
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise NoTextError(f"a file of {size:,} bytes, and the largest that is read has {LARGEST_FILE:,}", kind=TOO_LONG)
     if suffix in TEXT_SUFFIXES or suffix in CODE_SUFFIXES:
         text, encoding = decode(path.read_bytes(), markup=suffix in XML_SUFFIXES)
         found = Extracted.whole(text)

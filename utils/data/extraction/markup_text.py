@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import Extracted
-from utils.data.extraction.html_text import page_text, parse
+from utils.data.extraction.pages.html_text import page_text, parse
 
 # docutils' level of what it could not understand: unknown directives and roles, of Sphinx for example
 NOT_UNDERSTOOD = 3

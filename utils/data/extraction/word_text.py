@@ -16,8 +16,8 @@ from typing import Any
 
 from utils.data.extraction.archives import open_archive, parse_xml
 from utils.data.extraction.extracted import HIDDEN, RUNNING, Extracted, NoTextError, visible_characters
-from utils.data.extraction.formulas import formula_text
-from utils.data.extraction.html_text import page_text, parse
+from utils.data.extraction.pages.formulas import formula_text
+from utils.data.extraction.pages.html_text import page_text, parse
 
 Element = Any
 

@@ -24,7 +24,7 @@ IMAGE_OBJECT = 3
 
 
 @dataclass
-class Piece:
+class TextPiece:
     """Text that stands together, and its box."""
 
     x0: float
@@ -49,7 +49,7 @@ class Piece:
 class PdfPage:
     """The pieces of a page, the upright ones first, and whether it looks like a picture of text."""
 
-    pieces: list[list[Piece]]
+    pieces: list[list[TextPiece]]
     is_picture: bool
     is_blank: bool
 
@@ -58,7 +58,7 @@ def read_page(page: Any) -> PdfPage:
     """The text of an open page of pypdfium2."""
     text_page = page.get_textpage()
     try:
-        turned: dict[int, list[Piece]] = defaultdict(list)
+        turned: dict[int, list[TextPiece]] = defaultdict(list)
         count = 0
         for quarter, piece in _pieces(text_page):
             turned[quarter].append(piece)
@@ -76,8 +76,8 @@ def read_page(page: Any) -> PdfPage:
     return PdfPage(groups, is_picture, is_blank=not count and not has_objects)
 
 
-def _pieces(text_page: Any) -> Iterator[tuple[int, Piece]]:
-    current: Piece | None = None
+def _pieces(text_page: Any) -> Iterator[tuple[int, TextPiece]]:
+    current: TextPiece | None = None
     turned = 0
     blank = False
     for character, quarter, (x0, y0, x1, y1) in _characters(text_page):
@@ -96,7 +96,7 @@ def _pieces(text_page: Any) -> Iterator[tuple[int, Piece]]:
         else:
             if current is not None and current.text:
                 yield turned, current
-            current, turned = Piece(x0, x1, y0, y1), quarter
+            current, turned = TextPiece(x0, x1, y0, y1), quarter
         current.characters.append((x0, character))
         current.is_rtl = current.is_rtl or is_rtl
         blank = False
@@ -104,7 +104,7 @@ def _pieces(text_page: Any) -> Iterator[tuple[int, Piece]]:
         yield turned, current
 
 
-def _belongs(piece: Piece, x0: float, x1: float, y0: float, y1: float, blank: bool, is_rtl: bool) -> bool:
+def _belongs(piece: TextPiece, x0: float, x1: float, y0: float, y1: float, blank: bool, is_rtl: bool) -> bool:
     height = max(min(piece.height, y1 - y0), 0.1)
     if min(piece.y1, y1) - max(piece.y0, y0) < SAME_ROW * height:
         return False

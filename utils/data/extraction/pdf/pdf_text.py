@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 from utils.data.extraction.extracted import RUNNING, Extracted, NoTextError, visible_characters
-from utils.data.extraction.pdf_layout import Row, lines_of, rows_of
-from utils.data.extraction.pdf_pieces import PdfPage, read_page
-from utils.data.extraction.right_to_left import in_reading_order
+from utils.data.extraction.pdf.pdf_layout import Row, lines_of, rows_of
+from utils.data.extraction.pdf.pdf_pieces import PdfPage, read_page
+from utils.data.extraction.pdf.right_to_left import in_reading_order
 
 # rows at an edge of a page that may be running headers and footers; pages from which they are looked for
 EDGE_ROWS, FEWEST_PAGES = 4, 3

@@ -12,9 +12,9 @@ from html.parser import HTMLParser
 from typing import Any
 
 from utils.data.extraction.extracted import MENUS, Extracted, NoTextError, visible_characters
-from utils.data.extraction.formulas import formula_text
-from utils.data.extraction.html_boilerplate import NOT_TEXT, PageParts, is_not_text
-from utils.data.extraction.text_blocks import TextBlocks
+from utils.data.extraction.pages.formulas import formula_text
+from utils.data.extraction.pages.html_boilerplate import NOT_TEXT, PageParts, is_not_text
+from utils.data.extraction.pages.text_blocks import TextBlocks
 
 Element = Any
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from utils.data.extraction.pdf_pieces import SAME_ROW, Piece
+from utils.data.extraction.pdf.pdf_pieces import SAME_ROW, TextPiece
 
 CELL = " | "
 # a side of a gutter with fewer characters a line is a column of a table
@@ -28,7 +28,7 @@ _DEEPEST = 6
 class Row:
     """Pieces side by side, from left to right."""
 
-    pieces: list[Piece]
+    pieces: list[TextPiece]
 
     @property
     def y0(self) -> float:
@@ -53,7 +53,7 @@ class Row:
         return " ".join(p.text for p in self.pieces)
 
 
-def rows_of(pieces: Sequence[Piece]) -> list[Row]:
+def rows_of(pieces: Sequence[TextPiece]) -> list[Row]:
     """The pieces as rows, from the top of the page to its bottom."""
     rows: list[Row] = []
     for piece in sorted(pieces, key=lambda p: -(p.y0 + p.y1)):
@@ -105,7 +105,7 @@ def _gutter(rows: Sequence[Row]) -> float | None:
     return at if best >= FEWEST_ROWS else None
 
 
-def _sides(row: Row, gutter: float) -> tuple[list[Piece], list[Piece]] | None:
+def _sides(row: Row, gutter: float) -> tuple[list[TextPiece], list[TextPiece]] | None:
     """Pieces on the left and on the right; None if one crosses the gutter."""
     if any(p.x0 < gutter - 1 and p.x1 > gutter + 1 for p in row.pieces):
         return None
@@ -152,7 +152,7 @@ def _region_lines(rows: list[Row], gutter: float, depth: int) -> list[str]:
     return _table(rows)
 
 
-def _characters(side: list[list[Piece]]) -> float:
+def _characters(side: list[list[TextPiece]]) -> float:
     return median(sum(len(p.text) for p in pieces) for pieces in side)
 
 
