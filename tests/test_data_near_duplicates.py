@@ -15,22 +15,6 @@ from utils.data.corpus.near_duplicates import near_duplicate_clusters, shingles,
 from utils.data.corpus.prepared_documents import _read_and_split
 
 WORDS = ("valve", "pump", "oil", "bearing", "gauge", "drain", "cover", "clean", "inspect", "lead", "sign", "log")
-    "valve",
-    "pump",
-    "oil",
-    "bearing",
-    "gauge",
-    "drain",
-    "cover",
-    "clean",
-    "inspect",
-    "scratch",
-    "replace",
-    "cabinet",
-    "lead",
-    "sign",
-    "log",
-]
 
 
 def text(seed: int, words: int = 120) -> str:
