@@ -65,7 +65,7 @@ def extract_tex(path: Path) -> Extracted:
     from pylatexenc.latex2text import LatexNodes2Text
 
     source, encoding = decode(path.read_bytes())
-    options = {"math_mode": "verbatim", "keep_comments": False, "strict_latex_spaces": "based-on-source"}
+    options = {"math_mode": "verbatim", "keep_comments": False, "strict_latex_spaces": False}
     converter = LatexNodes2Text(latex_context=_latex_context(), **options)
     text = converter.latex_to_text(source, tolerant_parsing=True)
     return Extracted.whole(text, notes=[f"read as {encoding}"] if encoding else [])

@@ -115,8 +115,13 @@ def parse(markup: str) -> Element | None:
     try:
         root = html.document_fromstring(content, parser=parser)
     except (etree.ParserError, etree.XMLSyntaxError, AssertionError) as error:
+        if any("memory" in entry.message.lower() for entry in parser.error_log) or "memory" in str(error).lower():
+            raise MemoryError from error
         raise NoTextError("the page has no visible text") from error
-    return None if any("depth" in entry.message.lower() for entry in parser.error_log) else root
+    said = [entry.message.lower() for entry in parser.error_log]
+    if any("memory alloc" in message for message in said):
+        raise MemoryError
+    return None if any("depth" in message for message in said) else root
 
 
 def page_text(root: Element, parts: PageParts | None) -> Extracted:

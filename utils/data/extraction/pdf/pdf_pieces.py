@@ -16,8 +16,10 @@ from utils.data.extraction.cleaning import MARK
 
 # in shares of the height of a line: a wider gap ends a piece, an overlap of less is another row
 WIDEST_BLANK, WIDEST_GAP, BLANK_GAP, SAME_ROW = 1.2, 0.9, 0.3, 0.5
-# pdfium's own marks for a hyphen at a line end, and Symbol's and Wingdings' bullets
-_KNOWN = {0x02: "-", 0xFFFE: "-", 0xAD: "\u00ad", 0xF0B7: "•", 0xF0A7: "▪", 0xF0D8: "➢", 0xF0FC: "✓", 0xF06F: "o"}
+# pdfium's own marks for a hyphen at a line end
+_HYPHENS = frozenset([0x02, 0xFFFE])
+# Symbol's and Wingdings' bullets
+_KNOWN = {0xAD: "\u00ad", 0xF0B7: "•", 0xF0A7: "▪", 0xF0D8: "➢", 0xF0FC: "✓", 0xF06F: "o"}
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
 _LARGE_IMAGE, _FEW_CHARACTERS = 0.5, 50
 IMAGE_OBJECT = 3
@@ -142,7 +144,10 @@ def _characters(text_page: Any) -> Iterator[tuple[str, int, tuple[float, float, 
             x0, y0, x1, y1 = -x1, -y1, -x0, -y0
         elif quarter == 3:
             x0, y0, x1, y1 = y0, -x1, y1, -x0
-        character = _character(code, lambda at=index: raw.FPDFText_HasUnicodeMapError(text_page, at) == 1)
+        if code in _HYPHENS and raw.FPDFText_IsHyphen(text_page, index) == 1:
+            character = "-"
+        else:
+            character = _character(code, lambda at=index: raw.FPDFText_HasUnicodeMapError(text_page, at) == 1)
         # bold that is drawn twice
         if character != " " and before and before[0] == character and abs(before[1] - x0) + abs(before[2] - y0) < 0.6:
             continue
@@ -155,7 +160,14 @@ def _character(code: int, has_no_mapping: Any) -> str:
         return " "
     if found := _KNOWN.get(code) or _LIGATURES.get(code):
         return found
-    if code < 0x20 or 0x7F <= code < 0xA0 or 0xE000 <= code <= 0xF8FF or 0xD800 <= code < 0xE000 or code >= 0x110000:
+    if (
+        code < 0x20
+        or 0x7F <= code < 0xA0
+        or 0xE000 <= code <= 0xF8FF
+        or 0xD800 <= code < 0xE000
+        or code == 0xFFFE
+        or code >= 0x110000
+    ):
         return MARK
     return MARK if has_no_mapping() else chr(code)
 

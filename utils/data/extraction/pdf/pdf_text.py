@@ -69,6 +69,10 @@ def _whole(pages: list[PdfPage]) -> Extracted:
     upright = [groups[0] if groups else [] for groups in rows]
     visible = sum(visible_characters(row.text) for groups in rows for group in groups for row in group)
     kept = _without_running(upright)
+    # a page that is like all others, a form for example, is no header
+    kept = [
+        rest or (whole if not page.is_picture else []) for page, whole, rest in zip(pages, upright, kept, strict=True)
+    ]
     texts, without_text = [], 0
     for page, groups, main in zip(pages, rows, kept, strict=True):
         lines = [line for group in ([main] if main else []) + groups[1:] for line in [*lines_of(group), ""]]
