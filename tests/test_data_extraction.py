@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 from tests.support import temporary_directory
+from utils.data.corpus.datatrove_pipeline import FolderReader
 from utils.data.documents import ReadLimits, read_documents
 from utils.data.extraction.cleaning import MARK, cleaned, decode
 from utils.data.extraction.extracted import NoTextError, visible_characters
@@ -398,6 +399,26 @@ class SideBySide(Files):
         self.assertEqual(report.characters_extracted, total)
         self.assertEqual((report.rows, report.columns_not_used), (3, {"text": 1, "title": 1}))
         self.assertEqual(report.dropped["malformed rows"] + report.dropped["rows without a text column"], 4)
+
+
+class Pipelines(Files):
+    def test_what_datatrove_writes_is_read_as_the_folder_itself(self) -> None:
+        from datatrove.executor import LocalPipelineExecutor
+        from datatrove.pipeline.writers import ParquetWriter
+
+        for number in range(5):
+            (self.folder / f"{number}.html").write_text(f"<h1>Title {number}</h1><p>Body.</p>")
+        (self.folder / "bad.txt").write_bytes(b"caf\xe9")
+        scratch = temporary_directory()
+        self.addCleanup(shutil.rmtree, scratch)
+        steps = [FolderReader(str(self.folder)), ParquetWriter(str(scratch / "extracted"))]
+        logs = str(scratch / "logs")
+        LocalPipelineExecutor(steps, tasks=2, workers=1, logging_dir=logs).run()
+        with self.assertLogs("utils.data.corpus.read_report", "WARNING"):
+            direct, _ = read_documents([str(self.folder)], cache_dir=scratch / "one")
+        written, _ = read_documents([str(scratch / "extracted")], cache_dir=scratch / "two")
+        self.assertEqual(sorted(zip(*written[:].values(), strict=True)), sorted(zip(*direct[:].values(), strict=True)))
+        self.assertEqual(len(direct), 5)
 
 
 if __name__ == "__main__":
