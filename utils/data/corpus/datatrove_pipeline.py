@@ -1,7 +1,7 @@
 """The reading of documents as a step of a datatrove pipeline, for more files than one machine reads.
 
 Each task reads its share of a folder's files and writes parquet with `id` and `text`, which `--data.corpus` reads;
-duplicates between tasks are dropped there. datatrove is no requirement of this project: docs/data.md shows the pipeline.
+duplicates between tasks are dropped there. docs/data.md shows the pipeline.
 """
 
 from __future__ import annotations

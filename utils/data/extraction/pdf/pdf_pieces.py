@@ -14,8 +14,9 @@ from typing import Any
 
 from utils.data.extraction.cleaning import MARK
 
-# in shares of the height of a line: a wider gap ends a piece, an overlap of less is another row
-WIDEST_BLANK, WIDEST_GAP, BLANK_GAP, SAME_ROW = 1.2, 0.9, 0.3, 0.5
+# in shares of the height of a line: a wider gap ends a piece, an overlap of less is another row. Whether a gap is a
+# blank pdfium knows, which compares it with the others: letters of a spaced heading stand far from each other, too
+WIDEST_BLANK, WIDEST_GAP, SAME_ROW = 1.2, 2.0, 0.5
 # pdfium's own marks for a hyphen at a line end
 _HYPHENS = frozenset([0x02, 0xFFFE])
 # Symbol's and Wingdings' bullets
@@ -90,9 +91,6 @@ def _pieces(text_page: Any) -> Iterator[tuple[int, TextPiece]]:
             continue
         is_rtl = unicodedata.bidirectional(character[0]) in ("R", "AL")
         if current is not None and quarter == turned and _belongs(current, x0, x1, y0, y1, blank, is_rtl):
-            gap = max(x0 - current.x1, current.x0 - x1)
-            if not blank and gap > BLANK_GAP * current.height:
-                current.characters.append((min(x0, current.x1), " "))
             current.x0, current.x1 = min(current.x0, x0), max(current.x1, x1)
             current.y0, current.y1 = min(current.y0, y0), max(current.y1, y1)
         else:

@@ -18,7 +18,9 @@ from utils.data.extraction.pdf.right_to_left import in_reading_order
 
 # rows at an edge of a page that may be running headers and footers; pages from which they are looked for
 EDGE_ROWS, FEWEST_PAGES = 4, 3
-MOST_PAGES, SOME_PAGES = 0.4, 0.1
+# shares of pages: what is the same on most of them is a running line, what is on some only where it stands apart
+MOST_PAGES, SOME_PAGES = 0.8, 0.1
+APART = 1.4
 _PAGE_NUMBER = re.compile(
     r"\W*(?:page|seite|p\.|pg\.?|página|pagina|стр\.?|第)?\W*(?:#+|[ivxlc]{1,7})\W*(?:(?:of|von|de|di|sur|/|из)\W*#+)?\W*页?\W*",
     re.I,
@@ -100,34 +102,47 @@ def _without_running(pages: list[list[Row]]) -> list[list[Row]]:
     kept = pages
     for from_top in (True, False):
         ordered = [rows if from_top else rows[::-1] for rows in kept]
-        exact, alike = Counter[str](), Counter[str]()
-        for rows in ordered:
-            texts = {_key(row.text) for row in rows[:EDGE_ROWS]}
-            exact.update(texts)
-            alike.update({re.sub(r"\d+", "#", text) for text in texts})
-        many = max(FEWEST_PAGES, MOST_PAGES * len(pages))
-        some = max(FEWEST_PAGES, SOME_PAGES * len(pages))
-        cut = [rows[_running(rows, exact, alike, many, some) :] for rows in ordered]
+        repeated = _Repeated(ordered)
+        cut = [rows[repeated.rows(rows) :] for rows in ordered]
         kept = [rows if from_top else rows[::-1] for rows in cut]
     return kept
 
 
-def _running(rows: list[Row], exact: Counter[str], alike: Counter[str], many: float, some: float) -> int:
-    """How many rows at the beginning of `rows` are running ones."""
-    usual = sorted(abs(a.middle - b.middle) for a, b in itertools.pairwise(rows))
-    step = usual[len(usual) // 2] if usual else 0.0
-    certain = 0
-    for number, row in enumerate(rows[:EDGE_ROWS], 1):
-        text = _key(row.text)
-        pattern = re.sub(r"\d+", "#", text)
-        if exact[text] >= some or (alike[pattern] >= some and _PAGE_NUMBER.fullmatch(pattern)):
-            certain = number
-        elif alike[pattern] < many:
-            break
-        # a line of the text may differ from page to page by a number, too; a running one stands apart
-        elif number < len(rows) and abs(row.middle - rows[number].middle) > 1.4 * step:
-            certain = number
-    return certain
+class _Repeated:
+    """What stands in the outermost rows of pages, and on how many of them; pages begin at their edge."""
+
+    def __init__(self, pages: list[list[Row]]):
+        self._exact, self._alike = Counter[str](), Counter[str]()
+        for rows in pages:
+            texts = {_key(text) for row in rows[:EDGE_ROWS] for text in (row.text, *(p.text for p in row.pieces))}
+            self._exact.update(texts)
+            self._alike.update({_pattern(text) for text in texts})
+        self._most = max(FEWEST_PAGES, MOST_PAGES * len(pages))
+        self._some = max(FEWEST_PAGES, SOME_PAGES * len(pages))
+
+    def rows(self, rows: list[Row]) -> int:
+        """How many rows from the edge of a page on are running ones."""
+        steps = sorted(abs(a.middle - b.middle) for a, b in itertools.pairwise(rows))
+        usual = steps[len(steps) // 2] if steps else 0.0
+        running = 0
+        for number, row in enumerate(rows[:EDGE_ROWS], 1):
+            if self._is_running(row.text) or all(self._is_running(piece.text) for piece in row.pieces):
+                running = number
+            elif self._alike[_pattern(row.text)] < self._some:
+                break
+            # lines of the text may be alike on some pages, or differ by a number; running ones stand apart
+            elif number < len(rows) and abs(row.middle - rows[number].middle) > APART * usual:
+                running = number
+        return running
+
+    def _is_running(self, text: str) -> bool:
+        pattern = _pattern(text)
+        is_number = bool(_PAGE_NUMBER.fullmatch(pattern)) and self._alike[pattern] >= self._some
+        return is_number or self._exact[_key(text)] >= self._most
+
+
+def _pattern(text: str) -> str:
+    return re.sub(r"\d+", "#", _key(text))
 
 
 def _key(text: str) -> str:
