@@ -86,6 +86,9 @@ class DataSection(Section):
     near_duplicates: Literal["keep", "drop"] = "keep"
     """Documents hardly different from an earlier one of the corpus; between corpus and held-out documents they are
     never on both sides."""
+    personal_data: bool = False
+    """Count mail addresses, phone numbers, IBANs, card numbers and IP addresses of the corpus; names are not counted.
+    Needs presidio-analyzer, which is not installed with the rest."""
     max_documents: NonNegative = 0
     """Use only this many documents of the corpus, chosen by hash of their id; 0 uses all."""
     on_unreadable: Literal["auto", "skip", "stop"] = "auto"

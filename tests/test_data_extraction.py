@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -399,6 +400,73 @@ class SideBySide(Files):
         self.assertEqual(report.characters_extracted, total)
         self.assertEqual((report.rows, report.columns_not_used), (3, {"text": 1, "title": 1}))
         self.assertEqual(report.dropped["malformed rows"] + report.dropped["rows without a text column"], 4)
+
+
+class Mutations(Files):
+    """Damaged files of every format: each is a document or is named, and the characters add up."""
+
+    EACH = 160 if os.environ.get("FAULT_TESTS") == "long" else 6
+
+    def valid(self) -> dict[str, bytes]:
+        """One valid file of each format that is read as one document."""
+        from docx import Document
+        from pptx import Presentation
+
+        document = Document()
+        document.add_heading("Oiling the pump")
+        document.add_paragraph("The operator closes the valve.")
+        document.add_table(rows=2, cols=2).cell(0, 0).text = "Torque"
+        document.save(str(self.folder / "v.docx"))
+        slides = Presentation()
+        slides.slides.add_slide(slides.slide_layouts[1]).shapes.title.text = "Pump"
+        slides.save(str(self.folder / "v.pptx"))
+        with zipfile.ZipFile(self.folder / "v.epub", "w") as book:
+            book.writestr("META-INF/container.xml", '<c><rootfile full-path="p.opf"/></c>')
+            book.writestr("p.opf", '<p><item id="a" href="a.html" media-type="text/html"/><itemref idref="a"/></p>')
+            book.writestr("a.html", "<h1>Chapter</h1><p>Text of the book.</p>")
+        self.pdf(at(72, 700, "A page with words."), at(72, 700, "Another page."), name="v.pdf")
+        texts = {
+            ".html": "<body><nav>Menu</nav><h1>Title</h1><ul><li>a<li>b</ul><table><tr><td>c<td>d</table><pre>e</pre>",
+            ".ipynb": json.dumps({"cells": [{"cell_type": "markdown", "source": ["# T"]}], "metadata": {}}),
+            ".eml": "Subject: Pump\nContent-Type: text/plain; charset=utf-8\n\nOil it.\n",
+            ".rst": "Title\n=====\n\n* one\n* two\n\n.. note:: care\n",
+            ".tex": r"\section{Oil} $x^2$ \begin{itemize}\item a\end{itemize} \emph{b}",
+            ".md": "# Title\n\n- a\n\n```\ncode\n```\n",
+        }
+        files = {path.suffix: path.read_bytes() for path in self.folder.iterdir()}
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        return files | {suffix: text.encode() for suffix, text in texts.items()}
+
+    def test_each_is_a_document_or_is_named_and_the_sums_hold(self) -> None:
+        generator, written = random.Random(7), 0
+        for suffix, content in self.valid().items():
+            for number in range(self.EACH):
+                damaged = bytearray(content)
+                for _ in range(generator.randint(1, 6)):
+                    at_ = generator.randrange(len(damaged) or 1)
+                    how = generator.randrange(4)
+                    if how == 0:
+                        damaged[at_ : at_ + generator.randint(1, 40)] = b""
+                    elif how == 1:
+                        damaged[at_:at_] = generator.randbytes(generator.randint(1, 8))
+                    elif how == 2:
+                        damaged[at_:at_] = damaged[at_ : at_ + 30]
+                    elif damaged:
+                        damaged[at_ % len(damaged)] = generator.randrange(256)
+                (self.folder / f"{number}{suffix}").write_bytes(bytes(damaged))
+                written += 1
+        scratch = temporary_directory()
+        self.addCleanup(shutil.rmtree, scratch)
+        logging.disable(logging.WARNING)
+        self.addCleanup(logging.disable, logging.NOTSET)
+        dataset, report = read_documents([str(self.folder)], cache_dir=scratch, limits=ReadLimits(file_seconds=20))
+        self.assertEqual(report.files, written)
+        self.assertEqual(len(dataset) + sum(report.dropped.values()), written)
+        total = report.characters + sum(report.cleaned.values()) + sum(report.dropped_characters.values())
+        self.assertEqual(report.characters_extracted, total)
+        self.assertEqual(sum(map(len, dataset["text"])), report.characters)
+        self.assertGreater(len(dataset), 0.3 * written)
 
 
 class Pipelines(Files):

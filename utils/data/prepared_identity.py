@@ -26,7 +26,7 @@ INVENTED = same_names("invented_towns", "invented_attributes")
 # raised when the same files give other documents; 2 since 2026-11-30: nothing is deleted unsaid, see `data.extraction`
 READING_METHOD = 2
 # what one file may take decides which files are read
-READING = same_names("file_seconds", "file_memory_mb", "near_duplicates")
+READING = same_names("file_seconds", "file_memory_mb", "near_duplicates", "personal_data")
 SHARES = same_names("heldout_share", "dev_share", "test_share")
 
 

@@ -14,6 +14,7 @@ from utils.artifacts import files
 from utils.data.corpus.first_look import Look
 from utils.data.corpus.languages import languages
 from utils.data.corpus.near_duplicates import near_duplicate_clusters, take_whole_clusters
+from utils.data.corpus.personal_data import personal_data
 from utils.data.documents import ReadLimits, read_documents
 from utils.data.domains.built_in import BuiltIn
 from utils.data.splits import hash_share
@@ -55,6 +56,9 @@ def prepare_documents(
     disk.require(directory.parent, space_bytes(parts.values(), tokenizer), "preparing these documents")
     for name, part in parts.items():
         counts[name] = _write(name, part, tokenizer, base, directory, cache)
+    if data.personal_data:
+        texts = (row["text"] for row in corpus.select_columns(["text"]))
+        counts["personal_data"] = personal_data(texts, len(corpus))
     return counts
 
 

@@ -151,6 +151,9 @@ def document_lines(counts: dict[str, Any]) -> Iterator[str]:
     if found and counts.get("read", {}).get("files"):
         total = max(1, sum(found.values()))
         yield "languages          " + ", ".join(f"{code} {number / total:.0%}" for code, number in found.items())
+    if personal := counts.get("personal_data"):
+        amounts = _amounts(personal["found"]) or "none"
+        yield f"personal data      {amounts}; not counted: {personal['not_counted']}"
     if (near := counts.get("near_duplicates", {})) and near["clusters"]:
         left = near["dropped"] + near["dropped_because_held_out"]
         what = f"{near['documents']:,} documents in {near['clusters']:,} groups, for example {near['largest'][:2]}"
