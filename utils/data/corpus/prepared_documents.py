@@ -27,7 +27,7 @@ from utils.models.chat import load_tokenizer
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SHOWN = 5
+SHOWN, LISTED = 5, 100
 SAMPLED, SAMPLED_CHARACTERS = 256, 10_000
 # manifests, counts, labelled pairs
 SMALL_FILES = 1 << 20
@@ -86,6 +86,7 @@ def _read_and_split(
         "documents": sum(map(len, clusters)),
         "dropped": len(repeated - copies),
         "dropped_because_held_out": len(copies),
+        "left_the_corpus": [_name([corpus], at) for at in sorted(copies | repeated)[:LISTED]],
         "largest": [_name([corpus, outside], at) for at in max(clusters, key=len, default=[])[:SHOWN]],
     }
     kept = [at for at in range(total) if at not in copies and at not in repeated]

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 DUPLICATE, EMPTY = "duplicate", "empty"
 
-LISTED = 100
+LISTED, LISTED_SHARES = 100, 1000
 SHOWN = 5
 
 
@@ -48,6 +48,8 @@ class ReadReport:
     dropped_characters: dict[str, int] = field(default_factory=dict)
     visible: int = 0
     removed: dict[str, int] = field(default_factory=dict)
+    kept_shares: dict[str, float] = field(default_factory=dict)
+    """File -> share of its visible text that is in its document, of the first 1,000 files with less than all of it."""
     undecoded: int = 0
     """Characters that could not be decoded; each is U+FFFD in the text."""
     pages: int = 0
@@ -81,6 +83,7 @@ class ReadTally:
     cleaned: Counter[str] = field(default_factory=Counter)
     dropped_characters: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
+    kept_shares: dict[str, float] = field(default_factory=dict)
     columns_used: Counter[str] = field(default_factory=Counter)
     columns_not_used: Counter[str] = field(default_factory=Counter)
     skipped_files: list[str] = field(default_factory=list)
@@ -109,6 +112,8 @@ class ReadTally:
         self.cleaned.update(found.cleaned)
         self.visible += found.visible
         self.removed.update(found.removed)
+        if (left_out := found.removed.total()) and len(self.kept_shares) < LISTED_SHARES:
+            self.kept_shares[name] = round(1 - left_out / max(1, found.visible), 3)
         self.undecoded += found.undecoded
         self.pages += found.pages
         self.pages_without_text += found.pages_without_text

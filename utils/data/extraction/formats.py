@@ -14,7 +14,7 @@ TOO_LONG, SPLIT = "too long", "split it where its parts end, into files or rows 
 
 # it is in memory as a whole
 LARGEST_FILE = 1 << 29
-TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".text", ".log", ".org", ".adoc", ".asciidoc", ".textile")
+TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".text", ".org", ".adoc", ".asciidoc", ".textile")
 # source code, data and configuration: read as they are
 CODE_SUFFIXES = tuple(
     [
@@ -79,11 +79,11 @@ CODE_SUFFIXES = tuple(
         ".xml",
         ".xsd",
         ".xsl",
-        ".svg",
+        ,
     ]
 )
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
-XML_SUFFIXES = (".xml", ".xsd", ".xsl", ".svg")
+XML_SUFFIXES = (".xml", ".xsd", ".xsl", )
 # a suffix -> (module of this package, function) that reads the file; imported when the first such file is read
 _READERS: dict[str, tuple[str, str]] = {
     ".pdf": ("pdf.pdf_text", "extract_pdf"),

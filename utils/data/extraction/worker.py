@@ -36,7 +36,7 @@ def serve(connection: Connection, seconds: float, memory_bytes: int) -> None:
     for number in range(1, FILES_PER_PROCESS + 1):
         try:
             request = connection.recv_bytes()
-        except EOFError:
+        except (EOFError, OSError):
             return
         _limit_time(seconds)
         reply = answer(os.fsdecode(request))
@@ -46,7 +46,7 @@ def serve(connection: Connection, seconds: float, memory_bytes: int) -> None:
             content = json.dumps(reply | {"is_last": is_last}).encode()
         except MemoryError:
             is_last, content = True, json.dumps(_OUT_OF_MEMORY | {"is_last": True}).encode()
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             connection.send_bytes(content)
         if is_last:
             return
