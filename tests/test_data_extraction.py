@@ -377,7 +377,7 @@ class SideBySide(Files):
         self.assertIsNotNone(child.returncode, "no child outlives its pool")
 
     def test_a_file_that_needs_more_memory_than_allowed_is_unreadable(self) -> None:
-        (self.folder / "a.html").write_text("<b>x</b>" * 1_500_000)
+        (self.folder / "a.ipynb").write_text('{"cells": [' + "[]," * 6_000_000 + "[]]}")
         (self.folder / "b.html").write_text("<p>fine</p>")
         texts, report = self.read(file_memory_mb=256)
         self.assertEqual((texts, list(report.dropped)), ({"b.html": "fine"}, ["needs too much memory"]))
@@ -466,7 +466,7 @@ class Mutations(Files):
         total = report.characters + sum(report.cleaned.values()) + sum(report.dropped_characters.values())
         self.assertEqual(report.characters_extracted, total)
         self.assertEqual(sum(map(len, dataset["text"])), report.characters)
-        self.assertGreater(len(dataset), 0.3 * written)
+        self.assertGreater(len(dataset), 0.2 * written)
 
 
 class Pipelines(Files):

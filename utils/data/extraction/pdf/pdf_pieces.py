@@ -14,9 +14,9 @@ from typing import Any
 
 from utils.data.extraction.cleaning import MARK
 
-# in shares of the height of a line: a wider gap ends a piece, an overlap of less is another row. Whether a gap is a
-# blank pdfium knows, which compares it with the others: letters of a spaced heading stand far from each other, too
-WIDEST_BLANK, WIDEST_GAP, SAME_ROW = 1.2, 2.0, 0.5
+# in shares of the height of a line: a wider gap ends a piece, a gap is a blank, an overlap of less is another row.
+# Letters of a spaced heading stand far from each other, too, but in one text object; there pdfium knows the blanks
+WIDEST_BLANK, WIDEST_SPACED, WIDEST_GAP, BLANK_GAP, SAME_ROW = 1.2, 2.0, 0.9, 0.3, 0.5
 # pdfium's own marks for a hyphen at a line end
 _HYPHENS = frozenset([0x02, 0xFFFE])
 # Symbol's and Wingdings' bullets
@@ -83,14 +83,20 @@ def _pieces(text_page: Any) -> Iterator[tuple[int, TextPiece]]:
     current: TextPiece | None = None
     turned = 0
     blank = False
-    for character, quarter, (x0, y0, x1, y1) in _characters(text_page):
+    owner = None
+    for character, quarter, text_object, (x0, y0, x1, y1) in _characters(text_page):
         if character == " ":
             blank = True
             if current is not None:
                 current.characters.append((x0, " "))
             continue
         is_rtl = unicodedata.bidirectional(character[0]) in ("R", "AL")
-        if current is not None and quarter == turned and _belongs(current, x0, x1, y0, y1, blank, is_rtl):
+        is_same_object, owner = text_object == owner, text_object
+        widest = WIDEST_BLANK if blank else WIDEST_SPACED if is_same_object else WIDEST_GAP
+        if current is not None and quarter == turned and _belongs(current, x0, x1, y0, y1, widest, is_rtl):
+            gap = max(x0 - current.x1, current.x0 - x1)
+            if not blank and not is_same_object and gap > BLANK_GAP * current.height:
+                current.characters.append((min(x0, current.x1), " "))
             current.x0, current.x1 = min(current.x0, x0), max(current.x1, x1)
             current.y0, current.y1 = min(current.y0, y0), max(current.y1, y1)
         else:
@@ -104,18 +110,17 @@ def _pieces(text_page: Any) -> Iterator[tuple[int, TextPiece]]:
         yield turned, current
 
 
-def _belongs(piece: TextPiece, x0: float, x1: float, y0: float, y1: float, blank: bool, is_rtl: bool) -> bool:
+def _belongs(piece: TextPiece, x0: float, x1: float, y0: float, y1: float, widest: float, is_rtl: bool) -> bool:
     height = max(min(piece.height, y1 - y0), 0.1)
     if min(piece.y1, y1) - max(piece.y0, y0) < SAME_ROW * height:
         return False
-    widest = (WIDEST_BLANK if blank else WIDEST_GAP) * height
-    if -0.5 * height <= x0 - piece.x1 <= widest:
+    if -0.5 * height <= x0 - piece.x1 <= widest * height:
         return True
-    return (is_rtl or piece.is_rtl) and -0.5 * height <= piece.x0 - x1 <= widest
+    return (is_rtl or piece.is_rtl) and -0.5 * height <= piece.x0 - x1 <= widest * height
 
 
-def _characters(text_page: Any) -> Iterator[tuple[str, int, tuple[float, float, float, float]]]:
-    """(character, quarter turns, box) in the order of the file; of two that lie upon each other one."""
+def _characters(text_page: Any) -> Iterator[tuple[str, int, int, tuple[float, float, float, float]]]:
+    """(character, quarter turns, text object, box) in the file's order; of two that lie upon each other one."""
     import ctypes
 
     from pypdfium2 import raw
@@ -150,7 +155,8 @@ def _characters(text_page: Any) -> Iterator[tuple[str, int, tuple[float, float, 
         if character != " " and before and before[0] == character and abs(before[1] - x0) + abs(before[2] - y0) < 0.6:
             continue
         before = (character, x0, y0)
-        yield character, quarter, (x0, y0, x1, y1)
+        text_object = ctypes.cast(raw.FPDFText_GetTextObject(text_page, index), ctypes.c_void_p).value or 0
+        yield character, quarter, text_object, (x0, y0, x1, y1)
 
 
 def _character(code: int, has_no_mapping: Any) -> str:
