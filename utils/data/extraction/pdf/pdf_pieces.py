@@ -114,13 +114,14 @@ def _belongs(piece: TextPiece, x0: float, x1: float, y0: float, y1: float, wides
     height = max(min(piece.height, y1 - y0), 0.1)
     if min(piece.y1, y1) - max(piece.y0, y0) < SAME_ROW * height:
         return False
-    if -0.5 * height <= x0 - piece.x1 <= widest * height:
+    # the letters of a ligature have one box
+    if -1.3 * height <= x0 - piece.x1 <= widest * height and x1 >= piece.x1 - 0.5 * height:
         return True
     return (is_rtl or piece.is_rtl) and -0.5 * height <= piece.x0 - x1 <= widest * height
 
 
 def _characters(text_page: Any) -> Iterator[tuple[str, int, int, tuple[float, float, float, float]]]:
-    """(character, quarter turns, text object, box) in the file's order; of two that lie upon each other one."""
+    """(character, quarter turns, text object, box) in the order of the file."""
     import ctypes
 
     from pypdfium2 import raw
@@ -128,7 +129,6 @@ def _characters(text_page: Any) -> Iterator[tuple[str, int, int, tuple[float, fl
     box = raw.FS_RECTF()
     pointer = ctypes.byref(box)
     high = 0
-    before: tuple[str, float, float] | None = None
     for index in range(text_page.count_chars()):
         code = raw.FPDFText_GetUnicode(text_page, index)
         if code in (0x0D, 0x0A):
@@ -151,10 +151,6 @@ def _characters(text_page: Any) -> Iterator[tuple[str, int, int, tuple[float, fl
             character = "-"
         else:
             character = _character(code, lambda at=index: raw.FPDFText_HasUnicodeMapError(text_page, at) == 1)
-        # bold that is drawn twice
-        if character != " " and before and before[0] == character and abs(before[1] - x0) + abs(before[2] - y0) < 0.6:
-            continue
-        before = (character, x0, y0)
         text_object = ctypes.cast(raw.FPDFText_GetTextObject(text_page, index), ctypes.c_void_p).value or 0
         yield character, quarter, text_object, (x0, y0, x1, y1)
 
