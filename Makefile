@@ -7,7 +7,7 @@ CORES  := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
 READY  := $(VENV)/.ready
 
-.PHONY: demo rollout-demo rollout-test fault-test minimax-test launch-test proof-test test format
+.PHONY: demo rollout-demo rollout-test fault-test documents-test minimax-test launch-test proof-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -42,6 +42,10 @@ rollout-test: $(READY)
 # Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
 fault-test: $(READY)
 	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_system_faults_kill tests.test_system_faults_rest tests.test_system_faults_signals tests.test_system_distributed
+
+# 1,600 damaged documents of every format; `make test` has 60 of them.
+documents-test: $(READY)
+	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_data_extraction
 
 # The tiny MiniMax-M2 in bfloat16 and FP8, every regime, with and without experts, through every script: five minutes.
 minimax-test: $(READY)

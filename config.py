@@ -75,16 +75,29 @@ class DataSection(Section):
     """What the adapters are trained and judged on."""
 
     corpus: tuple[str, ...] = ("python_docs",)
-    """Documents: files or folders (txt md html pdf docx jsonl csv parquet), a hub id, none, or a built-in domain:
-    python_docs, python_docs_other (other modules': a wrong domain for it), invented, invented_shuffled."""
+    """Documents: files or folders (txt md html pdf docx jsonl csv parquet, docs/data.md), a hub id, none, or a built-in
+    domain: python_docs, python_docs_other (other modules': a wrong domain for it), invented, invented_shuffled."""
     corpus_heldout: tuple[str, ...] = ()
     """Documents for perplexity, outside the corpus; when empty a share of the corpus is held out by document."""
     corpus_revision: str = ""
     """Commit of 40 hex digits when the corpus is a hub dataset."""
     heldout_share: Share = 0.05
     """Share of the corpus's documents held out when corpus_heldout is empty."""
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    """Documents hardly different from an earlier one of the corpus; between corpus and held-out documents they are
+    never on both sides."""
+    personal_data: bool = False
+    """Count mail addresses, phone numbers, IBANs, card numbers and IP addresses of the corpus; names are not counted.
+    Needs presidio-analyzer, which is not installed with the rest."""
     max_documents: NonNegative = 0
     """Use only this many documents of the corpus, chosen by hash of their id; 0 uses all."""
+    on_unreadable: Literal["auto", "skip", "stop"] = "auto"
+    """A file that cannot be read: skip counts and names it, stop is an error; auto skips inside a folder, and stops for
+    a source that was named itself."""
+    file_seconds: Annotated[float, Field(gt=0)] = 60
+    """Processor time that reading one html, pdf, docx ... may take; one that takes more cannot be read."""
+    file_memory_mb: Annotated[int, Field(ge=256)] = 2048
+    """Address space of a process that reads such files; one that needs more cannot be read."""
     task: str = "python_docs"
     """Labelled pairs: jsonl, csv, parquet, a hub id, python_docs, invented or none; split unless dev/test are given."""
     task_dev: str = ""

@@ -62,12 +62,15 @@ def main(config: Config) -> dict[str, Any]:
 
 def summary(counts: dict[str, Any]) -> str:
     """The counts as a table for people."""
+    from utils.data.corpus.read_report import document_lines
+
     lines = []
     for name, part in counts.get("documents", {}).items():
         if isinstance(part, dict) and "tokens" in part:
             lines.append(
                 f"{name:<18} {part['documents']:>9,} documents {part['tokens']:>12,} tokens {part['bytes']:>13,} bytes"
             )
+    lines += document_lines(counts.get("documents", {}))
     for name, part in counts.get("examples", {}).items():
         if isinstance(part, dict) and "examples" in part:
             lines.append(f"task {name:<13} {part['examples']:>9,} examples of {part['documents']:,} documents")

@@ -173,7 +173,13 @@ class Prepared(unittest.TestCase):
         dump = self.section.model_dump(mode="json")
         sources = {"corpus": [{"sha256": digest}], "task": [{"sha256": files.sha256_file(self.root / "pairs.jsonl")}]}
         old = {"data": dump, "sources": sources, "tokenizer": self.base.tokenizer_digest, "seed": 0}
-        self.assertEqual(self.now(self.section).differences(old), [])
+        # documents are read otherwise since; a run without files is still the same
+        self.assertRegex(
+            "\n".join(self.now(self.section).differences(old)), r"^documents was None, now \{'method': 2[^\n]*$"
+        )
+        pairs = self.section.model_copy(update={"corpus": ("none",)})
+        bare = old | {"data": pairs.model_dump(mode="json"), "sources": sources | {"corpus": [{"name": "none"}]}}
+        self.assertEqual(self.now(pairs).differences(bare), [])
         (self.root / "docs" / "a.txt").write_text("Another text.")
         self.assertFalse(self.now(self.section).is_of(old))
 
@@ -188,8 +194,13 @@ class Prepared(unittest.TestCase):
 
     def test_every_data_setting_decides_where_it_is_used(self) -> None:
         named = {*prepared_identity.SOURCES, *prepared_identity.SOURCES.values()}
-        groups = (prepared_identity.LIMITS, prepared_identity.INVENTED, prepared_identity.SHARES)
-        self.assertEqual(set(DataSection.model_fields), named.union(*(group.values() for group in groups)))
+        groups = (
+            *(prepared_identity.LIMITS, prepared_identity.INVENTED, prepared_identity.SHARES),
+            prepared_identity.READING,
+        )
+        # what is skipped is known by the contents, what stops a run leaves none
+        decided = named.union(*(group.values() for group in groups), {"on_unreadable"})
+        self.assertEqual(set(DataSection.model_fields), decided)
 
 
 class Others(unittest.TestCase):

@@ -17,9 +17,10 @@ from types import SimpleNamespace
 from unittest import mock
 
 from tests.support import ROOT, run_program
-from utils.data.documents import CHARACTERS_PER_BATCH, read_documents
+from utils.data.documents import CHARACTERS_PER_BATCH, ReadLimits, read_documents
 from utils.data.domains.python_docs import _entries, python_documents, python_qa, standard_modules
-from utils.data.extraction import clean_text, extract_html
+from utils.data.extraction import worker
+from utils.data.extraction.cleaning import clean_text
 from utils.data.splits import hash_share, leaks, split_by_document
 from utils.data.tables import ProblemList, UniqueIds, digest16, iter_rows
 from utils.exceptions import DataError
@@ -110,13 +111,6 @@ class TestFormats(CorpusTest):
         self.assertIn("Warm & dry.", texts["a.html"])
         self.assertNotIn("var x", texts["b.htm"])
 
-    def test_html_falls_back_to_all_visible_text(self):
-        import trafilatura
-
-        with mock.patch.object(trafilatura, "extract", return_value=None):
-            text = extract_html("<body><style>p {}</style><p>Visible</p><script>hidden()</script></body>")
-        self.assertEqual(text, "Visible")
-
     def test_pdf_pages_are_joined_and_line_end_hyphens_removed(self):
         write_pdf(self.folder / "a.pdf", [["The thermo-", "meter of Graeco-", "Roman times."], ["Second page."]])
         texts, _ = self.read()
@@ -188,7 +182,7 @@ class TestFormats(CorpusTest):
 
 class TestCleaning(CorpusTest):
     def test_text_is_nfc_with_unix_line_ends_and_no_controls(self):
-        self.assertEqual(clean_text("e\u0301 \r\nb\x07\tc\rd\x0ce"), "é\nb\tc\nd\ne")
+        self.assertEqual(clean_text("e\u0301 \r\nb\x07\tc\rd\x0ce"), "é\nb\ufffd\tc\nd\ne")
         self.assertTrue(unicodedata.is_normalized("NFC", clean_text("A\u030angstro\u0308m")))
 
     def test_three_blank_lines_become_two_and_two_stay(self):
@@ -249,7 +243,7 @@ class TestDrops(CorpusTest):
         self.write("damaged.pdf", b"%PDF-1.4 nothing")
         self.write("damaged.docx", b"PK nothing")
         self.write("a.txt", "text")
-        with self.assertLogs("utils.data.documents", "WARNING") as logged:
+        with self.assertLogs("utils.data.corpus.read_report", "WARNING") as logged:
             _, report = self.read()
         self.assertEqual(report.dropped, {"no text could be extracted": 4})
         self.assertEqual(len(report.skipped_files), 4)
@@ -266,6 +260,9 @@ class TestDrops(CorpusTest):
 
 
 class TestErrors(CorpusTest):
+    def error(self, *sources: str, **options) -> str:
+        return super().error(*sources, **{"limits": ReadLimits(on_unreadable="stop"), **options})
+
     def test_malformed_line_is_named_with_file_and_line(self):
         path = self.write("a.jsonl", '{"text": "fine"}\n\n{"text": "broken\n{"text": "fine too"}\n[1]\n')
         message = self.error()
@@ -289,9 +286,9 @@ class TestErrors(CorpusTest):
         self.assertIn(f"{path}:2: not UTF-8, at byte 4", message)
         self.assertIn(f"{rows}:2: not UTF-8, at byte 3", message)
 
-    def test_nul_byte_is_named_with_file_and_line(self):
+    def test_a_text_of_which_too_much_cannot_be_decoded_is_refused_by_name(self):
         path = self.write("a.txt", b"one\ntw\0o\n")
-        self.assertIn(f"{path}:2: contains a NUL byte", self.error())
+        self.assertIn(f"{path}: 1 of 8 characters could not be decoded", self.error())
 
     def test_half_a_surrogate_pair_is_named_with_its_line(self):
         path = self.write("a.jsonl", '{"text": "ok \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
@@ -347,7 +344,9 @@ class TestErrors(CorpusTest):
 
     def test_unimportable_reader_is_an_error_and_not_a_dropped_file(self):
         write_pdf(self.folder / "a.pdf", [["text"]])
-        with mock.patch.dict(sys.modules, {"pypdf": None}):
+        with mock.patch.dict(sys.modules, {"pypdfium2": None}):
+            reply = worker.answer(str(self.folder / "a.pdf"))
+        with mock.patch("utils.data.extraction.pool.json.loads", return_value=reply):
             self.assertIn("the reader of .pdf files cannot be imported", self.error())
 
 
@@ -538,7 +537,7 @@ class TestRealData(CorpusTest):
 
 class TestImports(unittest.TestCase):
     def test_importing_the_readers_loads_no_heavy_library(self):
-        heavy = ("datasets", "pyarrow", "pypdf", "docx", "trafilatura", "bs4")
+        heavy = ("datasets", "pyarrow", "numpy", "pypdfium2", "mammoth", "lxml", "docutils")
         modules = "utils.data.documents, utils.data.examples, utils.data.splits, utils.data.domains.python_docs"
         code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -30,6 +30,8 @@ from utils.artifacts import files, manifests, runs
 from utils.data import tables
 from utils.data.documents import DOCUMENT_SUFFIXES, read_documents
 from utils.data.examples import read_task_examples
+from utils.data.extraction import worker
+from utils.data.extraction.pool import ExtractionPool, Reading
 from utils.exceptions import PipelineError
 from utils.export import verification
 from utils.models import chat, loading, sources
@@ -110,6 +112,14 @@ class Settings(Arbitrary):
         self.assertTrue(value not in found or value in secrets.HIDDEN)
 
 
+class InThisProcess(ExtractionPool):
+    """Reads files here, as a child would: starting hundreds of children takes minutes."""
+
+    def submit(self, path: Path) -> Reading:
+        return Reading(path, worker.answer(str(path)))
+
+
+@mock.patch("utils.data.documents.ExtractionPool", InThisProcess)
 class Documents(Arbitrary):
     def read(self, content: bytes, suffix: str) -> Any:
         folder = temporary_directory()

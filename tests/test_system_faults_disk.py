@@ -38,6 +38,7 @@ from tests.support import Completed, Script, last_json
 from utils import disk
 from utils.artifacts import files, runs
 from utils.data import prepared
+from utils.data.corpus import prepared_documents
 from utils.exceptions import ArtefactError
 from utils.models import chat
 from utils.training import checkpoints
@@ -233,7 +234,7 @@ class Estimates(unittest.TestCase):
         data = prepared.Prepared(run.directory)
         parts = [data.documents(name).select_columns(["id", "text"]) for name in ("corpus", "dev_documents")]
         tokenizer = chat.load_tokenizer(place.models / "base" / "tiny-minimax-m2")
-        estimate = (prepared.space_bytes(parts, tokenizer) - prepared.SMALL_FILES) / 2
+        estimate = (prepared_documents.space_bytes(parts, tokenizer) - prepared_documents.SMALL_FILES) / 2
         arrow = [p for name in ("corpus", "dev_documents") for p in (run.directory / name).glob("*.arrow")]
         taken = sum(path.stat().st_size for path in arrow)
         self.assertLess(abs(estimate / taken - 1), 0.15, (estimate, taken))

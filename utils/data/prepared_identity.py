@@ -23,6 +23,10 @@ SOURCES = {
 }
 LIMITS = same_names("max_documents", "max_train_examples", "max_dev_examples", "max_test_examples")
 INVENTED = same_names("invented_towns", "invented_attributes")
+# raised when the same files give other documents; 2 since 2026-11-30: nothing is deleted unsaid, see `data.extraction`
+READING_METHOD = 2
+# what one file may take decides which files are read
+READING = same_names("file_seconds", "file_memory_mb", "near_duplicates", "personal_data")
 SHARES = same_names("heldout_share", "dev_share", "test_share")
 
 
@@ -34,7 +38,13 @@ def identity(data: DataSection, base: BaseModel, seed: int) -> Identity:
     return Identity.of("prepared", values, _earlier)
 
 
-def _values(data: Mapping[str, Any], contents: Mapping[str, Any], tokenizer: str, seed: int) -> dict[str, Any]:
+def _values(
+    data: Mapping[str, Any],
+    contents: Mapping[str, Any],
+    tokenizer: str,
+    seed: int,
+    method: int = READING_METHOD,
+) -> dict[str, Any]:
     """The deciding values of a settings section and the contents of its sources."""
     sources = {name: _sources(data[name], contents.get(name), data.get(SOURCES[name])) for name in SOURCES}
     names = {source for name in ("corpus", "task") for source in _listed(data[name])}
@@ -50,14 +60,21 @@ def _values(data: Mapping[str, Any], contents: Mapping[str, Any], tokenizer: str
         "split": chosen(data, shares),
         "limits": chosen(data, LIMITS),
         **({"invented": chosen(data, INVENTED)} if any(name.startswith("invented") for name in names) else {}),
+        **_reading(data, method),
         "tokenizer": tokenizer,
         "seed": seed,
     }
 
 
+def _reading(data: Mapping[str, Any], method: int) -> dict[str, Any]:
+    """How documents are read, where files are read and not a built-in domain."""
+    read = {*_listed(data["corpus"]), *_listed(data["corpus_heldout"])} - {*BUILT_IN_TASKS, NONE}
+    return {"documents": {"method": method, **chosen(data, READING)}} if read and method > 1 else {}
+
+
 def _earlier(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Manifests of before 2026-11-30 have the whole section and the contents of its sources."""
-    return _values(recorded["data"], recorded["sources"], recorded["tokenizer"], recorded["seed"])
+    return _values(recorded["data"], recorded["sources"], recorded["tokenizer"], recorded["seed"], method=1)
 
 
 def _sources(named: str | Sequence[str], contents: Sequence[Mapping[str, Any]] | None, revision: Any) -> list[Any]:

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,11 @@ class ProblemList:
 
     def __len__(self) -> int:
         return len(self._shown) + self._hidden
+
+    @property
+    def shown(self) -> tuple[Problem, ...]:
+        """The first 20 of them."""
+        return tuple(self._shown)
 
     def add(self, what: str, value: object = None, fix: str = "") -> None:
         """Record one problem; a long value is cut to 80 characters."""
@@ -260,7 +266,7 @@ def _csv_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
             continue
         if not header:
             header = [cell.strip() for cell in cells]
-            if repeated := sorted({name for name in header if header.count(name) > 1}):
+            if repeated := sorted(name for name, times in Counter(header).items() if times > 1):
                 problems.add(f"{path}:{number}: a column name twice", repeated, "rename the columns in the first line")
         elif len(cells) != len(header):
             what = f"{path}:{number}: {len(cells)} cells, but the first line names {len(header)} columns"

@@ -1,0 +1,145 @@
+"""Bytes to text, and the cleaning that every document gets: nothing is deleted that is not counted.
+
+What cannot be decoded becomes U+FFFD, the mark of Unicode for it. C1 characters are read as windows-1252, as the
+WHATWG's encoding standard reads Latin-1: nobody means control characters by them.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+
+from utils.data.extraction.extracted import NoTextError
+
+MARK = "\ufffd"
+# of a text: above it, it is refused by name
+MOST_UNDECODED = 0.05
+NOT_UTF8, NOT_DECODED = "not UTF-8", "too many characters could not be decoded"
+BLANKS, COMPOSED, PICTURES, SOFT_HYPHENS = (
+    "white space",
+    "composed accents",
+    "embedded pictures and files (base64)",
+    "soft hyphens",
+)
+
+_LINE_BREAKS = re.compile(r"\r\n?|[\x0b\x0c\u2028\u2029]")
+_SOFT_HYPHEN = re.compile("\u00ad")
+_MANY_BLANK_LINES = re.compile(r"\n{4,}")
+_BASE64 = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,[A-Za-z0-9+/=_-]{40,}")
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_C1 = {
+    chr(code): character
+    for code in range(0x80, 0xA0)
+    if (character := bytes([code]).decode("cp1252", "replace")) != MARK
+}
+_DECLARED = re.compile(
+    rb"""<\?xml[^>]{0,200}?encoding\s*=\s*["']([\w.:-]+)|<meta[^>]{0,400}?charset\s*=\s*["']?\s*([\w.:-]+)""", re.I
+)
+# PEP 263 and Emacs
+_COOKIE = re.compile(rb"coding[:=][ \t]*([\w.-]+)")
+# what a browser understands by these names
+_AS_BROWSERS = {
+    "iso-8859-1": "cp1252",
+    "latin1": "cp1252",
+    "latin-1": "cp1252",
+    "ascii": "cp1252",
+    "us-ascii": "cp1252",
+}
+_AS_BROWSERS |= {"iso-8859-9": "cp1254", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949"}
+
+
+@dataclass(frozen=True)
+class CleanText:
+    """A clean text, what was removed from it (reason -> characters; composing may lengthen), and its marks U+FFFD."""
+
+    text: str
+    removed: Counter[str]
+    undecoded: int
+
+
+def clean_text(text: str) -> str:
+    """NFC, `\\n` line ends, no control characters but tab, no blanks at line ends, at most two blank lines in a row."""
+    return cleaned(text).text
+
+
+def cleaned(text: str) -> CleanText:
+    """`clean_text` with the account of it: len(text) == len(result) + the sum of what was removed."""
+    removed: Counter[str] = Counter()
+    undecoded = 0
+
+    def step(reason: str, after: str) -> str:
+        if len(after) != len(text):
+            removed[reason] += len(text) - len(after)
+        return after
+
+    if _CONTROLS.search(text):
+        text = step("surrogate pairs joined", _PAIR.sub(_joined, text))
+        # a lone NEL is a line end of mainframes, and beside other line ends the ellipsis of windows-1252
+        text = text.replace("\x85", "\n") if "\n" not in text and "\r" not in text else text
+        text = _CONTROLS.sub(lambda found: _C1.get(found[0], MARK), text)
+        undecoded = text.count(MARK)
+    if ";base64," in text:
+        text = step(PICTURES, _BASE64.sub("", text))
+    if "\u00ad" in text:
+        text = step(SOFT_HYPHENS, _SOFT_HYPHEN.sub("", text))
+    text = step(BLANKS, _LINE_BREAKS.sub("\n", text))
+    if not unicodedata.is_normalized("NFC", text):
+        text = step(COMPOSED, unicodedata.normalize("NFC", text))
+    # not a pattern: `\s+$` takes quadratic time on a long run of blanks
+    lines = "\n".join(line.rstrip() for line in text.split("\n"))
+    return CleanText(step(BLANKS, _MANY_BLANK_LINES.sub("\n\n\n", lines).strip("\n")), removed, undecoded)
+
+
+def refuse_undecoded(undecoded: int, characters: int) -> None:
+    """Raises NoTextError when more than MOST_UNDECODED of a text's characters are marks."""
+    if undecoded > MOST_UNDECODED * max(1, characters):
+        reason = f"{undecoded:,} of {characters:,} characters could not be decoded"
+        fix = "its font or encoding does not tell them: run OCR on it, or convert it to UTF-8, or leave it out"
+        raise NoTextError(reason, kind=NOT_DECODED, fix=fix)
+
+
+def decode(content: bytes, *, markup: bool = False) -> tuple[str, str]:
+    """(text, the encoding if it is not UTF-8): by byte order mark, as UTF-8, or as the file itself declares.
+
+    `markup` reads the declarations of HTML and XML, and without one windows-1252, as browsers do. Raises NoTextError
+    with the line of the first byte that is not UTF-8.
+    """
+    for mark, encoding in ((b"\xef\xbb\xbf", ""), (b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32")):
+        if content.startswith(mark):
+            return content[0 if encoding else 3 :].decode(encoding or "utf-8", "replace"), encoding
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", "replace"), "utf-16"
+    try:
+        return content.decode("utf-8"), ""
+    except UnicodeDecodeError as error:
+        declared = _declared(content, markup)
+        if declared:
+            return content.decode(declared, "replace"), declared
+        line = content.count(b"\n", 0, error.start) + 1
+        at = error.start - content.rfind(b"\n", 0, error.start)
+        bad = content[error.start : error.start + 4].hex(" ")
+        fix = "iconv -f <its encoding> -t UTF-8"
+        raise NoTextError(
+            f"not UTF-8, at byte {at} of the line (got {bad!r})", kind=NOT_UTF8, place=f":{line}", fix=fix
+        ) from None
+
+
+def _declared(content: bytes, markup: bool) -> str:
+    found = (_DECLARED if markup else _COOKIE).search(content[:4096] if markup else content[:256])
+    name = next((group for group in found.groups() if group), b"").decode().lower() if found else ""
+    if not name and markup:
+        return "cp1252"
+    # it says UTF-8 and is not: the bytes that are not show as marks
+    name = _AS_BROWSERS.get(name, name)
+    try:
+        return name if name and b"a".decode(name) == "a" else "cp1252" if markup else ""
+    except (LookupError, UnicodeDecodeError, TypeError, ValueError):
+        # "a" alone is no UTF-16, which such a file cannot be, and some names are of no text codec
+        return "cp1252" if markup else ""
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair[0].encode("utf-16", "surrogatepass").decode("utf-16")

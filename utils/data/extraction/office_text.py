@@ -1,0 +1,89 @@
+"""Workbooks and presentations: sheets as rows of cells, slides as what stands on them from top to bottom."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.data.extraction.archives import open_archive
+from utils.data.extraction.extracted import HIDDEN, Extracted, NoTextError, visible_characters
+
+CELL = " | "
+
+
+def extract_workbook(path: Path) -> Extracted:
+    """The visible sheets of an Excel or OpenDocument workbook, a line for each row that has a cell with a value."""
+    from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
+
+    if path.suffix.lower() != ".xls":
+        open_archive(path).close()
+    try:
+        workbook = CalamineWorkbook.from_path(str(path))
+    except CalamineError as error:
+        raise NoTextError(f"the workbook cannot be read ({error})") from error
+    sheets, visible, removed = [], 0, Counter[str]()
+    for sheet in workbook.sheets_metadata:
+        if sheet.typ != SheetTypeEnum.WorkSheet:
+            continue
+        lines = list(_rows(workbook.get_sheet_by_name(sheet.name).to_python(skip_empty_area=True)))
+        characters = sum(visible_characters(line.replace(CELL, " ")) for line in lines)
+        visible += characters
+        if sheet.visible != SheetVisibleEnum.Visible:
+            removed[HIDDEN] += characters
+        elif lines:
+            sheets.append("\n".join([f"# {sheet.name}", "", *lines]))
+    if not sheets:
+        raise NoTextError("the workbook has no text")
+    return Extracted.whole("\n\n".join(sheets), visible=visible, removed=removed)
+
+
+def extract_pptx(path: Path) -> Extracted:
+    """Slides of a PowerPoint file in their order, each with its notes."""
+    from pptx import Presentation
+
+    open_archive(path).close()
+    slides, removed = [], Counter[str]()
+    for slide in Presentation(str(path)).slides:
+        blocks = list(_shapes(slide.shapes))
+        if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
+            blocks.append(slide.notes_slide.notes_text_frame.text)
+        text = "\n\n".join(block.strip() for block in blocks if block.strip())
+        if slide._element.get("show") == "0":
+            removed[HIDDEN] += visible_characters(text)
+        elif text:
+            slides.append(text)
+    if not slides:
+        raise NoTextError("the presentation has no text")
+    text = "\n\n".join(slides)
+    visible = visible_characters(text) + removed.total() if removed else 0
+    return Extracted.whole(text, visible=visible, removed=removed)
+
+
+def _rows(rows: list[list[Any]]) -> Iterator[str]:
+    for row in rows:
+        cells = [_cell(value) for value in row]
+        if any(cells):
+            yield CELL.join(cells).rstrip()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return " ".join(str(value).split())
+
+
+def _shapes(shapes: Any) -> Iterator[str]:
+    """Texts of shapes as they are read: from top to bottom, then from left to right; groups one after the other."""
+    placed = [s for s in shapes if s.has_text_frame or s.shape_type == 6 or getattr(s, "has_table", False)]
+    titles = [s for s in placed if s.is_placeholder and s.placeholder_format.type in (1, 3)]
+    others = sorted((s for s in placed if s not in titles), key=lambda s: (s.top or 0, s.left or 0))
+    for shape in (*titles, *others):
+        if shape.shape_type == 6:
+            yield from _shapes(shape.shapes)
+        elif getattr(shape, "has_table", False):
+            yield "\n".join(CELL.join(" ".join(c.text.split()) for c in row.cells) for row in shape.table.rows)
+        else:
+            text = shape.text_frame.text.replace("\v", "\n")
+            yield f"# {' '.join(text.split())}" if shape in titles and text.strip() else text

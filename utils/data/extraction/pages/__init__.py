@@ -1,0 +1,1 @@
+"""A page of HTML as text; also what mammoth and books make HTML of."""

@@ -1,0 +1,1 @@
+"""A PDF file as text, from the places of its characters."""

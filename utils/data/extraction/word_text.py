@@ -1,0 +1,192 @@
+"""A Word file as a person reads it with its changes accepted: mammoth makes HTML of it, `html_text` makes text of that.
+
+mammoth reads paragraphs, lists, tables, notes, links and symbols. What it leaves out is first put into a form that it
+reads: fields, content in tags, moved text, text boxes (each once), formulas; hidden text is taken out. Whatever is in
+the file's text and not in the result is counted.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from utils.data.extraction.archives import open_archive, parse_xml
+from utils.data.extraction.extracted import HIDDEN, RUNNING, Extracted, NoTextError, visible_characters
+from utils.data.extraction.pages.formulas import formula_text
+from utils.data.extraction.pages.html_text import page_text, parse
+
+Element = Any
+
+DELETED, OVERLOOKED = "text that tracked changes delete", "text in parts of Word files that are not read"
+_WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+_MATH = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
+_CHOICE = "{http://schemas.openxmlformats.org/markup-compatibility/2006}AlternateContent"
+_PARTS = ("word/document.xml", "word/footnotes.xml", "word/endnotes.xml")
+_STYLES = ("word/styles.xml", "word/numbering.xml")
+_LOOKS = tuple(_WORD + name for name in ("latentStyles", "docDefaults", "tblStylePr", "tblPr", "tblBorders", "spacing"))
+_KEPT_OF_RUNS = tuple(_WORD + name for name in ("vertAlign", "del", "ins"))
+_ASIDE = re.compile(r"word/(header|footer|comments)\d*\.xml")
+_ASIDE_NAMES = {"header": RUNNING, "footer": RUNNING, "comments": "comments"}
+_REMOVED = tuple(_WORD + name for name in ("del", "moveFrom"))
+_UNWRAPPED = tuple(_WORD + name for name in ("ins", "moveTo", "fldSimple", "smartTag", "customXml", "dir", "bdo"))
+
+
+def extract_docx(path: Path) -> Extracted:
+    """The text of a .docx or .docm. Raises NoTextError if the file is damaged, too large or without text."""
+    import mammoth
+
+    removed: Counter[str] = Counter()
+    with open_archive(path) as archive:
+        names = set(archive.namelist())
+        main = _main_part(archive, names)
+        hidden = _hidden_styles(archive, names)
+        changed: dict[str, bytes] = {}
+        visible = 0
+        for name in (main, *_PARTS[1:]):
+            if name in names:
+                root = parse_xml(archive.read(name))
+                _normalise(root, hidden, removed)
+                visible += sum(visible_characters(t.text or "") for t in root.iter(_WORD + "t"))
+                changed[name] = _slim(root)
+        changed |= {name: _slim(parse_xml(archive.read(name))) for name in _STYLES if name in names}
+        for name in names:
+            if aside := _ASIDE.fullmatch(name):
+                texts = parse_xml(archive.read(name)).iter(_WORD + "t")
+                removed[_ASIDE_NAMES[aside[1]]] += sum(visible_characters(t.text or "") for t in texts)
+        packed = _repacked(archive, changed)
+    markup = mammoth.convert_to_html(packed, convert_image=mammoth.images.img_element(lambda image: {})).value
+    if not markup.strip():
+        raise NoTextError("the Word file has no text")
+    root = parse(f"<html><body>{markup}</body></html>")
+    if root is None:
+        raise NoTextError("its tables or lists are nested too deeply")
+    for link in [a for a in root.iter("a") if (a.text or "") == "↑"]:
+        link.text = ""
+    found = page_text(root, None)
+    text = found.documents[0][1]
+    if not text.strip():
+        raise NoTextError("the Word file has no text")
+    lost = visible - found.visible
+    if lost > 0:
+        removed[OVERLOOKED] += lost
+    removed = +removed
+    return Extracted.whole(text, visible=found.visible + removed.total(), removed=removed)
+
+
+def _main_part(archive: zipfile.ZipFile, names: set[str]) -> str:
+    """The part that holds the document; a few producers call it otherwise."""
+    if _PARTS[0] in names or "_rels/.rels" not in names:
+        return _PARTS[0]
+    for relation in parse_xml(archive.read("_rels/.rels")):
+        if (relation.get("Type") or "").endswith("/officeDocument"):
+            return (relation.get("Target") or "").lstrip("/")
+    return _PARTS[0]
+
+
+def _hidden_styles(archive: zipfile.ZipFile, names: set[str]) -> set[str]:
+    if "word/styles.xml" not in names:
+        return set()
+    styles = parse_xml(archive.read("word/styles.xml")).iter(_WORD + "style")
+    return {style.get(_WORD + "styleId") or "" for style in styles if _is_on(style.find(f"{_WORD}rPr/{_WORD}vanish"))}
+
+
+def _normalise(root: Element, hidden: set[str], removed: Counter[str]) -> None:
+    for element in list(root.iter(*_REMOVED)):
+        if getattr(element.getparent(), "tag", None) != _WORD + "rPr":  # there it is the paragraph's own mark
+            removed[DELETED] += _text_length(element)
+            _take_out(element)
+    for row in list(root.iter(_WORD + "tr")):
+        if row.find(f"{_WORD}trPr/{_WORD}del") is not None:
+            removed[DELETED] += _text_length(row)
+            _take_out(row)
+    for run in list(root.iter(_WORD + "r")):
+        style = run.find(f"{_WORD}rPr/{_WORD}rStyle")
+        is_hidden = style is not None and style.get(_WORD + "val") in hidden
+        if is_hidden or _is_on(run.find(f"{_WORD}rPr/{_WORD}vanish")):
+            removed[HIDDEN] += _text_length(run)
+            _take_out(run)
+    _text_boxes(root)
+    for formula in list(root.iter(_MATH + "oMath")):
+        _replace(formula, [_run(formula_text(formula))])
+    for element in list(root.iter(*_UNWRAPPED, _MATH + "oMathPara")):
+        _replace(element, [child for child in element if not str(child.tag).endswith("Pr")])
+
+
+def _text_boxes(root: Element) -> None:
+    """The paragraphs of a text box, behind the paragraph that it is anchored in; of two alternatives the first."""
+    for alternative in list(root.iter(_CHOICE)):
+        boxes = [list(branch.iter(_WORD + "txbxContent")) for branch in alternative]
+        with_text = [found for found in boxes if found]
+        if with_text:
+            for branch in list(alternative):
+                if (
+                    list(branch.iter(_WORD + "txbxContent")) is not with_text[0]
+                    and with_text[0][0] not in branch.iter()
+                ):
+                    alternative.remove(branch)
+    for box in list(root.iter(_WORD + "txbxContent")):
+        if any(parent.tag == _WORD + "txbxContent" for parent in box.iterancestors()):
+            continue
+        paragraph = next((p for p in box.iterancestors() if p.tag == _WORD + "p"), None)
+        if paragraph is None:
+            continue
+        place, at = paragraph.getparent(), paragraph.getparent().index(paragraph)
+        for number, child in enumerate(list(box), 1):
+            place.insert(at + number, child)
+
+
+def _run(text: str) -> Element:
+    from lxml import etree
+
+    run = etree.Element(_WORD + "r")
+    content = etree.SubElement(run, _WORD + "t")
+    content.text = text
+    content.set("{http://www.w3.org/XML/1998/namespace}space", "preserve")
+    return run
+
+
+def _replace(element: Element, children: list[Element]) -> None:
+    parent = element.getparent()
+    if parent is not None:
+        at = parent.index(element)
+        parent[at : at + 1] = children
+
+
+def _take_out(element: Element) -> None:
+    if element.getparent() is not None:
+        element.getparent().remove(element)
+
+
+def _text_length(element: Element) -> int:
+    return sum(visible_characters(t.text or "") for t in element.iter(_WORD + "t", _WORD + "delText"))
+
+
+def _is_on(element: Element | None) -> bool:
+    return element is not None and element.get(_WORD + "val") not in ("0", "false", "off")
+
+
+def _slim(root: Element) -> bytes:
+    """The part without what only changes how text looks: reading that is most of mammoth's time."""
+    from lxml import etree
+
+    for element in list(root.iter(*_LOOKS)):
+        _take_out(element)
+    for properties in root.iter(_WORD + "rPr"):
+        for child in [child for child in properties if child.tag not in _KEPT_OF_RUNS]:
+            properties.remove(child)
+    return etree.tostring(root, xml_declaration=True, encoding="UTF-8", standalone=True)
+
+
+def _repacked(archive: zipfile.ZipFile, changed: dict[str, bytes]) -> io.BytesIO:
+    """The archive with the changed parts alone, and how they belong together."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as copy:
+        for name in archive.namelist():
+            if name in changed or name.endswith(".rels") or name == "[Content_Types].xml":
+                copy.writestr(name, changed[name] if name in changed else archive.read(name))
+    packed.seek(0)
+    return packed
