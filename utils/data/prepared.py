@@ -26,6 +26,7 @@ from utils.data.examples import read_task_examples
 from utils.data.pairs import refuse_reasoning
 from utils.data.splits import hash_share, leaks, split_by_document
 from utils.exceptions import ArtefactError, DataError, Problem
+from utils.logger import event
 from utils.models import chat, turn_format
 from utils.models.base_model import BaseModel
 from utils.models.chat import load_tokenizer
