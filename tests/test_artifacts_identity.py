@@ -130,7 +130,7 @@ class Trained(unittest.TestCase):
         # refusals decide no result
         self.assertEqual(
             set(TaskSection.model_fields),
-            {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share"},
+            {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share", "turns"},
         )
 
     def test_a_target_name_counts_by_the_modules_that_it_finds(self) -> None:
@@ -173,9 +173,13 @@ class Prepared(unittest.TestCase):
         dump = self.section.model_dump(mode="json")
         sources = {"corpus": [{"sha256": digest}], "task": [{"sha256": files.sha256_file(self.root / "pairs.jsonl")}]}
         old = {"data": dump, "sources": sources, "tokenizer": self.base.tokenizer_digest, "seed": 0}
-        self.assertEqual(self.now(self.section).differences(old), [])
+        # pairs that were read by the rules of then are read anew
+        self.assertEqual(self.now(self.section).differences(old), ["reading was 1, now 2"])
+        alone = self.section.model_copy(update={"task": "none"})
+        old["data"], old["sources"]["task"] = alone.model_dump(mode="json"), [{"name": "none"}]
+        self.assertEqual(self.now(alone).differences(old), [])
         (self.root / "docs" / "a.txt").write_text("Another text.")
-        self.assertFalse(self.now(self.section).is_of(old))
+        self.assertFalse(self.now(alone).is_of(old))
 
     def test_a_moved_folder_is_the_same_and_a_renamed_file_is_not(self) -> None:
         before = self.now(self.section)
@@ -189,7 +193,10 @@ class Prepared(unittest.TestCase):
     def test_every_data_setting_decides_where_it_is_used(self) -> None:
         named = {*prepared_identity.SOURCES, *prepared_identity.SOURCES.values()}
         groups = (prepared_identity.LIMITS, prepared_identity.INVENTED, prepared_identity.SHARES)
-        self.assertEqual(set(DataSection.model_fields), named.union(*(group.values() for group in groups)))
+        decided = named.union(*(group.values() for group in groups)) | {"columns"}
+        self.assertEqual(set(DataSection.model_fields), decided | {"show"})
+        mapped = self.section.model_copy(update={"columns": ("question=ask",)})
+        self.assertNotEqual(self.now(mapped).values, self.now(self.section).values)
 
 
 class Others(unittest.TestCase):

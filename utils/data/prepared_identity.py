@@ -23,6 +23,8 @@ SOURCES = {
 }
 LIMITS = same_names("max_documents", "max_train_examples", "max_dev_examples", "max_test_examples")
 INVENTED = same_names("invented_towns", "invented_attributes")
+# raised when the same labelled rows are read otherwise than before: pairs that were read the old way are read anew
+PAIRS_METHOD = 2
 SHARES = same_names("heldout_share", "dev_share", "test_share")
 
 
@@ -49,15 +51,23 @@ def _values(data: Mapping[str, Any], contents: Mapping[str, Any], tokenizer: str
         "sources": {name: found for name, found in sources.items() if found},
         "split": chosen(data, shares),
         "limits": chosen(data, LIMITS),
+        # a file of pairs is read by rules of our own, which are not those of before 2026-11-30
+        **({"columns": list(data.get("columns") or ()), "reading": PAIRS_METHOD} if _is_read(data["task"]) else {}),
         **({"invented": chosen(data, INVENTED)} if any(name.startswith("invented") for name in names) else {}),
         "tokenizer": tokenizer,
         "seed": seed,
     }
 
 
+def _is_read(task: str) -> bool:
+    """Whether labelled pairs are read from files or a hub, and do not come with the program."""
+    return task != NONE and task not in BUILT_IN_TASKS
+
+
 def _earlier(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Manifests of before 2026-11-30 have the whole section and the contents of its sources."""
-    return _values(recorded["data"], recorded["sources"], recorded["tokenizer"], recorded["seed"])
+    values = _values(recorded["data"], recorded["sources"], recorded["tokenizer"], recorded["seed"])
+    return values | ({"reading": 1} if "reading" in values else {})
 
 
 def _sources(named: str | Sequence[str], contents: Sequence[Mapping[str, Any]] | None, revision: Any) -> list[Any]:
