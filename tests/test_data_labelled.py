@@ -104,7 +104,14 @@ class Marks(Pairs):
     GOOD: ClassVar[dict[str, Any]] = {"messages": [USER, said("Good.")]}
 
     def test_the_last_turn_that_is_to_be_trained_is_the_answer_however_the_mark_is_spelled(self) -> None:
-        for mark in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"trainable": "false"}):
+        for mark in (
+            {"weight": 0},
+            {"weight": 0.0},
+            {"train": False},
+            {"loss": False},
+            {"trainable": "false"},
+            {"loss_scale": 0},
+        ):
             turns = [USER, said("Good.", weight=1), {"role": "user", "content": "And?"}, said("Go away.", **mark)]
             example = self.one({"messages": turns})
             self.assertEqual((example["answers"], example["history"]), (["Good."], []), mark)
@@ -158,6 +165,14 @@ class Marks(Pairs):
         turns = {"chosen": [USER, said("Good.")], "rejected": [USER, said("Go away.")]}
         self.assertIn("--data.columns messages=chosen", self.refused(turns))
         self.assertEqual(self.one(turns, columns=("messages=chosen",))["answers"], ["Good."])
+
+    def test_a_conversation_whose_answer_is_one_of_two_is_preference_data(self) -> None:
+        asked = [*Conversations.TURNS, {"role": "user", "content": "So?"}]
+        row = {"conversations": asked, "chosen": said("Good."), "rejected": said("Go away.")}
+        self.assertIn("preference data", self.refused(row))
+        self.assertEqual(self.one(row, columns=("answer=chosen",))["answers"], ["Good."])
+        examples, found = self.read({"messages": Conversations.TURNS, "rejected_response": "Go away."})
+        self.assertEqual((examples[0]["answers"], found.columns_not_used), (["Two."], {"rejected_response": 1}))
 
     def test_ranked_outputs_are_no_accepted_answers(self) -> None:
         for column in ("output", "response", "completion"):
@@ -334,6 +349,11 @@ class Columns(Pairs):
         self.assertIn(
             "could be the context", self.refused({"question": "q", "answer": "a", "context": "c", "passage": "p"})
         )
+
+    def test_a_column_whose_values_cannot_have_the_role_is_not_used(self) -> None:
+        _, found = self.read({"question": "q", "answer": "fine", "support": 3, "turns": 1, "chat": "no list"})
+        self.assertEqual(found.columns_not_used, {"support": 1, "turns": 1, "chat": 1})
+        self.assertEqual(self.one({"messages": Conversations.TURNS, "turns": 2})["answers"], ["Two."])
 
     def test_what_was_not_used_and_what_was_is_said(self) -> None:
         rows = [{"instruction": "q", "response": f"a{n}", "category": "open"} for n in range(2)]

@@ -514,7 +514,9 @@ class Data(Tampering):
         task = write_jsonl(place.root / "rows.jsonl", rows)
         made = last_json(place.run("prepare_data", "--data.corpus", "none", "--data.task", str(task)))
         found = [e["question"] for split in prepared.SPLITS for e in Prepared(Path(made["run"])).examples(split)]
-        self.assertEqual(sorted(found), sorted(row["question"].strip() for row in rows))
+        # U+0085 is the byte of an ellipsis in cp1252
+        expected = (row["question"].strip().replace("\x85", "\u2026") for row in rows)
+        self.assertEqual(sorted(found), sorted(expected))
 
     def test_many_long_documents_are_tokenised_in_groups_and_give_the_same_ids(self) -> None:
         tokenizer = chat.load_tokenizer(whole()[0]["base"])

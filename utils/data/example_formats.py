@@ -115,13 +115,12 @@ def expand(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _turns_of(row: Row) -> tuple[str, list[Turn]] | None:
     """(shape, turns) of a row that holds a conversation; None for one that holds a question and an answer."""
     if names := row.filled("messages"):
-        value = row.value("messages")
-        if isinstance(value, (list, dict)) or str(value).lstrip().startswith(("[", "{")) or names[0] in ("messages",):
-            turns = read_turns(value, row.notes)
-            if turns and turns[-1]["role"] != "assistant" and (answers := row.filled("answer")):
-                turns += _completion(row.value("answer"), answers[0], row.notes)
-            return "sharegpt" if names[0].startswith("conversation") else "messages", turns
-        del row.used[names[0]]
+        turns = read_turns(row.value("messages"), row.notes)
+        if turns and turns[-1]["role"] != "assistant" and (answers := row.filled("answer")):
+            turns += _completion(row.value("answer"), answers[0], row.notes)
+        elif turns and turns[-1]["role"] != "assistant" and (found := marks.preference(row)):
+            raise found  # the answer is one of the two
+        return "sharegpt" if names[0].startswith("conversation") else "messages", turns
     asked = row.filled("question")
     answers = row.filled("answer")
     lists = [name for name in (*asked, *answers) if _are_turns(row.values[name])]
@@ -146,6 +145,8 @@ def _are_turns(value: object) -> bool:
 
 
 def _completion(value: object, column: str, notes: list[str]) -> list[Turn]:
+    if isinstance(value, dict) and _are_turns([value]):
+        value = [value]
     if _are_turns(value):
         return read_turns(value, notes)
     return read_turns([{"role": "assistant", "content": text_of(values.single(value, column), "answer")}], notes)

@@ -146,7 +146,7 @@ def read_task_examples(
         dict(dropped),
         " + ".join(dict.fromkeys(one.read.shape for _, one in examples)),
         found.without,
-        *_columns(kept, said, {*found.columns, *([column] if column else [])}),
+        *_columns([(one, taken | {column or ""}) for (_, one), taken in zip(examples, found.taken, strict=True)], said),
         dict(notes),
         facts,
         _turns(made),
@@ -239,16 +239,16 @@ def _said(fields: dict[str, Any]) -> list[str]:
     return [fields["question"], *fields["answers"]]
 
 
-def _columns(kept: list[_Kept], said: ColumnMap, named: set[str]) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Role -> column -> rows, and column -> rows of what was not read."""
+def _columns(kept: list[tuple[_Kept, set[str]]], said: ColumnMap) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Role -> column -> rows, and column -> rows of what was not read; beside each row what its document was read from."""
     roles: dict[str, Counter[str]] = {}
     unused = Counter[str]()
-    for one in kept:
+    for one, taken in kept:
         for column, role in one.read.used.items():
             roles.setdefault(role, Counter())[column] += 1
-        own = {*named, "id", *said.ignored}
+        own = {*taken, *said.ignored, *([said.columns.get("id", ["id"])[0]] if one.id else [])}
         unused.update(c for c in one.read.unused if c not in own and c not in one.read.used)
-    ignored = {column: sum(column in one.read.unused for one in kept) for column in sorted(said.ignored)}
+    ignored = {column: sum(column in one.read.unused for one, _ in kept) for column in sorted(said.ignored)}
     found = {role: dict(columns) for role, columns in roles.items()}
     return found | ({"ignored": ignored} if ignored else {}), dict(unused)
 

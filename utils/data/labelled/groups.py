@@ -33,6 +33,8 @@ class Groups:
     """`documents` is the group of each pair; `columns` and `refused` are column -> why."""
 
     documents: list[str] = field(default_factory=list)
+    taken: list[set[str]] = field(default_factory=list)
+    """Of each pair the columns that its document was read from."""
     without: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -73,9 +75,12 @@ def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | N
         column = next((column for column in found.columns if names.get(column)), None)
         if column is None:
             found.without += 1
+            found.taken.append(set())
             found.documents.append(first_with.setdefault(context, name) if context else name)
         else:
-            heading = names.get(divided.get(column) or "", "")
+            headed = divided.get(column) or ""
+            heading = names.get(headed, "")
+            found.taken.append({column, headed})
             found.documents.append(f"{names[column]} > {heading}" if heading else names[column])
     return found
 

@@ -12,9 +12,9 @@ from utils.data.labelled.roles import Row
 from utils.data.labelled.row_text import LeftOutError, RowError, is_missing, is_number, truth
 
 # OpenAI; axolotl, ms-swift and others
-TURN_MARKS = ("weight", "train", "training", "trainable", "loss", "label")
+TURN_MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "label")
 ROW_MARKS = ("weight", "train", "trainable", "train_on_row", "loss")
-LABELS = ("label", "is_correct", "correct", "is_right", "accepted", "is_accepted", "is_answer")
+LABELS = ("label", "kto_tag", "is_correct", "correct", "is_right", "accepted", "is_accepted", "is_answer")
 REJECTED = (
     "rejected",
     "rejected_response",
@@ -37,9 +37,11 @@ def is_untrained(turn: dict[str, Any]) -> bool:
     if not is_missing(turn.get("train_detail")):
         raise RowError("train_detail marks parts of a turn", turn["train_detail"], "a turn is trained whole, or not")
     found = {truth(turn[name]) for name in TURN_MARKS if name in turn and turn[name] is not None}
-    found |= {not truth(turn[name]) for name in ("mask", "masked") if isinstance(turn.get(name), bool)}
+    masks = [turn[name] for name in ("mask", "masked") if not is_missing(turn.get(name))]
+    # of a mask of numbers nobody can say which one is trained
+    found |= {not mask if isinstance(mask, bool) else None for mask in masks}
     if None in found:
-        marks = {name: turn[name] for name in TURN_MARKS if name in turn}
+        marks = {name: turn[name] for name in (*TURN_MARKS, "mask", "masked") if name in turn}
         raise RowError("a turn's mark is neither 0 nor 1", marks, "write 0 or 1: a turn is trained whole, or not")
     if len(found) > 1:
         raise RowError("a turn's marks contradict each other", {n: turn[n] for n in TURN_MARKS if n in turn})

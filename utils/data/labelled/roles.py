@@ -114,10 +114,18 @@ class Row:
         if role in self.said.columns:
             return [column for column in self.said.columns[role] if not is_missing(self.values.get(column))]
         for families in (STRONG.get(role, ()), WEAK.get(role, ())):
-            firsts = [next((name for name in family if self.has(name)), None) for family in families]
+            firsts = [next((n for n in family if self.has(n) and self._may_be(role, n)), None) for family in families]
             if found := [name for name in firsts if name is not None]:
                 return found
         return []
+
+    def _may_be(self, role: str, name: str) -> bool:
+        """Whether the value can have this role: `turns` may be a number of turns, `support` one of votes."""
+        value = self.values[name]
+        if role == "messages":
+            is_list = isinstance(value, (list, dict)) or str(value).lstrip().startswith(("[", "{"))
+            return is_list or (name == "messages" and isinstance(value, str))
+        return role != "context" or isinstance(value, (str, list, dict))
 
     def is_named(self, role: str) -> bool:
         """Whether a column of this role is there, filled or not."""

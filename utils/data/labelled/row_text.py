@@ -10,7 +10,7 @@ _THINKING = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<answer>.*)", re
 # what the log of a server has: the template put <think> into the prompt, and the model closes it on a line of its own
 _OPENED_THINKING = re.compile(r"(?P<reasoning>(?:(?!<think>).)*?\n)?</think>\n(?P<answer>.*\S.*)", re.DOTALL)
 _THINK_MARK = re.compile(r"</?think>")
-_LINE_BREAKS = re.compile(r"\r\n?|\x85")
+_LINE_BREAKS = re.compile(r"\r\n?")
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # at the ends of a text they are left over from copying; inside they part words (Thai) and shape letters (Persian)
 _INVISIBLE_ENDS = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
