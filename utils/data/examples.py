@@ -240,7 +240,7 @@ def _said(fields: dict[str, Any]) -> list[str]:
 
 
 def _columns(kept: list[tuple[_Kept, set[str]]], said: ColumnMap) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Role -> column -> rows, and column -> rows of what was not read; beside each row what its document was read from."""
+    """Role -> column -> rows, and column -> rows of what was not read; each row with its document's columns."""
     roles: dict[str, Counter[str]] = {}
     unused = Counter[str]()
     for one, taken in kept:
