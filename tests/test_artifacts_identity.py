@@ -130,7 +130,7 @@ class Trained(unittest.TestCase):
         # refusals decide no result
         self.assertEqual(
             set(TaskSection.model_fields),
-            {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share", "turns"},
+            {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share", "turns", "init_from"},
         )
 
     def test_a_target_name_counts_by_the_modules_that_it_finds(self) -> None:
