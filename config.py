@@ -17,6 +17,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+# the shortest row that is chosen where the data decides: shorter pairs cost nothing in it, and documents need it
+USUAL_ROW_TOKENS = 256
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -27,6 +29,12 @@ _LEAF = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFUSED_FOR_ALL = ("all-linear", "lm_head", "embed_tokens", "gate")
 # bytes of a command line that are no UTF-8 become halves of surrogate pairs
 _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
+# what a column of labelled pairs may be said to be (--data.columns)
+COLUMN_ROLES = (
+    *("question", "answer", "answers", "context", "system", "history", "messages", "conversations"),
+    *("choices", "options"),
+    *("answer_index", "answer_number", "reasoning", "tools", "document", "group", "source", "id", "ignore"),
+)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # https is refused where it is opened, with the reason
 _SERVER = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}(/v1)?/?")
@@ -106,6 +114,12 @@ class DataSection(Section):
     """Labelled pairs that are read once, by evaluate."""
     task_revision: str = ""
     """Commit of 40 hex digits when the labelled pairs are a hub dataset."""
+    columns: tuple[str, ...] = ()
+    """What columns of the labelled pairs are for, as ROLE=COLUMN: question, answer, context, system, history,
+    messages, choices, answer_index (from 0), answer_number (from 1), reasoning, tools, document (what splits), source
+    (file of the corpus), id, ignore. Columns that are not named are known by their usual names."""
+    show: NonNegative = 3
+    """How many labelled pairs prepare_data shows as the model will see them."""
     dev_share: Share = 0.15
     """Share of the labelled documents for dev when task_dev is empty; at least one document."""
     test_share: Share = 0.25
@@ -148,8 +162,9 @@ class TrainSection(Section):
     """Passes over the training data."""
     max_steps: NonNegative = 0
     """Optimiser steps of the run, in as many passes as they take (epochs is then ignored); 0 runs all epochs."""
-    sequence_tokens: Annotated[int, Field(ge=16)] = 256
-    """Length of a packed row (domain) and longest prompt plus answer (task), in tokens."""
+    sequence_tokens: NonNegative = USUAL_ROW_TOKENS
+    """Length of a packed row (domain) and longest prompt plus answer (task), in tokens; 0 follows the labelled pairs:
+    their 95th percentile, from 256 up to 2048 on a CPU and the model's positions elsewhere (prepare_data chooses)."""
     batch_tokens: Positive = 2048
     """Tokens per optimiser step over all processes, padding included."""
     micro_batch_tokens: Positive = 2048
@@ -184,7 +199,9 @@ class DomainSection(Section):
     """Adapter to start from, with more or other documents, instead of a fresh one: a run of ours or a folder in PEFT's
     format, of the same modules and rank. Optimiser and learning rate start anew."""
     # last: documents outside the corpus are a poor judge of what was learnt from it; see decision_document.md
-    train: TrainSection = TrainSection(learning_rate=1e-3, batch_tokens=1024, micro_batch_tokens=1024, keep="last")
+    train: TrainSection = TrainSection(
+        learning_rate=1e-3, sequence_tokens=0, batch_tokens=1024, micro_batch_tokens=1024, keep="last"
+    )
 
 
 class TaskSection(Section):
@@ -199,7 +216,7 @@ class TaskSection(Section):
     format, of the same modules and rank. Optimiser and learning rate start anew."""
     # small steps: a few hundred short pairs would make only a dozen steps of the domain's size; one pass, because on
     # dev a second one made the stacked adapter worse and the independent one hardly better (decision_document.md)
-    train: TrainSection = TrainSection(epochs=1, batch_tokens=768, micro_batch_tokens=768)
+    train: TrainSection = TrainSection(epochs=1, sequence_tokens=0, batch_tokens=768, micro_batch_tokens=768)
     system_prompt: str = "You answer questions briefly and correctly."
     """System message of every prompt, the same in training, evaluation and inference; recorded with the adapter."""
     prompt_loss_weight: Share = 0.0
@@ -636,6 +653,10 @@ def _data_problems(data: DataSection) -> list[str]:
         problems.append(
             f"data.dev_share + data.test_share = {data.dev_share + data.test_share:g}: leave some for training"
         )
+    for item in data.columns:
+        role, _, column = item.partition("=")
+        if role.strip() not in COLUMN_ROLES or not column.strip():
+            problems.append(f"data.columns {item!r}: write ROLE=COLUMN, with a role of {', '.join(COLUMN_ROLES)}")
     for field in ("corpus_revision", "task_revision"):
         value = getattr(data, field)
         if value and not COMMIT.fullmatch(value):
@@ -720,10 +741,13 @@ def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[
             )
         if name in _REFUSED_FOR_ALL[1:]:
             problems.append(f"{stage}.lora.target_modules {name!r}: embeddings, output head and router stay frozen")
-    if train.micro_batch_tokens < train.sequence_tokens:
+    if 0 < train.sequence_tokens < 16:
+        problems.append(f"{stage}.train.sequence_tokens {train.sequence_tokens}: at least 16, or 0 to follow the data")
+    row_tokens = train.sequence_tokens or USUAL_ROW_TOKENS
+    if train.micro_batch_tokens < row_tokens:
         problems.append(
             f"{stage}.train.micro_batch_tokens {train.micro_batch_tokens} is below "
-            f"{stage}.train.sequence_tokens {train.sequence_tokens}: one row must fit a forward pass"
+            f"{stage}.train.sequence_tokens {row_tokens}: one row must fit a forward pass"
         )
     return problems
 
@@ -751,6 +775,16 @@ def _mixture_problems(stage: str, lora: LoraSection, base: BaseModelSection) -> 
             f"--{stage}.lora.target_modules {','.join(ATTENTION)}, and for its experts --{stage}.lora.experts true"
         )
     return problems
+
+
+def with_row_tokens(config: Config, tokens: int = USUAL_ROW_TOKENS) -> Config:
+    """The configuration with this length for the stages that follow the data; one row fits their forward pass."""
+    values = config.model_dump()
+    for stage in ("domain", "task"):
+        train = values[stage]["train"]
+        if not train["sequence_tokens"]:
+            train |= {"sequence_tokens": tokens, "micro_batch_tokens": max(tokens, train["micro_batch_tokens"])}
+    return Config.model_validate(values)
 
 
 def is_minimax_m2(source: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config
+from config import Config, with_row_tokens
 from utils import cli
 
 SECTIONS = ("benchmark", "compose", "domain", "inputs", "base", "plan", "run")
@@ -33,6 +33,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.models.parallel import sharding
     from utils.planning import preflight
 
+    config = with_row_tokens(config)  # random tokens have no length of their own
     if config.base.quantization != "none":
         what = "the suites measure a base whose weights they merge and copy; in 4 or 8 bits they cannot"
         raise ConfigError(Problem(what, f"--base.quantization {config.base.quantization}", "leave it out"))

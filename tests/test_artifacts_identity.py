@@ -130,7 +130,7 @@ class Trained(unittest.TestCase):
         # refusals decide no result
         self.assertEqual(
             set(TaskSection.model_fields),
-            {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share"},
+            {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share", "turns", "init_from"},
         )
 
     def test_a_target_name_counts_by_the_modules_that_it_finds(self) -> None:
@@ -173,15 +173,16 @@ class Prepared(unittest.TestCase):
         dump = self.section.model_dump(mode="json")
         sources = {"corpus": [{"sha256": digest}], "task": [{"sha256": files.sha256_file(self.root / "pairs.jsonl")}]}
         old = {"data": dump, "sources": sources, "tokenizer": self.base.tokenizer_digest, "seed": 0}
-        # documents are read otherwise since; a run without files is still the same
-        self.assertRegex(
-            "\n".join(self.now(self.section).differences(old)), r"^documents was None, now \{'method': 2[^\n]*$"
-        )
-        pairs = self.section.model_copy(update={"corpus": ("none",)})
-        bare = old | {"data": pairs.model_dump(mode="json"), "sources": sources | {"corpus": [{"name": "none"}]}}
-        self.assertEqual(self.now(pairs).differences(bare), [])
+        # documents and pairs are read otherwise since; a run without files is still the same
+        differing = self.now(self.section).differences(old)
+        self.assertEqual(len(differing), 2, differing)
+        self.assertRegex(differing[0], r"^documents was None, now \{'method': 2[^\n]*$")
+        self.assertEqual(differing[1], "reading was 1, now 2")
+        alone = self.section.model_copy(update={"task": "none", "corpus": ("none",)})
+        bare = old | {"data": alone.model_dump(mode="json"), "sources": {n: [{"name": "none"}] for n in sources}}
+        self.assertEqual(self.now(alone).differences(bare), [])
         (self.root / "docs" / "a.txt").write_text("Another text.")
-        self.assertFalse(self.now(self.section).is_of(old))
+        self.assertFalse(self.now(alone).is_of(old))
 
     def test_a_moved_folder_is_the_same_and_a_renamed_file_is_not(self) -> None:
         before = self.now(self.section)
@@ -199,8 +200,10 @@ class Prepared(unittest.TestCase):
             prepared_identity.READING,
         )
         # what is skipped is known by the contents, what stops a run leaves none
-        decided = named.union(*(group.values() for group in groups), {"on_unreadable"})
-        self.assertEqual(set(DataSection.model_fields), decided)
+        decided = named.union(*(group.values() for group in groups), {"on_unreadable", "columns"})
+        self.assertEqual(set(DataSection.model_fields), decided | {"show"})
+        mapped = self.section.model_copy(update={"columns": ("question=ask",)})
+        self.assertNotEqual(self.now(mapped).values, self.now(self.section).values)
 
 
 class Others(unittest.TestCase):

@@ -6,7 +6,7 @@ import json
 import random
 import unittest
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -51,6 +51,41 @@ def found(result: Contamination, source: str, kind: str) -> tuple[str, ...]:
 
 def kinds(result: Contamination, name: str) -> set[tuple[str, str]]:
     return {(o.source, o.kind) for o in result.overlaps if name in o.ids}
+
+
+class Unspaced(unittest.TestCase):
+    """Scripts without blanks between words: the same finding as for the English twin."""
+
+    TWINS: ClassVar[dict[str, tuple[str, str, str]]] = {
+        "Chinese": (
+            "在打开检修盖之前操作人员必须先关闭哪一个部件并等待多少分钟？",
+            "必须先关闭进水阀前的总阀并等待三分钟。",
+            "电机需要每周检查一次。滤芯",
+        ),
+        "Japanese": (
+            "点検口を開ける前に作業者はどの部品を閉めて何分待つ必要がありますか？",
+            "給水弁の前の元栓を閉めて三分待ちます。",
+            "毎週モーターを点検します。",
+        ),
+        "Thai": (
+            "ก่อนเปิดฝาครอบผู้ปฏิบัติงานต้องปิดชิ้นส่วนใดและรอกี่นาที",
+            "ต้องปิดวาล์วหลักหน้าวาล์วน้ำเข้าแล้วรอสามนาที",
+            "ต้องตรวจสอบมอเตอร์ทุกสัปดาห์",
+        ),
+    }
+
+    def test_a_copy_is_found_and_other_text_of_the_domain_is_not(self) -> None:
+        for script, (question, answer, filler) in self.TWINS.items():
+            tests = [item("copied", question, answer), item("clean", question[::-1], answer[::-1])]
+            result = report(prepared(tests, [("a", filler * 9), ("b", f"{filler}{question}{answer}{filler}")]))
+            self.assertEqual((result.flagged, result.too_short), (("copied",), 0), script)
+            self.assertEqual(found(result, "corpus", "question and answer"), ("copied",), script)
+
+    def test_nothing_is_said_of_what_was_not_looked_up(self) -> None:
+        result = report(prepared([item("short", "谁？", "班长。")], [("a", "电机需要每周检查一次。" * 3)]))
+        self.assertEqual((result.too_short, result.flagged), (1, ()))
+        self.assertIn("0 of 1 test items could be looked up", result.lines()[0])
+        self.assertNotIn("flagged", result.lines()[0])
 
 
 class Corpus(unittest.TestCase):

@@ -230,7 +230,7 @@ class TestErrors(TaskTest):
     def test_answer_that_is_not_text(self):
         self.assert_row_error({"question": "q", "answer": True}, "`answer` is a bool")
         self.assert_row_error({"question": "q", "answers": [{"span": [1, 2]}]}, "`answer` is a dict")
-        self.assert_row_error({"question": "q", "answer": float("nan")}, "`answer` is a float")
+        self.assert_row_error({"question": "q", "answer": float("nan")}, "no answers")
 
     def test_answer_index_out_of_range(self):
         for index in (2, -1, "two", 1.5, True):
@@ -254,7 +254,8 @@ class TestErrors(TaskTest):
     def test_turn_before_the_answer_must_be_the_users(self):
         turns = [{"role": role, "content": role} for role in ("user", "assistant", "assistant")]
         self.assert_row_error({"messages": turns}, "no question: the turn before the last answer is not the user's")
-        self.assert_row_error({"messages": [{"role": "tool", "content": "t"}]}, "a turn of unknown role")
+        self.assert_row_error({"messages": [{"role": "tool", "content": "t"}]}, "no answer: there is no assistant turn")
+        self.assert_row_error({"messages": [{"role": "narrator", "content": "t"}]}, "a turn of unknown role")
 
     def test_unclosed_thinking(self):
         self.assert_row_error({"prompt": "q", "completion": "<think>never"}, "<think> is never closed")
@@ -282,7 +283,7 @@ class TestErrors(TaskTest):
         self.assertIn("no examples: 0 rows read", self.error(self.write("task.jsonl", "")))
         self.assertIn("no examples: 0 rows read", self.error(self.write("task.json", "")))
         row = {"question": "q", "answers": {"text": [], "answer_start": []}}
-        self.assertIn("{'unanswerable': 1}", self.error(self.rows(row)))
+        self.assertIn("dropped: 1 unanswerable", self.error(self.rows(row)))
 
     def test_source_that_is_no_table(self):
         self.assertIn("does not exist", self.error("no/such/file.jsonl"))

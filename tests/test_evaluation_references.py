@@ -90,6 +90,14 @@ SQUAD = [
     ("cat", ["dog", "CAT."], 1, 1),
     ("24–10", ["2410"], 0, 0),  # an en dash stays
     ("$5", ["5"], 1, 1),
+    # scripts without blanks, as CMRC and MLQA score them: characters, and no punctuation of any script
+    ("加油。", ["加油"], 1, 1),
+    ("加油站", ["加油"], 0, 2 * (2 / 3) * 1 / (5 / 3)),
+    ("用HEPA滤芯", ["「HEPA 滤芯」！"], 0, 2 * (3 / 4) * 1 / (7 / 4)),
+    ("毎週、点検", ["毎週点検する"], 0, 2 * 1 * (4 / 6) / (10 / 6)),
+    ("น้ำ มัน", ["น้ำมัน"], 1, 1),
+    ("３バー", ["3バー"], 1, 1),
+    ("서울 입니다", ["서울"], 0, 2 * 0.5 * 1 / 1.5),  # Hangul has blanks
 ]
 
 

@@ -49,9 +49,27 @@ JSON = st.recursive(
 COLUMNS = (
     *("question", "answer", "answers", "context", "choices", "answer_index", "answerKey", "history", "system"),
     *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "reasoning"),
-    *("text", "id", "document", "title"),
+    *(
+        "text",
+        "id",
+        "document",
+        "title",
+        "options",
+        "A",
+        "B",
+        "label",
+        "weight",
+        "image",
+        "chosen",
+        "tools",
+        "response",
+    ),
+    *("contexts", "data", "paragraphs", "is_impossible", "correct_answer", "distractor1", "source", "url"),
 )
-TURNS = st.dictionaries(st.sampled_from(["role", "from", "content", "value", "text"]), JSON)
+TURNS = st.dictionaries(
+    st.sampled_from(["role", "from", "content", "value", "text", "tool_calls", "weight", "train", "reasoning_content"]),
+    JSON | st.sampled_from(["user", "assistant", "tool", "system", "function_call"]),
+)
 SETTINGS = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "x"),
@@ -133,11 +151,16 @@ class Documents(Arbitrary):
         if isinstance(found, list):
             self.assertTrue(all(isinstance(text, str) and "\0" not in text for text in found))
         if suffix in tables.TABLE_SUFFIXES:
-            pairs = self.outcome(lambda: read_task_examples(str(path), cache_dir=folder / "cache")[0])
-            if isinstance(pairs, list):
-                for pair in pairs:
+            pairs = self.outcome(lambda: read_task_examples(str(path), cache_dir=folder / "cache"))
+            if isinstance(pairs, tuple):
+                examples, read = pairs
+                self.assertEqual(read.rows, read.examples + sum(read.dropped.values()))
+                for pair in examples:
                     json.dumps(pair, ensure_ascii=False).encode()
-                    self.assertTrue(pair["answers"] and all(isinstance(a, str) and a for a in pair["answers"]))
+                    calls = pair.get("tool_calls")
+                    self.assertTrue(
+                        pair["answers"] and all(isinstance(a, str) and (a or calls) for a in pair["answers"])
+                    )
         shutil.rmtree(folder)
         return found
 

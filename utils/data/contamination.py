@@ -22,7 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from utils.data.ngram_overlap import SHORTEST_WORDS, NearDuplicates, NgramIndex, contains, lookup_width, words_of
+from utils.data.ngram_overlap import (
+    SHORTEST_WORDS,
+    NearDuplicates,
+    NgramIndex,
+    contains,
+    lookup_width,
+    units_per_word,
+    words_of,
+)
 from utils.data.prepared import Prepared
 from utils.exceptions import ArtefactError
 from utils.progress import Progress
@@ -95,7 +103,11 @@ class Contamination:
     def lines(self) -> list[str]:
         """The finding for a terminal; kinds without an item are left out."""
         where = f"{self.setting}: the documents of {self.documents_in_corpus:.0%} of the test items are in the corpus"
+        looked_up = self.test_items - self.too_short
         lines = [f"{where}; flagged as contaminated {len(self.flagged)} of {self.test_items} test items"]
+        if self.too_short:  # nothing is said of what was not looked at
+            lines = [f"{where}; {looked_up} of {self.test_items} test items could be looked up"]
+            lines[0] += f", flagged as contaminated {len(self.flagged)}" if looked_up or self.flagged else ""
         for found in self.overlaps:
             if found.items:
                 verdict = "flagged" if found.is_flagged else "not flagged"
@@ -156,19 +168,26 @@ class _DocumentNames:
     """Whether the documents that the test items are about are among the corpus's, by name."""
 
     def __init__(self, tests: Sequence[Example]):
-        self._tests, self._seen = tests, set[str]()
-        self._wanted = {str(example["document"]) for example in tests}
+        # the file of the corpus where the pair names one, else its document
+        self._named = [str(example.get("source") or example["document"]) for example in tests]
+        ids = {example["id"] for example in tests}
+        self._alone = all(example["document"] in ids for example in tests)
+        self._seen = set[str]()
+        self._wanted = {spelled for name in self._named for spelled in (name, PurePosixPath(name).name)}
 
     def see(self, corpus_id: str) -> None:
         self._seen |= self._wanted.intersection(_spellings(corpus_id))
 
     @property
     def share(self) -> float:
-        return sum(str(example["document"]) in self._seen for example in self._tests) / len(self._tests)
+        return sum(self._is_seen(name) for name in self._named) / len(self._named)
+
+    def _is_seen(self, name: str) -> bool:
+        return name in self._seen or PurePosixPath(name).name in self._seen
 
     def setting(self) -> str:
-        # a pair that names no document is one of its own, see task_examples.py
-        if not self._seen and all(example["document"] == example["id"] for example in self._tests):
+        # a pair that names no document is one of its own, or goes with the first of the same context
+        if not self._seen and self._alone:
             return UNKNOWN
         return SAME if self.share >= 0.5 else HELD_OUT
 
@@ -244,7 +263,9 @@ class _Search:
     def _short_width(self, number: int) -> int:
         length = len(self._questions[number])
         shortest = min(map(len, self._answers[number]))
-        return length if length >= SHORTEST_QUESTION and length + shortest >= SHORTEST_WORDS else 0
+        scale = units_per_word(self._questions[number])
+        is_enough = length >= SHORTEST_QUESTION * scale and length + shortest >= SHORTEST_WORDS * scale
+        return length if is_enough else 0
 
     def _answer_in(self, number: int, passage: str) -> bool:
         return any(

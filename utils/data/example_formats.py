@@ -1,293 +1,292 @@
 """The shapes in which people keep labelled examples, each turned into the one the pipeline knows.
 
-Pure: one row (a dict of columns, names in lower case) in, the common fields out. A new shape is one function and one
-row in SHAPES. Raises RowError for a row that is wrong, UnanswerableError for one that has nothing to learn.
+Pure: one row (a dict of columns) in, the common fields out, with what each column was read as. Raises RowError for a
+row that is wrong, LeftOutError for one that is right and not trained on.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from utils.data.labelled import choices, conversations, marks, values
+from utils.data.labelled.choices import Unsure
+from utils.data.labelled.conversations import Turn, read_turns
+from utils.data.labelled.roles import ColumnMap, Row
+from utils.data.labelled.row_text import (
+    LeftOutError,
+    RowError,
+    UnanswerableError,
+    is_missing,
+    is_visible,
+    only_thoughts,
+    split_thinking,
+    text_of,
+)
+from utils.models.chat import UNTRAINED
+
+__all__ = ["ACCEPTED", "Columns", "LeftOutError", "Read", "RowError", "UnanswerableError", "read_row", "to_common"]
+
 Columns = dict[str, Any]
-Turn = dict[str, str]
-
-_THINKING = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<answer>.*)", re.DOTALL)
-# what the log of a server has: the template put <think> into the prompt, and the model closes it on a line of its own
-_OPENED_THINKING = re.compile(r"(?P<reasoning>(?:(?!<think>).)*?\n)?</think>\n(?P<answer>.*\S.*)", re.DOTALL)
-_THINK_MARK = re.compile(r"</?think>")
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-_ROLES |= {role: role for role in ("system", "user", "assistant")}
-
-
-class RowError(ValueError):
-    """One thing that is wrong with a row: what, the value to blame, and what to do about it."""
-
-    def __init__(self, what: str, value: object = None, fix: str = "") -> None:
-        super().__init__(what)
-        self.what, self.value, self.fix = what, value, fix
-
-
-class UnanswerableError(Exception):
-    """A SQuAD row with an empty list of answers: the question has none, so there is nothing to train or score on."""
+ACCEPTED = (
+    "question + answers or answer (+ context, choices, answer_index; SQuAD, ARC, MMLU, Dolly, OpenOrca too); "
+    "instruction + input + output; prompt + completion (text or messages); messages [{role, content}]; "
+    "conversations [{from, value}]"
+)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One accepted shape: the row has it if of each group in `needs` at least one column is there."""
+class Read:
+    """One row in the common form, and how it was read.
 
-    needs: tuple[tuple[str, ...], ...]
-    accepted: str
-    read: Callable[[Columns], Columns]
-
-
-def to_common(row: Columns) -> tuple[str, Columns]:
-    """The name of the row's shape and its common fields without `id` and `document`.
-
-    Raises RowError (unknown shape, no question, no or empty answers, bad choices or index) or UnanswerableError.
+    `used` is column -> role, `lists` the columns of lists that were not read. `unsure` is a right choice that may count
+    from 0 or 1, `label` a column of 0 and 1 that may be a mark: what both mean is seen in the whole file.
     """
-    name = _shape_of(row)
-    if name is None:
-        raise RowError("unknown shape", f"columns {', '.join(row) or '(none)'}", f"accepted: {accepted_shapes()}")
-    fields = SHAPES[name].read(row)
-    if name == "question" and fields["choices"] is not None:
-        name = "question with choices"
-    elif name == "question" and isinstance(row.get("answers"), dict):
-        name = "squad"
-    return name, fields
+
+    shape: str
+    fields: Columns
+    used: dict[str, str]
+    unused: list[str]
+    notes: list[str] = field(default_factory=list)
+    lists: list[str] = field(default_factory=list)
+    unsure: Unsure | None = None
+    label: bool | None = None
 
 
-def accepted_shapes() -> str:
-    """One line for error messages."""
-    return "; ".join(shape.accepted for shape in SHAPES.values())
+def to_common(row: Mapping[str, Any], said: ColumnMap | None = None) -> tuple[str, Columns]:
+    """The name of the row's shape and its common fields without `id` and `document`; raises as `read_row` does."""
+    found = read_row(row, said)
+    return found.shape, found.fields
 
 
-def _shape_of(row: Columns) -> str | None:
-    # values before names: a parquet file of several shapes has every column in every row, most of them null
-    for has in (lambda column: row.get(column) not in (None, ""), lambda column: column in row):
-        for name, shape in SHAPES.items():
-            if all(any(has(column) for column in group) for group in shape.needs):
-                return name
-    # half a question is a question with something missing, and that is the more useful message
-    return next((n for n, s in SHAPES.items() if any(group[0] in row or group[-1] in row for group in s.needs)), None)
+def read_row(columns: Mapping[str, Any], said: ColumnMap | None = None) -> Read:
+    """Read one row by its own columns, or by what the person said of them.
+
+    Raises RowError (unknown shape, no question, no or empty answers, bad choices or index, contradicting marks),
+    LeftOutError (marked as not to be trained, a picture) or UnanswerableError.
+    """
+    row = Row(columns, said)
+    label = marks.check_row(row, has_choices=choices.are_there(row))
+    unsure = None
+    if turns := _turns_of(row):
+        shape, fields = turns[0], _from_turns(row, turns[1])
+    else:
+        shape, fields, unsure = _from_pair(row)
+    lists = [name for name in row.unused() if _is_list(row.values[name])]
+    return Read(shape, fields, dict(row.used), row.unused(), row.notes, lists, unsure, label)
 
 
-def _from_question(row: Columns) -> Columns:
-    answers = row.get("answers") if row.get("answers") not in (None, "") else row.get("answer")
-    choices, index = _choices(row)
-    if isinstance(answers, dict):
-        if not isinstance(answers.get("text"), list):
-            raise RowError("`answers` is an object without a list `text`", answers, 'write {"text": ["..."]} or a list')
-        if not answers["text"]:
-            raise UnanswerableError
-        answers = answers["text"]
-    if choices is not None and index is None and _is_number(answers) and str(answers) not in choices:
-        answers, index = None, _in_range(answers, choices)
-    if answers is None and index is not None and choices is not None:
-        answers = choices[index]
-    return _common(row, _question(row.get("question")), answers, choices=choices, index=index)
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, dict)) or (isinstance(value, str) and value.lstrip().startswith(("[", "{")))
 
 
-def _from_prompt(row: Columns) -> Columns:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) or isinstance(completion, list):
-        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": _question(prompt)}]
-        if not isinstance(completion, list):
-            completion = [{"role": "assistant", "content": completion}]
-        return _from_turns(row, [*turns, *completion])
-    return _common(row, _question(prompt), completion)
+def expand(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of each question in SQuAD's published form (articles, paragraphs, questions), else the row itself.
+
+    A file that is one object around a list of rows (`data`, `examples`, ...) gives those rows.
+    """
+    paragraphs = values.get("paragraphs")
+    if isinstance(paragraphs, list) and paragraphs and all(isinstance(p, dict) and "qas" in p for p in paragraphs):
+        for number, paragraph in enumerate(paragraphs, 1):
+            for place, asked in enumerate(paragraph["qas"] if isinstance(paragraph["qas"], list) else [], 1):
+                if isinstance(asked, dict):
+                    shared = {"title": values.get("title"), "context": paragraph.get("context")}
+                    yield f", paragraph {number}, question {place}", shared | asked
+        return
+    lists = [key for key, item in values.items() if isinstance(item, list) and len(item) > 0]
+    inside = values[lists[0]] if len(lists) == 1 else None
+    around = [key for key in values if not lists or key != lists[0]]
+    is_wrapped = inside and str(lists[0]).lower() in ("data", "examples", "rows", "items", "questions", "instances")
+    if (
+        is_wrapped
+        and all(isinstance(item, dict) for item in inside)
+        and not {"question", "answer", "answers"} & set(around)
+    ):
+        for number, item in enumerate(inside, 1):
+            # the datasets server wraps each row once more
+            item = item["row"] if isinstance(item.get("row"), dict) else item
+            for place, found in expand(item):
+                yield f", {lists[0]} {number}{place}", found
+        return
+    yield "", dict(values)
 
 
-def _from_alpaca(row: Columns) -> Columns:
-    context = row.get("input") if row.get("input") not in (None, "") else row.get("context")
-    return _common({**row, "context": context}, _question(row.get("instruction")), row.get("output"))
+def _turns_of(row: Row) -> tuple[str, list[Turn]] | None:
+    """(shape, turns) of a row that holds a conversation; None for one that holds a question and an answer."""
+    if names := row.filled("messages"):
+        turns = read_turns(row.value("messages"), row.notes)
+        if turns and turns[-1]["role"] != "assistant" and (answers := row.filled("answer")):
+            turns += _completion(row.value("answer"), answers[0], row.notes)
+        elif turns and turns[-1]["role"] != "assistant" and (found := marks.preference(row)):
+            raise found  # the answer is one of the two
+        return "sharegpt" if names[0].startswith("conversation") else "messages", turns
+    asked = row.filled("question")
+    answers = row.filled("answer")
+    lists = [name for name in (*asked, *answers) if _are_turns(row.values[name])]
+    if not lists or not asked:
+        return None
+    prompt = row.value("question")
+    turns = read_turns(
+        prompt if _are_turns(prompt) else [{"role": "user", "content": text_of(prompt, "question")}], row.notes
+    )
+    if not answers:
+        return "prompt", turns
+    return "prompt", turns + _completion(row.value("answer"), answers[0], row.notes)
 
 
-def _from_turns(row: Columns, turns: object) -> Columns:
-    read = _turns(turns)
-    last = max((i for i, turn in enumerate(read) if turn["role"] == "assistant"), default=None)
-    if last is None:
-        raise RowError("no answer: there is no assistant turn", turns, "end the messages with the answer")
-    system = "\n\n".join(turn["content"] for turn in read if turn["role"] == "system")
-    before = [_past(turn) for turn in read[:last] if turn["role"] != "system"]
-    if not before or before[-1]["role"] != "user":
+def _are_turns(value: object) -> bool:
+    keys = ("role", "from", "content", "value")
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(t, dict) and any(k in t for k in keys) for t in value)
+    )
+
+
+def _completion(value: object, column: str, notes: list[str]) -> list[Turn]:
+    if isinstance(value, dict) and _are_turns([value]):
+        value = [value]
+    if _are_turns(value):
+        return read_turns(value, notes)
+    return read_turns([{"role": "assistant", "content": text_of(values.single(value, column), "answer")}], notes)
+
+
+def _from_turns(row: Row, turns: list[Turn]) -> Columns:
+    """The last trained assistant turn is the answer, what stands before it its prompt; what follows it is cut."""
+    answered = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answered:
+        raise RowError("no answer: there is no assistant turn", [t["role"] for t in turns], "end with the answer")
+    trained = [i for i in answered if not turns[i].get(UNTRAINED)]
+    if not trained:
+        raise LeftOutError(marks.UNTRAINED)
+    last = trained[-1]
+    if any(turn["content"] or turn.get("tool_calls") for turn in turns[last + 1 :]):
+        row.notes.append("turns after the last answer that is trained: cut")
+    said = [turn["content"] for turn in turns[: last + 1] if turn["role"] == "system"]
+    before = [turn for turn in turns[:last] if turn["role"] != "system"]
+    question = max((i for i, turn in enumerate(before) if turn["role"] == "user"), default=None)
+    if question is None or before[-1]["role"] == "assistant":
         found = before[-1]["role"] if before else "nothing"
-        raise RowError("no question: the turn before the last answer is not the user's", found, "put a user turn there")
-    # vLLM, MiniMax and DeepSeek return the thoughts beside the content instead of inside <think>
-    reasoning = read[last].get("reasoning") or row.get("reasoning")
-    row = {**row, "system": system or row.get("system"), "history": before[:-1], "reasoning": reasoning}
-    return _common(row, _question(before[-1]["content"]), read[last]["content"])
+        what = "no question: the turn before the last answer is not the user's"
+        raise RowError(what, found, "put a user turn there, or join two turns of the assistant")
+    if before[question]["content"] == "":
+        raise RowError("no question", fix="write the question, or delete the row")
+    answer = turns[last]
+    fields = _common(
+        row,
+        before[question]["content"],
+        [answer["content"]],
+        reasoning=answer.get("reasoning_content"),
+        calls=answer.get("tool_calls"),
+    )
+    own = fields["system"]
+    fields["system"] = "\n\n".join(dict.fromkeys([*([own] if own else []), *said])) or None
+    fields["history"] = [*fields["history"], *before[:question]]
+    if before[question + 1 :]:
+        fields["tool_turns"] = before[question + 1 :]
+    return fields
 
 
-def _turns(turns: object) -> list[Turn]:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError(
-            "the messages are not a list of objects", turns, 'write [{"role": "user", "content": "..."}, ...]'
-        )
-    read = []
-    for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if _ROLES.get(str(role)) is None:
-            raise RowError("a turn of unknown role", role, f"one of {', '.join(_ROLES)}")
-        if isinstance(content, list):  # the multimodal form: [{"type": "text", "text": "..."}]
-            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
-        if not isinstance(content, str):
-            raise RowError(f"the content of a {role} turn is not text", content, "write a string")
-        thoughts = turn.get("reasoning_content") or turn.get("reasoning")
-        if thoughts is not None and not isinstance(thoughts, str):
-            raise RowError(f"the reasoning of a {role} turn is not text", thoughts, "write a string")
-        read.append({"role": _ROLES[str(role)], "content": content.strip(), "reasoning": thoughts or ""})
-    return read
-
-
-def _past(turn: Turn) -> Turn:
-    """A turn before the question; what an assistant thought stands apart, as templates expect it."""
-    content, reasoning = turn["content"], turn["reasoning"]
-    if turn["role"] == "assistant":
-        thought, content = _split_thinking(content)
-        reasoning = _only_thoughts(reasoning) or thought
-    said = {"role": turn["role"], "content": content}
-    return said | {"reasoning_content": reasoning} if reasoning and turn["role"] == "assistant" else said
+def _from_pair(row: Row) -> tuple[str, Columns, Unsure | None]:
+    shape, question = values.question_of(row)
+    texts, labels, columns = choices.read_choices(row)
+    wrong = choices.wrong_answers(row) if texts is None else []
+    names = row.filled("answer")
+    # A to D may stand for the answers of a choice, and `answer` is then their key
+    answers = row.value("answer") if names else None
+    is_squad = isinstance(answers, dict) and "text" in answers
+    answers = values.accepted(row, answers, names[0] if names else "")
+    if texts is None:
+        for name in ("answer_index", "answer_number"):
+            if name in row.said.columns or row.has(name):
+                value = row.peek(name) if row.has(name) else row.value(name)
+                raise RowError(f"{name} without choices", value, f"give `choices`, or leave {name} out")
+        if wrong and answers:
+            right = text_of(answers[0] if isinstance(answers, list) else answers, "answer")
+            texts = list(dict.fromkeys([right, *wrong]))
+    index = unsure = None
+    if texts is not None and not wrong:
+        index, unsure, is_key = choices.right_choice(row, texts, labels, answers, columns)
+        if is_key and index is not None:
+            answers = texts[index]
+        elif is_key and unsure is not None:
+            answers = texts[0]  # the file decides which one it is
+        elif unsure is not None:
+            unsure = None  # the answer in words says it
+    if is_missing(question) or is_missing(answers):
+        raise _explain(row, question)
+    fields = _common(row, values.question_text(question), answers, texts=texts, index=0 if unsure else index)
+    if shape == "question":
+        shape = "squad" if is_squad else "question with choices" if texts is not None else shape
+    return shape, fields, unsure
 
 
 def _common(
-    row: Columns, question: str, answers: object, *, choices: list[str] | None = None, index: int | None = None
+    row: Row,
+    question: str,
+    answers: Any,
+    *,
+    texts: list[str] | None = None,
+    index: int | None = None,
+    reasoning: str | None = None,
+    calls: list[dict[str, Any]] | None = None,
 ) -> Columns:
-    if answers is None or answers == []:
-        raise RowError("no answers", fix="give `answers`, a list of accepted answers, or `answer`; or delete the row")
-    texts, thoughts = [], None
+    tools = conversations.read_tools(row.value("tools"))
+    if tools and not calls and (calls := conversations.calls_in(answers)):
+        answers = [""]
+    accepted: list[str] = []
     for item in answers if isinstance(answers, list) else [answers]:
-        thought, text = _split_thinking(_text(item, "answer"))
-        if not text:
+        thought, text = split_thinking(text_of(item, "answer"))
+        if not is_visible(text) and not calls:
             raise RowError("empty answer", item, "write the answer, or delete the row")
-        thoughts = thoughts or thought
-        texts.append(text)
-    if choices is not None:
-        same = [i for i, choice in enumerate(choices) if _normal(choice) in {_normal(text) for text in texts}]
-        if index is None and not same:
-            raise RowError("none of the answers is among the choices", texts[0], f"the choices are {choices}")
-        if index is not None and index not in same:
-            what = f"answer_index {index} is the choice {choices[index]!r}, which is not among the answers"
-            raise RowError(what, texts[0], "answer_index counts from 0")
-        index = same[0] if index is None else index
+        reasoning = reasoning or thought
+        accepted.append(marks.check_media(text))
+    if texts is not None:
+        index = choices.match(texts, accepted, index)
+    own = row.value("reasoning")
+    system = row.value("system")
+    system = "\n\n".join(text_of(one, "system") for one in (system if isinstance(system, list) else [system]) if one)
+    history = row.value("history")
     return {
-        "system": _optional(row, "system"),
-        "history": _history(row.get("history")),
+        "system": system or None,
+        "history": [] if is_missing(history) else read_turns(history, row.notes),
         "question": question,
-        "context": _optional(row, "context"),
-        "reasoning": _only_thoughts(_optional(row, "reasoning") or _optional(row, "reasoning_content")) or thoughts,
-        "answers": list(dict.fromkeys(texts)),
-        "choices": choices,
+        "context": values.context_of(row),
+        "reasoning": reasoning or (None if is_missing(own) else only_thoughts(text_of(own, "reasoning"))),
+        "answers": list(dict.fromkeys(accepted)),
+        "choices": texts,
         "answer_index": index,
+        **({"tools": tools} if tools else {}),
+        **({"tool_calls": calls} if calls else {}),
     }
 
 
-def _choices(row: Columns) -> tuple[list[str] | None, int | None]:
-    choices, labels = row.get("choices"), None
-    if isinstance(choices, dict):  # ARC: {"text": [...], "label": ["A", ...]} with answerKey
-        choices, labels = choices.get("text"), choices.get("label")
-    index, key = row.get("answer_index"), row.get("answerkey")
-    if choices in (None, "", []):
-        if index not in (None, ""):
-            raise RowError("answer_index without choices", index, "give `choices`, or leave answer_index out")
-        return None, None
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise RowError("fewer than 2 choices", choices, "give a list of 2 or more, or leave `choices` out")
-    texts = [_text(choice, "choice") for choice in choices]
-    if not all(texts):
-        raise RowError("an empty choice", choices, "write the choice, or take it out and correct answer_index")
-    if index not in (None, ""):
-        return texts, _in_range(index, texts)
-    if key in (None, ""):
-        return texts, None
-    letters = [chr(ord("A") + i) for i in range(len(texts))]
-    names = [str(label) for label in labels] if isinstance(labels, list) and labels else letters
-    if str(key).strip() not in names or len(names) != len(texts):
-        raise RowError("answerKey is not one of the choice labels", key, f"the labels are {names}")
-    return texts, names.index(str(key).strip())
+def _explain(row: Row, question: object) -> RowError:
+    """What is wrong with a row that has no question or no answer: a cell is empty, or no column is known as one."""
+    if is_missing(question) and row.is_named("question"):
+        return RowError("no question", fix="write the question, or delete the row")
+    if not is_missing(question) and row.is_named("answer"):
+        blank = any(isinstance(value, str) for name, value in row.values.items() if row.role_of(name) == "answer")
+        fix = "give `answers`, a list of accepted answers, or `answer`; or delete the row"
+        return RowError("empty answer" if blank else "no answers", fix=fix)
+    if found := marks.preference(row):
+        return found
+    if row.is_named("messages"):
+        return RowError("no messages", fix="write the conversation, or delete the row")
+    listed = f"columns {', '.join(row.values) or '(none)'}"
+    missing = [role for role, value in (("question", question), ("answer", row.filled("answer"))) if is_missing(value)]
+    mapped = ",".join(f"{role}={column}" for role, column in zip(missing, _likely(row, missing), strict=False))
+    fix = f"nearest shape: question + answer; say which columns they are: --data.columns {mapped}; " if mapped else ""
+    what = {"question": "no question", "answer": "no answers"}[missing[0]] if len(missing) == 1 else "unknown shape"
+    # with nothing else in the row there is no column to name
+    return RowError(what, listed if mapped or len(missing) > 1 else None, f"{fix}accepted: {ACCEPTED}", of_file=True)
 
 
-def _in_range(index: object, choices: list[str]) -> int:
-    try:
-        number = int(str(index).strip().removesuffix(".0"))
-    except ValueError:
-        number = -1
-    if not 0 <= number < len(choices):
-        raise RowError("answer_index out of range", index, f"0 to {len(choices) - 1}: it counts from 0")
-    return number
-
-
-def _history(value: object) -> list[Turn]:
-    if value in (None, "", []):
-        return []
-    if isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
-        roles = ("user", "assistant")  # Alpaca's [["question", "answer"], ...]
-        value = [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
-    return [_past(turn) for turn in _turns(value)]
-
-
-def _question(value: object) -> str:
-    text = "" if value is None else _text(value, "question")
-    if not text:
-        raise RowError("no question", fix="write the question, or delete the row")
-    return text
-
-
-def _optional(row: Columns, column: str) -> str | None:
-    return None if row.get(column) is None else _text(row[column], column) or None
-
-
-def _text(value: object, column: str) -> str:
-    if isinstance(value, dict) and isinstance(value.get("text"), str):  # original SQuAD: [{"text": ..., ...}]
-        value = value["text"]
-    if not isinstance(value, str) and not _is_number(value):
-        what = "empty answer" if value is None and column == "answer" else f"`{column}` is a {type(value).__name__}"
-        raise RowError(what, value, "write a string")
-    return str(value).strip()
-
-
-def _only_thoughts(text: str | None) -> str | None:
-    """Reasoning without the marks around it. Raises RowError for one inside it, which would end the think block."""
-    inside = (text or "").strip().removeprefix("<think>").removesuffix("</think>").strip()
-    if _THINK_MARK.search(inside):
-        raise RowError("a think mark inside the reasoning", inside, "write the reasoning without <think> and </think>")
-    return inside or None
-
-
-def _split_thinking(answer: str) -> tuple[str | None, str]:
-    if match := _THINKING.fullmatch(answer) or _OPENED_THINKING.fullmatch(answer):
-        if _THINK_MARK.search(match["answer"]):
-            raise RowError("a second think mark in one answer", answer, "one <think>...</think>, then the answer")
-        return _only_thoughts(match["reasoning"]), match["answer"].strip()
-    if answer.startswith("<think>"):
-        raise RowError("<think> is never closed", answer, "close it with </think> before the answer")
-    return None, answer
-
-
-def _is_number(value: object) -> bool:
-    # NaN is how some tools write a missing cell
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def _normal(text: str) -> str:
-    return text.strip().casefold()
-
-
-SHAPES: dict[str, Shape] = {
-    "messages": Shape(
-        (("messages",),), "messages [{role, content}]", lambda row: _from_turns(row, row.get("messages"))
-    ),
-    "sharegpt": Shape(
-        (("conversations",),), "conversations [{from, value}]", lambda row: _from_turns(row, row.get("conversations"))
-    ),
-    "question": Shape(
-        (("question",), ("answers", "answer_index", "answerkey", "answer")),
-        "question + answers or answer (+ context, choices, answer_index; SQuAD and ARC too)",
-        _from_question,
-    ),
-    "alpaca": Shape((("instruction",), ("output",)), "instruction + input + output", _from_alpaca),
-    "prompt": Shape((("prompt",), ("completion",)), "prompt + completion (text or messages)", _from_prompt),
-}
+def _likely(row: Row, missing: list[str]) -> list[str]:
+    """Columns of text that nothing was read from: for the question one that asks, if any does."""
+    texts = [
+        n for n in row.unused() if isinstance(row.values[n], str) and n not in ("id", "text") and n not in row.used
+    ]
+    texts.sort(key=lambda name: not str(row.values[name]).rstrip().endswith(("?", "？", "؟")))
+    return texts if "question" in missing else texts[::-1]

@@ -6,107 +6,271 @@ Reads what `--data.task` names (one table or hub dataset), writes nothing. The c
      "context": str | None, "reasoning": str | None, "answers": [str, ...], "choices": [str, ...] | None,
      "answer_index": int | None}
 
-`document` is what the row was written from; rows of one document never end up on both sides of a split.
+and where there is something to say: `source` (the file of the corpus), `tools`, `tool_turns` (calls and results between
+question and answer) and `tool_calls` (of the answer). `document` is what the row was written from; rows of one document
+never end up on both sides of a split.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.data.example_formats import RowError, UnanswerableError, to_common
+from utils.data.example_formats import LeftOutError, Read, RowError, expand, read_row
+from utils.data.labelled import groups, marks
+from utils.data.labelled.report import TaskReport
+from utils.data.labelled.roles import ColumnMap, column_name
+from utils.data.labelled.row_text import CONTROLS, is_missing
 from utils.data.tables import (
     LONGEST_DOCUMENT,
-    TABLE_SUFFIXES,
+    PAIR_SUFFIXES,
     ProblemList,
     TableRow,
     UniqueIds,
     is_hub_id,
+    is_text_table,
     iter_hub_rows,
     iter_rows,
+    table_suffix,
 )
 from utils.exceptions import DataError, Problem
 
-DOCUMENT_COLUMNS = ("document", "doc_id", "title", "source")
+__all__ = ["TaskReport", "read_task_examples"]
+
 # a csv cell is always text; in these columns text that looks like JSON is JSON
-JSON_COLUMNS = ("answers", "choices", "messages", "conversations", "history")
+JSON_COLUMNS = ("answers", "choices", "options", "messages", "conversations", "history", "tools", "contexts")
+# what a chat template writes; in a row it is text that the template would wrap once more
+_CHAT_MARKS = re.compile(
+    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<(?:start|end)_of_turn>|\[/?INST\]|\]~b\]|"
+    r"<\|(?:user|assistant|system|end)\|>|^###? ?(?:Instruction|Human|Response|Assistant):|^(?:Human|Assistant): ",
+    re.MULTILINE,
+)
+_WRITTEN_LIST = re.compile(r"\[\s*(['\"]).*\1\s*\]", re.DOTALL)
+_LETTER = re.compile(r"\(?[A-Ea-e]\)?[.)]?")
 
 
-@dataclass(frozen=True)
-class TaskReport:
-    """What was read: rows seen, examples kept, reason -> number dropped, and the shape or shapes found."""
+@dataclass
+class _Kept:
+    """A row that was read, until the whole file is known."""
 
-    rows: int
-    examples: int
-    dropped: dict[str, int]
-    shape: str
-    rows_without_document: int
-    """Examples that stand for a document of their own, because no column says what they were written from."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values for a manifest."""
-        return asdict(self)
+    place: str
+    number: int
+    id: str | None
+    names: dict[str, str]
+    read: Read
 
 
 def read_task_examples(
-    source: str, *, cache_dir: Path, hub_revision: str | None = None, split: str | None = None
+    source: str,
+    *,
+    cache_dir: Path,
+    hub_revision: str | None = None,
+    split: str | None = None,
+    columns: Sequence[str] = (),
+    corpus: Callable[[Collection[str]], set[str]] | None = None,
 ) -> tuple[list[dict[str, Any]], TaskReport]:
-    """Read a jsonl, json, csv, tsv or parquet file, or a hub dataset pinned by `hub_revision`, into the common form.
+    """Read a table (jsonl, json, csv, tsv, parquet, a workbook) or a hub dataset pinned by `hub_revision`.
 
-    `split` names a split of a hub dataset; a file has none. Exact duplicates (same history, question, context, answers)
-    and SQuAD's unanswerable questions are dropped and counted. In chats the last assistant turn is the answer, and what
-    follows it is cut. Raises DataError with every problem by file and line: a source that does not exist or is not a
-    table, a malformed line, an unknown shape (with the columns found), a row without question, without answers, with an
-    empty answer, with fewer than 2 choices or a wrong answer_index, and a file that gives no examples at all.
+    `split` names a split of a hub dataset; a file has none. `columns` is `--data.columns`; `corpus` tells which of some
+    names are documents of the corpus. Rows that are left out (exact duplicates of all that a row says, unanswerable
+    questions, rows marked as not to be trained, pictures) are counted by reason. Raises DataError with every problem by
+    file and line: a source that does not exist or is not a table, a malformed line, an unknown shape (with the columns
+    found and the flag that maps them), a row without question or answer, bad choices, a file that gives no examples.
     """
-    problems, dropped, shapes = ProblemList(), Counter(), Counter()
-    ids, seen, complained = UniqueIds(), set(), set()
-    examples: list[dict[str, Any]] = []
-    rows = rows_without_document = 0
+    problems, said = ProblemList(), ColumnMap(columns)
+    dropped, notes, seen = Counter[str](), Counter[str](), Counter[str]()
+    kept: list[_Kept] = []
+    complained: set[tuple[str, ...]] = set()
+    rows = 0
     for row in _rows_of(source, Path(cache_dir), hub_revision, split, problems):
-        rows += 1
-        columns = {str(name).strip().lower(): value for name, value in row.values.items()}
-        try:
-            shape, fields = to_common(_parse_cells(columns) if _is_text_table(source) else columns)
-        except UnanswerableError:
-            dropped["unanswerable"] += 1
-            continue
-        except RowError as error:
-            # the same foreign columns in 10,000 rows are one mistake
-            if error.what != "unknown shape" or tuple(columns) not in complained:
-                problems.add(f"{row.place}: {error.what}", error.value, error.fix)
-            complained.add(tuple(columns))
-            continue
-        shapes[shape] += 1
-        if (size := len(json.dumps(fields, ensure_ascii=False))) > LONGEST_DOCUMENT:
-            problems.add(f"{row.place}: an example of {size:,} characters", fix="no model reads that much: shorten it")
-            continue
-        key = json.dumps([fields[name] for name in ("history", "question", "context", "answers")])
+        for place, values in expand(row.values):
+            rows += 1
+            place, number = f"{row.place}{place}", rows if place else row.number
+            seen.update(column_name(name) for name, value in values.items() if not is_missing(value))
+            if all(is_missing(value) for value in values.values()):
+                dropped["blank row"] += 1
+                continue
+            try:
+                read = read_row(_parse_cells(values, is_text_table(source)), said)
+                if (size := len(json.dumps(read.fields, ensure_ascii=False))) > LONGEST_DOCUMENT:
+                    raise RowError(f"an example of {size:,} characters", fix="no model reads that much: shorten it")
+            except LeftOutError as error:
+                dropped[error.reason] += 1
+                continue
+            except RowError as error:
+                # the same foreign columns in 10,000 rows are one mistake
+                if not error.of_file or (error.what, *values) not in complained:
+                    problems.add(f"{place}: {error.what}", error.value, error.fix)
+                complained.add((error.what, *values))
+                continue
+            notes.update(dict.fromkeys(read.notes, 1))
+            if controls := sum(len(CONTROLS.findall(text)) for text in _texts(values)):
+                notes["control character taken out, or read as the cp1252 character it was"] += controls
+            names = {column_name(name): text for name, value in values.items() if (text := _name(value))}
+            wanted = (*groups.CANDIDATES, *said.columns.get("document", ()), *said.columns.get("source", ()))
+            identity = names.get(said.columns.get("id", ["id"])[0])
+            kept.append(_Kept(place, number, identity, {n: names[n] for n in wanted if n in names}, read))
+    if rows and (missing := said.missing(seen)):
+        fix = f"its columns are {', '.join(seen)}"
+        problems.add(f"{source}: --data.columns names a column that is in no row", missing, fix)
+    kept = _by_label(kept, dropped)
+    _number_choices(source, kept, problems)
+    _look_at_all(source, kept, notes, problems)
+    problems.raise_if_any()
+    examples = _examples(source, kept, dropped)
+    found = groups.group(
+        [one.names for _, one in examples],
+        [example["document"] for example, _ in examples],
+        [example["context"] for example, _ in examples],
+        said,
+    )
+    column, sources = groups.find_sources([one.names for _, one in examples], said, corpus)
+    made = []
+    for (example, _), document, file in zip(examples, found.documents, sources, strict=True):
+        own = {"source": file} if file and file != document else {}
+        made.append({**example, "document": document, **own})
+    if not made:
+        left = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items()) or "nothing"
+        raise DataError(Problem(f"{source}: no examples: {rows} rows read, dropped: {left}", fix=_FIX_EMPTY))
+    facts = found.to_json() | ({"most": found.most} if found.most else {})
+    if column:
+        facts |= {"source": column, "why_source": "named by --data.columns" if "source" in said.columns else _WHY}
+    report = TaskReport(
+        rows,
+        len(made),
+        dict(dropped),
+        " + ".join(dict.fromkeys(one.read.shape for _, one in examples)),
+        found.without,
+        *_columns([(one, taken | {column or ""}) for (_, one), taken in zip(examples, found.taken, strict=True)], said),
+        dict(notes),
+        facts,
+        _turns(made),
+    )
+    return made, report
+
+
+_FIX_EMPTY = "write one labelled question per row"
+_WHY = "its values are names of the corpus's files"
+
+
+def _examples(source: str, kept: list[_Kept], dropped: Counter[str]) -> list[tuple[dict[str, Any], _Kept]]:
+    """The kept rows without exact duplicates, with ids of their own."""
+    ids, seen = UniqueIds(), set[str]()
+    found = []
+    for one in kept:
+        key = json.dumps(one.read.fields, sort_keys=True)
         if key in seen:
             dropped["duplicate"] += 1
             continue
         seen.add(key)
-        wanted_id = _name(columns.get("id")) or f"{_label(source)}#{row.number}"
-        document = next((name for column in DOCUMENT_COLUMNS if (name := _name(columns.get(column)))), None)
-        rows_without_document += document is None
-        examples.append({"id": ids.claim(wanted_id), "document": document or wanted_id, **fields})
-    problems.raise_if_any()
-    if not examples:
-        what = f"{source}: no examples: {rows} rows read, dropped: {dict(dropped) or 'nothing'}"
-        raise DataError(Problem(what, fix="write one labelled question per row"))
-    return examples, TaskReport(rows, len(examples), dict(dropped), " + ".join(shapes), rows_without_document)
+        name = ids.claim(one.id or f"{_label(source)}#{one.number}")
+        found.append(({"id": name, "document": one.id or name, **one.read.fields}, one))
+    return found
+
+
+def _by_label(kept: list[_Kept], dropped: Counter[str]) -> list[_Kept]:
+    """Without the rows labelled 0, where the column `label` holds 0 and 1 alone: WikiQA's wrong answers, KTO's."""
+    is_mark = not any("label" in one.read.unused and one.read.label is None for one in kept)
+    wrong = [one for one in kept if is_mark and one.read.label is False]
+    dropped.update({marks.FALSE_LABEL: len(wrong)} if wrong else {})
+    for one in kept:
+        if is_mark and one.read.label is not None:
+            one.read.used["label"] = "mark"
+    left_out = {id(one) for one in wrong}
+    return [one for one in kept if id(one) not in left_out]
+
+
+def _number_choices(source: str, kept: list[_Kept], problems: ProblemList) -> None:
+    """Settle whether the numbers of the right choices count from 0 or from 1: a 0, or a last one, shows it."""
+    unsure = [(one, *one.read.unsure) for one in kept if one.read.unsure]
+    if not unsure:
+        return
+    from_zero, from_one = any(n == 0 for _, n, _ in unsure), any(n == size for _, n, size in unsure)
+    if from_zero == from_one:
+        found = sorted({number for _, number, _ in unsure})
+        fix = "say which: --data.columns answer_index=COLUMN (from 0), or answer_number=COLUMN (from 1)"
+        problems.add(f"{source}: the right choices are numbers that may count from 0 or from 1", found, fix)
+        return
+    for one, number, _ in unsure:
+        index = number - from_one
+        one.read.fields.update(answers=[one.read.fields["choices"][index]], answer_index=index)
+
+
+def _look_at_all(source: str, kept: list[_Kept], notes: Counter[str], problems: ProblemList) -> None:
+    """What only the whole file shows: letters whose choices were not found, rows that a chat template wrote."""
+    if not kept:
+        return
+    letters = [one for one in kept if not one.read.fields["choices"] and _is_letter(one.read.fields)]
+    lists = Counter(name for one in letters for name in one.read.lists)
+    if len(letters) == len(kept) and lists:
+        column = lists.most_common(1)[0][0]
+        what = f"{source}: every answer is a letter, and no column was read as the choices"
+        problems.add(
+            what, list(lists), f"say which column holds them: --data.columns choices={column}; or ignore={column}"
+        )
+    elif letters and len(letters) == len(kept):
+        notes["the answer is a single letter, and the row has no choices"] += len(letters)
+    written = [one for one in kept if any(_CHAT_MARKS.search(text) for text in _said(one.read.fields))]
+    if 2 * len(written) > len(kept):
+        found = next(m[0] for text in _said(written[0].read.fields) if (m := _CHAT_MARKS.search(text)))
+        fix = "give the text without them, or `messages`: the chat template writes its own"
+        problems.add(f"{written[0].place}: and {len(written) - 1:,} more rows hold the marks of a chat", found, fix)
+    elif written:
+        notes["marks of a chat stand in the text, and are trained as text"] += len(written)
+    if lists_written := sum(bool(_WRITTEN_LIST.fullmatch(a)) for one in kept for a in one.read.fields["answers"]):
+        notes["an answer looks like a list that was written as text; several answers are a JSON list"] += lists_written
+    if repeated := [one for one in kept if (numbers := one.read.fields["answer_index"]) is not None and numbers]:
+        counted = [one for one in kept if one.read.fields["answer_index"] is not None]
+        used = {name for one in counted for name, role in one.read.used.items() if role == "answer_index"}
+        if len(repeated) == len(counted) >= 20 and used and "answer_number" not in used:
+            notes["no right choice has the index 0: if yours count from 1, --data.columns answer_number=COLUMN"] += 1
+
+
+def _is_letter(fields: dict[str, Any]) -> bool:
+    return len(fields["answers"]) == 1 and bool(_LETTER.fullmatch(fields["answers"][0]))
+
+
+def _said(fields: dict[str, Any]) -> list[str]:
+    return [fields["question"], *fields["answers"]]
+
+
+def _columns(kept: list[tuple[_Kept, set[str]]], said: ColumnMap) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Role -> column -> rows, and column -> rows of what was not read; each row with its document's columns."""
+    roles: dict[str, Counter[str]] = {}
+    unused = Counter[str]()
+    for one, taken in kept:
+        for column, role in one.read.used.items():
+            roles.setdefault(role, Counter())[column] += 1
+        own = {*taken, *said.ignored, *([said.columns.get("id", ["id"])[0]] if one.id else [])}
+        unused.update(c for c in one.read.unused if c not in own and c not in one.read.used)
+    ignored = {column: sum(column in one.read.unused for one, _ in kept) for column in sorted(said.ignored)}
+    found = {role: dict(columns) for role, columns in roles.items()}
+    return found | ({"ignored": ignored} if ignored else {}), dict(unused)
+
+
+def _turns(examples: list[dict[str, Any]]) -> dict[str, int]:
+    """Earlier assistant turns: trained are those that answer a user and carry no mark."""
+    counted = Counter[str](trained=0, context=0)
+    for example in examples:
+        turns = [*example["history"], {"role": "user"}, *example.get("tool_turns", [])]
+        for at, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                asked = any(before["role"] == "user" for before in turns[:at]) and turns[at - 1]["role"] != "assistant"
+                counted["trained" if asked and not turn.get("untrained") else "context"] += 1
+    return dict(counted)
 
 
 def _rows_of(
     source: str, cache_dir: Path, hub_revision: str | None, split: str | None, problems: ProblemList
 ) -> Iterator[TableRow]:
     path = Path(source).expanduser()
-    suffixes = " ".join(TABLE_SUFFIXES)
-    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
+    suffixes = " ".join(PAIR_SUFFIXES)
+    if path.is_file() and table_suffix(path) in PAIR_SUFFIXES:
         if split is not None:
             problems.add(
                 f"{source}: a file has no splits", split, "leave the split out, or name the file of that split"
@@ -122,21 +286,28 @@ def _rows_of(
         problems.add(f"{source!r} does not exist", str(Path.cwd()), "correct the path; it starts at the current folder")
 
 
-def _is_text_table(source: str) -> bool:
-    return Path(source).suffix.lower() in (".csv", ".tsv")
-
-
-def _parse_cells(columns: dict[str, Any]) -> dict[str, Any]:
-    parsed = {name: None if value == "" and name != "answer" else value for name, value in columns.items()}
-    for name in JSON_COLUMNS:
-        cell = str(parsed.get(name) or "").strip()
-        if cell.startswith(("[", "{")):
+def _parse_cells(values: dict[str, Any], is_text: bool) -> dict[str, Any]:
+    """The row with what is JSON in a cell of a table of text read as that; elsewhere a text stays one."""
+    if not is_text:
+        return values
+    parsed = dict(values)
+    for name, value in values.items():
+        cell = str(value or "").strip()
+        if column_name(name) in JSON_COLUMNS and cell.startswith(("[", "{")):
             try:
                 parsed[name] = json.loads(cell)
             except (ValueError, RecursionError) as error:
                 fix = 'write a JSON list: ["first", "second"]'
                 raise RowError(f"the cell in `{name}` begins like JSON but is not: {error}", cell, fix) from error
     return parsed
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _label(source: str) -> str:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.data.answer_metrics import normalised
+from utils.data.answer_metrics import is_unspaced, normalised
 
 # GPT-3's contamination study (Brown et al. 2020, arXiv:2005.14165, appendix C): 13 words, shorter texts whole, and
 # nothing below 8 words, which collides by chance
 NGRAM_WORDS = 13
 SHORTEST_WORDS = 8
+# a word of Chinese or Japanese has about one and a half characters
+CHARACTERS_PER_WORD = 1.5
 # near duplicates: sets of character 5-grams, and the Jaccard index at which Lee et al. 2022 (arXiv:2107.06499) drop
 SHINGLE_CHARACTERS = 5
 NEAR_JACCARD = 0.8
@@ -35,8 +37,17 @@ def words_of(text: str) -> list[str]:
 
 
 def lookup_width(words: Sequence[str]) -> int:
-    """Words of the n-grams by which a text is looked up: 13, or all of a shorter text; 0 when it is too short."""
-    return min(len(words), NGRAM_WORDS) if len(words) >= SHORTEST_WORDS else 0
+    """Words of the n-grams by which a text is looked up: 13, or all of a shorter text; 0 when it is too short.
+
+    Where most words are characters of a script without blanks: 20 and 12 of them.
+    """
+    scale = units_per_word(words)
+    return min(len(words), round(NGRAM_WORDS * scale)) if len(words) >= SHORTEST_WORDS * scale else 0
+
+
+def units_per_word(words: Sequence[str]) -> float:
+    """1, or 1.5 where most of the words are characters of a script without blanks."""
+    return CHARACTERS_PER_WORD if 2 * sum(map(is_unspaced, words)) > len(words) else 1
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.exceptions import DataError, Problem
+from utils.logger import warning
 from utils.models import chat, turn_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# share of the pairs above which it is said that they do not fit
+WORTH_WARNING = 0.01
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,20 @@ def fitting_prompt(
             return prompt, True
         keep -= over  # re-tokenising the shortened text can merge differently
     return None, False
+
+
+def warn_of_cuts(train: PairReport, dev: PairReport, max_tokens: int) -> None:
+    """Say how many contexts were cut and how many pairs left out, where that is more than one in a hundred."""
+    for split, found in (("training", train), ("dev", dev)):
+        total = found.usable + found.answer_does_not_fit
+        if found.contexts_shortened + found.answer_does_not_fit > WORTH_WARNING * total:
+            warning(
+                f"{split} pairs do not fit {max_tokens} tokens",
+                pairs=total,
+                contexts_cut=found.contexts_shortened,
+                left_out=found.answer_does_not_fit,
+                instead="raise --task.train.sequence_tokens",
+            )
 
 
 def check_usable(report: PairReport, max_unusable_share: float, max_tokens: int) -> None:

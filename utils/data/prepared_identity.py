@@ -27,6 +27,8 @@ INVENTED = same_names("invented_towns", "invented_attributes")
 READING_METHOD = 2
 # what one file may take decides which files are read
 READING = same_names("file_seconds", "file_memory_mb", "near_duplicates", "personal_data")
+# raised when the same labelled rows are read otherwise than before: pairs that were read the old way are read anew
+PAIRS_METHOD = 2
 SHARES = same_names("heldout_share", "dev_share", "test_share")
 
 
@@ -59,6 +61,8 @@ def _values(
         "sources": {name: found for name, found in sources.items() if found},
         "split": chosen(data, shares),
         "limits": chosen(data, LIMITS),
+        # a file of pairs is read by rules of our own, which are not those of before 2026-11-30
+        **({"columns": list(data.get("columns") or ()), "reading": PAIRS_METHOD} if _is_read(data["task"]) else {}),
         **({"invented": chosen(data, INVENTED)} if any(name.startswith("invented") for name in names) else {}),
         **_reading(data, method),
         "tokenizer": tokenizer,
@@ -72,9 +76,15 @@ def _reading(data: Mapping[str, Any], method: int) -> dict[str, Any]:
     return {"documents": {"method": method, **chosen(data, READING)}} if read and method > 1 else {}
 
 
+def _is_read(task: str) -> bool:
+    """Whether labelled pairs are read from files or a hub, and do not come with the program."""
+    return task != NONE and task not in BUILT_IN_TASKS
+
+
 def _earlier(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Manifests of before 2026-11-30 have the whole section and the contents of its sources."""
-    return _values(recorded["data"], recorded["sources"], recorded["tokenizer"], recorded["seed"], method=1)
+    values = _values(recorded["data"], recorded["sources"], recorded["tokenizer"], recorded["seed"], method=1)
+    return values | ({"reading": 1} if "reading" in values else {})
 
 
 def _sources(named: str | Sequence[str], contents: Sequence[Mapping[str, Any]] | None, revision: Any) -> list[Any]:

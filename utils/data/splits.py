@@ -7,7 +7,9 @@ change with the order of the rows, and hardly when rows or documents are added.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import unicodedata
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from utils.exceptions import DataError, Problem
@@ -37,9 +39,12 @@ def split_by_document(
 
 
 def leaks(train: Sequence[Example], other: Sequence[Example]) -> list[Example]:
-    """Those of `other` whose question, context and answers also stand in `train`, but for case and white space."""
-    known = {_key(example) for example in train}
-    return [example for example in other if _key(example) in known]
+    """Those of `other` that are also trained in `train`, or the other way round, but for case and white space.
+
+    The same is the whole conversation, system prompt, choices and answers; each assistant turn counts as an answer.
+    """
+    known = {key for example in train for key in _keys(example)}
+    return [example for example in other if not known.isdisjoint(_keys(example))]
 
 
 def hash_share(key: str, seed: int) -> float:
@@ -64,10 +69,24 @@ def _place(documents: set[str], dev_share: float, test_share: float, seed: int) 
     return {document: split for split, members in groups.items() for document in members}
 
 
-def _key(example: Example) -> tuple[str, str, tuple[str, ...]]:
+def _keys(example: Example) -> Iterator[tuple[Any, ...]]:
+    """What is asked and answered: of the last answer, and of each assistant turn before it."""
+    system = _normal(example.get("system") or "")
+    asked = {"role": "user", "content": example["question"]}
+    turns = [*(example.get("history") or []), asked, *(example.get("tool_turns") or [])]
+    said = [(turn["role"], _normal(turn["content"]), _calls(turn)) for turn in turns]
+    for at, turn in enumerate(turns):
+        if at and turn["role"] == "assistant" and turns[at - 1]["role"] != "assistant" and not turn.get("untrained"):
+            yield system, tuple(said[:at]), "", (said[at][1],), said[at][2], ()
     answers = tuple(sorted(_normal(answer) for answer in example["answers"]))
-    return _normal(example["question"]), _normal(example.get("context") or ""), answers
+    choices = tuple(sorted(_normal(choice) for choice in example.get("choices") or []))
+    yield system, tuple(said), _normal(example.get("context") or ""), answers, _calls(example), choices
+
+
+def _calls(turn: Example) -> str:
+    calls = [call.get("function") for call in turn.get("tool_calls") or []]
+    return json.dumps(calls, sort_keys=True, ensure_ascii=False) if calls else ""
 
 
 def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())

@@ -1,4 +1,4 @@
-"""Rows out of tables: jsonl, json, csv, tsv, parquet and hub datasets, each row with the place it came from.
+"""Rows out of tables: jsonl, json, csv, tsv, parquet, workbooks and hub datasets, each with the place it came from.
 
 Reads one file or hub dataset row by row, writes nothing. What is wrong goes into a `ProblemList`, so that a person sees
 every bad line of every file at once and not one per run.
@@ -9,27 +9,32 @@ its csv builder turns "NA" into null and "007" into 7, and a `[` in a path becom
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+import lzma
 import re
-from collections import Counter
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.data.tabular.binary_rows import parquet_rows, workbook_rows
+from utils.data.tabular.delimited import delimited_rows
+from utils.data.tabular.json_rows import json_rows, jsonl_rows
+from utils.data.tabular.text_lines import COMPRESSED, Complain, PlacedRow, whole_text
 from utils.exceptions import DataError, Problem
 
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLE_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
+WORKBOOK_SUFFIXES = (".xlsx", ".xls", ".xlsb", ".ods")
+# what labelled pairs are read from, and each kind of text in gz, zst, bz2 or xz
+PAIR_SUFFIXES = (*TABLE_SUFFIXES, *WORKBOOK_SUFFIXES)
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHOWN_PROBLEMS = 20
 SHOWN_CHARACTERS = 80
 # tokenising takes 150 bytes of memory per character: 2.5 GB for the longest document, where 100 MB would take 15
 LONGEST_DOCUMENT = 1 << 24
-# a table of one long line is read whole, so it has to fit the memory several times
-LONGEST_LINE = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -89,16 +94,30 @@ class UniqueIds:
 
 
 def iter_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
-    """The rows of a local table, chosen by suffix; blank lines are skipped.
+    """The rows of a local table, chosen by suffix (`table_suffix`); blank lines are skipped.
 
     A line that cannot be read goes into `problems` with file and line number, and reading goes on behind it.
-    Raises KeyError for a suffix that is not in TABLE_SUFFIXES: the caller decides what such a file means.
+    Raises KeyError for a suffix that is not in PAIR_SUFFIXES: the caller decides what such a file means.
     """
-    reader = _READERS[path.suffix.lower()]
+    reader = _READERS[table_suffix(path)]
     try:
-        yield from reader(path, problems)
-    except OSError as error:
-        problems.add(f"{path}: cannot be read: {error.strerror or error}", fix="check the path and its permissions")
+        yield from (TableRow(*row) for row in reader(path, problems.add))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fix = "compress it again" if path.suffix.lower() in COMPRESSED else "check the path and its permissions"
+        problems.add(f"{path}: cannot be read: {reason}", fix=fix)
+
+
+def table_suffix(path: Path) -> str:
+    """The suffix that says how a table is read: ".jsonl" of "a.jsonl.gz"."""
+    suffix = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    return inner if suffix in COMPRESSED and inner in _TEXT_SUFFIXES else suffix
+
+
+def is_text_table(source: str) -> bool:
+    """Whether every cell of a table is a text: csv and its kind, and workbooks."""
+    return table_suffix(Path(source)) in (".csv", ".tsv", *WORKBOOK_SUFFIXES)
 
 
 def iter_hub_rows(
@@ -151,7 +170,7 @@ def is_hub_id(source: str) -> bool:
 
 def read_text(path: Path, problems: ProblemList) -> str:
     """A whole UTF-8 file (a BOM is accepted); bad bytes and NUL go into `problems` with their line."""
-    return "".join(text for _, text in _lines(path, problems))
+    return whole_text(path, problems.add)
 
 
 def digest16(text: str) -> bytes:
@@ -167,134 +186,12 @@ def shorten(value: object) -> object:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-def _lines(path: Path, problems: ProblemList) -> Iterator[tuple[int, str]]:
-    # one complaint of each kind per file: the fix is to convert the file, and 1,000 lines would bury the other files
-    bad_bytes = bad_nul = False
-    with path.open("rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
-            if len(raw) > LONGEST_LINE:
-                problems.add(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes", fix="break it up")
-                return
-            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if not bad_bytes:
-                    what = f"{path}:{number}: not UTF-8, at byte {error.start + 1} of the line"
-                    problems.add(what, raw[error.start : error.start + 4].hex(" "), "iconv -f <its encoding> -t UTF-8")
-                bad_bytes, text = True, raw.decode("utf-8", "replace")
-            if "\0" in text:
-                if not bad_nul:
-                    fix = "it is binary or UTF-16: convert it to UTF-8 text, or take it out of the sources"
-                    problems.add(f"{path}:{number}: contains a NUL byte", fix=fix)
-                bad_nul, text = True, text.replace("\0", "")
-            # a bad line is handed on all the same: the csv reader counts lines, and a problem stops the run anyway
-            yield number, text
-
-
-def _jsonl_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
-    for number, line in _lines(path, problems):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            end = "" if line.endswith("\n") else "; the file ends inside this line, so it may be truncated"
-            problems.add(f"{place}: not valid JSON: {error}{end}", line.strip(), "write one JSON object per line")
-            continue
-        yield from _checked(place, number, value, problems)
-
-
-def _json_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
-    # peeked with a list of its own: the real reading below reports the same bad byte again
-    first = next((text.strip() for _, text in _lines(path, ProblemList()) if text.strip()), "")
-    if first.startswith("{") and _is_json(first):
-        yield from _jsonl_rows(path, problems)
-        return
-    try:
-        value = json.loads(read_text(path, problems) or "[]")
-    except (ValueError, RecursionError) as error:
-        # in a list, or an object over many lines, one slip would make every line a complaint
-        if first.startswith("{") and first != "{":
-            yield from _jsonl_rows(path, problems)
-        else:
-            fix = "write a JSON list of objects, or one object per line"
-            problems.add(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}", fix=fix)
-        return
-    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
-        yield from _checked(f"{path}, row {number}", number, item, problems)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _checked(place: str, number: int, value: object, problems: ProblemList) -> Iterator[TableRow]:
-    if not isinstance(value, dict):
-        problems.add(f"{place}: a {type(value).__name__}, not an object", value, 'write {"column": value, ...}')
-        return
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        fix = r"a \ud800-\udfff escape stands alone: write both halves, or the character itself"
-        problems.add(f"{place}: half of a surrogate pair, which no UTF-8 text can hold", fix=fix)
-        return
-    yield TableRow(place, number, value)
-
-
-def _csv_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses a cell above 128 KiB, and a document is easily longer
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader((text for _, text in _lines(path, problems)), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        number = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            fix = 'put a cell that holds a quote or a line break between "", and double the quotes inside it'
-            problems.add(f"{path}:{number}: not valid {path.suffix[1:].upper()}: {error}", fix=fix)
-            return
-        if not cells:
-            continue
-        if not header:
-            header = [cell.strip() for cell in cells]
-            if repeated := sorted(name for name, times in Counter(header).items() if times > 1):
-                problems.add(f"{path}:{number}: a column name twice", repeated, "rename the columns in the first line")
-        elif len(cells) != len(header):
-            what = f"{path}:{number}: {len(cells)} cells, but the first line names {len(header)} columns"
-            problems.add(what, delimiter.join(cells), f"quote a cell that contains {delimiter!r}")
-        else:
-            yield TableRow(f"{path}:{number}", number, dict(zip(header, cells, strict=True)))
-
-
-def _parquet_rows(path: Path, problems: ProblemList) -> Iterator[TableRow]:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=200):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield TableRow(f"{path}, row {number}", number, values)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        problems.add(f"{path}: not readable as parquet after row {number}", str(error), "write the file again")
-
-
-_READERS: dict[str, Callable[[Path, ProblemList], Iterator[TableRow]]] = {
-    ".jsonl": _jsonl_rows,
-    ".ndjson": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".tsv": _csv_rows,
-    ".parquet": _parquet_rows,
+_READERS: dict[str, Callable[[Path, Complain], Iterator[PlacedRow]]] = {
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
+    ".json": json_rows,
+    ".csv": delimited_rows,
+    ".tsv": delimited_rows,
+    ".parquet": parquet_rows,
+    **dict.fromkeys(WORKBOOK_SUFFIXES, workbook_rows),
 }

@@ -115,6 +115,7 @@ class Trainer:
             "train": TrainSection.model_validate(said["train"]),
             "system_prompt": identity["system_prompt"],
             "prompt_loss_weight": identity.get("prompt_loss_weight", 0.0),
+            "turns": identity.get("turns", "all"),
             "max_unusable_share": self.config.task.max_unusable_share,
         }
         source = find.parent_by_digest(like, "prepared", self._roots(True))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from config import Config, LoraSection
+from config import USUAL_ROW_TOKENS, Config, LoraSection
 from utils.models.model_shapes import Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, pass_times
@@ -60,12 +60,13 @@ def adapter(lora: LoraSection, *, experts: bool | None = None) -> Adapter:
 def step(config: Config, stage: str, base: Dtype) -> TrainingStep:
     """The forward and backward pass that a stage's settings ask for."""
     section = getattr(config, stage)
+    row_tokens = section.train.sequence_tokens or USUAL_ROW_TOKENS
     below = adapter(config.domain.lora) if stage == "task" and config.task.on != "base" else None
     return TrainingStep(
         base=base,
         adapter=adapter(section.lora),
-        tokens=section.train.micro_batch_tokens,
-        row_tokens=section.train.sequence_tokens,
+        tokens=max(section.train.micro_batch_tokens, row_tokens),
+        row_tokens=row_tokens,
         packed=stage == "domain",
         checkpointing=section.train.gradient_checkpointing,
         below=below,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
-from config import Config
+from config import USUAL_ROW_TOKENS, Config
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, training_plan
@@ -224,7 +224,7 @@ def _scoring(
     config: Config, sizes: ModelSizes, machine: Hardware, form: Form, adapters: list[estimates.Adapter]
 ) -> ScoringPlan:
     """Scoring with the configured tokens a pass, or with half as many as often as it takes to fit."""
-    row = max(getattr(config, stage).train.sequence_tokens for stage in STAGES)
+    row = max(getattr(config, stage).train.sequence_tokens or USUAL_ROW_TOKENS for stage in STAGES)
     found, tokens = [], config.evaluate.batch_tokens
     while True:
         for layout in _scoring_layouts(machine, form):

@@ -22,6 +22,7 @@ def train_domain(config: Config) -> dict[str, Any]:
     """On every rank at once: base model, fresh adapter, packed documents, training loop, artefact."""
     base = preflight.start(config, stage="domain")
     data = find.prepared_run(config, base)
+    config = training_run.with_length(config, data)
     initial = find.initial_run(config, base, "domain")
     rows = row_probe.measured(base, config.base)
     facts = training_identity.start_facts(initial) | rows.deciding("packing", "head")

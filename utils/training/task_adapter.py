@@ -24,6 +24,7 @@ def train_task(config: Config) -> dict[str, Any]:
     """On every rank at once: base model, frozen domain adapter, fresh task adapter, bucketed pairs, artefact."""
     base = preflight.start(config, stage="task")
     data = find.prepared_run(config, base)
+    config = training_run.with_length(config, data)
     domain = find.domain_run(config, base) if config.task.on != "base" else None
     initial = find.initial_run(config, base, "task")
     base = adapter_tokenizer.with_chosen(base, [run for run in (domain, initial) if run])
@@ -49,7 +50,7 @@ def train_task(config: Config) -> dict[str, Any]:
     return training_run.result(run, reused=False)
 
 
-def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, list[Batch], dict[str, int]]:
+def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, list[Batch], dict[str, Any]]:
     """The pairs that are trained on, the dev batches, and how many pairs could be used and how."""
     prepared, task, settings = Prepared(data.directory), config.task, config.task.train
     tokenizer = adapter_tokenizer.of(base)
@@ -58,5 +59,7 @@ def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, l
     trained, report = pairs.tokenise_pairs(examples, tokenizer, task.system_prompt, longest, all_turns=turns)
     pairs.check_usable(report, task.max_unusable_share, longest)
     trained = BucketedPairs(trained, settings, config.run.seed, pad, prompt_loss_weight=task.prompt_loss_weight)
-    dev_pairs, _ = pairs.tokenise_pairs(prepared.examples("dev"), tokenizer, task.system_prompt, longest)
-    return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), asdict(report)
+    dev_pairs, of_dev = pairs.tokenise_pairs(prepared.examples("dev"), tokenizer, task.system_prompt, longest)
+    pairs.warn_of_cuts(report, of_dev, longest)
+    found = asdict(report) | {"dev": asdict(of_dev)}
+    return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), found

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from config import Config, LoraSection, TaskSection, TrainSection
+from config import USUAL_ROW_TOKENS, Config, LoraSection, TaskSection, TrainSection
 from utils.artifacts.identity import MARK, Identity, chosen, same_names
 from utils.artifacts.runs import Run
 from utils.models import devices
@@ -130,6 +130,8 @@ def _decided_train(train: Mapping[str, Any]) -> dict[str, Any]:
     found = chosen(train, TRAIN)
     if train["max_steps"]:
         found.pop("epochs")  # as in the field, so many steps are made in as many passes as they take
+    # of settings that still leave it open: what follows the data has its length by the time a run is opened
+    found["sequence_tokens"] = found["sequence_tokens"] or USUAL_ROW_TOKENS
     if train["keep"] == "best":
         found |= chosen(train, CHOICE)
     return found

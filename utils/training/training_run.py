@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config import Config, LoraSection
+from config import USUAL_ROW_TOKENS, Config, LoraSection, with_row_tokens
 from utils import logger
 from utils.adapters import adapter_files, cards, peft_model
 from utils.adapters.factors import Factors, zero_modules
@@ -90,6 +90,17 @@ def opened(
         ranks.meet()
         yield replace(run, is_main=False)
     ranks.meet()
+
+
+def with_length(config: Config, data: Run) -> Config:
+    """The settings with the row length that the prepared data asks for, where they leave it open."""
+    counts = data.manifest.get("counts")
+    found = counts.get("sequence_tokens") if isinstance(counts, dict) else None
+    tokens = found if type(found) is int and found >= 16 else USUAL_ROW_TOKENS  # data of before has none
+    for stage in ("domain", "task"):
+        if not getattr(config, stage).train.sequence_tokens and tokens != USUAL_ROW_TOKENS:
+            logger.event(f"{stage}.train.sequence_tokens follows the labelled pairs", tokens=tokens)
+    return with_row_tokens(config, tokens)
 
 
 def load_base(config: Config, stage: str, base: BaseModel) -> PreTrainedModel:

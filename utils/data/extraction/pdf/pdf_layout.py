@@ -25,7 +25,7 @@ _DEEPEST = 6
 
 
 @dataclass
-class Row:
+class PageRow:
     """Pieces side by side, from left to right."""
 
     pieces: list[TextPiece]
@@ -53,9 +53,9 @@ class Row:
         return " ".join(p.text for p in self.pieces)
 
 
-def rows_of(pieces: Sequence[TextPiece]) -> list[Row]:
+def rows_of(pieces: Sequence[TextPiece]) -> list[PageRow]:
     """The pieces as rows, from the top of the page to its bottom."""
-    rows: list[Row] = []
+    rows: list[PageRow] = []
     for piece in sorted(pieces, key=lambda p: -(p.y0 + p.y1)):
         for row in rows[-3:]:
             overlap = min(row.y1, piece.y1) - max(row.y0, piece.y0)
@@ -63,19 +63,19 @@ def rows_of(pieces: Sequence[TextPiece]) -> list[Row]:
                 row.pieces.append(piece)
                 break
         else:
-            rows.append(Row([piece]))
+            rows.append(PageRow([piece]))
     for row in rows:
         row.pieces.sort(key=lambda p: p.x0)
     return sorted(rows, key=lambda row: -row.middle)
 
 
-def lines_of(rows: Sequence[Row], depth: int = 0) -> list[str]:
+def lines_of(rows: Sequence[PageRow], depth: int = 0) -> list[str]:
     """The rows as lines in reading order; an empty line begins a paragraph, a column or a table."""
     gutter = _gutter(rows) if depth < _DEEPEST else None
     if gutter is None:
         return _paragraphs(rows)
     lines: list[str] = []
-    plain: list[Row] = []
+    plain: list[PageRow] = []
     for is_region, region in _regions(rows, gutter):
         if not is_region:
             plain += region
@@ -89,7 +89,7 @@ def lines_of(rows: Sequence[Row], depth: int = 0) -> list[str]:
     return lines
 
 
-def _gutter(rows: Sequence[Row]) -> float | None:
+def _gutter(rows: Sequence[PageRow]) -> float | None:
     """The x at which the most rows have a gap with text on both sides; None where fewer than two have one."""
     edges: list[tuple[float, int]] = []
     for row in rows:
@@ -105,7 +105,7 @@ def _gutter(rows: Sequence[Row]) -> float | None:
     return at if best >= FEWEST_ROWS else None
 
 
-def _sides(row: Row, gutter: float) -> tuple[list[TextPiece], list[TextPiece]] | None:
+def _sides(row: PageRow, gutter: float) -> tuple[list[TextPiece], list[TextPiece]] | None:
     """Pieces on the left and on the right; None if one crosses the gutter."""
     if any(p.x0 < gutter - 1 and p.x1 > gutter + 1 for p in row.pieces):
         return None
@@ -114,15 +114,15 @@ def _sides(row: Row, gutter: float) -> tuple[list[TextPiece], list[TextPiece]] |
     return left, [p for p, is_left in zip(row.pieces, middle, strict=True) if not is_left]
 
 
-def _regions(rows: Sequence[Row], gutter: float) -> list[tuple[bool, list[Row]]]:
+def _regions(rows: Sequence[PageRow], gutter: float) -> list[tuple[bool, list[PageRow]]]:
     """The rows in runs: those that keep the gutter free, with text on both sides in at least two; and the others."""
-    runs: list[tuple[bool, list[Row]]] = []
+    runs: list[tuple[bool, list[PageRow]]] = []
     for row in rows:
         is_free = _sides(row, gutter) is not None
         if not runs or runs[-1][0] != is_free:
             runs.append((is_free, []))
         runs[-1][1].append(row)
-    found: list[tuple[bool, list[Row]]] = []
+    found: list[tuple[bool, list[PageRow]]] = []
     for is_free, run in runs:
         both = [number for number, row in enumerate(run) if is_free and all(_sides(row, gutter) or ())]
         if len(both) < FEWEST_ROWS:
@@ -138,16 +138,16 @@ def _regions(rows: Sequence[Row], gutter: float) -> list[tuple[bool, list[Row]]]
     return [(is_region, run) for is_region, run in found if run]
 
 
-def _region_lines(rows: list[Row], gutter: float, depth: int) -> list[str]:
+def _region_lines(rows: list[PageRow], gutter: float, depth: int) -> list[str]:
     sides = [_sides(row, gutter) or (row.pieces, []) for row in rows]
     left, right = [s[0] for s in sides if s[0]], [s[1] for s in sides if s[1]]
     if all(_LIST_MARK.fullmatch(" ".join(p.text for p in pieces)) for pieces in left):
         return _paragraphs(rows)
     if min(_characters(left), _characters(right)) >= PROSE_CHARACTERS:
         return [
-            *lines_of([Row(pieces) for pieces in left], depth + 1),
+            *lines_of([PageRow(pieces) for pieces in left], depth + 1),
             "",
-            *lines_of([Row(pieces) for pieces in right], depth + 1),
+            *lines_of([PageRow(pieces) for pieces in right], depth + 1),
         ]
     return _table(rows)
 
@@ -156,7 +156,7 @@ def _characters(side: list[list[TextPiece]]) -> float:
     return median(sum(len(p.text) for p in pieces) for pieces in side)
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[PageRow]) -> list[str]:
     """A line for each row, empty cells kept; columns are where hardly any row has a piece between them."""
     gap = NARROWEST_GUTTER / 2 * median(row.height for row in rows)
     spans = sorted((p.x0, p.x1) for row in rows for p in row.pieces)
@@ -181,7 +181,7 @@ def _table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _paragraphs(rows: Sequence[Row]) -> list[str]:
+def _paragraphs(rows: Sequence[PageRow]) -> list[str]:
     lines: list[str] = []
     steps = [above.middle - below.middle for above, below in itertools.pairwise(rows)]
     usual = median([step for step in steps if step > 0] or [0])

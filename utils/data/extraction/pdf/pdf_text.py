@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from utils.data.extraction.extracted import RUNNING, Extracted, NoTextError, visible_characters
-from utils.data.extraction.pdf.pdf_layout import Row, lines_of, rows_of
+from utils.data.extraction.pdf.pdf_layout import PageRow, lines_of, rows_of
 from utils.data.extraction.pdf.pdf_pieces import PdfPage, read_page
 from utils.data.extraction.pdf.right_to_left import in_reading_order
 
@@ -95,7 +95,7 @@ def _whole(pages: list[PdfPage]) -> Extracted:
     return found
 
 
-def _without_running(pages: list[list[Row]]) -> list[list[Row]]:
+def _without_running(pages: list[list[PageRow]]) -> list[list[PageRow]]:
     """The rows of each page without what stands at the same edge of many others."""
     if sum(map(bool, pages)) < FEWEST_PAGES:
         return pages
@@ -111,7 +111,7 @@ def _without_running(pages: list[list[Row]]) -> list[list[Row]]:
 class _Repeated:
     """What stands in the outermost rows of pages, and on how many of them; pages begin at their edge."""
 
-    def __init__(self, pages: list[list[Row]]):
+    def __init__(self, pages: list[list[PageRow]]):
         self._exact, self._alike = Counter[str](), Counter[str]()
         for rows in pages:
             texts = {_key(text) for row in rows[:EDGE_ROWS] for text in (row.text, *(p.text for p in row.pieces))}
@@ -120,7 +120,7 @@ class _Repeated:
         self._most = max(FEWEST_PAGES, MOST_PAGES * len(pages))
         self._some = max(FEWEST_PAGES, SOME_PAGES * len(pages))
 
-    def rows(self, rows: list[Row]) -> int:
+    def rows(self, rows: list[PageRow]) -> int:
         """How many rows from the edge of a page on are running ones."""
         steps = sorted(abs(a.middle - b.middle) for a, b in itertools.pairwise(rows))
         usual = steps[len(steps) // 2] if steps else 0.0

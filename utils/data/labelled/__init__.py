@@ -1,0 +1,1 @@
+"""One labelled row at a time: its columns by role, its conversation, its choices, its marks."""

@@ -1,0 +1,192 @@
+"""Multiple choice: where people keep the choices, and how they say which one is right. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from utils.data.labelled.roles import Row
+from utils.data.labelled.row_text import RowError, is_missing, is_number, normal, text_of
+
+LISTS = ("choices", "options", "answer_options", "answer_choices", "alternatives", "endings", "candidates")
+KEYS = ("answer_index", "answer_idx", "answerkey", "answer_key", "correct_index", "correct_option", "correct_idx")
+KEYS += ("answer_letter", "answer_label", "label", "gold", "gold_index", "cop", "correct")
+WRONG = re.compile(r"(?:incorrect_answer|wrong_answer|distractor)s?_?\d*")
+_SERIES = re.compile(r"(?P<stem>option|opt|choice|op|sol|ending|answer|ans|)_?(?P<place>[a-h]|[0-9])")
+_LETTER = re.compile(r"\(?([A-Ha-h])\)?[.):]?")
+_LETTER_AND_TEXT = re.compile(r"\(?([A-Ha-h])[).:]\s*(\S.*)", re.DOTALL)
+# which choice is right, as a number that may count from 0 or from 1: (number, choices); the file decides
+Unsure = tuple[int, int]
+
+
+def are_there(row: Row) -> bool:
+    """Whether the row has choices, by its columns' names or by what the person said."""
+    return "choices" in row.said.columns or any(row.has(name) for name in LISTS) or bool(_series(row))
+
+
+def read_choices(row: Row) -> tuple[list[str] | None, list[str], str]:
+    """(texts, labels, columns) of the row's choices; (None, [], "") for a row without any."""
+    if "choices" in row.said.columns:
+        names = row.filled("choices")
+        value = row.value("choices")
+        texts, labels = _listed(value) if isinstance(value, (list, dict)) else (value, [])
+        return _checked(texts, labels, value), labels, ", ".join(names)
+    for name in LISTS:
+        if row.has(name):
+            value = row.take(name, "choices")
+            texts, labels = _listed(value)
+            return _checked(texts, labels, value), labels, name
+    if names := _series(row):
+        texts = [row.take(name, "choices") for name in names]
+        return _checked(texts, [], texts), [], ", ".join(names)
+    return None, [], ""
+
+
+def right_choice(
+    row: Row, texts: list[str], labels: list[str], answer: Any, columns: str
+) -> tuple[int | None, Unsure | None, bool]:
+    """(index of the right choice, the number of one that may count from 0 or 1, whether the answer is such a key).
+
+    Raises RowError for a key that names no choice, or two keys that name different ones.
+    """
+    found: dict[str, int] = {}
+    unsure, from_column = None, False
+    numbered = columns in LISTS or "choices" in row.said.columns
+    for name, base in (("answer_index", 0), ("answer_number", 1)):
+        if name in row.said.columns and not is_missing(value := row.value(name)):
+            found[name] = _in_range(value, texts, base)
+    for name in KEYS:
+        if not row.has(name):
+            continue
+        value = row.take(name, "answer_index")
+        if name == "answer_index":
+            found[name] = _in_range(value, texts, 0)
+            continue
+        index, number = _of_key(value, texts, labels, from_zero=numbered or name == "answer_idx")
+        if index is None and number is None:
+            shown = "answerKey" if name == "answerkey" else name
+            known = labels or [chr(ord("A") + i) for i in range(len(texts))]
+            raise RowError(f"{shown} is not one of the choice labels", value, f"the labels are {known}")
+        unsure, from_column = number or unsure, from_column or number is not None
+        if index is not None:
+            found[name] = index
+    single = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    if isinstance(single, (str, int, float)) and not isinstance(single, bool) and not same(texts, [single]):
+        index, number = _of_key(single, texts, labels, from_zero=numbered)
+        if index is None and number is None and is_number(single):
+            _in_range(single, texts, 0)
+        unsure = number if number and not found else unsure
+        found |= {} if index is None else {"answer": index}
+    if len(set(found.values())) > 1:
+        raise RowError("two columns name different choices", found, "correct one of them")
+    is_key = is_missing(answer) or "answer" in found or (not found and unsure is not None and not from_column)
+    return (next(iter(found.values())), None, is_key) if found else (None, unsure, is_key)
+
+
+def wrong_answers(row: Row) -> list[str]:
+    """Texts of distractors kept beside the right answer (SciQ, GPQA), each column or list of them."""
+    names = [name for name in row.values if WRONG.fullmatch(name) and row.has(name)]
+    values = [row.take(name, "choices") for name in names]
+    return [text_of(item, "choice") for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+def match(texts: list[str], answers: list[str], index: int | None) -> int:
+    """The index of the choice that the answers are. Raises RowError when they are none, or another than `index`."""
+    equal = same(texts, answers)
+    if index is None and not equal:
+        raise RowError("none of the answers is among the choices", answers[0], f"the choices are {texts}")
+    if index is not None and index not in equal:
+        what = f"answer_index {index} is the choice {texts[index]!r}, which is not among the answers"
+        raise RowError(
+            what,
+            answers[0],
+            "answer_index counts from 0; if yours counts from 1: --data.columns " "answer_number=COLUMN",
+        )
+    return equal[0] if index is None else index
+
+
+def same(texts: list[str], answers: list[Any]) -> list[int]:
+    wanted = {normal(str(answer)) for answer in answers}
+    return [i for i, text in enumerate(texts) if normal(text) in wanted]
+
+
+def _listed(value: Any) -> tuple[list[Any] | Any, list[str]]:
+    """(texts, labels) of a list, of ARC's {"text", "label"}, of {"A": ..., "B": ...}, of [{"key", "value"}]."""
+    if isinstance(value, dict):
+        if isinstance(value.get("text"), list):
+            labels = value.get("label")
+            return value["text"], [str(label) for label in labels] if isinstance(labels, list) else []
+        filled = {str(key): item for key, item in value.items() if not is_missing(item)}  # parquet has every key
+        return list(filled.values()), list(filled)
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        keys = [next((item[k] for k in ("key", "label", "letter", "id") if k in item), None) for item in value]
+        texts = [
+            next((item[k] for k in ("text", "value", "content", "option", "answer") if k in item), None)
+            for item in value
+        ]
+        return texts, [str(key) for key in keys] if None not in keys else []
+    return value, []
+
+
+def _series(row: Row) -> list[str]:
+    """Columns A to D, option_1 to option_4, opa to opd and the like: at least two, from the first place on."""
+    stems: dict[str, dict[int, str]] = {}
+    for name in row.values:
+        if (found := _SERIES.fullmatch(name)) and row.has(name):
+            place, stem = found["place"], found["stem"]
+            if stem or place.isalpha():
+                stems.setdefault(stem + ("1" if place.isdigit() else "a"), {})[ord(place)] = name
+    for places in sorted(stems.values(), key=len, reverse=True):
+        ordered = sorted(places)
+        if (
+            len(ordered) >= 2
+            and ordered == list(range(ordered[0], ordered[0] + len(ordered)))
+            and chr(ordered[0]) in "a01"
+        ):
+            return [places[place] for place in ordered]
+    return []
+
+
+def _checked(texts: Any, labels: list[str], value: Any) -> list[str]:
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise RowError("fewer than 2 choices", value, "give a list of 2 or more, or leave `choices` out")
+    read = [text_of(text, "choice") for text in texts]
+    if not all(read):
+        raise RowError("an empty choice", value, "write the choice, or take it out and correct answer_index")
+    if labels and len(labels) != len(read):
+        raise RowError("choices and their labels differ in number", value, "one label for each choice")
+    return read
+
+
+def _of_key(value: Any, texts: list[str], labels: list[str], *, from_zero: bool) -> tuple[int | None, Unsure | None]:
+    """A letter, a label, the text itself, or a number."""
+    spelled = str(value).strip().removesuffix(".0")
+    for known in ([label.casefold() for label in labels], [normal(text) for text in texts]):
+        if known.count(normal(spelled)) == 1:
+            return known.index(normal(spelled)), None
+    if not labels and (letter := _LETTER.fullmatch(spelled)):
+        place = ord(letter[1].upper()) - ord("A")
+        return (place, None) if place < len(texts) else (None, None)
+    if labels and (letter := _LETTER.fullmatch(spelled)) and letter[1].casefold() in [one.casefold() for one in labels]:
+        return [one.casefold() for one in labels].index(letter[1].casefold()), None
+    if (both := _LETTER_AND_TEXT.fullmatch(spelled)) and (place := ord(both[1].upper()) - ord("A")) < len(texts):
+        return (place, None) if normal(both[2]) == normal(texts[place]) else (None, None)
+    if not re.fullmatch(r"-?\d{1,3}", spelled) or isinstance(value, bool):
+        return None, None
+    number = int(spelled)
+    if from_zero:
+        return _in_range(number, texts, 0), None
+    return (None, (number, len(texts))) if 0 <= number <= len(texts) else (None, None)
+
+
+def _in_range(index: Any, choices: list[str], base: int) -> int:
+    try:
+        number = int(str(index).strip().removesuffix(".0")) - base
+    except ValueError:
+        number = -1
+    if not 0 <= number < len(choices) or isinstance(index, bool):
+        what = "answer_index out of range" if not base else "answer_number out of range"
+        fix = f"{base} to {len(choices) - 1 + base}: it counts from {base}"
+        other = "" if base else "; if yours counts from 1: --data.columns answer_number=COLUMN"
+        raise RowError(what, index, fix + other)
+    return number

@@ -1,0 +1,127 @@
+"""Which document each pair was written from: what splits train, dev and test, and which file of the corpus it is.
+
+Pure. A column is taken by its name and by what stands in it, and each choice comes with its reason: the name of a data
+set in `source` is no document, and neither is what most rows share.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from utils.data.labelled.roles import ColumnMap
+
+Names = Mapping[str, str]
+STRONG = ("document", "doc_id", "document_id", "docid", "doc", "group", "group_id", "source_document", "source_doc")
+FILES = ("file", "file_name", "filename", "file_path", "filepath", "source_file", "path", "url", "source_url", "link")
+FILES += ("uri", "page_url")
+NAMED = (*STRONG, *FILES, "title", "document_title", "source")
+HEADINGS = ("section", "heading", "chapter", "section_title", "subsection", "page")
+SOURCES = ("source", "source_file", *FILES, *STRONG, "title", "document_title")
+CANDIDATES = tuple(dict.fromkeys((*NAMED, *HEADINGS)))
+# in fewer rows than this a value that holds most of them says nothing
+FEW_ROWS = 10
+# `source` with so few values, each in so many rows, names collections
+FEW_VALUES, MANY_ROWS = 10, 10
+
+
+@dataclass
+class Groups:
+    """`documents` is the group of each pair; `columns` and `refused` are column -> why."""
+
+    documents: list[str] = field(default_factory=list)
+    taken: list[set[str]] = field(default_factory=list)
+    """Of each pair the columns that its document was read from."""
+    without: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    most: str = ""
+    """Says of a column that names documents that one of them holds most rows: no split by it is fair."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts for a manifest and the screen."""
+        return {"document": self.columns, "not_document": self.refused, "pairs_without_document": self.without}
+
+
+def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | None], said: ColumnMap) -> Groups:
+    """The document of each pair: its column's value, else that of the first pair with the same context, else its id."""
+    found = Groups()
+    wanted = said.columns.get("document", [])
+    for column in wanted or NAMED:
+        values = Counter(names[column] for names in pairs if names.get(column))
+        if not values:
+            continue
+        why = "named by --data.columns" if wanted else "its name" if column not in FILES else "it names files or pages"
+        top, count = values.most_common(1)[0]
+        is_most = len(pairs) >= FEW_ROWS and 2 * count > len(pairs)
+        if is_most and (headed := _headings(pairs, column)):
+            found.columns[column] = f"{why}, with `{headed}`, because {top!r} holds {count:,} of {len(pairs):,} rows"
+        elif is_most and (wanted or column in STRONG):
+            found.columns[column] = why
+            found.most = f"`{column}`: {top!r} holds {count:,} of {len(pairs):,} rows"
+        elif is_most:
+            found.refused[column] = f"{top!r} holds {count:,} of {len(pairs):,} rows"
+        elif column == "source" and not wanted and _are_collections(values):
+            per = sum(values.values()) // len(values)
+            found.refused[column] = f"{len(values)} values of about {per:,} rows each are collections, not documents"
+        else:
+            found.columns[column] = why
+    first_with: dict[str, str] = {}
+    divided = {column: _headings(pairs, column) for column, why in found.columns.items() if "with `" in why}
+    for names, name, context in zip(pairs, ids, contexts, strict=True):
+        column = next((column for column in found.columns if names.get(column)), None)
+        if column is None:
+            found.without += 1
+            found.taken.append(set())
+            found.documents.append(first_with.setdefault(context, name) if context else name)
+        else:
+            headed = divided.get(column) or ""
+            heading = names.get(headed, "")
+            found.taken.append({column, headed})
+            found.documents.append(f"{names[column]} > {heading}" if heading else names[column])
+    return found
+
+
+def find_sources(
+    pairs: Sequence[Names], said: ColumnMap, corpus: Collection[str]
+) -> tuple[str | None, list[str | None]]:
+    """(column, its value for each pair) that names the files of the corpus; (None, ...) where no column does.
+
+    `corpus` tells which of some names are documents of the corpus; None where there is none to look in.
+    """
+    wanted = said.columns.get("source")
+    best: tuple[int, str | None] = (0, wanted[0] if wanted else None)
+    values = {names[column] for column in wanted or SOURCES for names in pairs if names.get(column)}
+    known = corpus({spelled for value in values for spelled in spellings(value)}) if corpus and values else set()
+    for column in wanted or SOURCES:
+        hits = sum(not known.isdisjoint(spellings(names[column])) for names in pairs if names.get(column))
+        if hits > best[0]:
+            best = (hits, column)
+    column = best[1]
+    return column, [names.get(column) or None if column else None for names in pairs]
+
+
+def spellings(name: str) -> set[str]:
+    """Names under which a file may be known: "a/b.pdf" is also "b.pdf" and "b"."""
+    path = PurePosixPath(name)
+    return {name, path.name, path.stem} if path.name else {name}
+
+
+def _are_collections(values: Counter[str]) -> bool:
+    looks_like_files = sum("/" in value or PurePosixPath(value).suffix != "" for value in values) * 2 > len(values)
+    many = sum(values.values()) >= MANY_ROWS * len(values)
+    return len(values) <= FEW_VALUES and many and not looks_like_files
+
+
+def _headings(pairs: Sequence[Names], column: str) -> str | None:
+    """The column of headings that divides the document which holds most rows, so that none of its parts does."""
+    for heading in HEADINGS:
+        if heading == column:
+            continue
+        values = Counter((names.get(column), names.get(heading)) for names in pairs)
+        if any(names.get(heading) for names in pairs) and 2 * values.most_common(1)[0][1] <= len(pairs):
+            return heading
+    return None

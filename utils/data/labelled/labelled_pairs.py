@@ -1,0 +1,268 @@
+"""Labelled pairs of a run: read, looked at as the model will see them, split by document, written as jsonl.
+
+Writes task_train.jsonl, task_dev.jsonl and task_test.jsonl; returns what became of every row, for the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from config import BUILT_IN_TASKS, DataSection, TaskSection
+from utils.artifacts import files
+from utils.data.domains.built_in import BuiltIn
+from utils.data.examples import read_task_examples
+from utils.data.labelled import headings, token_lengths
+from utils.data.labelled.groups import spellings
+from utils.data.pairs import refuse_reasoning
+from utils.data.splits import SPLITS, hash_share, leaks, split_by_document
+from utils.exceptions import DataError, Problem
+from utils.logger import event, warning
+from utils.models import chat, turn_format
+from utils.models.base_model import BaseModel
+
+Splits = dict[str, list[dict[str, Any]]]
+NAMED_ROWS = 5
+
+
+def prepare(
+    data: DataSection,
+    domain: BuiltIn | None,
+    base: BaseModel,
+    seed: int,
+    directory: Path,
+    cache: Path,
+    task: TaskSection,
+) -> dict[str, Any]:
+    """Read, split and write the pairs; returns their counts and `sequence_tokens`, the length that they ask for."""
+    counts: dict[str, Any] = {}
+    tokenizer = chat.load_tokenizer(base.directory)
+    is_built_in = data.task in BUILT_IN_TASKS
+    if is_built_in:
+        splits, counts["dropped"] = domain.examples if domain else {}, dict(domain.dropped if domain else {})
+    else:
+        splits, counts = _read_splits(data, seed, cache, tokenizer, task.system_prompt, directory)
+    if not turn_format.has_place_for_reasoning(tokenizer):
+        refuse_reasoning([one for examples in splits.values() for e in examples for one in _thoughts(e, task)])
+    limits = {"train": data.max_train_examples, "dev": data.max_dev_examples, "test": data.max_test_examples}
+    kept: Splits = {}
+    for split, examples in splits.items():
+        if limits[split] and len(examples) > limits[split]:
+            chosen = {e["id"] for e in sorted(examples, key=lambda e: hash_share(e["id"], seed))[: limits[split]]}
+            counts[f"{split} pairs beyond max_{split}_examples"] = len(examples) - limits[split]
+            examples = [e for e in examples if e["id"] in chosen]
+        lines = [json.dumps(example, ensure_ascii=False) for example in examples]
+        files.write_text(directory / f"task_{split}.jsonl", "\n".join(lines) + "\n")
+        kept[split] = examples
+        answers = [_answer_tokens(tokenizer, example) for example in examples]
+        counts[split] = {
+            "examples": len(examples),
+            "documents": len({e["document"] for e in examples}),
+            "with_choices": sum(bool(e.get("choices")) for e in examples),
+            "answer_tokens": sum(answers),
+        }
+    measured = token_lengths.measure(kept, tokenizer, task)
+    limit = token_lengths.row_tokens(measured, base) if not is_built_in else token_lengths.USUAL
+    used = task.train.sequence_tokens or limit
+    counts["lengths"] = token_lengths.against(measured, used)
+    token_lengths.warn(counts["lengths"])
+    return counts | {"sequence_tokens": limit}
+
+
+def _thoughts(example: dict[str, Any], task: TaskSection) -> Iterator[dict[str, Any]]:
+    """The reasoning of each turn that will be trained or scored, under the pair's id."""
+    yield {"id": example["id"], "reasoning": example.get("reasoning")}
+    for turn in [*example["history"], *example.get("tool_turns", [])] if task.turns == "all" else []:
+        if not turn.get(chat.UNTRAINED):
+            yield {"id": example["id"], "reasoning": turn.get("reasoning_content")}
+
+
+def _answer_tokens(tokenizer: Any, example: dict[str, Any]) -> int:
+    said, calls = example["answers"][0], example.get("tool_calls")
+    return len(chat.answer_ids(tokenizer, said, example.get("reasoning"), calls=calls))
+
+
+def _read_splits(
+    data: DataSection,
+    seed: int,
+    cache: Path,
+    tokenizer: Any,
+    system_prompt: str,
+    directory: Path,
+) -> tuple[Splits, dict[str, Any]]:
+    """Train, dev and test from the person's files; what is missing is split off by document."""
+    counts: dict[str, Any] = {"read": {}}
+    given: Splits = {}
+    for split, source in (("train", data.task), ("dev", data.task_dev), ("test", data.task_test)):
+        if not source:
+            continue
+        revision = data.task_revision or None
+        examples, report = read_task_examples(
+            source, cache_dir=cache, hub_revision=revision, columns=data.columns, corpus=_corpus_names(directory)
+        )
+        event("labelled pairs read", file=source, rows=report.rows, used=report.examples)
+        found = report.to_json() | {"source": source}
+        given[split], left_out = _written(examples, tokenizer, system_prompt)
+        found["examples"] = len(given[split])
+        found["dropped"] = {**found["dropped"], **left_out}
+        counts["read"][split] = found
+    dropped = {reason: n for found in counts["read"].values() for reason, n in found["dropped"].items()}
+    if not all(given.values()):
+        _refuse_empty([split for split in given if not given[split]], dropped)
+    named = counts["read"]["train"]["documents"]
+    if set(given) != set(SPLITS) and (most := named.get("most")) and not _divided(given["train"], named, directory):
+        fix = (
+            "name a column that divides it, as --data.columns document=SECTION; or give dev and test as files of their "
+            "own; or leave it out, --data.columns ignore=COLUMN, which splits by pair"
+        )
+        raise DataError(Problem(f"{most}: a split by document would leave little to train or to test on", fix=fix))
+    if set(given) == {"train"}:
+        try:
+            splits = split_by_document(given["train"], dev_share=data.dev_share, test_share=data.test_share, seed=seed)
+        except DataError as error:
+            said = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
+            raise DataError([*error.problems, *([Problem(f"left out before: {said}")] if said else [])]) from error
+    elif set(given) == set(SPLITS):
+        splits = given
+    else:
+        missing = "dev" if "dev" not in given else "test"
+        share = data.dev_share if missing == "dev" else data.test_share
+        splits = given | _split_off(given["train"], missing, share, seed)
+    counts["dropped"] = {}
+    for later, earlier in (("test", "train"), ("dev", "train"), ("test", "dev")):
+        leaked = {id(example) for example in leaks(splits[later], splits[earlier])}
+        splits[earlier] = [example for example in splits[earlier] if id(example) not in leaked]
+        counts["dropped"][f"{earlier} pairs that are in {later}"] = len(leaked)
+    if empty := [split for split in SPLITS if not splits[split]]:
+        _refuse_empty(empty, dropped | counts["dropped"])
+    return splits, counts
+
+
+def _refuse_empty(empty: Sequence[str], dropped: dict[str, int]) -> None:
+    said = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
+    what = f"no labelled pairs left for {' and '.join(empty)}{f'; left out: {said}' if said else ''}"
+    raise DataError(Problem(what, fix="give more, or separate files"))
+
+
+def _written(
+    examples: list[dict[str, Any]], tokenizer: Any, system_prompt: str
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The pairs that the chat template can write, answers that call tools as it writes them, and why others are not.
+
+    Raises DataError when the template refuses a conversation altogether.
+    """
+    kept: list[dict[str, Any]] = []
+    reasons: dict[str, list[str]] = {}
+    refused: list[Problem] = []
+    for example in examples:
+        try:
+            missing = chat.unwritten(tokenizer, example, system_prompt)
+        except chat.TemplateError as error:
+            refused.append(Problem(f"{example['id']}: {error}"))
+            continue
+        if not missing and example.get("tool_calls"):
+            try:
+                written = chat.answer_with_calls(tokenizer, example, example["tool_calls"], system_prompt)
+                example = {**example, "answers": [written]}
+            except chat.TemplateError as error:
+                missing = [str(error)]
+        if missing:
+            reasons.setdefault(f"not in the prompt that the chat template makes: {', '.join(missing)}", []).append(
+                str(example["id"])
+            )
+        else:
+            kept.append(example)
+    if refused:
+        fix = "change the order of its turns, or take another base model"
+        more = len(refused) - 20
+        raise DataError([*refused[:20], *([Problem(f"and {more:,} more")] if more > 0 else []), Problem(fix)])
+    for reason, names in reasons.items():
+        warning(f"pairs left out, {reason}", number=len(names), rows=", ".join(names[:NAMED_ROWS]))
+    return kept, {reason: len(names) for reason, names in reasons.items()}
+
+
+def _divided(examples: list[dict[str, Any]], named: dict[str, Any], directory: Path) -> bool:
+    """Make the headings of the document that holds most pairs documents of their own, where the corpus has it."""
+    top = Counter(example["document"] for example in examples).most_common(1)[0][0]
+    own = [example for example in examples if example["document"] == top]
+    wanted = spellings(top) | spellings(own[0].get("source") or top)
+    text = next((text for name, text in _corpus_texts(directory) if not wanted.isdisjoint(_called(name))), None)
+    titles = headings.parts(own, text) if text else None
+    if titles is None or 2 * Counter(titles).most_common(1)[0][1] > len(examples):
+        return False
+    for example, title in zip(own, titles, strict=True):
+        example["source"] = example.get("source") or top
+        example["document"] = f"{top} > {title}" if title else top
+    column = next(iter(named["document"]))
+    named["document"][column] += f", divided by {len(set(titles))} headings of the corpus, because {named.pop('most')}"
+    return True
+
+
+def _split_off(examples: Sequence[dict[str, Any]], name: str, share: float, seed: int) -> Splits:
+    documents = sorted({e["document"] for e in examples}, key=lambda d: hash_share(d, seed))
+    if len(documents) < 2:
+        raise DataError(
+            Problem(f"one document cannot be split into train and {name}", documents, f"give --data.task_{name} FILE")
+        )
+    off = set(documents[: max(1, round(share * len(documents)))])
+    return {
+        "train": [e for e in examples if e["document"] not in off],
+        name: [e for e in examples if e["document"] in off],
+    }
+
+
+def _corpus_names(directory: Path) -> Callable[[Collection[str]], set[str]]:
+    """Which of some names are documents of the corpus that was prepared in this directory; its ids are streamed."""
+
+    def known(wanted: Collection[str]) -> set[str]:
+        from datasets import load_from_disk
+
+        found: set[str] = set()
+        for part in ("corpus", "dev_documents", "heldout_documents"):
+            if wanted and (directory / part).is_dir():
+                ids = load_from_disk(str(directory / part)).select_columns(["id"])
+                for batch in ids.iter(batch_size=1000):
+                    found.update(name for one in batch["id"] for name in _called(one) if name in wanted)
+        return found
+
+    return known
+
+
+def _corpus_texts(directory: Path) -> Iterator[tuple[str, str]]:
+    """(id, text) of the documents that were prepared in this directory, one after the other."""
+    from datasets import load_from_disk
+
+    for part in ("corpus", "dev_documents", "heldout_documents"):
+        if (directory / part).is_dir():
+            for batch in load_from_disk(str(directory / part)).select_columns(["id", "text"]).iter(batch_size=100):
+                yield from zip(batch["id"], batch["text"], strict=True)
+
+
+def _called(document: str) -> Iterator[str]:
+    """A document's id, its file's name and that without suffix, without the row behind #."""
+    for name in (document, document.partition("#")[0]):
+        path = Path(name)
+        yield from (name, path.name, path.stem)
+
+
+def shown(examples: Sequence[dict[str, Any]], tokenizer: Any, system_prompt: str, number: int) -> list[dict[str, str]]:
+    """The first pairs as the model will see them: prompt and answer as text."""
+    found = []
+    for example in examples[:number]:
+        opening = chat.answer_opening(tokenizer, example.get("reasoning"))
+        answer = f"{opening}{example['answers'][0]}"
+        prompt = chat.prompt_text(tokenizer, example, system_prompt)
+        found.append({"id": str(example["id"]), "prompt": prompt, "answer": answer})
+    return found
+
+
+def reasons(counts: dict[str, Any]) -> Counter[str]:
+    """Reason -> pairs left out, over all files and splits."""
+    total = Counter[str]()
+    for found in counts.get("read", {}).values():
+        total.update(found["dropped"])
+    total.update(counts.get("dropped", {}))
+    return total
