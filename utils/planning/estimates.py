@@ -154,8 +154,19 @@ def training_memory(
 
 
 def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: bool) -> int:
-    """Host memory of one node while loading: a copy per process, or one that the first process deals out."""
-    return weight_bytes(sizes, dtype) * (1 if sharded else processes)
+    """Host memory of one node while loading: a copy for each process, or what passes where each reads its own part.
+
+    Of a sharded model that is embeddings, head and a layer in each; FP8 that stays so is read whole by the first.
+    """
+    whole = weight_bytes(sizes, dtype)
+    if not sharded or dtype == "fp8":
+        return whole * (1 if sharded else processes)
+    return processes * whole * gathered_parameters(sizes) // sizes.total
+
+
+def gathered_parameters(sizes: ModelSizes) -> int:
+    """What is whole in each process of a sharded model where it is asked: embeddings, head, and the layer in turn."""
+    return sizes.parameters["embeddings"] + sizes.parameters["head"] + sizes.layer_parameters
 
 
 def checking_bytes(sizes: ModelSizes) -> int:

@@ -222,7 +222,7 @@ def vllm_rank(ranks: int) -> int:
 def _loading(
     way: Way, sizes: ModelSizes, machine: Hardware, layout: ProcessLayout, *, trained: bool = False
 ) -> tuple[float, int]:
-    """(seconds, bytes of main memory on the first node): one process reads for all that share the model."""
+    """(seconds, bytes of main memory of a node): the files are read once for all that share the model."""
     form = way.form.trained if trained else way.form.scored
     host = estimates.loading_bytes(
         sizes, form, processes=min(layout.processes, machine.gpus), sharded=layout.is_sharded
