@@ -80,16 +80,6 @@ def verdict(low: int, high: int, available: float) -> Fit:
     return "tight" if low <= available else "no"
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Bytes of what the pipeline writes for this model."""
-
-    download: int
-    checkpoints: int
-    adapter: int
-    merged: int
-
-
 def lora_parameters(sizes: ModelSizes, adapter: Adapter) -> dict[str, int]:
     """Trainable parameters by leaf name, in the model's order."""
     found: dict[str, int] = {}
@@ -173,17 +163,6 @@ def checking_bytes(sizes: ModelSizes) -> int:
     """Least memory in which a merge can be checked: one layer in float32 with what passes, embeddings and head."""
     shared = sizes.parameters["embeddings"] + sizes.parameters["head"]
     return 4 * (shared + (1 + TRANSIENT_LAYERS) * sizes.layer_parameters)
-
-
-def disk(sizes: ModelSizes, adapter: Adapter, *, keep_checkpoints: int, merged: Dtype) -> Disk:
-    """What one training run and one merge write; a checkpoint has the adapter, the best one and two moments."""
-    factors = 4 * sum(lora_parameters(sizes, adapter).values())
-    return Disk(
-        download=weight_bytes(sizes, sizes.stored),
-        checkpoints=4 * factors * (keep_checkpoints + 1),  # the new one is written before the oldest goes
-        adapter=factors,
-        merged=weight_bytes(sizes, merged),
-    )
 
 
 @dataclass(frozen=True)

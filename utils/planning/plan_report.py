@@ -162,7 +162,7 @@ def stored(config: Config, sizes: ModelSizes) -> list[str]:
     for stage in STAGES:
         section = getattr(config, stage)
         what = training_plan.adapter(section.lora)
-        found = estimates.disk(sizes, what, keep_checkpoints=section.train.keep_checkpoints, merged=merged)
+        found = stage_costs.disk(sizes, what, keep_checkpoints=section.train.keep_checkpoints, merged=merged)
         parts.append(f"{stage} checkpoints {gb(found.checkpoints)} and adapter {gb(found.adapter)}")
     parts.append(f"merged model in {merged} {gb(found.merged)}")
     return ["disk: " + ", ".join(parts)]

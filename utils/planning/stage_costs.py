@@ -41,6 +41,16 @@ class StageCost:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of what the pipeline writes for this model."""
+
+    download: int
+    checkpoints: int
+    adapter: int
+    merged: int
+
+
 def every_stage(way: Way, sizes: ModelSizes, data: PlannedData) -> list[StageCost]:
     """In the order of the pipeline."""
     machine = hardware.of(way.config.plan)
@@ -207,6 +217,17 @@ def _served(config: Config, sizes: ModelSizes) -> list[tuple[Dtype, str]]:
     if sizes.experts:  # quantising while loading is for dense models; experts are merged into FP8 instead
         return [("bfloat16", "")]
     return [("bfloat16", ""), ("fp8", " --quantization fp8"), ("nf4", " --quantization bitsandbytes")]
+
+
+def disk(sizes: ModelSizes, adapter: estimates.Adapter, *, keep_checkpoints: int, merged: Dtype) -> Disk:
+    """What one training run and one merge write; a checkpoint has the adapter, the best one and two moments."""
+    factors = 4 * sum(estimates.lora_parameters(sizes, adapter).values())
+    return Disk(
+        download=estimates.weight_bytes(sizes, sizes.stored),
+        checkpoints=4 * factors * (keep_checkpoints + 1),  # the new one is written before the oldest goes
+        adapter=factors,
+        merged=estimates.weight_bytes(sizes, merged),
+    )
 
 
 def tensor_parallel(size: int, machine: Hardware) -> int:
