@@ -57,7 +57,7 @@ proof-test: $(READY)
 
 # Every script under every launch file of docs/multi_gpu.md, bad launches, lost ranks: a quarter of an hour.
 launch-test: $(READY)
-	LAUNCH_TESTS=all $(BIN)/python -m unittest tests.test_system_launch tests.test_system_launch_faults
+	LAUNCH_TESTS=all $(BIN)/python -m unittest tests.test_system_launch tests.test_system_launch_faults tests.test_planning_sharded
 
 # The same tests as `python -m unittest discover tests`, a file for each core at a time.
 test: $(READY)

@@ -43,8 +43,8 @@ def ways(script: str) -> tuple[str, ...]:
 class LaunchPlace(Workspace):
     """A workspace with trained adapters on a toy whose answers are text, and what one process made of them."""
 
-    domain: dict[str, Any]
-    task: dict[str, Any]
+    domain_run: dict[str, Any]
+    task_run: dict[str, Any]
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class LaunchPlace(Workspace):
 def place() -> LaunchPlace:
     made = LaunchPlace()
     made.prepare()
-    made.domain = last_json(made.run("train_domain_adapter", "--domain.train.max_steps=2"))
-    made.task = last_json(made.run("train_task_adapter", *TASK))
+    made.domain_run = last_json(made.run("train_domain_adapter", "--domain.train.max_steps=2"))
+    made.task_run = last_json(made.run("train_task_adapter", *TASK))
     return made
 
 
 def pinned() -> list[str]:
     """The adapters of the place, whatever a test trained or composed since."""
-    return [f"--domain_adapter={place().domain['run']}", f"--task_adapter={place().task['run']}"]
+    return [f"--domain_adapter={place().domain_run['run']}", f"--task_adapter={place().task_run['run']}"]
 
 
 class SameAsOneProcess(unittest.TestCase):
@@ -156,8 +156,8 @@ class SameAsOneProcess(unittest.TestCase):
         for way in ways("train_task_adapter"):
             with self.subTest(way):
                 done = result(launch(place(), way, "train_task_adapter", "--run.name", f"trained-{way}", *TASK))
-                self.assertEqual(done["steps"], place().task["steps"])
-                found, expected = (adapter_files.load(Path(run["adapter"])) for run in (done, place().task))
+                self.assertEqual(done["steps"], place().task_run["steps"])
+                found, expected = (adapter_files.load(Path(run["adapter"])) for run in (done, place().task_run))
                 self.assertEqual(found.keys(), expected.keys())
                 for name, factors in expected.items():
                     self.assertLess(relative(found[name].a_rI, factors.a_rI), 1e-3, name)

@@ -80,7 +80,7 @@ class Faults(unittest.TestCase):
         for text in said:
             self.assertRegex(ended[0].stderr, text)
         for done in ended[1:]:
-            self.assertEqual(done.stderr, "")
+            self.assertNotRegex(done.stderr, "error:|interrupted:|non-finite")
         for done in ended:
             self.assertNotIn("Traceback", done.stderr)
             self.assertEqual(done.stdout, "")
@@ -118,10 +118,12 @@ class BadLaunches(Faults):
             said = r"rank 1 was given another --inference.max_new_tokens than rank 0 \(got \('3', None\)\)"
             self.assert_ended(ended, SETTINGS, said, "same command on every node")
 
+    @unittest.skipUnless(ALL, "LAUNCH_TESTS=all")
     def test_a_rank_without_the_files(self) -> None:
         ended = launch(place(), "whole", "inference", "--prompt=x", before={1: OtherFiles("/nowhere/base")})
         self.assert_ended(ended, SETTINGS, r"rank 1 on .*: base.source is neither a directory here", "/nowhere/base")
 
+    @unittest.skipUnless(ALL, "LAUNCH_TESTS=all")
     def test_a_deepspeed_file_ends_every_rank_with_one_message(self) -> None:
         asked = {"ACCELERATE_USE_DEEPSPEED": "true"}
         ended = launch(place(), "whole", "evaluate", env={0: asked, 1: asked})
@@ -136,12 +138,14 @@ class OneRank(Faults):
             ended = launch(place(), way, "evaluate", "--run.name", f"nan-{way}", *EVALUATE, before={1: Nan()})
             self.assert_ended(ended, NOT_FINITE, "the model gives NaN")
 
+    @unittest.skipUnless(ALL, "LAUNCH_TESTS=all")
     def test_an_error_that_nobody_foresaw_is_told_with_its_traceback_by_the_first_rank(self) -> None:
         fault = At("utils.inference.generation.answer", Raise("builtins.ZeroDivisionError", "unforeseen"))
         ended = launch(place(), "whole", "inference", f"--prompts_file={prompts()}", before={1: fault})
         self.assertEqual([done.returncode for done in ended], [1, 1], ended[0].stderr)
         self.assertRegex(ended[0].stderr, r"(?s)rank 1 on .*Traceback.*ZeroDivisionError: unforeseen")
 
+    @unittest.skipUnless(ALL, "LAUNCH_TESTS=all")
     def test_an_error_in_the_middle_of_a_pass_does_not_leave_the_others_in_it(self) -> None:
         layer = "transformers.models.minimax_m2.modeling_minimax_m2.MiniMaxM2SparseMoeBlock.forward"
         soon = Set("utils.models.parallel.errors.GRACE_SECONDS", 2.0)
@@ -235,11 +239,12 @@ class LostRanks(Faults):
 
 
 class LonelyWork(Faults):
+    @unittest.skipUnless(ALL, "LAUNCH_TESTS=all")
     def test_what_the_first_rank_does_alone_may_take_longer_than_a_collective(self) -> None:
         from datetime import timedelta
 
-        short = Set("utils.models.parallel.lifecycle.COLLECTIVE", timedelta(seconds=3))
-        slow = All((short, At("utils.evaluation.measures.assemble", Sleep(7.0))))
+        short = Set("utils.models.parallel.lifecycle.COLLECTIVE", timedelta(seconds=10))
+        slow = All((short, At("utils.evaluation.measures.assemble", Sleep(20.0))))
         flags = ("--run.name=lonely", *EVALUATE)
         result(launch(place(), "whole", "evaluate", *flags, before={0: slow, 1: short}))
 

@@ -42,7 +42,7 @@ def _training(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
         cost = next(one for one in stage_costs.every_stage(way, sizes, data) if one.stage == stage)
         asked, chosen = plan_report.choices(config, sizes, ways.planned_base(config), stage)[0], way.trainings[stage]
         section = getattr(config, stage)
-        written = estimates.disk(
+        written = stage_costs.disk(
             sizes, asked.step.adapter, keep_checkpoints=section.train.keep_checkpoints, merged="bfloat16"
         )
         low, high = (plan_report.duration(seconds / 3600) for seconds in cost.seconds)

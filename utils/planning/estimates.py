@@ -80,16 +80,6 @@ def verdict(low: int, high: int, available: float) -> Fit:
     return "tight" if low <= available else "no"
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Bytes of what the pipeline writes for this model."""
-
-    download: int
-    checkpoints: int
-    adapter: int
-    merged: int
-
-
 def lora_parameters(sizes: ModelSizes, adapter: Adapter) -> dict[str, int]:
     """Trainable parameters by leaf name, in the model's order."""
     found: dict[str, int] = {}
@@ -154,25 +144,25 @@ def training_memory(
 
 
 def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: bool) -> int:
-    """Host memory of one node while loading: a copy per process, or one that the first process deals out."""
-    return weight_bytes(sizes, dtype) * (1 if sharded else processes)
+    """Host memory of one node while loading: a copy for each process, or what passes where each reads its own part.
+
+    Of a sharded model that is embeddings, head and a layer in each; FP8 that stays so is read whole by the first.
+    """
+    whole = weight_bytes(sizes, dtype)
+    if not sharded or dtype == "fp8":
+        return whole * (1 if sharded else processes)
+    return processes * whole * gathered_parameters(sizes) // sizes.total
+
+
+def gathered_parameters(sizes: ModelSizes) -> int:
+    """What is whole in each process of a sharded model where it is asked: embeddings, head, and the layer in turn."""
+    return sizes.parameters["embeddings"] + sizes.parameters["head"] + sizes.layer_parameters
 
 
 def checking_bytes(sizes: ModelSizes) -> int:
     """Least memory in which a merge can be checked: one layer in float32 with what passes, embeddings and head."""
     shared = sizes.parameters["embeddings"] + sizes.parameters["head"]
     return 4 * (shared + (1 + TRANSIENT_LAYERS) * sizes.layer_parameters)
-
-
-def disk(sizes: ModelSizes, adapter: Adapter, *, keep_checkpoints: int, merged: Dtype) -> Disk:
-    """What one training run and one merge write; a checkpoint has the adapter, the best one and two moments."""
-    factors = 4 * sum(lora_parameters(sizes, adapter).values())
-    return Disk(
-        download=weight_bytes(sizes, sizes.stored),
-        checkpoints=4 * factors * (keep_checkpoints + 1),  # the new one is written before the oldest goes
-        adapter=factors,
-        merged=weight_bytes(sizes, merged),
-    )
 
 
 @dataclass(frozen=True)

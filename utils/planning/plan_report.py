@@ -143,12 +143,12 @@ def changes(config: Config, sizes: ModelSizes) -> list[str]:
 
 
 def loading(way: Way, sizes: ModelSizes) -> list[str]:
-    """Host memory of a node, of the first if the model is sharded, while the weights are loaded."""
+    """Host memory of a node while the weights are loaded."""
     plan, layout = way.config.plan, way.scoring.layout
     needed = estimates.loading_bytes(
         sizes, way.form.scored, processes=min(plan.gpus, layout.processes), sharded=layout.is_sharded
     )
-    how = "one copy in the first process, which sends the parts" if layout.is_sharded else "a copy for each process"
+    how = "each process reads its part" if layout.is_sharded else "a copy for each process"
     enough = "fits" if needed <= plan.host_memory_gib * GIB else "does NOT fit"
     return [f"host memory while loading: {gib(needed)} of {plan.host_memory_gib:g} a node ({how}): {enough}"]
 
@@ -162,7 +162,7 @@ def stored(config: Config, sizes: ModelSizes) -> list[str]:
     for stage in STAGES:
         section = getattr(config, stage)
         what = training_plan.adapter(section.lora)
-        found = estimates.disk(sizes, what, keep_checkpoints=section.train.keep_checkpoints, merged=merged)
+        found = stage_costs.disk(sizes, what, keep_checkpoints=section.train.keep_checkpoints, merged=merged)
         parts.append(f"{stage} checkpoints {gb(found.checkpoints)} and adapter {gb(found.adapter)}")
     parts.append(f"merged model in {merged} {gb(found.merged)}")
     return ["disk: " + ", ".join(parts)]

@@ -120,11 +120,7 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
     whole = estimates.weight_bytes(found, dtype)
     part, host = whole, estimates.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
     if machine.shards > 1:
-        # embeddings and head stay whole where a model is asked, and a layer is gathered to compute
-        kept = found.parameters["embeddings"] + found.parameters["head"] + found.layer_parameters
-        part = whole // machine.shards + whole * kept // found.total
-        if dtype != "fp8":  # each rank reads its part; FP8 that stays so is read by the first one
-            host = machine.local * whole * kept // found.total
+        part = whole // machine.shards + whole * estimates.gathered_parameters(found) // found.total
         if not machine.gpu_bytes:
             host = max(host, machine.local * part)  # on CPUs the parts are in main memory
     places = [("main memory", host, machine.host_bytes)]

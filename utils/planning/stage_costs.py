@@ -41,6 +41,16 @@ class StageCost:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of what the pipeline writes for this model."""
+
+    download: int
+    checkpoints: int
+    adapter: int
+    merged: int
+
+
 def every_stage(way: Way, sizes: ModelSizes, data: PlannedData) -> list[StageCost]:
     """In the order of the pipeline."""
     machine = hardware.of(way.config.plan)
@@ -209,6 +219,17 @@ def _served(config: Config, sizes: ModelSizes) -> list[tuple[Dtype, str]]:
     return [("bfloat16", ""), ("fp8", " --quantization fp8"), ("nf4", " --quantization bitsandbytes")]
 
 
+def disk(sizes: ModelSizes, adapter: estimates.Adapter, *, keep_checkpoints: int, merged: Dtype) -> Disk:
+    """What one training run and one merge write; a checkpoint has the adapter, the best one and two moments."""
+    factors = 4 * sum(estimates.lora_parameters(sizes, adapter).values())
+    return Disk(
+        download=estimates.weight_bytes(sizes, sizes.stored),
+        checkpoints=4 * factors * (keep_checkpoints + 1),  # the new one is written before the oldest goes
+        adapter=factors,
+        merged=estimates.weight_bytes(sizes, merged),
+    )
+
+
 def tensor_parallel(size: int, machine: Hardware) -> int:
     """GPUs that hold these weights and leave a tenth for keys and values, as a power of two."""
     return next(n for n in (1, 2, 4, 8, 16, 32, 64, 2**30) if size <= n * VLLM_SHARE * machine.memory_bytes)
@@ -222,7 +243,7 @@ def vllm_rank(ranks: int) -> int:
 def _loading(
     way: Way, sizes: ModelSizes, machine: Hardware, layout: ProcessLayout, *, trained: bool = False
 ) -> tuple[float, int]:
-    """(seconds, bytes of main memory on the first node): one process reads for all that share the model."""
+    """(seconds, bytes of main memory of a node): the files are read once for all that share the model."""
     form = way.form.trained if trained else way.form.scored
     host = estimates.loading_bytes(
         sizes, form, processes=min(layout.processes, machine.gpus), sharded=layout.is_sharded

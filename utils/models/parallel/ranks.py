@@ -104,8 +104,11 @@ class Held:
     def __enter__(self) -> Held:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.free()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.free()
+        else:  # the command is ending, and nobody may be there to be called
+            _drop(self._number)
 
     def free(self) -> None:
         """Every rank drops its object."""
