@@ -7,7 +7,7 @@ CORES  := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
 READY  := $(VENV)/.ready
 
-.PHONY: demo rollout-demo rollout-test fault-test documents-test minimax-test launch-test proof-test test format
+.PHONY: demo rollout-demo rollout-test fault-test documents-test minimax-test launch-test models-test proof-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -58,6 +58,11 @@ proof-test: $(READY)
 # Every script under every launch file of docs/multi_gpu.md, bad launches, lost ranks: a quarter of an hour.
 launch-test: $(READY)
 	LAUNCH_TESTS=all $(BIN)/python -m unittest tests.test_system_launch tests.test_system_launch_faults tests.test_planning_sharded
+
+# Toy checkpoints of every architecture in docs/models.md through every script, against stock transformers and PEFT; it
+# writes the table there: a quarter of an hour on two cores.
+models-test: $(READY)
+	$(BIN)/python -m tests.programs.write_support_matrix
 
 # The same tests as `python -m unittest discover tests`, a file for each core at a time.
 test: $(READY)

@@ -21,6 +21,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
+AUTO = "auto"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR_LLAMA = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 _LEAF = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -63,8 +64,8 @@ class BaseModelSection(Section):
     """Compute dtype of the frozen weights; auto takes bfloat16 where the hardware multiplies it natively."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """bitsandbytes' 4 or 8 bits for the linear modules of a dense base; adapters then belong to that base alone."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation handed to transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention implementation handed to transformers; auto is sdpa where the model supports it, else eager."""
     fp8: Literal["auto", "native", "dequantise"] = "auto"
     """An FP8 checkpoint while adapters are trained: native keeps it FP8 (compute capability 8.9, the `kernels` package,
     attention adapters in bfloat16), dequantise takes twice the memory, auto is native where that can be. Everything
@@ -133,8 +134,9 @@ class LoraSection(Section):
     """Dropout on the adapter's input while training."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
-    target_modules: tuple[str, ...] = ALL_LINEAR_LLAMA
-    """Leaf names of the linear modules that are adapted; patterns are refused, they can widen silently."""
+    target_modules: tuple[str, ...] = (AUTO,)
+    """auto: every linear module of the language model's attention and MLP, found in the model; or their leaf names.
+    Patterns are refused, they can widen silently."""
     experts: bool = False
     """Also adapt every fused expert of a mixture of experts: a hundred times the parameters on MiniMax-M2."""
 
@@ -222,6 +224,9 @@ class InputsSection(Section):
     """Directory of a task run, or of any adapter in PEFT's format."""
     tokenizer: Literal["", "adapter", "base"] = ""
     """Whose tokenizer and chat template, where an adapter of another tool came with others than the base's."""
+    same_base: bool = False
+    """Assert that adapters which were made for other files are for this base model: a config.json that differs in a
+    line, a copy in another dtype. Shapes are still checked; it is recorded, and said on the card."""
     composed: str = ""
     """Directory of a composed run, or of a composed adapter alone; empty: the newest run of this base model, unless the
     adapters to compose are named."""
@@ -711,12 +716,14 @@ def _rollout_problems(rollout: RolloutSection) -> list[str]:
 def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[str]:
     problems = []
     if not lora.target_modules:
-        problems.append(f"{stage}.lora.target_modules is empty: name at least one module, e.g. q_proj")
+        problems.append(f"{stage}.lora.target_modules is empty: name at least one module, e.g. q_proj, or auto")
+    if AUTO in lora.target_modules and len(lora.target_modules) > 1:
+        problems.append(f"{stage}.lora.target_modules: auto stands alone, or name every module")
     for name in lora.target_modules:
         if name == "all-linear" or not _LEAF.fullmatch(name):
             # PEFT widens both on MoE models without a word (router and experts for all-linear, layers for patterns)
             problems.append(
-                f"{stage}.lora.target_modules {name!r}: list leaf names such as q_proj; patterns widen silently"
+                f"{stage}.lora.target_modules {name!r}: auto, or leaf names such as q_proj; patterns widen silently"
             )
         if name in _REFUSED_FOR_ALL[1:]:
             problems.append(f"{stage}.lora.target_modules {name!r}: embeddings, output head and router stay frozen")
@@ -744,7 +751,7 @@ def _mixture_problems(stage: str, lora: LoraSection, base: BaseModelSection) -> 
     if not is_minimax_m2(base.source):
         return problems
     names = [name for name in lora.target_modules if _LEAF.fullmatch(name) and name not in _REFUSED_FOR_ALL]
-    if others := [name for name in names if name not in ATTENTION]:
+    if others := [name for name in names if name not in (*ATTENTION, AUTO)]:
         # PEFT takes w1 to w3, gate_up_proj or gate for the fused experts and the router, some at twice the rank
         problems.append(
             f"{stage}.lora.target_modules {','.join(others)}: MiniMax-M2's linear modules are {', '.join(ATTENTION)}; "
@@ -768,7 +775,7 @@ def smollm2_135m() -> Config:
 
 def tiny_minimax_m2() -> Config:
     """A MiniMax-M2 of a few hundred thousand parameters, built on the spot: every code path in seconds, no skill."""
-    lora = LoraSection(rank=4, alpha=8, target_modules=ATTENTION)
+    lora = LoraSection(rank=4, alpha=8)
     # 2e-3: random weights need large steps for the loss to move at all within a dozen of them
     train = TrainSection(
         epochs=1, learning_rate=2e-3, sequence_tokens=128, batch_tokens=1024, micro_batch_tokens=512, save_every_steps=4

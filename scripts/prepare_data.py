@@ -27,9 +27,11 @@ def main(config: Config) -> dict[str, Any]:
     from utils.data import prepared, prepared_identity
     from utils.evaluation.lm_eval import lm_eval_tasks
     from utils.models import chat
-    from utils.planning import preflight
+    from utils.models.structure import model_class
+    from utils.planning import base_checks, preflight
 
     base, prompt = preflight.start(config, loads_model=False), config.task.system_prompt
+    base_checks.check(config, base, ("domain", "task"))
     identity = prepared_identity.identity(config.data, base, config.run.seed)
     directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, config.preset, identity)
     has_task = config.data.task != prepared.NONE
@@ -40,7 +42,7 @@ def main(config: Config) -> dict[str, Any]:
             prepared.Prepared(temporary).examples("test"),
             chat.load_tokenizer(base.directory),
             prompt,
-            max_tokens=config.evaluate.batch_tokens,
+            max_tokens=model_class.longest_row(base.directory, config.evaluate.batch_tokens),
             max_new_tokens=config.evaluate.max_new_tokens,
         )
 

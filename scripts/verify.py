@@ -2,7 +2,8 @@
 
 Reads a run (data, adapter, composition, evaluation, benchmark), its adapter folder, a checkpoint, a merged or base
 model, or an adapter folder of another tool; hashes every file, finds the parents by digest under --run.data_dir and
---run.models_dir. Problems come one a line, then the verdict in one line; exit code 0 or 2.
+--run.models_dir. Problems come one a line, then the verdict in one line; exit code 0 or 2. Of a base model it also says
+what works: every stage is tried on some of its layers.
 
     python scripts/verify.py models/merged_model
 """
@@ -25,7 +26,8 @@ MOST_USED = ("verify.path", "run.data_dir", "run.models_dir")
 def main(config: Config) -> dict[str, Any]:
     """Verify, say what is wrong, say the verdict."""
     from utils.exceptions import ConfigError, Problem
-    from utils.export import verification
+    from utils.export import model_support, verification
+    from utils.models import sources
 
     if not config.verify.path:
         raise ConfigError(Problem("nothing to verify", fix="python scripts/verify.py PATH"))
@@ -33,9 +35,16 @@ def main(config: Config) -> dict[str, Any]:
     problems = [" ".join(str(problem).split()) for problem in found.problems]
     for line in (*(f"note: {note}" for note in found.notes), *(f"problem: {text}" for text in problems), found.line()):
         print(line)
+    support: dict[str, str] = {}
+    if found.kind == "model" and found.trusted:
+        section = config.base.model_copy(update={"source": config.verify.path, "revision": ""})
+        own = config.model_copy(update={"base": section})
+        support = model_support.row(own, sources.fetch(section, config.run.models_dir))
+        print("\n".join(f"{column:<16} {said}" for column, said in support.items()))
     return {
         "path": config.verify.path,
         "kind": found.kind,
+        **({"support": support} if support else {}),
         "trusted": found.trusted,
         "checked": found.checked,
         "problems": problems,
@@ -51,6 +60,7 @@ def plan(config: Config) -> list[str]:
         *dry_run.lines(config, "verify"),
         f"hash every file of {config.verify.path or 'PATH'} and compare it with its manifest",
         f"do the same for all it was made from, under {config.run.data_dir} and {config.run.models_dir}",
+        "for a base model try every stage on some of its layers, in float32",
         "write nothing",
     ]
 

@@ -19,9 +19,7 @@ from utils.adapters import adapter_config, adapter_files, peft_model
 from utils.adapters.factors import Factors, delta
 from utils.composition.methods import Recipe, compose
 from utils.exceptions import ArtefactError
-from utils.models.base_model import BaseModel
 
-BASE = BaseModel(Path("toy"), "toy:test", "", "0" * 64, "0" * 64)
 IDS = torch.randint(8, 700, (2, 24), generator=torch.Generator().manual_seed(3))
 # of unequal rank and alpha, on different modules: what only works for equal ones is not exact
 DOMAIN, TASK = (("q_proj", "k_proj", "v_proj", "o_proj"), 4, 8.0, 1), (("q_proj", "o_proj"), 3, 5.0, 2)
@@ -83,7 +81,7 @@ class EachArchitecture(unittest.TestCase):
         def check(architecture: str) -> None:
             composed = compose(two(fresh(architecture)), Recipe(weights=(1.0, 0.8)))  # two ranks in one adapter
             directory = temporary_directory()
-            adapter_files.save(directory, composed, BASE)
+            adapter_files.save(directory, composed, saved_model(architecture))
             plain = PeftModel.from_pretrained(fresh(architecture), str(directory))
             expected = logits(peft_model.add(fresh(architecture), "composed", composed))
             self.assertLess(relative(logits(plain), expected), 1e-6)

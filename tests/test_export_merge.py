@@ -617,7 +617,8 @@ class Refused(unittest.TestCase):
     def test_too_small_a_disk_is_told_to_the_byte_before_anything_is_written(self) -> None:
         base = checkpoint("llama", torch.bfloat16)
         target, _ = merged(base, on_attention(base), dtype="float32")
-        copied = [p for p in target.iterdir() if p.suffix == ".safetensors" or p.name in base_model.COMPANION_FILES]
+        beside = {str(path) for path in base_model.companions(base.directory)}
+        copied = [p for p in target.iterdir() if p.suffix == ".safetensors" or p.name in beside]
         needed = sum(path.stat().st_size for path in copied)
         again = temporary_directory() / "merged"
         for free, fits in ((needed - 1, False), (needed, True)):
@@ -709,7 +710,7 @@ class Resumed(unittest.TestCase):
         interrupted = mock.patch.object(merge, "_write_companions", side_effect=KeyboardInterrupt)
         with contextlib.suppress(KeyboardInterrupt), interrupted:
             merged(base, on_attention(base), target)
-        companions = sum(p.stat().st_size for p in base.directory.iterdir() if p.name in base_model.COMPANION_FILES)
+        companions = sum((base.directory / p).stat().st_size for p in base_model.companions(base.directory))
         with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=companions)):
             merged(base, on_attention(base), target)
         self.assertTrue(target.is_dir())

@@ -172,7 +172,8 @@ class Tools(unittest.TestCase):
         self.assertEqual(chat.unwritten(self.plain, example, "s"), ["the tools", "a call of a tool"])
         self.plain.chat_template = PLAIN.replace("+ m.content", "+ (m.content if m.role == 'user' else '')")
         self.addCleanup(setattr, self.plain, "chat_template", PLAIN)
-        self.assertIn("the system turn", chat.unwritten(self.plain, EXAMPLE, "Be brief."))
+        # the system text goes in front of the question where a template has no place for it
+        self.assertEqual(chat.unwritten(self.plain, EXAMPLE, "Be brief."), [])
         self.plain.chat_template = "{{ raise_exception('roles must alternate') }}"
         with self.assertRaisesRegex(chat.TemplateError, "roles must alternate"):
             chat.unwritten(self.plain, EXAMPLE, "s")

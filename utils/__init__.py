@@ -59,6 +59,7 @@ TAKES_CONFIG = (
     *(
         "models.architectures.size_class",
         "adapters.find",
+        "planning.base_checks",
         "planning.preflight",
         "planning.plan_report",
         "planning.launch_files",
@@ -79,5 +80,6 @@ TAKES_CONFIG = (
     *("evaluation.comparison", "evaluation.run_groups", "evaluation.controls", "evaluation.scored_rows"),
     *("benchmarks.inputs", "benchmarks.suite_inference", "benchmarks.suite_training", "benchmarks.suite_data"),
     *("benchmarks.suite_merge", "benchmarks.suite_evaluation", "benchmarks.suite_gpu", "benchmarks.suites"),
+    "export.model_support",
     "cli.script",
 )

@@ -5,10 +5,11 @@ Only what leaves the update at scale * B @ A is understood; every other setting 
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,12 @@ from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.models import directory_checks
 from utils.models.base_model import BaseModel
+from utils.models.structure import linear_modules
 from utils.models.weights import tensor_names
 from utils.models.weights.tensor_names import layer_of
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -45,13 +48,15 @@ def _whole(value: Any) -> bool:
 _UNDERSTOOD: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("peft_type", "peft_version", "base_model_name_or_path", "revision"), lambda v: isinstance(v, str)),
     "task_type": lambda v: v == "CAUSAL_LM",
-    **dict.fromkeys(("inference_mode", "use_rslora"), lambda v: isinstance(v, bool)),
+    # fan_in_fan_out says what the base's modules are, and PEFT goes by the modules
+    **dict.fromkeys(("inference_mode", "use_rslora", "fan_in_fan_out"), lambda v: isinstance(v, bool)),
     **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), lambda v: True),  # see _unreadable
     "init_lora_weights": lambda v: isinstance(v, (str, bool)),
     "lora_dropout": lambda v: isinstance(v, (int, float)) and 0 <= v <= 1,
     "bias": lambda v: isinstance(v, str),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _text_or_texts),
-    "target_parameters": _texts,
+    # whole modules are compared with the base's where the tensors are read
+    **dict.fromkeys(("target_parameters", "modules_to_save"), _texts),
     "layers_to_transform": lambda v: _whole(v) or (isinstance(v, list) and all(_whole(layer) for layer in v)),
     # the name of a module that PEFT would import
     "megatron_core": lambda v: v == "megatron.core",
@@ -61,11 +66,9 @@ _UNDERSTOOD: dict[str, Callable[[Any], bool]] = {
 _REASONS = {
     "use_dora": "DoRA rescales the whole weight, so two such adapters do not add up",
     "lora_bias": "the bias of B is not part of a low-rank update",
-    "modules_to_save": "full copies of modules cannot be added to another adapter",
     "trainable_token_indices": "changed embedding rows cannot be added to another adapter",
     "use_qalora": "QA-LoRA pools its input",
     "layer_replication": "replicated layers are another architecture",
-    "fan_in_fan_out": "transposed weights (GPT-2's Conv1D) are not supported",
     "auto_mapping": "it names classes to import, and an adapter runs no code here",
 }
 _OF_TRANSFORMERS = re.compile(r"transformers\.models\.[a-z0-9_.]+ [A-Za-z0-9_]+")
@@ -120,26 +123,104 @@ def read(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def config_for(factors: Factors) -> LoraConfig:
-    """The PEFT configuration that gives these factors their ranks and scales (alpha = rank * scale)."""
+def config_for(factors: Factors, model: torch.nn.Module) -> LoraConfig:
+    """The PEFT configuration with which any tool gives these factors their ranks and scales (alpha = rank * scale).
+
+    Leaf names where they find exactly these modules of `model` (a bare one), else full paths. What PEFT would not find
+    by a module's name goes by its parameter's: routers, and dense layers that peft 0.21 takes for fused experts.
+    """
+    fused = {name: f for name, f in factors.items() if f.is_experts}
+    others = _by_parameter(factors, model)
+    plain = {name: f for name, f in factors.items() if name not in fused and name not in others}
+    found = _config(
+        factors,
+        others,
+        target_modules=_exact_targets(plain, model) if plain else [],
+        target_parameters=[*shortest_targets(fused, keep=3), *(f"{name}.weight" for name in others)] or None,
+        short=True,
+    )
+    transposed = tensor_names.transposed_parameters(model)
+    found.fan_in_fan_out = any(f"{name}.weight" in transposed for name in plain)
+    return found
+
+
+def config_by_paths(factors: Factors, model: torch.nn.Module) -> LoraConfig:
+    """As `config_for`, by full paths alone: what is put on `model` here, where names are taken exactly."""
+    fused = [name for name, f in factors.items() if f.is_experts]
+    others = [n for n in factors if n not in fused and not linear_modules.is_linear(model.get_submodule(n))]
+    return _config(
+        factors,
+        others,
+        target_modules=[name for name in factors if name not in fused and name not in others],
+        target_parameters=[*fused, *(f"{name}.weight" for name in others)] or None,
+        short=False,
+    )
+
+
+def _config(
+    factors: Factors,
+    others: Sequence[str],
+    *,
+    target_modules: list[str],
+    target_parameters: list[str] | None,
+    short: bool,
+) -> LoraConfig:
     from peft import LoraConfig
 
     kinds = [(f.rank, f.scale) for f in factors.values()]
     common = max(set(kinds), key=lambda kind: (kinds.count(kind), kind))
     odd = {name: f for name, f in factors.items() if (f.rank, f.scale) != common}
-    plain = {name: f for name, f in factors.items() if not f.is_experts}
-    fused = {name: f for name, f in factors.items() if f.is_experts}
+
+    def patterns(values: dict[str, Any]) -> dict[str, Any]:
+        keyed = {name: value for name, value in values.items() if name not in others}
+        return (_by_leaf(keyed, factors) if short else keyed) | {
+            f"{name}.weight": values[name] for name in others if name in values
+        }
+
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=common[0],
         lora_alpha=tidy(common[0] * common[1]),
-        rank_pattern=_by_leaf({name: f.rank for name, f in odd.items()}, factors),
-        alpha_pattern=_by_leaf({name: tidy(f.rank * f.scale) for name, f in odd.items()}, factors),
-        target_modules=shortest_targets(plain) if plain else [],
-        target_parameters=shortest_targets(fused, keep=3) if fused else None,
+        rank_pattern=patterns({name: f.rank for name, f in odd.items()}),
+        alpha_pattern=patterns({name: tidy(f.rank * f.scale) for name, f in odd.items()}),
+        target_modules=target_modules,
+        target_parameters=target_parameters,
         use_rslora=False,
         inference_mode=True,
     )
+
+
+def _by_parameter(factors: Factors, model: torch.nn.Module) -> list[str]:
+    """Modules that PEFT finds by their parameter alone: no linear ones, and names it takes for fused experts."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    @functools.cache
+    def is_renamed(leaf: str) -> bool:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it misses the others that it would fuse with this one
+            return True
+        return leaf not in (config.target_modules or ())
+
+    return [
+        name
+        for name, f in factors.items()
+        if not f.is_experts
+        and (is_renamed(name.rpartition(".")[2]) or not linear_modules.is_linear(model.get_submodule(name)))
+    ]
+
+
+def _exact_targets(factors: Factors, model: torch.nn.Module) -> list[str]:
+    """Leaf names when PEFT finds exactly these modules by them, else full paths."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    short = shortest_targets(factors)
+    rule = LoraConfig(target_modules=short)
+    found = {name for name, _ in model.named_modules() if name and check_target_module_exists(rule, name)}
+    return short if found == set(factors) else sorted(factors)
 
 
 def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[str]:
@@ -150,7 +231,7 @@ def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     parameters = settings.get("target_parameters") or []
     found = set()
-    places = tensor_names.places(base.model_type, tensor_names.tensor_shapes(base.directory))
+    places = tensor_names.places(base.directory, tensor_names.tensor_shapes(base.directory))
     try:
         rule = LoraConfig(**{key: settings.get(key) for key in keys})
         with _in_time():

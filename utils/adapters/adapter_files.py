@@ -6,7 +6,6 @@ shapes are the base model's, and nothing in the configuration changes the update
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,22 +15,20 @@ import torch
 
 from config import LoraSection
 from utils import disk
-from utils.adapters import adapter_config, fused_experts
-from utils.adapters.factors import Factors, ModuleFactors, norm, padded, zero_modules
+from utils.adapters import adapter_config, adapter_state, fused_experts
+from utils.adapters.factors import Factors, ModuleFactors, norm, padded
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.models.base_model import BaseModel
 from utils.models.directory_checks import leads_out
 from utils.models.model_shapes import PLAIN
 from utils.models.parallel import sharding
+from utils.models.structure import model_class
 from utils.models.weights import tensor_names
-from utils.models.weights.safetensors_io import DTYPES, Checkpoint
+from utils.models.weights.safetensors_io import Checkpoint
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-_PREFIX = "base_model.model."
-_FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 
 
 def find(path: Path) -> Path:
@@ -73,7 +70,7 @@ def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFact
         raise ArtefactError(
             Problem(f"{directory / adapter_config.WEIGHTS} is damaged ({error})", fix="restore it from a copy")
         ) from error
-    factors = _factors(state, settings, directory, base)
+    factors = adapter_state.factors(state, settings, directory, base)
     if base is not None:
         _check_against(factors, settings, directory, base)
     return factors
@@ -103,7 +100,7 @@ def relative_size(factors: Factors, base: BaseModel, modules: int = 8) -> float:
 
 def save(directory: Path, factors: Factors, base: BaseModel, *, lora: LoraSection | None = None) -> None:
     """Write a plain PEFT directory (`adapter_config.json`, `adapter_model.safetensors`), loadable by any other tool."""
-    peft_config = adapter_config.config_for(factors)
+    peft_config = adapter_config.config_for(factors, model_class.outline(base.directory))
     if lora is not None:
         peft_config.lora_dropout = lora.dropout
         if lora.use_rslora:
@@ -111,26 +108,29 @@ def save(directory: Path, factors: Factors, base: BaseModel, *, lora: LoraSectio
     _write(directory, peft_config, to_state(factors), base)
 
 
-def save_per_expert(directory: Path, factors: Factors, base: BaseModel) -> None:
+def save_per_expert(directory: Path, factors: Factors, base: BaseModel) -> bool:
     """Write the adapter with one pair of matrices per expert and the checkpoint's own names, as vLLM reads them.
 
     Every module gets the same rank (zero rows beyond its own) and scale 1, because servers read one rank and one scale
     for all; experts that are not adapted in a layer get zeros, because tools expect every expert or none. PEFT loads it
-    too. Raises ArtefactError when the checkpoint has no per-expert tensors.
+    too. Returns False, and writes nothing, when the checkpoint has no per-expert tensors, so no names to export to.
     """
     rank = max(f.rank for f in factors.values())
     spread = _per_expert_factors(factors, base)
     if not spread:
-        raise ArtefactError(Problem(f"{base.directory} keeps no tensor per expert, so there are no names to export to"))
+        return False
     plain = {name: f for name, f in factors.items() if not f.is_experts}
-    peft_config = adapter_config.config_for({name: padded(f, rank) for name, f in plain.items()} or spread)
+    same = {name: padded(f, rank) for name, f in factors.items()}
+    peft_config = adapter_config.config_for(same, model_class.outline(base.directory))
     leaves = {name.rpartition(".")[2] for name in spread}
     # PEFT turns these leaf names into the fused parameters when it loads the adapter
-    peft_config.target_modules = sorted({*(adapter_config.shortest_targets(plain) if plain else ()), *leaves})
+    peft_config.target_modules = sorted({*peft_config.target_modules, *leaves})
+    peft_config.target_parameters = [p for p in peft_config.target_parameters or () if p.endswith(".weight")] or None
     peft_config.r, peft_config.lora_alpha = rank, rank
     peft_config.rank_pattern, peft_config.alpha_pattern = {}, {}
     state = to_state({name: padded(f, rank) for name, f in {**plain, **spread}.items()})
     _write(directory, peft_config, state, base)
+    return True
 
 
 def to_state(factors: Factors) -> dict[str, torch.Tensor]:
@@ -145,7 +145,10 @@ def to_state(factors: Factors) -> dict[str, torch.Tensor]:
             ]
             place = parent + ".base_layer" * len(outside)
         a, b = fused_experts.to_peft(f)
-        state[f"{_PREFIX}{place}.lora_A.weight"], state[f"{_PREFIX}{place}.lora_B.weight"] = a, b
+        state[f"{adapter_state.PREFIX}{place}.lora_A.weight"], state[f"{adapter_state.PREFIX}{place}.lora_B.weight"] = (
+            a,
+            b,
+        )
     return state
 
 
@@ -167,107 +170,16 @@ def _write(directory: Path, peft_config: LoraConfig, state: Mapping[str, torch.T
     files.write_json(directory / adapter_config.CONFIG, {**written, **ordered})
 
 
-def _factors(
-    state: dict[str, torch.Tensor], settings: dict[str, Any], directory: Path, base: BaseModel | None
-) -> dict[str, ModuleFactors]:
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    problems = []
-    for key, tensor in state.items():
-        matched = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if not matched or tensor.ndim != 2 or tensor.dtype not in _FLOATS:
-            problems.append(Problem(f"{directory}: unknown tensor", f"{key} {tuple(tensor.shape)}"))
-        elif not torch.isfinite(tensor.float()).all():
-            problems.append(Problem(f"{directory}: {key} holds NaN or infinity"))
-        else:
-            pairs.setdefault(matched[1], {})[matched[2]] = tensor
-    problems += [Problem(f"{directory}: {module} has A or B but not both") for module, p in pairs.items() if len(p) < 2]
-    if problems or not pairs:
-        raise ArtefactError(problems[:10] or [Problem(f"{directory} holds no LoRA tensors")])
-    factors: dict[str, ModuleFactors] = {}
-    for module, pair in pairs.items():
-        name = _parameter(module, pairs, settings)
-        rank = int(adapter_config.by_pattern(settings.get("rank_pattern"), name, settings["r"]))
-        scale = adapter_config.scale_of(name, rank, settings)
-        fits = pair["A"].shape[0] == pair["B"].shape[1]
-        if name != module and fits and pair["A"].shape[0] % rank == 0:
-            factors[name] = fused_experts.from_peft(pair["A"], pair["B"], rank, scale)
-        elif fits and pair["A"].shape[0] == rank:
-            factors[name] = ModuleFactors(pair["A"], pair["B"], scale)
-        else:
-            ranks = " and ".join(str(r) for r in dict.fromkeys((pair["A"].shape[0], pair["B"].shape[1])))
-            problems.append(Problem(f"{directory}: {module} has rank {ranks}, its config says {rank}"))
-    if not problems and len(zero_modules(factors)) == len(factors):
-        problems.append(Problem(f"every B in {directory} is zero", fix="it was never trained, or saved wrongly"))
-    if problems:
-        raise ArtefactError(problems[:10])
-    return _fused_from_single(factors, directory, base) if any(_EXPERT.search(n) for n in factors) else factors
-
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-_WRAPPED = re.compile(r"(.+\.experts)((?:\.base_layer)*)")
-
-
-def _parameter(module: str, pairs: Mapping[str, Any], settings: dict[str, Any]) -> str:
-    """The fused parameter that a wrapper's key stands for (by nesting, the first registered innermost), or `module`."""
-    wrapped = _WRAPPED.fullmatch(module)
-    if not wrapped:
-        return module
-    levels = sum(1 for other in pairs if (m := _WRAPPED.fullmatch(other)) and m[1] == wrapped[1])
-    targets = [str(target).rpartition(".")[2] for target in settings.get("target_parameters") or []]
-    names = [name for name in tensor_names.FUSED if name in targets]
-    depth = wrapped[2].count(".base_layer")
-    if len(names) != levels or depth >= levels:
-        raise ArtefactError(
-            Problem(
-                f"{module}: {levels} fused parameters have factors, target_parameters names {len(names)} of "
-                f"{', '.join(tensor_names.FUSED)}",
-                settings.get("target_parameters"),
-                "save the adapter again with peft 0.21",
-            )
-        )
-    return f"{wrapped[1]}.{names[levels - 1 - depth]}"
-
-
-def _fused_from_single(factors: Factors, directory: Path, base: BaseModel | None) -> dict[str, ModuleFactors]:
-    """Per-expert factors (as vLLM and older PEFT have them) as updates of the fused parameters, exactly.
-
-    Parts that are joined in one parameter (w1 and w3) keep their own factors: A is stacked, B is block-diagonal.
-    """
-    if base is None:
-        raise ArtefactError(Problem(f"{directory} has factors per expert: reading it needs the base model's names"))
-    singles = {name: f for name, f in factors.items() if _EXPERT.search(name)}
-    found = tensor_names.places(base.model_type, [f"{name}.weight" for name in singles])
-    groups: dict[str, dict[tuple[int, int], ModuleFactors]] = {}
-    parts: dict[str, int] = {}
-    for name, f in singles.items():
-        place = found[f"{name}.weight"]
-        if place.expert is None:
-            raise ArtefactError(Problem(f"{directory}: the base model has no such expert", name))
-        groups.setdefault(place.parameter, {})[place.expert, place.part] = f
-        parts[place.parameter] = place.parts
-    joined = {name: f for name, f in factors.items() if name not in singles}
-    for parameter, group in groups.items():
-        count = 1 + max(expert for expert, _ in group)
-        wanted = {(expert, part) for expert in range(count) for part in range(parts[parameter])}
-        if set(group) != wanted or len({(f.a_rI.shape, f.b_Or.shape, f.scale) for f in group.values()}) > 1:
-            raise ArtefactError(Problem(f"{directory}: {parameter}: experts are missing, or of unequal rank or shape"))
-        own = [[group[expert, part] for part in range(parts[parameter])] for expert in range(count)]
-        a_ErI = torch.stack([torch.cat([f.a_rI for f in row]) for row in own])
-        b_EOr = torch.stack([torch.block_diag(*(f.b_Or for f in row)) for row in own])
-        joined[parameter] = ModuleFactors(a_ErI, b_EOr, own[0][0].scale)
-    return joined
-
-
 def _check_against(factors: Factors, settings: dict[str, Any], directory: Path, base: BaseModel) -> None:
     """Every update fits a tensor of the base model, and every module that the adapter targets has one."""
-    shapes = tensor_names.weight_shapes(base.directory, base.model_type)
+    shapes = tensor_names.weight_shapes(base.directory)
     problems = []
     for name, f in factors.items():
         if name not in shapes:
             problems.append(Problem(f"{directory}: the base model has no {name}", fix="it was made for another one"))
         elif shapes[name] != f.shape:
             problems.append(Problem(f"{directory}: {name} updates {f.shape}, the base model's is {shapes[name]}"))
-    if expected := adapter_config.targeted(settings, directory, base) & set(shapes):
+    if expected := _expected(factors, settings, directory, base) & set(shapes):
         problems += [
             Problem(f"{directory}: no factors for {name}, which its targets name", fix="restore it from a copy")
             for name in sorted(expected - set(factors))
@@ -284,11 +196,28 @@ def _check_against(factors: Factors, settings: dict[str, Any], directory: Path, 
         raise ArtefactError(problems[:10])
 
 
+def _expected(factors: Factors, settings: dict[str, Any], directory: Path, base: BaseModel) -> set[str]:
+    """What the configuration targets. Leaf names find single experts' tensors too, as transformers 4 had them, and a
+    vision tower's, which a text model alone has not: those count for an adapter that has some."""
+    found = adapter_config.targeted(settings, directory, base)
+    model = model_class.outline(base.directory)
+    inside, head = model_class.decoder_path(model), model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is head}
+    towers = {name for name in found - heads if not name.startswith(inside)}
+    if towers.isdisjoint(factors):
+        found -= towers
+    if any(f.is_experts for f in factors.values()):
+        return found
+    places = tensor_names.places(base.directory, tensor_names.tensor_shapes(base.directory)).values()
+    experts = {place.parameter for place in places if place.expert is not None}
+    return found - (experts - adapter_config.targeted({**settings, "target_modules": None}, directory, base))
+
+
 def _per_expert_factors(factors: Factors, base: BaseModel) -> dict[str, ModuleFactors]:
     """Checkpoint's module name of each expert matrix -> its update; zeros for the ones that are not adapted."""
     names = tensor_names.tensor_shapes(base.directory)
     found = {}
-    for name, place in tensor_names.places(base.model_type, names).items():
+    for name, place in tensor_names.places(base.directory, names).items():
         if place.expert is None or not name.endswith(".weight"):
             continue
         rows, columns = names[name]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import yaml
 
+from utils.artifacts import files
 from utils.artifacts.runs import Run
+from utils.models import chat, templates
 from utils.models.base_model import BaseModel
+from utils.models.directory_checks import CONFIG
 from utils.models.model_shapes import PLAIN
 
 TRAINED = {
@@ -24,6 +27,8 @@ TRAINED = {
 # from the directory of one run's adapter to the other runs, as utils/artifacts/runs.py lays them out
 RUNS = "{folder}/../../../"
 _HERE = 'folder, version = ".", None  # this directory from wherever you are, or a repository and its branch'
+# in a run's manifest: what an adapter of another tool was made for, where a person asserted that it is this base
+ASSERTED = "asserted_base"
 
 
 def adapter_card(stage: str, base: BaseModel, parents: Sequence[Run], *, system_prompt: str = "") -> str:
@@ -82,7 +87,7 @@ def merged_card(
     kept = "the dtype of the base model's files" if dtype == "base" else dtype.removeprefix("torch.")
     lines = [
         "A base model with adapters merged into its weights. It loads like any other model, without peft.",
-        *_usage(_merged_snippet(_system_prompt(parents))),
+        *_usage(_merged_snippet(base, _system_prompt(parents))),
         *_request(_system_prompt(parents)),
         *_composition(parents, method, source, weights, exact=exact, searched=searched),
         "",
@@ -102,8 +107,23 @@ def copied_card(base: BaseModel, *, dtype: str) -> str:
         "pipeline_tag": "text-generation",
     }
     kept = "as its files have them, FP8 dequantized to bfloat16" if dtype == "base" else f"in {dtype}"
-    lines = [f"A copy of the base model's weights, {kept}.", *_usage(_merged_snippet("")), *_lineage(base, [])]
+    lines = [f"A copy of the base model's weights, {kept}.", *_usage(_merged_snippet(base, "")), *_lineage(base, [])]
     return _card(metadata, "Copy of a base model", lines)
+
+
+def asserted(base: BaseModel, runs: Sequence[Run]) -> list[str]:
+    """For each adapter made for other files than the base's: a sentence that a person asserted them to be the same."""
+    found = []
+    for run in runs:
+        recorded = run.manifest.get("base") or {}
+        differs = run.manifest.get("kind") in (*TRAINED, "composed") and recorded.get("digest") != base.digest
+        if differs or ASSERTED in run.manifest:
+            other = run.manifest.get(ASSERTED) or str(recorded.get("source"))
+            made_for = PurePath(other.split(" ")[0]).name
+            found.append(
+                f"{_named(run)} was made for {made_for}: that this base is the same was asserted, not verified"
+            )
+    return found
 
 
 def for_hub(card: str, repository: str, branch: str = "") -> str:
@@ -143,6 +163,7 @@ def _adapter_snippet(stage: str, base: BaseModel, system_prompt: str, below: Run
         name, commit, note = json.dumps(base.directory.name), "None", "  # its directory: this base model is on no hub"
         if base.directory.parent.name == "base":
             name = f'f"{RUNS}base/{base.directory.name}"'
+    kind = _class_name(base)
     load = ["model = PeftModel.from_pretrained(model, folder, revision=version)"]
     if below:
         load = [
@@ -153,34 +174,44 @@ def _adapter_snippet(stage: str, base: BaseModel, system_prompt: str, below: Run
         ]
     return [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {', '.join(sorted((kind, 'AutoTokenizer')))}",
         "",
         _HERE,
         f"base, commit = {name}, {commit}{note}",
         "tokenizer = AutoTokenizer.from_pretrained(base, revision=commit)",
-        "model = AutoModelForCausalLM.from_pretrained(base, revision=commit)",
+        f"model = {kind}.from_pretrained(base, revision=commit)",
         *load,
-        *(_continue_text() if stage == "domain" else _answer(system_prompt)),
+        *(_continue_text() if stage == "domain" else _answer(base, system_prompt)),
     ]
 
 
-def _merged_snippet(system_prompt: str) -> list[str]:
+def _merged_snippet(base: BaseModel, system_prompt: str) -> list[str]:
+    kind = _class_name(base)
     return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {', '.join(sorted((kind, 'AutoTokenizer')))}",
         "",
         _HERE,
         "tokenizer = AutoTokenizer.from_pretrained(folder, revision=version)",
-        "model = AutoModelForCausalLM.from_pretrained(folder, revision=version)",
-        *_answer(system_prompt),
+        f"model = {kind}.from_pretrained(folder, revision=version)",
+        *_answer(base, system_prompt),
     ]
 
 
-def _answer(system_prompt: str) -> list[str]:
-    system = [f'    {{"role": "system", "content": {json.dumps(system_prompt)}}},'] if system_prompt else []
+def _class_name(base: BaseModel) -> str:
+    """The class that loads all of the base: a multimodal checkpoint's own, as the automatic one may take a part."""
+    path = base.directory / CONFIG
+    named = (files.read_object(path).get("architectures") if path.is_file() else None) or [""]
+    return named[0] if named[0].endswith("ForConditionalGeneration") else "AutoModelForCausalLM"
+
+
+def _answer(base: BaseModel, system_prompt: str) -> list[str]:
+    turns = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    turns.append({"role": "user", "content": "Your question"})
+    if system_prompt and (base.directory / "tokenizer_config.json").is_file():
+        turns = templates.fitted(chat.load_tokenizer(base.directory), turns)
     return [
         "messages = [",
-        *system,
-        '    {"role": "user", "content": "Your question"},',
+        *(f"    {json.dumps(turn)}," for turn in turns),
         "]",
         "inputs = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
@@ -242,6 +273,7 @@ def _lineage(base: BaseModel, parents: Sequence[Run]) -> list[str]:
         "",
         f"* base `{base_id(base)}`{commit}{made_from}, digest `{base.digest}`",
         *(f"* {_named(parent)}, digest `{parent.digest}`" for parent in parents),
+        *(f"* {sentence}" for sentence in asserted(base, parents)),
     ]
 
 

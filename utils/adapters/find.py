@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from config import PRESETS, BaseModelSection, Config
-from utils.adapters import adapter_config, adapter_files, adapter_tokenizer
+from utils.adapters import adapter_config, adapter_files, adapter_tokenizer, cards
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.data import prepared_identity
@@ -18,6 +18,7 @@ from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
 
 ELSEWHERE = "elsewhere"
+SAME_BASE = "if it is the same in other files, say --inputs.same_base true"
 # adapters trained here are at 0.3 to 4% of the weights (median over modules); lora_alpha times 100 is far above
 UNUSUAL_SIZE = 0.25
 
@@ -53,7 +54,7 @@ def domain_run(config: Config, base: BaseModel) -> Run:
         config.run.models_dir,
         "domain",
         str(own) if pinned else "",
-        for_base(base),
+        for_base(config, base),
         flag="--domain_adapter",
         hint=_preset(config),
     )
@@ -61,7 +62,7 @@ def domain_run(config: Config, base: BaseModel) -> Run:
 
 def task_run(config: Config, base: BaseModel) -> Run:
     """The task adapter: pinned (any folder in PEFT's format), or the newest run that was trained on `task.on`."""
-    pinned, wanted, right_base = config.inputs.task_adapter, config.task.on, for_base(base)
+    pinned, wanted, right_base = config.inputs.task_adapter, config.task.on, for_base(config, base)
     if pinned and not (own := own_run(Path(pinned))):
         return foreign_run(config, base, "task", Path(pinned))
 
@@ -100,7 +101,7 @@ def any_run(config: Config, base: BaseModel, path: Path, *, flag: str) -> Run:
     """An adapter of ours or of another tool at a path. Raises ArtefactError when it belongs to another base model."""
     own = own_run(path)
     run = Run(own, files.verify(own)) if own else foreign_run(config, base, "further", path)
-    if reason := for_base(base)(run):
+    if reason := for_base(config, base)(run):
         raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", str(path)))
     return run
 
@@ -114,18 +115,21 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
         )
     settings = adapter_config.read(directory)
     named, revision = settings.get("base_model_name_or_path") or "", settings.get("revision") or ""
-    problem = Problem(
-        f"{directory} was made for another base model", f"{named} {revision}".strip(), f"this one is {base.source}"
-    )
+    made_for = f"{named} {revision}".strip()
+    fix = f"this one is {base.source}; {SAME_BASE}"
+    problem = Problem(f"{directory} was made for another base model", made_for, fix)
     if is_model(named):
         is_this = Path(named).resolve() == base.directory.resolve()
         as_ours = BaseModelSection(source=str(named), quantization=PLAIN if is_this else base.quantization)
-        other = sources.fetch(as_ours, config.run.models_dir)
-        if other.digest != base.digest:
-            raise ArtefactError(problem)
-    elif named and base.revision and (named != base.source or revision not in ("", "main", base.revision)):
-        raise ArtefactError(problem)
+        is_other = sources.fetch(as_ours, config.run.models_dir).digest not in (base.digest, base.made_from)
     else:
+        at_this = named == base.source and revision in ("", "main", base.revision)
+        is_other = bool(named and base.revision) and not at_this
+    if is_other and not config.inputs.same_base:
+        raise ArtefactError(problem)
+    if is_other:
+        _say_asserted(directory, made_for)
+    elif not is_model(named):
         warning(
             "the base model of this adapter cannot be verified, only that its shapes fit",
             adapter=directory,
@@ -152,6 +156,7 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
             "system_prompt": config.task.system_prompt,
             "adapter": ".",
             **adapter_tokenizer.choose(directory, base, config.inputs),
+            **({cards.ASSERTED: made_for} if is_other else {}),
         },
     )
 
@@ -247,7 +252,11 @@ def own_run(path: Path) -> Path | None:
     return None
 
 
-def for_base(base: BaseModel) -> Callable[[Run], str]:
+def _say_asserted(place: Path, made_for: str) -> None:
+    event("asserted, not verified: this adapter is for this base model", adapter=place, made_for=made_for)
+
+
+def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
     """A function of a run: the reason why it cannot be used with this base model, or an empty string."""
 
     def fits(run: Run) -> str:
@@ -257,9 +266,14 @@ def for_base(base: BaseModel) -> Callable[[Run], str]:
             says = {PLAIN: "the base model as it is"}
             ours, theirs = (says.get(kind, f"the base model in {kind}") for kind in (base.quantization, trained_on))
             return f"trained on {theirs}, this is {ours} (say --base.quantization {trained_on})"
-        if found["digest"] != base.digest:
+        if base.made_from and found["digest"] == base.made_from:
+            event("the base model has modules of another adapter than this one was made for", adapter=run.directory)
+        elif found["digest"] != base.digest and config.inputs.same_base:
+            _say_asserted(run.directory, f"{found['source']}, digest {found['digest'][:12]}")
+        elif found["digest"] != base.digest:
             other, ours = found["digest"][:12], base.digest[:12]
-            return f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
+            which = f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
+            return f"{which}; {SAME_BASE}"
         if found.get("tokenizer_digest", base.tokenizer_digest) != base.tokenizer_digest:
             return f"made with another tokenizer or chat template than that of {base.directory}"
         return ""

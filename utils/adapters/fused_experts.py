@@ -33,9 +33,14 @@ def from_peft(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int, scale: floa
 
 
 def rows(factors: ModuleFactors, place: Place) -> ModuleFactors:
-    """The update of the tensor at `place`, from the factors of its parameter."""
+    """The update of the tensor at `place`, from the factors of its parameter; as the tensor lies, inputs first too."""
     if place.expert is None:
-        return factors
+        return transposed(factors) if place.transposed else factors
     size = factors.b_Or.shape[1] // place.parts
     own = slice(place.part * size, (place.part + 1) * size)
     return ModuleFactors(factors.a_rI[place.expert], factors.b_Or[place.expert, own], factors.scale)
+
+
+def transposed(factors: ModuleFactors) -> ModuleFactors:
+    """The same update of a weight that lies with its inputs before its outputs, (I, O) or (E, I, O)."""
+    return ModuleFactors(factors.b_Or.mT.contiguous(), factors.a_rI.mT.contiguous(), factors.scale)

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 
 from utils.adapters.factors import Factors, ModuleFactors
 from utils.adapters.peft_model import refuse_misfits
-from utils.exceptions import ArtefactError, Problem
 from utils.models.quantization import is_quantised
+from utils.models.structure import linear_modules
 from utils.models.weights import tensor_names
 
 # rows up to which float32 factors are the faster on a CPU; above, its float32 products lose to bfloat16 units
@@ -45,8 +45,7 @@ Weights = Mapping[str, "float | torch.Tensor"]
 def attach(model: torch.nn.Module, adapters: Mapping[str, Factors]) -> torch.nn.Module:
     """Put adapters on a bare model, in place, all selected at weight 1; returns the model.
 
-    Run it without autocast. Raises ArtefactError when the factors do not fit the model, or sit on a weight that is
-    neither a linear module nor a fused expert parameter.
+    Run it without autocast. Raises ArtefactError when the factors do not fit the model.
     """
     owners: dict[str, dict[str, dict[str, ModuleFactors]]] = {}
     for adapter, factors in adapters.items():
@@ -57,14 +56,14 @@ def attach(model: torch.nn.Module, adapters: Mapping[str, Factors]) -> torch.nn.
     for name, parameters in owners.items():
         module = model.get_submodule(name)
         if isinstance(module, torch.nn.Linear):
-            kind = FrozenLoraQuantised if is_quantised(module) else FrozenLoraLinear
+            kind = FrozenLoraBeside if is_quantised(module) else FrozenLoraLinear
             model.set_submodule(name, kind(module, parameters["weight"]))
+        elif linear_modules.is_linear(module):
+            model.set_submodule(name, FrozenLoraBeside(module, parameters["weight"]))
         elif _is_plain_experts(module):
             model.set_submodule(name, FrozenLoraExperts(module, parameters))
         else:
-            kind = type(module).__name__
-            fix = "merge it instead: --merge_path"
-            raise ArtefactError(Problem(f"{name} is a {kind}: an adapter on it cannot be applied here", fix=fix))
+            model.set_submodule(name, FrozenLoraParameters(module, parameters))
     select(model, dict.fromkeys(adapters, 1.0))
     return model
 
@@ -77,9 +76,10 @@ def select(model: torch.nn.Module, weights: Weights | Callable[[str], Weights]) 
     for name, module in model.named_modules():
         if isinstance(module, FrozenLoraLinear):
             module.update.select(weights(name) if callable(weights) else weights)
-        elif isinstance(module, FrozenLoraExperts):
+        elif isinstance(module, (FrozenLoraExperts, FrozenLoraParameters)):
             for parameter, update in module.updates.items():
-                update.select(weights(f"{name}.{parameter}") if callable(weights) else weights)
+                own = name if parameter == "weight" else f"{name}.{parameter}"
+                update.select(weights(own) if callable(weights) else weights)
 
 
 class Update:
@@ -119,6 +119,11 @@ class FrozenLoraLinear(torch.nn.Module):
         self.base = base
         self.update = Update(parts, base.weight)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's, for code that asks for its dtype or device."""
+        return self.base.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # the base's weight is used directly: calling the module costs as much as one of the small products
         weight_OI, bias_O, update = self.base.weight, self.base.bias, self.update
@@ -145,13 +150,14 @@ class FrozenLoraLinear(torch.nn.Module):
         return y
 
 
-class FrozenLoraQuantised(FrozenLoraLinear):
-    """A linear module in 4 or 8 bits plus frozen low-rank updates: the module multiplies as only it can."""
+class FrozenLoraBeside(FrozenLoraLinear):
+    """A module that multiplies as only it can (4 or 8 bits, Conv1D) plus frozen low-rank updates."""
 
     def __init__(self, base: torch.nn.Linear, parts: Mapping[str, ModuleFactors]):
         torch.nn.Module.__init__(self)
         self.base = base
-        self.update = Update(parts, torch.empty(0, device=base.weight.device))  # float32: the weight's dtype is bits
+        # float32: a quantised weight's dtype is that of its bits
+        self.update = Update(parts, torch.empty(0, device=base.weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, update = self.base(x), self.update
@@ -194,6 +200,36 @@ class FrozenLoraExperts(torch.nn.Module):
             return y
         change = (x_NI.to(update.dtype) @ update.a_rI[expert].mT) @ update.b_rO[expert]
         return y + change.to(y.dtype)
+
+
+class FrozenLoraParameters(torch.nn.Module):
+    """Any module plus frozen low-rank updates of its parameters: it computes with W + delta, made at each forward pass.
+
+    For routers, and for experts whose forward pass is their own (biases, inputs before outputs): exact, and as slow as
+    PEFT's layer.
+    """
+
+    def __init__(self, base: torch.nn.Module, parameters: Mapping[str, Mapping[str, ModuleFactors]]):
+        super().__init__()
+        self.base = base
+        self.updates = {name: Update(parts, getattr(base, name)) for name, parts in parameters.items()}
+        self.transposed = tensor_names.transposed_parameters(base)
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        weights = {}
+        for name, update in self.updates.items():
+            if update.is_on:
+                delta = update.b_rO.mT @ update.a_rI
+                delta = delta.mT if f".{name}" in self.transposed else delta
+                weight = getattr(self.base, name)
+                weights[name] = weight + delta.to(weight.dtype)
+        return torch.func.functional_call(self.base, weights, arguments, named)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # a block may ask its router or experts for what they know
+            return getattr(super().__getattr__("base"), name)
 
 
 def sharing_weights(model: torch.nn.Module) -> Any:

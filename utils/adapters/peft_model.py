@@ -7,7 +7,8 @@ for, and nothing is trainable but the adapter that should be.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from utils.adapters import adapter_config, fused_experts
 from utils.adapters.factors import Factors, ModuleFactors
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.models.parallel import sharding
+from utils.models.structure import linear_modules
 from utils.models.weights import tensor_names
 
 if TYPE_CHECKING:
@@ -33,12 +35,8 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> 
     from peft import LoraConfig, PeftModel, get_peft_model
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    modules = [n for n, m in inner.named_modules() if n.rpartition(".")[2] in lora.target_modules and _is_linear(m)]
-    problems = [
-        Problem(f"lora.target_modules {target}: the base model has no such module", fix="see its config.json")
-        for target in lora.target_modules
-        if not any(module.rpartition(".")[2] == target for module in modules)
-    ]
+    modules = linear_modules.named(inner, lora.target_modules)
+    problems = linear_modules.problems(inner, lora.target_modules)
     fused = tensor_names.fused_parameters(inner) if lora.experts else []
     if lora.experts and not fused:
         problems.append(Problem("lora.experts: the base model has no fused experts", fix="leave out --*.lora.experts"))
@@ -51,13 +49,15 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> 
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
-        target_modules=list(lora.target_modules),
-        target_parameters=fused or None,  # full paths, as `add` writes them: PEFT compares the spellings of adapters
+        # full paths, as `add` writes them: PEFT compares the spellings of adapters
+        target_modules=modules,
+        target_parameters=fused or None,
     )
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, peft_config)
-    else:
-        model = get_peft_model(model, peft_config, adapter_name=name)
+    with _exact_names():
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, peft_config)
+        else:
+            model = get_peft_model(model, peft_config, adapter_name=name)
     if odd := sorted(set(lora_layers(model, name)) ^ {*modules, *fused}):
         raise ArtefactError(Problem("PEFT adapted other modules than asked", odd[:5]))
     return model
@@ -71,11 +71,8 @@ def add(model: PreTrainedModel | PeftModel, name: str, factors: Factors) -> Peft
     refuse_misfits(inner, factors)
     if problems := _on_fp8(inner, [name for name, f in factors.items() if f.is_experts]):
         raise ArtefactError(problems)
-    peft_config = adapter_config.config_for(factors)
-    # full paths: a leaf name would also take layers that the adapter leaves out
-    peft_config.target_modules = {name for name, f in factors.items() if not f.is_experts}
-    peft_config.target_parameters = [name for name, f in factors.items() if f.is_experts] or None
-    with warnings.catch_warnings():
+    peft_config = adapter_config.config_by_paths(factors, inner)
+    with _exact_names():
         # peft 0.21 says that rank patterns of fused parameters are ignored, and applies them
         warnings.filterwarnings("ignore", message=".*did not match.*")
         if isinstance(model, PeftModel):
@@ -202,9 +199,22 @@ def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
     return found
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    """A router is none, though PEFT would adapt its weight."""
-    return isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
+@contextmanager
+def _exact_names() -> Iterator[None]:
+    """PEFT adapts what is named and nothing else; what it would rename is read off `adapter_config` instead.
+
+    peft 0.21 takes the full path of a dense layer or a shared expert for the fused experts of its architecture.
+    """
+    from peft.utils import transformers_weight_conversion
+
+    usual = transformers_weight_conversion.convert_peft_config_for_transformers
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # it sees Conv1D for itself
+            yield
+    finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = usual
 
 
 def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
@@ -217,7 +227,11 @@ def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
 
 def refuse_misfits(model: torch.nn.Module, factors: Factors) -> None:
     """Raises ArtefactError when the model has no weight of the right shape for an update."""
-    shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in model.named_parameters()}
+    lying = tensor_names.transposed_parameters(model)
+    named = {
+        name: (p.mT if name.replace(".base_layer", "") in lying else p).shape for name, p in model.named_parameters()
+    }
+    shapes = {name.removesuffix(".weight"): tuple(shape) for name, shape in named.items()}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     shapes |= {name: (m.out_features, m.in_features) for name, m in linear.items()}  # in 4 bits a weight is packed
     shapes = {name.replace(".base_layer", ""): shape for name, shape in shapes.items()}

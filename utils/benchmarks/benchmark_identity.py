@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, LoraSection
 from utils.artifacts.identity import Identity, chosen, same_names
 from utils.artifacts.runs import Run
-from utils.models import devices
+from utils.models import devices, loading
 from utils.models.base_model import BaseModel
+from utils.models.structure import linear_modules, model_class
 from utils.planning import hardware
 
 # recorded name -> setting; here memory settings decide too, because memory and time are what is measured
@@ -36,10 +37,10 @@ def benchmark_identity(config: Config, base: BaseModel, pair: Sequence[Run] | No
         "compose": config.compose.model_dump(mode="json"),
         "benchmark": config.benchmark.model_dump(mode="json"),
         "evaluate_batch_tokens": config.evaluate.batch_tokens,
-        "domain": config.domain.model_dump(mode="json"),
-        "task_lora": config.task.lora.model_dump(mode="json"),
+        "domain": config.domain.model_dump(mode="json") | {"lora": _lora(config.domain.lora, base)},
+        "task_lora": _lora(config.task.lora, base),
         "dtype": str(devices.compute_dtype(config.base.dtype)),
-        "attention": config.base.attention,
+        "attention": loading.attention_of(base, config.base),
         "device": devices.device().type,
         "gpu_tflops": hardware.peak_tflops(config.plan) if "gpu" in config.benchmark.suite else None,
         "threads": torch.get_num_threads(),
@@ -47,6 +48,12 @@ def benchmark_identity(config: Config, base: BaseModel, pair: Sequence[Run] | No
         "seed": config.run.seed,
     }
     return Identity.of("benchmark", _values(recorded), _values)
+
+
+def _lora(lora: LoraSection, base: BaseModel) -> dict[str, Any]:
+    """The section with the leaf names that its targets find in the model."""
+    names = linear_modules.leaves(linear_modules.named(model_class.outline(base.directory), lora.target_modules))
+    return lora.model_dump(mode="json") | {"target_modules": names}
 
 
 def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:

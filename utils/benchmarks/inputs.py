@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from config import Config, LoraSection
+from config import AUTO, Config, LoraSection
 from utils.adapters import find
 from utils.adapters.factors import ModuleFactors
 from utils.artifacts.runs import Run
@@ -16,6 +16,7 @@ from utils.exceptions import ArtefactError
 from utils.logger import event, warning
 from utils.models import chat
 from utils.models.base_model import BaseModel
+from utils.models.structure import linear_modules
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def random_factors(model: torch.nn.Module, lora: LoraSection, seed: int) -> dict
     """Factors of the configured shape; their product is small beside the weights, as a trained one is."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
+    named = set(linear_modules.named(model, lora.target_modules)) if AUTO in lora.target_modules else None
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in lora.target_modules:
+        is_named = name.rpartition(".")[2] in lora.target_modules if named is None else name in named
+        if isinstance(module, torch.nn.Linear) and is_named:
             a_rI = torch.randn(lora.rank, module.in_features, generator=generator) / module.in_features**0.5
             b_Or = torch.randn(module.out_features, lora.rank, generator=generator) * 0.01
             found[name] = ModuleFactors(a_rI, b_Or, lora.alpha / lora.rank)

@@ -34,6 +34,7 @@ from utils.logger import event
 from utils.models import chat, devices, loading
 from utils.models.base_model import BaseModel
 from utils.models.losses import IGNORED, NextTokenLoss, autocast
+from utils.models.structure import linear_modules
 
 NO_TRL = "trl is not installed: pip install trl"
 Step = Callable[[int], None]
@@ -255,8 +256,9 @@ def _with_trl(config: Config, base: BaseModel, rows: Rows, others: Step, seconds
             report_to="none",
             disable_tqdm=True,
         )
+        model = loading.load_model(base, config.base)
         trainer = SFTTrainer(
-            model=loading.load_model(base, config.base),
+            model=model,
             args=arguments,
             train_dataset=Dataset.from_dict({"input_ids": rows.ids_NT.tolist()}),
             processing_class=chat.load_tokenizer(base.directory),
@@ -265,7 +267,7 @@ def _with_trl(config: Config, base: BaseModel, rows: Rows, others: Step, seconds
                 r=lora.rank,
                 lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,
-                target_modules=list(lora.target_modules),
+                target_modules=linear_modules.named(model, lora.target_modules),
             ),
             callbacks=[clock := Clock()],
         )

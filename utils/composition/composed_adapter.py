@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from config import BaseModelSection, Config
-from utils.adapters import adapter_files, inference_layers, peft_model
+from utils.adapters import adapter_files, cards, inference_layers, peft_model
 from utils.adapters.factors import Factors, ModuleFactors, scaled
 from utils.artifacts import files
 from utils.artifacts.runs import Run
@@ -102,7 +102,7 @@ def recipe_of(config: Config) -> Recipe:
     return methods.recipe_of(config.compose, config.run.seed)
 
 
-def record(found: Composition) -> dict[str, Any]:
+def record(found: Composition, base: BaseModel) -> dict[str, Any]:
     """What a manifest says about a composition."""
     return {
         "recipe": asdict(found.recipe),
@@ -110,6 +110,7 @@ def record(found: Composition) -> dict[str, Any]:
         "source": METHODS[found.recipe.method].source,
         "searched": found.searched,
         "check": asdict(found.check),
+        **({"asserted": said} if (said := cards.asserted(base, found.runs)) else {}),
     }
 
 

@@ -45,7 +45,7 @@ def write(
     event("composition verified, differences of logits as shares of the largest one", **measured)
     _write_adapter(base, made, directory)
     files.write_json(directory / "config.json", config.model_dump(mode="json"))
-    facts = {"composition": composed_adapter.record(made), "measured": measured, "system_prompt": prompt}
+    facts = {"composition": composed_adapter.record(made, base), "measured": measured, "system_prompt": prompt}
     facts |= adapter_tokenizer.remembered(config.inputs, base)
     return facts | ({"rows": rows} if rows else {})
 
@@ -97,5 +97,7 @@ def _write_adapter(base: BaseModel, made: Composition, directory: Path) -> None:
     )
     files.write_text(directory / "adapter" / "README.md", card)
     if any(f.is_experts for f in made.factors.values()):
-        adapter_files.save_per_expert(directory / "adapter_per_expert", made.factors, base)
-        files.write_text(directory / "adapter_per_expert" / "README.md", card)
+        if adapter_files.save_per_expert(directory / "adapter_per_expert", made.factors, base):
+            files.write_text(directory / "adapter_per_expert" / "README.md", card)
+        else:
+            event("no adapter_per_expert/: this checkpoint keeps its experts fused, so servers load adapter/")

@@ -34,6 +34,7 @@ from utils.models.base_model import BaseModel
 from utils.models.losses import NextTokenLoss
 from utils.models.parallel import ranks, work
 from utils.models.rows import row_probe, row_support
+from utils.models.structure import model_class
 from utils.models.weights.tensor_names import layer_of
 from utils.progress import Progress
 
@@ -56,7 +57,8 @@ class DevData:
 def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: str) -> DevData:
     """Dev pairs and dev documents of prepared data, as tokens. Missing ones are left out."""
     tokenizer, section = adapter_tokenizer.of(base), config.compose
-    source, pad, longest = Prepared(directory), chat.pad_id(tokenizer), config.evaluate.batch_tokens
+    source, pad = Prepared(directory), chat.pad_id(tokenizer)
+    longest = model_class.longest_row(base.directory, config.evaluate.batch_tokens)
     try:
         examples = _some(source.examples("dev"), section.max_dev_items, config.run.seed)
     except ArtefactError:

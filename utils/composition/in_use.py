@@ -100,7 +100,7 @@ def _chosen(config: Config, base: BaseModel) -> Run | None:
         "--task.on": "task.on" in config.overrides or config.task.on != PRESETS[config.preset]().task.on,
     }
     named = [flag for flag, is_given in given.items() if is_given]
-    fits = find.for_base(base)
+    fits = find.for_base(config, base)
     if not pinned:
         if named:
             return None

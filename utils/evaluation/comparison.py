@@ -59,7 +59,7 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
     }
     found["cautions"] = cautions(found, parts)
     if parts.composed:
-        recorded = composed_adapter.record(parts.composed)
+        recorded = composed_adapter.record(parts.composed, base)
         found["composition"] = {
             **{key: recorded[key] for key in ("recipe", "exact", "searched")},
             "adapters": [run.digest for run in parts.composed.runs],

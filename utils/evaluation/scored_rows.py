@@ -31,6 +31,7 @@ from utils.models.base_model import BaseModel
 from utils.models.parallel import ranks
 from utils.models.rows import row_probe
 from utils.models.rows.row_support import RowSupport
+from utils.models.structure import model_class
 
 WINDOW_TOKENS = 1024
 SEEN_DOCUMENTS = 60
@@ -99,14 +100,16 @@ def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path
     settings, tokenizer = config.evaluate, adapter_tokenizer.of(base)
     prompt, source = parts.first.task.manifest["system_prompt"], Prepared(parts.data.directory)
     examples = source.examples("test")
-    items, left_out = scoring.questions(examples, tokenizer, prompt, settings.batch_tokens)
+    longest = model_class.longest_row(base.directory, settings.batch_tokens)
+    items, left_out = scoring.questions(examples, tokenizer, prompt, longest)
     if left_out:
         warning("test items that do not fit evaluate.batch_tokens are left out", count=len(left_out))
     if not items:
         raise DataError(Problem("no test item can be scored", len(left_out), "raise --evaluate.batch_tokens"))
     pad_id = chat.pad_id(tokenizer)
-    documents = _document_sets(config, source, pad_id)
-    documents["general"] = _general(config, tokenizer, pad_id, scratch)
+    window = _window(config, base)
+    documents = _document_sets(config, window, source, pad_id)
+    documents["general"] = _general(config, window, tokenizer, pad_id, scratch)
     order = sorted(examples, key=lambda e: hash_share(str(e["id"]), config.run.seed))
     return Material(examples, items, left_out, documents, order[: settings.generated_answers], prompt, pad_id)
 
@@ -215,7 +218,7 @@ def _factors(cell: str, family: RunGroup, base: BaseModel, parts: ComparedRuns) 
     return compose([*load(*pair), *parts.composed.parts[2:]], parts.composed.recipe)
 
 
-def _document_sets(config: Config, source: Prepared, pad_id: int) -> dict[str, PackedDocuments]:
+def _document_sets(config: Config, window: TrainSection, source: Prepared, pad_id: int) -> dict[str, PackedDocuments]:
     found, most = {}, config.evaluate.max_heldout_documents
     for name, which, limit in (
         ("heldout", "heldout_documents", most),
@@ -234,18 +237,18 @@ def _document_sets(config: Config, source: Prepared, pad_id: int) -> dict[str, P
                     "raise --evaluate.max_heldout_documents, or prepare data with more",
                     documents=len(documents),
                 )
-            found[name] = PackedDocuments(documents, _window(config), 0, pad_id)
+            found[name] = PackedDocuments(documents, window, 0, pad_id)
     return found
 
 
-def _general(config: Config, tokenizer: Any, pad_id: int, scratch: Path) -> PackedDocuments:
+def _general(config: Config, window: TrainSection, tokenizer: Any, pad_id: int, scratch: Path) -> PackedDocuments:
     """Ordinary prose, for what was forgotten."""
     path = Path(config.evaluate.general_text or GENERAL)
     if not path.exists():
         raise DataError(Problem("evaluate.general_text: no such file or folder", str(path)))
     try:
         texts, _ = read_documents((str(path),), cache_dir=scratch)
-        return PackedDocuments(_tokenised(texts, tokenizer), _window(config), 0, pad_id)
+        return PackedDocuments(_tokenised(texts, tokenizer), window, 0, pad_id)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -263,6 +266,7 @@ def _tokenised(texts: Any, tokenizer: Any) -> Any:
     )
 
 
-def _window(config: Config) -> TrainSection:
+def _window(config: Config, base: BaseModel) -> TrainSection:
     size = max(WINDOW_TOKENS, config.evaluate.batch_tokens)
-    return TrainSection(sequence_tokens=WINDOW_TOKENS, micro_batch_tokens=size)
+    window = model_class.longest_row(base.directory, WINDOW_TOKENS)
+    return TrainSection(sequence_tokens=window, micro_batch_tokens=size)

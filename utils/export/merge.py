@@ -29,7 +29,7 @@ from utils.export import merge_check
 from utils.export.rounding import figures, squared_norm
 from utils.logger import event
 from utils.models.architectures import registry
-from utils.models.base_model import COMPANION_FILES, BaseModel
+from utils.models.base_model import BaseModel, companions, copy_companions
 from utils.models.parallel import ranks, work
 from utils.models.weights import fp8, safetensors_io, tensor_names
 from utils.models.weights.safetensors_io import Checkpoint, Header, Tensor
@@ -115,7 +115,7 @@ def plan(base: BaseModel, factors: Factors, dtype: str) -> Plan:
     if dtype == "fp8" and not _is_fp8(checkpoint):
         what = "which tensors stand FP8 is the model maker's choice, and this base has none in FP8 to show it"
         raise ArtefactError(Problem(what, "--merge.dtype fp8", "use --merge.dtype base or bfloat16"))
-    updates = _updates(checkpoint, base.model_type, factors)
+    updates = _updates(checkpoint, factors)
     outputs = {}
     for path, header in checkpoint.headers.items():
         after = {name: _after(checkpoint, updates, name, tensor, dtype) for name, tensor in header.tensors.items()}
@@ -134,12 +134,12 @@ def write(plan: Plan, directory: Path, card: str) -> tuple[dict[str, Any], dict[
     return figures(plan.outputs, record), {name: done["sha256"] for name, done in record.items()}
 
 
-def _updates(checkpoint: Checkpoint, model_type: str, factors: Factors) -> dict[str, ModuleFactors]:
+def _updates(checkpoint: Checkpoint, factors: Factors) -> dict[str, ModuleFactors]:
     """Tensor name on disk -> its update. Every value of every delta has its place, or this raises ArtefactError."""
     weights = [name for name in checkpoint.homes if not checkpoint.is_scale(name)]
     placed = dict.fromkeys(factors, 0)
     updates, problems = {}, []
-    for name, place in tensor_names.places(model_type, weights).items():
+    for name, place in tensor_names.places(checkpoint.directory, weights).items():
         module = place.parameter if place.parameter in factors else place.parameter.removesuffix(".weight")
         if module not in factors:
             continue
@@ -188,9 +188,10 @@ def _mention_others(target: Path, directory: Path) -> None:
 
 
 def _check_space(plan: Plan, directory: Path) -> None:
-    companions = sum(path.stat().st_size for path in _companions(plan))
+    source = plan.checkpoint.directory
+    beside = sum((source / path).stat().st_size for path in companions(source))
     written = [(directory / name, header.size) for name, header in plan.outputs.items() if (directory / name).exists()]
-    needed = plan.size + companions - sum(min(path.stat().st_size, size) for path, size in written)
+    needed = plan.size + beside - sum(min(path.stat().st_size, size) for path, size in written)
     disk.require(directory.parent, needed, "merging")
 
 
@@ -323,15 +324,10 @@ def _write_companions(plan: Plan, directory: Path, card: str) -> None:
         total = sum(tensor.size for header in plan.outputs.values() for tensor in header.tensors.values())
         weight_map = {name: file for name, file in plan.checkpoint.weight_map.items() if name in kept}
         files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for path in _companions(plan):
-        shutil.copyfile(path, directory / path.name)
+    copy_companions(plan.checkpoint.directory, directory)
     if plan.base.tokenizer_from:
         adapter_tokenizer.write(plan.base, directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-def _companions(plan: Plan) -> list[Path]:
-    return [path for name in COMPANION_FILES if (path := plan.checkpoint.directory / name).is_file()]
 
 
 def _is_fp8(checkpoint: Checkpoint) -> bool:

@@ -170,7 +170,7 @@ def _compare_with_files(model: torch.nn.Module, subject: _Subject) -> dict[str, 
     sampled = layer_sample.names_in_sample(subject.files, subject.layers)
     names = {new: name for name, new in sampled.items() if not subject.files.is_scale(name)}
     differences = {}
-    for new, place in tensor_names.places(subject.base.model_type, names).items():
+    for new, place in tensor_names.places(subject.base.directory, names).items():
         name, tensor = names[new], subject.files.tensor(names[new])
         if place.parameter not in in_model or not tensor.is_floating:
             continue

@@ -45,7 +45,7 @@ def make(
     """
     target = Path(settings.path)
     composed_adapter.refuse_inside(target, base, found.runs)
-    composition = composed_adapter.record(found)
+    composition = composed_adapter.record(found, base)
     evaluation = evaluation_of(models_dir, base.digest, found.runs, composition["recipe"])
     identity = _identity(base, found, composition, settings)
     if (target / files.MANIFEST).exists():

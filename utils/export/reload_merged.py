@@ -25,13 +25,18 @@ def end_with_parent() -> None:
 def write_logits(directory: str, token_ids: str, out: str) -> None:
     """Save the float32 logits of `directory` on the ids of one file to another, every expert visited by every token."""
     import torch
+    import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if getattr(AutoConfig.from_pretrained(directory, **options), "quantization_config", None):
-        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    settings = transformers.AutoConfig.from_pretrained(directory, **options)
+    if getattr(settings, "quantization_config", None):
+        options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+    # the automatic class gives the text model alone for some multimodal checkpoints
+    named = [getattr(transformers, name, None) for name in settings.architectures or ()]
+    usual = transformers.AutoModelForCausalLM
+    kind = next((found for found in named if hasattr(found, "can_generate") and found.can_generate()), usual)
+    model = kind.from_pretrained(directory, dtype=torch.float32, **options)
     model.float().eval()
     for module in model.modules():
         if hasattr(module, "top_k") and hasattr(module, "num_experts"):

@@ -158,6 +158,10 @@ class _Lineage:
             other = self.seen.get(digest, {}).get("base") or base
             # prepared data knows no weights, only a tokenizer
             keys = ("tokenizer_digest",) if parents[digest] == "prepared" else ("digest", "tokenizer_digest")
+            asserted = (manifest.get("composition") or {}).get("asserted")
+            if asserted and parents[digest] != "prepared":
+                self.verdict.notes += [f"{directory}: {said}" for said in asserted if said not in self.verdict.notes]
+                keys = ("tokenizer_digest",)
             if any(other.get(key) != base.get(key) for key in keys):
                 self._problem(f"{directory} and its {parents[digest]} parent were made with different base models")
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import InferenceSection
+from utils.exceptions import DataError, Problem
 from utils.logger import printable
 from utils.models import chat, turn_format
 from utils.models.losses import autocast
 from utils.models.parallel import ranks, work
 from utils.models.rows import row_support
+from utils.models.structure import model_class
 from utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def answer(
     device = next(model.parameters()).device
     ends, pad = turn_format.stops(tokenizer, getattr(model, "generation_config", None)), chat.pad_id(tokenizer)
     length = max(len(prompt) for prompt in prompts)
+    _refuse_too_long(model, length, max_new_tokens)
     ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -127,6 +130,14 @@ def answer(
         text = printable(tokenizer.decode(chat.shown_ids(tokenizer, kept)))
         found.append(GeneratedAnswer(text, len(kept) + ended, ended, opened))
     return found
+
+
+def _refuse_too_long(model: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises DataError where the model has no positions for a prompt and its answer."""
+    positions = model_class.position_table(model)
+    if positions and prompt_tokens + new_tokens > positions:
+        what = f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones: the model has {positions} positions"
+        raise DataError(Problem(what, fix="shorten the prompt, or lower --inference.max_new_tokens"))
 
 
 def answer_all(

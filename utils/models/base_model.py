@@ -7,6 +7,7 @@ code.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ TOKENIZER_FILES = (
     ),
     *("vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
-COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+# what a copy with other weights leaves behind: weights in any format, code, what is written anew
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".py")
+_MADE_ANEW = ("config.json", "README.md", files.MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class BaseModel:
     """Digest of that tokenizer."""
     cache: Path | None = None
     """Where what was read and measured of it is remembered, beside the models; None where nothing is."""
+    made_from: str = ""
+    """Digest of the base model that this one is but for some modules, which an adapter brought; else empty."""
 
     @property
     def reference(self) -> str:
@@ -66,7 +71,7 @@ class BaseModel:
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
         found = {key: str(value) for key, value in asdict(self).items() if key not in ("cache", "tokenizer_from")}
-        return {key: value for key, value in found.items() if value or key != "tokenizer_choice"}
+        return {key: value for key, value in found.items() if value or key not in ("tokenizer_choice", "made_from")}
 
     def deciding_tokenizer(self) -> dict[str, str]:
         """What an identity says where another tokenizer than the directory's was chosen; empty where not."""
@@ -89,7 +94,27 @@ def identify(directory: Path, source: str, revision: str, cache: Path | None) ->
     templates = sorted(directory.glob(f"{directory_checks.TEMPLATES}/*.jinja"))
     tokenizer = [*(p for n in TOKENIZER_FILES if (p := directory / n).is_file()), *templates]
     model_digest = _digest([directory / "config.json", *sorted(directory.glob("*.safetensors"))], cache)
-    return BaseModel(directory, source, revision, model_digest, _digest(tokenizer, cache))
+    manifest = files.read_manifest(directory) if (directory / files.MANIFEST).is_file() else {}
+    made_from = str(manifest.get("made_from", ""))
+    return BaseModel(directory, source, revision, model_digest, _digest(tokenizer, cache), made_from=made_from)
+
+
+def companions(directory: Path) -> list[Path]:
+    """What belongs to a model beside config.json and weights, relative to it: tokenizer, templates, processor, licence.
+
+    Everything that lies there but weights, their indices and code; of its folders only that of the chat templates.
+    """
+    found = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
+    found = [p for p in found if p.name not in _MADE_ANEW and not p.name.endswith((*_NOT_COPIED, ".index.json"))]
+    found += directory.glob(f"{directory_checks.TEMPLATES}/*.jinja")
+    return sorted(path.relative_to(directory) for path in found)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy them to another directory."""
+    for path in companions(source):
+        (target / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / path, target / path)
 
 
 def _digest(paths: list[Path], cache: Path | None) -> str:

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
-from utils.models import turn_format
+from utils.models import templates, turn_format
 from utils.models.architectures import registry
-from utils.models.directory_checks import CONFIG, readable
+from utils.models.directory_checks import CONFIG, readable, text_part
 from utils.models.turn_format import THINK_END, THINK_MARKS, THINK_START, TemplateError, opens_thinking
 
 if TYPE_CHECKING:
@@ -144,12 +144,12 @@ def _rendered(
     *,
     opens: bool = False,
 ) -> str:
-    """The conversation as the template writes it. Raises TemplateError where it refuses."""
+    """The conversation as the template writes it, in the form that it takes. Raises TemplateError where it refuses."""
     from jinja2.exceptions import TemplateError as Refused
 
-    tools = example.get("tools") or None
+    tools, fitted = example.get("tools") or None, templates.fitted(tokenizer, turns)
     try:
-        return str(tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=opens))
+        return str(tokenizer.apply_chat_template(fitted, tools=tools, tokenize=False, add_generation_prompt=opens))
     except (Refused, TypeError, ValueError, AttributeError, KeyError) as error:
         raise TemplateError(f"the chat template refuses the conversation: {error}") from error
 
@@ -300,6 +300,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     pad = registry.of(settings.get("model_type")).unnamed_pad
     if pad and tokenizer.pad_token_id is None and pad in tokenizer.get_vocab():
         tokenizer.pad_token = pad
+    rows = text_part(settings).get("vocab_size") or settings.get("vocab_size")
+    if isinstance(rows, int) and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token  # one that a tool added, and the model has no row for
     problems = []
     if tokenizer.eos_token_id is None:
         problems.append(Problem(f"the tokenizer in {directory} has no eos token", fix="set eos_token in its config"))

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from config import BaseModelSection
+from config import AUTO, BaseModelSection
 from utils.exceptions import ArtefactError
 from utils.models import devices, loading
 from utils.models.base_model import BaseModel
@@ -30,8 +30,8 @@ def in_float32(base: BaseModel, section: BaseModelSection) -> Any:
 
     The choice of a few experts is a step at which errors of 1e-7 become visible.
     """
-    # float32 has no flash attention
-    section = section.model_copy(update={"attention": "sdpa"})
+    if section.attention.startswith("flash"):  # has no float32
+        section = section.model_copy(update={"attention": AUTO})
     with frugal_loading():
         base = replace(base, quantization=PLAIN)
         model = loading.load_model(base, section, dtype=torch.float32)

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config import BaseModelSection
+from config import AUTO, BaseModelSection
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, quiet_transformers
-from utils.models import devices, load_checks, quantization
+from utils.models import devices, quantization
 from utils.models.architectures import registry
 from utils.models.base_model import BaseModel
 from utils.models.directory_checks import readable
 from utils.models.model_shapes import PLAIN
+from utils.models.structure import load_checks, model_class
 from utils.models.weights import safetensors_io
 from utils.models.weights.fp8 import is_fp8
 
@@ -35,10 +36,8 @@ def load_model(
     (utils/planning/native_fp8.py). `place` is another device; on "meta" it is the same model without values,
     and the weights are not read. Raises ArtefactError for files that do not load, or not as they say.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-
-    with readable(base.directory):
-        model_config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
+    model_config = model_class.settings_of(base.directory)
+    kind = model_class.class_of(model_config, base.directory)
     extra: dict[str, Any] = {}
     in_bits = base.quantization != PLAIN
     if in_bits:
@@ -51,12 +50,12 @@ def load_model(
         extra["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     if float32 := registry.of(model_config.model_type).float32:
         names = {name.removesuffix(".weight") for name in float32}
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._keep_in_fp32_modules_strict = names
+        kind._keep_in_fp32_modules_strict = names
     with quiet_transformers(), readable(base.directory):
         how = {
             "output_loading_info": True,
             "dtype": dtype or devices.compute_dtype(section.dtype),
-            "attn_implementation": section.attention,
+            "attn_implementation": None if section.attention == AUTO else section.attention,
             "trust_remote_code": False,
             "use_safetensors": True,
             "local_files_only": True,
@@ -65,7 +64,7 @@ def load_model(
         if place is not None and place.type == "meta":
             model, found = _without_values(base, **how)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(base.directory, **how)
+            model, found = kind.from_pretrained(base.directory, **how)
     if lost := sorted(found["missing_keys"]):
         # transformers makes them up at random, with a warning
         what = f"the files of {base.directory} lack {len(lost)} tensors that its config.json asks for"
@@ -83,13 +82,24 @@ def load_model(
     return model.to(place or devices.device()).eval()
 
 
+def attention_problems(kind: type[PreTrainedModel], attention: str) -> list[Problem]:
+    """Why a model of this class cannot compute with this `base.attention`; empty when it can."""
+    can = {"sdpa": kind._supports_sdpa, "flash": kind._supports_flash_attn}.get(attention.partition("_")[0], True)
+    what = f"base.attention {attention}: {kind.__name__} does not support it"
+    return [] if can else [Problem(what, fix="--base.attention auto")]
+
+
+def attention_of(base: BaseModel, section: BaseModelSection) -> str:
+    """The attention implementation that the model is loaded with; auto by its name."""
+    if section.attention != AUTO:
+        return section.attention
+    return str(model_class.outline(base.directory).config.get_text_config()._attn_implementation)
+
+
 def skeleton(base: BaseModel) -> PreTrainedModel:
     """The model's modules on the meta device, from its config.json alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with readable(base.directory), torch.device("meta"):
-        settings = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
-        return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    with readable(base.directory):
+        return model_class.skeleton(base.directory)
 
 
 def _without_values(base: BaseModel, **how: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -97,9 +107,7 @@ def _without_values(base: BaseModel, **how: Any) -> tuple[PreTrainedModel, dict[
 
     It goes through the same loading, because that fuses experts, keeps routers in float32 and de-quantises.
     """
-    from transformers import AutoConfig
-
-    settings = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True)
+    settings = model_class.settings_of(base.directory)
     headers = safetensors_io.Checkpoint(base.directory).headers.values()
     state = {
         name: torch.empty(tensor.shape, dtype=safetensors_io.DTYPES[tensor.dtype], device="meta")

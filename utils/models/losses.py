@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from utils.models.rows import row_support
 from utils.models.rows.row_support import causal
+from utils.models.structure import model_class
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -113,7 +114,7 @@ def fused_logits(model: PreTrainedModel, input_ids_BT: torch.Tensor) -> torch.Te
 
 
 def _hidden(model: Any, how: Mapping[str, Any]) -> torch.Tensor:
-    return causal(model).get_decoder()(**how).last_hidden_state
+    return model_class.decoder(model)(**how).last_hidden_state
 
 
 def _plain_logits(model: Any) -> bool:

@@ -28,13 +28,17 @@ TRANSIENT_LAYERS = 3
 
 @dataclass(frozen=True)
 class Matrix:
-    """All weight matrices of one leaf name and shape over the layers; `copies` counts every expert."""
+    """All weight matrices of one leaf name and shape over the layers; `copies` counts every expert.
+
+    `adaptable`: an adapter may take it; a vision tower's, or a router, is counted and stays as it is.
+    """
 
     name: str
     out_features: int
     in_features: int
     copies: int
     is_experts: bool = False
+    adaptable: bool = True
 
     @property
     def parameters(self) -> int:

@@ -31,6 +31,7 @@ from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event
 from utils.models.model_shapes import NF4_BLOCK
+from utils.models.structure import model_class
 from utils.models.weights import safetensors_io, tensor_names
 from utils.models.weights.safetensors_io import Checkpoint
 from utils.progress import Progress
@@ -52,7 +53,7 @@ def make(base: BaseModel, kind: str, models_dir: Path, name: str) -> Path:
         if not (target / files.MANIFEST).exists():
             facts = {"kind": "base", "source": base.source, "quantization": kind, "quantised_from": base.digest}
             with files.publish(target, lambda: facts | {"bitsandbytes": version("bitsandbytes")}) as directory:
-                _write(_readable(Checkpoint(base.directory), kind), base.model_type, kind, directory)
+                _write(_readable(Checkpoint(base.directory), kind), kind, directory)
             event("quantised base model ready", path=target)
     return target
 
@@ -74,21 +75,18 @@ def settings(kind: str, dtype: torch.dtype, directory: Path) -> Any:
 
 
 def linear_modules(directory: Path) -> tuple[list[str], list[str]]:
-    """(linear modules that are quantised, those that are not: the output head), by path in the model.
+    """(linear modules that are quantised, those that are not: output head, vision tower), by path in the model.
 
     Raises ArtefactError for a model with fused parameters, which would stay as they are.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model_config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    if fused := [name for name, parameter in model.named_parameters() if parameter.ndim == 3]:
+    model = model_class.outline(directory)
+    inside = model_class.decoder(model)
+    if fused := [name for name, parameter in inside.named_parameters() if parameter.ndim == 3]:
         what = f"{directory}: bitsandbytes does not quantise fused experts"
         raise ArtefactError(Problem(what, fused[0], "leave out --base.quantization"))
-    head = model.get_output_embeddings()
+    within = {id(module) for module in inside.modules() if module is not model.get_output_embeddings()}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return [n for n, m in linear.items() if m is not head], [n for n, m in linear.items() if m is head]
+    return [n for n, m in linear.items() if id(m) in within], [n for n, m in linear.items() if id(m) not in within]
 
 
 def rounded(weights_RI: torch.Tensor, kind: str) -> torch.Tensor:
@@ -138,7 +136,7 @@ def check_loaded(model: torch.nn.Module, directory: Path) -> None:
     modules = {name: module for name, module in model.named_modules() if is_quantised(module)}
     if odd := sorted(set(wanted) ^ set(modules)):
         raise VerificationError(Problem("bitsandbytes quantised other modules than those of the base model", odd[:5]))
-    for name, place in tensor_names.places(model.config.model_type, checkpoint.homes).items():
+    for name, place in tensor_names.places(directory, checkpoint.homes).items():
         module = modules.get(place.parameter.removesuffix(".weight"))
         if module is None or not place.parameter.endswith(".weight"):
             continue
@@ -166,11 +164,11 @@ def _readable(checkpoint: Checkpoint, kind: str) -> Checkpoint:
     return checkpoint
 
 
-def _write(checkpoint: Checkpoint, model_type: str, kind: str, directory: Path) -> None:
-    from utils.models.base_model import COMPANION_FILES
+def _write(checkpoint: Checkpoint, kind: str, directory: Path) -> None:
+    from utils.models.base_model import copy_companions
 
     wanted = {f"{name}.weight" for name in linear_modules(checkpoint.directory)[0]}
-    places = tensor_names.places(model_type, checkpoint.homes)
+    places = tensor_names.places(checkpoint.directory, checkpoint.homes)
     changed = {name for name, place in places.items() if place.parameter in wanted}
     if len(changed) != len(wanted):
         lost = sorted(wanted - {place.parameter for place in places.values()})[:5]
@@ -191,6 +189,7 @@ def _write(checkpoint: Checkpoint, model_type: str, kind: str, directory: Path) 
 
             planned = safetensors_io.plan(header.tensors, header.metadata)
             safetensors_io.write(directory / path.name, planned, content, bar.advance)
-    for name in ("config.json", "model.safetensors.index.json", *COMPANION_FILES):
+    for name in ("config.json", "model.safetensors.index.json"):
         if (source := checkpoint.directory / name).is_file():
             shutil.copyfile(source, directory / name)
+    copy_companions(checkpoint.directory, directory)

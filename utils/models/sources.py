@@ -39,7 +39,7 @@ def from_hub(section: BaseModelSection) -> Path:
             )
         )
     event("fetching the base model from the hub", id=section.source, revision=section.revision)
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
     try:
         return Path(snapshot_download(section.source, revision=section.revision, allow_patterns=wanted))
     except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

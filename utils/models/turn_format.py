@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from utils.models import templates
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -86,7 +88,8 @@ def writes_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
 def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template's generation prompt leaves a think block open."""
     probe = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    fitted = templates.fitted(tokenizer, probe, says=False)
+    rendered = tokenizer.apply_chat_template(fitted, tokenize=False, add_generation_prompt=True)
     return str(rendered).rstrip().endswith(THINK_START)
 
 
@@ -157,7 +160,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *
     """The conversation as the template writes it; empty where it refuses."""
     from jinja2.exceptions import TemplateError as Refused
 
+    fitted = templates.fitted(tokenizer, turns, says=False)
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens))
+        return str(tokenizer.apply_chat_template(fitted, tokenize=False, add_generation_prompt=opens))
     except (Refused, TypeError, ValueError, AttributeError, KeyError):
         return ""

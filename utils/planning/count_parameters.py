@@ -11,7 +11,8 @@ import torch
 
 from utils.models.architectures import registry
 from utils.models.model_shapes import Matrix, ModelSizes
-from utils.models.weights.tensor_names import decoder_list, number_in
+from utils.models.structure import linear_modules, model_class
+from utils.models.weights.tensor_names import decoder_list, number_in, transposed_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,20 +22,16 @@ KINDS = ("embeddings", "head", "attention", "router", "experts", "dense", "norms
 
 
 def of_settings(settings: Mapping[str, Any]) -> ModelSizes:
-    """The shapes that a config.json describes. Raises ValueError, KeyError or AttributeError for what is not known."""
-    from transformers import AutoConfig
+    """The shapes that a config.json describes. Raises whatever comes up in a model that it does not understand."""
+    from transformers import AutoConfig, PreTrainedConfig
 
-    return of_config(AutoConfig.for_model(**settings))
+    # transformers writes an infinite number as {"__float__": "Infinity"}
+    return of_config(AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(dict(settings))))
 
 
 def of_config(settings: PretrainedConfig) -> ModelSizes:
     """The shapes of the model that transformers would build from this configuration."""
-    from transformers import AutoModelForCausalLM
-
-    from utils.logger import quiet_transformers
-
-    with quiet_transformers(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    model = model_class.without_values(settings)
     text = settings.get_text_config()
     parameters, layers = Counter(), Counter()
     path = decoder_list((name for name, _ in model.named_parameters()), int(text.num_hidden_layers))
@@ -46,13 +43,15 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
     heads = int(text.num_attention_heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    down = [matrix for matrix in matrices if matrix.name == "down_proj"]
+    down = [matrix for matrix in matrices if matrix.name == "down_proj"] or _into_hidden(
+        matrices, int(text.hidden_size)
+    )
     fused = [parameter for name, parameter in model.named_parameters() if _is_fused(name, parameter)]
     quantisation = getattr(settings, "quantization_config", None) or {}
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
     return ModelSizes(
         model_type=settings.model_type,
-        layer_class=type(model.get_decoder().layers[0]).__name__,
+        layer_class=_layer_class(model),
         parameters={kind: parameters[kind] for kind in KINDS},
         matrices=matrices,
         num_layers=len(layers),
@@ -64,10 +63,28 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
         intermediate=(next((m for m in down if m.is_experts), None) or down[0]).in_features,
         vocabulary=int(text.vocab_size),
         experts=fused[0].shape[0] if fused else 0,
-        experts_per_token=int(text.num_experts_per_tok) if fused else 0,
+        experts_per_token=_experts_per_token(text) if fused else 0,
         has_qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
         float32_router=bool(registry.of(settings.model_type).float32),
         stored="fp8" if method == "fp8" else "float32" if str(settings.dtype).endswith("float32") else "bfloat16",
+    )
+
+
+def _into_hidden(matrices: tuple[Matrix, ...], hidden: int) -> list[Matrix]:
+    """The matrices that lead back into the hidden states, the widest first: an MLP's, whatever it is called."""
+    leading = [matrix for matrix in matrices if matrix.adaptable and matrix.out_features == hidden]
+    return sorted(leading, key=lambda matrix: matrix.in_features, reverse=True)
+
+
+def _layer_class(model: torch.nn.Module) -> str:
+    """The class of the decoder's layers: those of its longest list of modules."""
+    lists = [m for m in model_class.decoder(model).modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    return type(max(lists, key=len)[0]).__name__
+
+
+def _experts_per_token(text: PretrainedConfig) -> int:
+    return int(
+        next(getattr(text, n) for n in ("num_experts_per_tok", "num_experts_per_token", "top_k") if hasattr(text, n))
     )
 
 
@@ -89,11 +106,16 @@ def _is_fused(name: str, parameter: torch.Tensor) -> bool:
 
 
 def _matrices(model: torch.nn.Module) -> tuple[Matrix, ...]:
-    found: Counter[tuple[str, int, int, bool]] = Counter()
+    found: Counter[tuple[str, int, int, bool, bool]] = Counter()
+    adaptable, transposed = set(linear_modules.adaptable(model)), transposed_parameters(model)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != "lm_head":
-            found[(name.rpartition(".")[2], *module.weight.shape, False)] += 1
+        if linear_modules.is_linear(module) and module is not model.get_output_embeddings():
+            weight_OI = module.weight.mT if f"{name}.weight" in transposed else module.weight
+            found[(name.rpartition(".")[2], *weight_OI.shape, False, name in adaptable)] += 1
     for name, parameter in model.named_parameters():
         if _is_fused(name, parameter):
-            found[(name.rpartition(".")[2], *parameter.shape[1:], True)] += math.prod(parameter.shape[:1])
-    return tuple(Matrix(name, out, inside, copies, fused) for (name, out, inside, fused), copies in found.items())
+            shape_OI = (parameter.mT if name in transposed else parameter).shape[1:]
+            found[(name.rpartition(".")[2], *shape_OI, True, True)] += math.prod(parameter.shape[:1])
+    return tuple(
+        Matrix(name, out, inside, copies, fused, can) for (name, out, inside, fused, can), copies in found.items()
+    )

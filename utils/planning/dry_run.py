@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from config import Config
+from config import AUTO, Config
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.models.architectures import registry
@@ -160,3 +162,43 @@ _SCRIPTS: dict[str, Callable[[Config, ModelSizes, Dtype], list[str]]] = {
     "verify": _verify,
     "plan": _whole,
 }
+
+
+def targets(config: Config, stage: str) -> str:
+    """The leaf names that an adapter is on; those of auto from what is known without building the model."""
+    named = getattr(config, stage).lora.target_modules
+    if AUTO not in named:
+        return ", ".join(named)
+    kind, _, rest = config.base.source.partition(":")
+    is_built = kind in ("wheel", "toy") and bool(rest)
+    directory = config.run.models_dir / "base" / config.base.name if is_built else Path(config.base.source)
+    path, known = directory / "config.json", registry.published(config.base.source)
+    settings = files.read_object(path) if path.is_file() else known.settings if known else {}
+    count = registry.of(settings.get("model_type")).sizes
+    found = [m.name for m in count(settings).matrices if m.adaptable and not m.is_experts] if count else []
+    if not found:
+        found = _leaves_on_disk(directory)
+    return ", ".join(found) if found else "every linear module of attention and MLP"
+
+
+# tensors that are no linear module of the language model's layers, by the words in their names
+_OTHERS = re.compile(
+    r"norm|embed|experts?\.\d|router|vis|audio|image|conv|(^|\.)(wte|wpe|lm_head|gate|\w+_gate)\.weight$"
+)
+
+
+def _leaves_on_disk(directory: Path) -> list[str]:
+    """Leaf names of the matrices in numbered layers, from the headers of the files; no torch."""
+    found: dict[str, None] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with path.open("rb") as handle:
+                header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        except (OSError, ValueError):
+            return []
+        for name, tensor in header.items():
+            parts = name.split(".")
+            is_matrix = name.endswith(".weight") and len(tensor.get("shape", ())) == 2
+            if is_matrix and any(part.isdigit() for part in parts) and not _OTHERS.search(name):
+                found.setdefault(parts[-2])
+    return list(found)

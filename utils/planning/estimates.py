@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from config import AUTO
 from utils.models.model_shapes import FP8_BLOCK, NF4_BLOCK, TRANSIENT_LAYERS, Dtype, Matrix, ModelSizes
 
 # positions whose logits exist at a time (utils/models/losses.py)
@@ -27,11 +28,16 @@ _SHARED_INPUTS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one LoRA adapter is on."""
+    """What one LoRA adapter is on: `targets` as `lora.target_modules`."""
 
     targets: tuple[str, ...]
     rank: int
     experts: bool = False
+
+    def takes(self, matrix: Matrix) -> bool:
+        """Whether it is on these matrices."""
+        is_named = AUTO in self.targets or matrix.name in self.targets
+        return self.experts if matrix.is_experts else matrix.adaptable and is_named
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def lora_parameters(sizes: ModelSizes, adapter: Adapter) -> dict[str, int]:
     """Trainable parameters by leaf name, in the model's order."""
     found: dict[str, int] = {}
     for matrix in sizes.matrices:
-        if matrix.name in adapter.targets if not matrix.is_experts else adapter.experts:
+        if adapter.takes(matrix):
             found[matrix.name] = found.get(matrix.name, 0) + matrix.lora_parameters(adapter.rank)
     return found
 

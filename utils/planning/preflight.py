@@ -12,17 +12,17 @@ import psutil
 import torch
 
 from config import BaseModelSection, Config, reason_of
-from utils.adapters import peft_model
+from utils.adapters import own_modules, peft_model
 from utils.artifacts import files
-from utils.exceptions import ArtefactError, ConfigError, Problem
+from utils.exceptions import ArtefactError, ConfigError, PipelineError, Problem, is_out_of_memory
 from utils.logger import event, warning
-from utils.models import devices, sources
+from utils.models import devices, directory_checks, sources
 from utils.models.architectures import registry, size_class
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.parallel import launcher, ranks
 from utils.models.weights import fp8
-from utils.planning import count_parameters, estimates, native_fp8, plan_report, training_plan, ways
+from utils.planning import base_checks, count_parameters, estimates, native_fp8, plan_report, training_plan, ways
 from utils.planning.native_fp8 import Fp8Choice
 
 if TYPE_CHECKING:
@@ -198,8 +198,13 @@ def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
         if settings is None:
             settings = files.read_object(sources.fetch(section, models_dir).directory / "config.json")
         return count_parameters.of_settings(settings)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        what = f"the architecture of {section.source} cannot be counted: {str(error).splitlines()[0]}"
+    except PipelineError:
+        raise
+    except Exception as error:  # as in `_understood`
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        what = f"the architecture of {section.source} cannot be counted: {reason}"
         raise ArtefactError(Problem(what, fix="give a causal language model that transformers knows")) from error
 
 
@@ -224,14 +229,27 @@ def _missing_kernels() -> str:
 
 def _quick(section: BaseModelSection, models_dir: Path) -> ModelSizes | None:
     settings = _settings(section, models_dir, ask_hub=registry.published(section.source) is None)
+    if settings and (problems := directory_checks.quantised(settings, section.source)):
+        raise ArtefactError(problems)
     return _understood(settings) if settings else None
 
 
 def _understood(settings: dict[str, Any]) -> ModelSizes | None:
     try:
         return (registry.of(settings.get("model_type")).sizes or count_parameters.of_settings)(settings)
-    except (ArtefactError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except Exception as error:  # models raise whatever their next line does, of kinds of their own too
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        _say_uncounted(str(settings.get("model_type")), reason)
         return None
+
+
+@functools.cache
+def _say_uncounted(model_type: str, reason: str) -> None:
+    event(
+        "this model cannot be counted, so its memory and time are not predicted", model_type=model_type, reason=reason
+    )
 
 
 def _settings(section: BaseModelSection, models_dir: Path, *, ask_hub: bool) -> dict[str, Any] | None:
@@ -288,13 +306,22 @@ def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseM
     if stage and config.preset.startswith("size_"):
         event(f"preset {config.preset}: {reason_of(config.preset)}")
     check(config, loads_model=loads_model, stage=stage)
-    return ranks.everywhere(_ready, config)
+    base = ranks.everywhere(_ready, config)
+    base_checks.check(config, base, (stage,) if stage else ())
+    return base
+
+
+def _fetched(config: Config) -> BaseModel:
+    """The base model, with the modules that an adapter of this command trained whole."""
+    base = sources.fetch(config.base, config.run.models_dir)
+    given = (config.inputs.domain_adapter, config.inputs.task_adapter, *config.compose.also)
+    return own_modules.base_with(base, own_modules.folders_of(given), config.run.models_dir)
 
 
 def _ready(config: Config) -> BaseModel:
     devices.set_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    base = ranks.first_of_node(lambda: sources.fetch(config.base, config.run.models_dir))
+    base = ranks.first_of_node(lambda: _fetched(config))
     fix = "give every node the same files: a file system that all of them see, or copies of one digest"
     ranks.refuse_unequal({"digest": base.digest}, "the base model", ArtefactError, fix)
     return base

@@ -12,7 +12,8 @@ from utils.artifacts.runs import Run
 from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
-from utils.models.weights.tensor_names import FUSED, weight_shapes
+from utils.models.structure import linear_modules, model_class
+from utils.models.weights import tensor_names
 from utils.planning import preflight
 
 # recorded name -> setting
@@ -110,14 +111,14 @@ def start_facts(initial: Run | None) -> dict[str, Any]:
 def adapted_modules(base: BaseModel, targets: list[str], *, experts: bool) -> dict[str, str]:
     """Path of every module that the target names find, its layers as `*` -> the layers, e.g. "0-29" or "0,2,4".
 
-    Read off the headers of the files; a name that finds nothing is refused when the adapter is attached.
+    Found in the model without its weights; a name that finds nothing is refused before anything is trained.
     """
+    model = model_class.outline(base.directory)
+    fused = tensor_names.fused_parameters(model) if experts else []
     layers: dict[str, list[int]] = {}
-    for name, shape in weight_shapes(base.directory, base.model_type).items():
-        leaf = name.rpartition(".")[2]
-        if (leaf in targets and len(shape) == 2) or (experts and leaf in FUSED and len(shape) == 3):
-            number = _LAYER.search(f"{name}.")
-            layers.setdefault(_LAYER.sub("*", name, count=1), []).append(int(number[0]) if number else 0)
+    for name in [*linear_modules.named(model, targets), *fused]:
+        number = _LAYER.search(f"{name}.")
+        layers.setdefault(_LAYER.sub("*", name, count=1), []).append(int(number[0]) if number else 0)
     return {path: _ranges(sorted(found)) for path, found in sorted(layers.items())}
 
 

@@ -23,7 +23,7 @@ from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 from utils.data.batches import Batch, TrainingData
 from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem
-from utils.models import devices
+from utils.models import devices, loading
 from utils.models.base_model import BaseModel
 from utils.models.parallel import ranks, sharding
 from utils.models.rows import row_probe, row_support
@@ -214,7 +214,7 @@ def _settings(run: TrainingRun) -> dict[str, Any]:
     """What the manifest says about settings, also those that trade memory for time and decide nothing."""
     section = getattr(run.config, run.stage)
     sections = {"lora": section.lora.model_dump(mode="json"), "train": section.train.model_dump(mode="json")}
-    return {**sections, "attention": run.config.base.attention}
+    return {**sections, "attention": loading.attention_of(run.base, run.config.base)}
 
 
 def _accelerator(config: Config, stage: str, directory: Path) -> Accelerator:

@@ -17,6 +17,7 @@ from utils.exceptions import is_out_of_memory
 from utils.models import losses
 from utils.models.rows import row_layouts, row_support
 from utils.models.rows.row_support import ALONE, CANDIDATES, PACKING, RowSupport, Way
+from utils.models.structure import model_class
 
 # nats by which sharing a row may move a token in float32, where rounding moves it by 1e-6 to 1e-5
 TOLERANCE = 1e-4
@@ -83,7 +84,7 @@ def measure_attention(model: Any, *, vocabulary: int, skipped: Sequence[int] = (
     """As `measure`, for a model in bfloat16: its attention blocks alone, by their hidden states, and no candidates."""
     _silence_all_but_attention(model)
     texts = _texts(vocabulary, skipped, size, model.device)
-    decoder = row_support.causal(model).get_decoder()
+    decoder = model_class.decoder(model)
 
     def hidden(**how: Any) -> torch.Tensor:
         return decoder(**how).last_hidden_state.float().flatten(0, 1)
@@ -203,7 +204,7 @@ def _texts(vocabulary: int, skipped: Sequence[int], size: int, device: torch.dev
 def _silence_all_but_attention(model: Any) -> None:
     """Feed-forward modules give zeros: what is left are attention blocks and residuals."""
     names = re.compile(r"mlp|feed_forward|ffn|moe|expert", re.IGNORECASE)
-    for name, module in row_support.causal(model).get_decoder().named_modules():
+    for name, module in model_class.decoder(model).named_modules():
         leaf = name.rpartition(".")[2]
         if (
             names.search(leaf)

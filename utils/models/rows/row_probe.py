@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from config import BaseModelSection
+from config import AUTO, BaseModelSection
 from utils.artifacts import files, resumable
 from utils.exceptions import ArtefactError, Problem, is_out_of_memory
 from utils.logger import event, warning
@@ -102,7 +102,7 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
             "size": size,
         }
         is_flash = section.attention.startswith("flash")
-        plain = section.model_copy(update={"attention": "sdpa"}) if is_flash else section
+        plain = section.model_copy(update={"attention": AUTO}) if is_flash else section
         with float32_model.frugal_loading(), _whole():
             model = loading.load_model(sample, plain, dtype=torch.float32)
         found = row_measures.measure(float32_model.visiting_every_expert(model), **which)

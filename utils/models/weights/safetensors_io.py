@@ -47,6 +47,7 @@ FP8 = "F8_E4M3"
 SCALE = "_scale_inv"
 # stays in a core's cache from reading to writing; with 4 MB copying took three times the system time
 PIECE_BYTES = 1 << 20
+INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # the library's own
 
 
@@ -104,6 +105,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that transformers reads: those of the index, else model.safetensors, else all there are.
+
+    Others may lie beside them, such as Mistral's consolidated.safetensors with the same weights once more.
+    """
+    there = sorted(directory.glob("*.safetensors"))
+    index = directory / INDEX
+    named = set(_weight_map(index).values()) if index.is_file() else {"model.safetensors"}
+    return [path for path in there if path.name in named] or there
+
+
 class Checkpoint:
     """The safetensors files of a model directory and its config.json, read on demand.
 
@@ -113,11 +125,11 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         self.config: dict[str, Any] = files.read_object(directory / "config.json")
-        self.headers = {path: read_header(path) for path in sorted(directory.glob("*.safetensors"))}
+        index = directory / INDEX
+        self.weight_map = _weight_map(index) if index.is_file() else {}
+        self.headers = {path: read_header(path) for path in weight_files(directory)}
         self.homes = {name: path for path, header in self.headers.items() for name in header.tensors}
         self.block = _block(directory, self.config)
-        index = directory / "model.safetensors.index.json"
-        self.weight_map = _weight_map(index) if index.is_file() else {}
         have = {path.name: header.tensors for path, header in self.headers.items()}
         missing = [f"{name} in {file}" for name, file in self.weight_map.items() if name not in have.get(file, ())]
         if missing:

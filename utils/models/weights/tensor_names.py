@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,17 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Place:
-    """Where one on-disk tensor sits: all of `parameter`, or rows of one expert of it (part i of n equal ones)."""
+    """Where one on-disk tensor sits: all of `parameter`, or rows of one expert of it (part i of n equal ones).
+
+    `transposed`: inputs come before outputs, (I, O) or (E, I, O). `known`: the model has such a parameter.
+    """
 
     parameter: str
     expert: int | None = None
     part: int = 0
     parts: int = 1
+    transposed: bool = False
+    known: bool = True
 
 
 def fused_parameters(model: torch.nn.Module) -> list[str]:
@@ -42,47 +47,66 @@ def fused_parameters(model: torch.nn.Module) -> list[str]:
     return [name for name, p in named if p.ndim == 3 and name.rpartition(".")[2] in FUSED]
 
 
-def places(model_type: str, names: Iterable[str]) -> dict[str, Place]:
-    """On-disk tensor name -> its place in the model, by the conversion rules with which transformers loads them.
+def places(directory: Path, names: Iterable[str]) -> dict[str, Place]:
+    """On-disk tensor name -> its place in the model of `directory`, by the rules with which transformers loads it.
 
     Tensors whose conversion is anything but stacking experts and joining row blocks keep their renamed name, so a
     delta for such a parameter finds no tensor and the merge says so.
     """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import (
-        Concatenate,
-        MergeModulelist,
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, rename_source_key
 
-    rules = get_checkpoint_conversion_mapping(model_type) or []
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    from utils.models.structure import model_class
+
+    model = model_class.outline(directory)
+    parameters = dict(model.state_dict())
+    transposed = transposed_parameters(model)
+    rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     sources = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
     found = {}
     for name in names:
-        renamed, pattern = rename_source_key(name, renamings, converters)
-        place = Place(renamed)
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if renamed not in parameters and name in parameters:
+            renamed, pattern = rename_source_key(name, [], [], prefix, parameters)
+        place = Place(renamed, transposed=renamed in transposed, known=renamed in parameters)
         if pattern is not None and (expert := _EXPERT.search(name)):
             operations = sources[pattern].operations
             kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
             if kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
                 siblings = list(sources[pattern].source_patterns)
-                place = Place(renamed, int(expert[1]), siblings.index(pattern), len(siblings))
+                place = replace(place, expert=int(expert[1]), part=siblings.index(pattern), parts=len(siblings))
             else:
-                place = Place(name)
+                place = Place(name, known=False)
+        elif pattern is not None and sources[pattern].operations:
+            place = Place(name, known=False)
         found[name] = place
     return found
+
+
+def transposed_parameters(model: torch.nn.Module) -> set[str]:
+    """Parameters in which inputs come before outputs: GPT-2's Conv1D, and fused experts of some architectures."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            found.add(f"{name}.weight")
+        elif getattr(module, "is_transposed", False):
+            found |= {f"{name}.{leaf}" for leaf, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    return {name.replace(".base_layer", "") for name in found}
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a model directory, from the headers of its safetensors files."""
     from safetensors import SafetensorError, safe_open
 
+    from utils.models.weights.safetensors_io import weight_files
+
     found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt") as reader:
                 found |= {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
@@ -91,20 +115,21 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def weight_shapes(directory: Path, model_type: str) -> dict[str, tuple[int, ...]]:
-    """Name under which factors refer to it -> shape, for every matrix that an adapter could update.
+def weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name under which factors refer to it -> (O, I) or (E, O, I), for every matrix that an adapter could update.
 
     A linear module goes by its path, a fused parameter by its own name; scales of block-quantised weights are left out.
     """
     on_disk = {n: s for n, s in tensor_shapes(directory).items() if not n.endswith("weight_scale_inv")}
     found: dict[str, tuple[int, ...]] = {}
-    for name, place in places(model_type, on_disk).items():
+    for name, place in places(directory, on_disk).items():
         shape = on_disk[name]
         if place.expert is not None:
             experts = max(place.expert + 1, found.get(place.parameter, (0,))[0])
             found[place.parameter] = (experts, place.parts * shape[0], shape[1])
-        elif len(shape) in (2, 3):
-            found[place.parameter.removesuffix(".weight")] = shape
+        elif len(shape) in (2, 3) and place.known:
+            logical = (*shape[:-2], shape[-1], shape[-2]) if place.transposed else shape
+            found[place.parameter.removesuffix(".weight")] = logical
     return found
 
 
