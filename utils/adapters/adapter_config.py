@@ -238,7 +238,9 @@ def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[
             for name, place in places.items():
                 # an expert's own matrix goes by its name on disk, as it does in the adapter's keys
                 module = (place.parameter if place.expert is None else name).removesuffix(".weight")
-                by_rule = bool(rule.target_modules) and bool(check_target_module_exists(rule, module))
+                # experts that are fused on disk are a parameter, and no module
+                is_module = place.expert is not None or place.parameter.endswith(".weight")
+                by_rule = is_module and bool(rule.target_modules) and bool(check_target_module_exists(rule, module))
                 if by_rule or any(f".{place.parameter}".endswith(f".{parameter}") for parameter in parameters):
                     found.add(place.parameter.removesuffix(".weight"))
     except (TypeError, ValueError, *_BAD_PATTERN) as error:
