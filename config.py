@@ -839,10 +839,9 @@ def _sized(
     domain_tokens: int,
     task_tokens: int,
     checkpointing: bool,
-    targets: tuple[str, ...] = ALL_LINEAR_LLAMA,
 ) -> Config:
     """A preset for models of one size, without a base model."""
-    lora = LoraSection(rank=16, alpha=32, target_modules=targets)
+    lora = LoraSection(rank=16, alpha=32)
     train = TrainSection(
         learning_rate=learning_rate,
         epochs=2,
@@ -889,10 +888,10 @@ def size_8b() -> Config:
 
 def size_30b_a3b() -> Config:
     """Mixtures of experts from 8 billion parameters, --base.source required: learning rate 2e-4, as for dense models of
-    the same width; the attention alone is adapted, which composes and serves everywhere; rows of 4,096 tokens, steps of
-    131,072 (pairs: 32,768); activations are recomputed."""
+    the same width; attention and dense layers are adapted, not the fused experts, which composes and serves everywhere;
+    rows of 4,096 tokens, steps of 131,072 (pairs: 32,768); activations are recomputed."""
     sizes = {"sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
-    return _sized("size_30b_a3b", learning_rate=2e-4, checkpointing=True, targets=ATTENTION, **sizes)
+    return _sized("size_30b_a3b", learning_rate=2e-4, checkpointing=True, **sizes)
 
 
 def size_70b() -> Config:

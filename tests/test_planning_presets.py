@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from config import ATTENTION, PRESETS, Config, reason_of
+from config import AUTO, PRESETS, Config, reason_of
 from tests.support import temporary_directory
 from utils import cli
 from utils.exceptions import ArtefactError, ConfigError
@@ -110,7 +110,7 @@ class BySize(unittest.TestCase):
         rates = [PRESETS[name]().domain.train.learning_rate for name in SIZES]
         tokens = [PRESETS[name]().domain.train.batch_tokens for name in SIZES]
         self.assertEqual((rates, tokens), (sorted(rates, reverse=True), sorted(tokens)))
-        self.assertEqual(PRESETS["size_30b_a3b"]().domain.lora.target_modules, ATTENTION)
+        self.assertEqual(PRESETS["size_30b_a3b"]().domain.lora.target_modules, (AUTO,))
         for name in SIZES:
             found = PRESETS[name]()
             for stage in ("domain", "task"):
