@@ -8,6 +8,8 @@ from typing import Any
 
 from tests import toy_architectures
 from tests.support import temporary_directory
+from utils.data import pairs
+from utils.exceptions import DataError
 from utils.models import chat, templates
 
 # written after those of Gemma 2 and Mistral 7B v0.1
@@ -92,6 +94,14 @@ class Turns(unittest.TestCase):
         history = [{"role": "assistant", "content": "Hello."}]
         with self.assertRaisesRegex(chat.TemplateError, "Conversation roles must alternate"):
             prompt(MISTRAL, "", history=history)
+
+    def test_conversations_that_it_refuses_are_listed_by_file_and_line_before_anything_is_trained(self) -> None:
+        tokenizer = toy_architectures.tokenizer(MISTRAL)
+        history = [{"role": "assistant", "content": "Hello."}]
+        rows = [{**ASKED, "id": "a.jsonl#1"}, {**ASKED, "id": "a.jsonl#2", "history": history}]
+        with self.assertRaisesRegex(DataError, r"a\.jsonl#2: (.|\n)*must alternate") as caught:
+            pairs.refuse_unwritable(tokenizer, rows)
+        self.assertEqual(len(caught.exception.problems), 1)
 
     def test_parts_are_given_to_a_template_that_reads_nothing_else(self) -> None:
         self.assertIn("user\nWhich valve?<|im_end|>", prompt(PARTS, "Be brief."))

@@ -23,7 +23,7 @@ from utils.data.domains.built_in import BuiltIn
 from utils.data.domains.invented import invented_domain
 from utils.data.domains.python_demo import other_modules, python_demo
 from utils.data.examples import read_task_examples
-from utils.data.pairs import refuse_reasoning
+from utils.data.pairs import refuse_reasoning, refuse_unwritable
 from utils.data.splits import hash_share, leaks, split_by_document
 from utils.exceptions import ArtefactError, DataError, Problem
 from utils.logger import event
@@ -146,6 +146,7 @@ def _prepare_examples(
     tokenizer = load_tokenizer(base.directory)
     if not turn_format.has_place_for_reasoning(tokenizer):
         refuse_reasoning([example for examples in splits.values() for example in examples])
+    refuse_unwritable(tokenizer, [example for examples in splits.values() for example in examples])
     for split, examples in splits.items():
         if limits[split] and len(examples) > limits[split]:
             kept = {e["id"] for e in sorted(examples, key=lambda e: hash_share(e["id"], seed))[: limits[split]]}
