@@ -201,10 +201,7 @@ def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
     except PipelineError:
         raise
     except Exception as error:  # as in `_understood`
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        what = f"the architecture of {section.source} cannot be counted: {reason}"
+        what = f"the architecture of {section.source} cannot be counted: {(str(error).splitlines() or [''])[0]}"
         raise ArtefactError(Problem(what, fix="give a causal language model that transformers knows")) from error
 
 
