@@ -97,6 +97,11 @@ class DigestCache(unittest.TestCase):
         shutil.copy(entry, new)
         self.assertEqual(self.digest(), after)
 
+    def test_a_place_that_cannot_be_written_to_only_costs_reading_again(self) -> None:
+        right = self.digest()
+        self.cache = self.file / "digests"
+        self.assertEqual(self.digest(), right)
+
     def test_nothing_temporary_stays_behind(self) -> None:
         self.cache.mkdir()
         (self.cache / ".a.json.tmp-4194304").write_text("{")  # of a process that is dead

@@ -1,4 +1,4 @@
-"""Faults beside those of the other files: long runs, special tokens.
+"""Faults beside those of the other files: folders that are read-only, long runs, special tokens.
 
 Long ones are asked for (`make fault-test`); each has a sample here or in the files of its subject.
 """
@@ -6,19 +6,60 @@ Long ones are asked for (`make fault-test`); each has a sample here or in the fi
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import unittest
 from pathlib import Path
 
 from tests.fault_support import (
     LONG,
+    Place,
+    obey_permissions,
     with_both_adapters,
 )
-from tests.support import last_json, write_jsonl
+from tests.support import last_json, temporary_directory, write_jsonl
 from utils.artifacts import files
 from utils.models import chat
 
+SMALL = ("--benchmark.repeats", "2", "--benchmark.prompt_tokens", "32", "--benchmark.new_tokens", "4")
 SPECIAL = ("[e~[", "]~b]ai", "]~!b[", "]~b]system", "<|im_end|>", "<s>", "<|endoftext|>")
+
+
+@unittest.skipUnless(LONG, "kills and long runs: make fault-test")
+class ReadOnly(unittest.TestCase):
+    def test_a_models_folder_that_others_own_is_read_by_what_reads_and_refused_by_what_writes(self) -> None:
+        place, shared = with_both_adapters(), Place.__new__(Place)
+        shared.root = temporary_directory()
+        shared.data, shared.models, shared.scripts = shared.root / "data", shared.root / "models", []
+        shared.corpus, shared.task = place.corpus, place.task
+        shutil.copytree(place.models, shared.models)
+        shutil.copytree(place.data, shared.data)
+        composed = last_json(shared.run("compose"))["composed"]
+        everything = [shared.root, *shared.root.rglob("*")]
+        for path in everything:
+            path.chmod(path.stat().st_mode & 0o555)
+        for path in everything:
+            self.addCleanup(path.chmod, 0o755)
+        before = {path: path.stat().st_mtime_ns for path in everything}
+        for command, code in (
+            (["verify", composed], 0),
+            (["plan"], 0),
+            (["rollout", "status"], 0),
+            (["compose", "--weights", "0.5,0.5"], 2),
+            (["benchmark", "--run.name", "b", *SMALL], 2),
+            (["evaluate", "--run.name", "e"], 2),
+            (["train_task_adapter", "--run.name", "t"], 2),
+            (["prepare_data", *shared.sources, "--run.name", "p"], 2),
+            (["inference", "--merge_path", str(shared.root / "merged")], 2),
+            (["rollout", "start", "--rollout.production", "http://h:1", "--rollout.candidate", "http://h:2"], 2),
+        ):
+            with self.subTest(command):
+                done = shared.start(*command, before=obey_permissions).wait()
+                self.assertEqual(done.returncode, code, done.stderr[-1500:])
+                self.assertNotIn("Traceback", done.stderr)
+                if code:
+                    self.assertRegex(done.stderr, "Permission denied|no golden prompts")
+                self.assertEqual({p: p.stat().st_mtime_ns for p in [shared.root, *shared.root.rglob("*")]}, before)
 
 
 @unittest.skipUnless(LONG, "kills and long runs: make fault-test")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import files, locks, resumable
 from utils.exceptions import ArtefactError
+from utils.logger import warning
 from utils.models import directory_checks
 from utils.models.model_shapes import PLAIN
 
@@ -130,11 +131,14 @@ def _remembered(paths: list[Path], cache: Path | None, digest: Callable[[], str]
         return digest()
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     stamp = files.fingerprint([(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats])
-
-    def read() -> dict[str, Any]:
-        found = digest()
-        files.make_directory(cache)
-        locks.sweep(cache)
-        return {"digest": found, "files": [str(path) for path in paths]}
-
-    return str(resumable.result(cache / f"{stamp}.json", stamp, read)["digest"])
+    path = cache / f"{stamp}.json"
+    found = resumable.read(path, stamp)
+    if found is None:
+        found = {"digest": digest(), "files": [str(file) for file in paths]}
+        try:
+            files.make_directory(cache)
+            locks.sweep(cache)
+            resumable.write(path, found, stamp)
+        except (ArtefactError, OSError) as error:  # a folder that others own may be read-only
+            warning("the digest of the base model cannot be remembered: it is read anew each time", reason=str(error))
+    return str(found["digest"])
