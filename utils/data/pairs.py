@@ -81,19 +81,6 @@ def refuse_reasoning(examples: Sequence[dict[str, Any]]) -> None:
         raise DataError(Problem(what, names[:5], fix))
 
 
-def refuse_unwritable(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]]) -> None:
-    """Raises DataError with the conversations that the chat template refuses; an id is file and line by default."""
-    problems = []
-    for example in examples:
-        try:
-            chat.prompt_text(tokenizer, example, "")
-        except chat.TemplateError as error:
-            problems.append(Problem(f"{example.get('id')}: {error}", fix="change these turns, or leave the row out"))
-    if problems:
-        more = [Problem(f"and {len(problems) - 20} more conversations")] if len(problems) > 20 else []
-        raise DataError([*problems[:20], *more])
-
-
 def fitting_prompt(
     example: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
