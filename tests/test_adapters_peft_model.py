@@ -187,7 +187,6 @@ class Refused(unittest.TestCase):
     def test_what_is_not_scale_times_b_times_a_is_refused(self) -> None:
         self.refused("use_dora is set", settings={"use_dora": True})
         self.refused("lora_bias is set", settings={"lora_bias": True})
-        self.refused("modules_to_save is set", settings={"modules_to_save": ["lm_head"]})
         self.refused("peft_type is not LORA", settings={"peft_type": "LOHA"})
         for initialisation in ("pissa", "pissa_niter_16", "olora", "corda"):
             self.refused("initialisation changed the base", settings={"init_lora_weights": initialisation})
