@@ -39,7 +39,7 @@ from utils.models import loading, model_shapes, quantization, sources
 from utils.models.architectures import minimax_m2
 from utils.models.base_model import BaseModel
 from utils.models.weights.safetensors_io import Checkpoint
-from utils.planning import count_parameters, estimates, plan_report, preflight
+from utils.planning import count_parameters, estimates, hardware, preflight, training_plan
 
 KINDS = ("nf4", "int8")
 IDS = torch.randint(0, 700, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -188,8 +188,9 @@ class Refusals(unittest.TestCase):
             LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=200)
         )
         for kind, shards in (("bfloat16", 8), ("nf4", 1)):
-            step = plan_report.step(smollm2_135m(), "domain", kind)
-            self.assertEqual(plan_report.choice(large, smollm2_135m().plan, "domain", step).shards, shards)
+            step, machine = training_plan.step(smollm2_135m(), "domain", kind), hardware.of(smollm2_135m().plan)
+            chosen = training_plan.choice(large, machine, "domain", step, step.tokens)
+            self.assertEqual(chosen.layout.shard, shards)
         source = dense(temporary_directory() / "llama")
         wanted = Config(base=section(source, "nf4"))
         preflight.check(wanted)
