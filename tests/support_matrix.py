@@ -177,7 +177,6 @@ class _Checks:
         with torch.no_grad():
             made = model.generate(
                 input_ids=torch.tensor([asked]),
-                attention_mask=torch.ones(1, len(asked), dtype=torch.long),
                 max_new_tokens=8,
                 do_sample=False,
                 eos_token_id=tokenizer.eos_token_id,

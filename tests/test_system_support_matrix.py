@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from tests import support_matrix, toy_architectures
+from tests import odd_architecture, support_matrix, toy_architectures
 from tests.programs import write_support_matrix
 from tests.support import temporary_directory
 from tests.support_matrix import COLUMNS, WORKS, WRONG, Cell
@@ -39,6 +39,19 @@ class Rows(unittest.TestCase):
             cells = support_matrix.row(base)
         self.assertEqual(write_support_matrix.bad({"gemma3": cells}), [])
         self.assertEqual({cell.verdict for cell in cells.values()}, {WORKS})
+
+
+class Unknown(unittest.TestCase):
+    def test_an_architecture_that_nobody_heard_of_is_trained_scored_and_merged_rightly(self) -> None:
+        odd_architecture.register()
+        base = temporary_directory() / "odd"
+        torch.manual_seed(0)
+        model = toy_architectures.awake(odd_architecture.OddForCausalLM(odd_architecture.OddConfig(eos_token_id=1)))
+        model.save_pretrained(base)
+        toy_architectures.tokenizer().save_pretrained(base)
+        cells = support_matrix.row(base)
+        self.assertEqual(write_support_matrix.bad({"odd": cells}), [])
+        self.assertEqual({cell.verdict for cell in cells.values()}, {WORKS}, "it could be adapted")
 
 
 class Table(unittest.TestCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -110,10 +111,12 @@ def answer(
                 stream(printable(text))
 
     streamer = Streamer(tokenizer, skip_prompt=True) if stream and len(prompts) == 1 else None
+    # a model that has no use for a mask may refuse one; where prompts are padded it has to be asked all the same
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
     with torch.no_grad(), autocast(model, device):
         made = model.generate(
             input_ids=ids,
-            attention_mask=mask,
+            **({"attention_mask": mask} if takes_mask or not mask.all() else {}),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=ends,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,4 +152,11 @@ def _of_layers(value: list[Any] | str, layers: list[int]) -> list[Any] | str:
 
 
 def _count_key(settings: Mapping[str, Any]) -> str | None:
-    return next((key for key in COUNTS if isinstance(settings.get(key), int)), None)
+    """The setting that holds the number of layers: a usual name, or what the configuration's own class calls it."""
+    usual = next((key for key in COUNTS if isinstance(settings.get(key), int)), None)
+    if usual is None and settings.get("model_type"):
+        from transformers import CONFIG_MAPPING
+
+        with suppress(KeyError, AttributeError):  # a type that transformers does not know
+            usual = CONFIG_MAPPING[settings["model_type"]].attribute_map.get(COUNTS[0])
+    return usual if isinstance(settings.get(usual or ""), int) else None
