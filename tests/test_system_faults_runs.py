@@ -78,8 +78,8 @@ class TwoAtOnce(unittest.TestCase):
 
     def test_the_one_that_waited_at_the_door_does_not_write_into_what_the_other_has_finished(self) -> None:
         place = trained()
-        # it has looked, found nothing, and is asleep before it takes the lock
-        late = place.train("late", before=At("utils.artifacts.files.locked", STOP))
+        # it has looked, found nothing, and is asleep before it takes the lock; the first one is of what the base honours
+        late = place.train("late", before=At("utils.artifacts.files.locked", STOP, 2))
         late.wait_until(lambda: is_stopped(late))
         last_json(place.train("late").wait())
         before = contents(place.run_of("late"))

@@ -499,7 +499,7 @@ class Data(Tampering):
 
     def test_a_line_longer_than_memory_is_not_read_to_its_end(self) -> None:
         with mock.patch.object(text_lines, "LONGEST_LINE", 1000):
-            for name in ("a.txt", "a.jsonl", "a.csv", "a.json"):
+            for name in ("a.jsonl", "a.csv", "a.json"):
                 with self.subTest(name), self.refused(f"{name}:2: a line of more than 1,000 bytes"):
                     self.read(b"\n" + b"x" * 5000, name)
 

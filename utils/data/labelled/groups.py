@@ -7,7 +7,7 @@ set in `source` is no document, and neither is what most rows share.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -86,7 +86,7 @@ def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | N
 
 
 def find_sources(
-    pairs: Sequence[Names], said: ColumnMap, corpus: Collection[str]
+    pairs: Sequence[Names], said: ColumnMap, corpus: Callable[[Collection[str]], set[str]] | None
 ) -> tuple[str | None, list[str | None]]:
     """(column, its value for each pair) that names the files of the corpus; (None, ...) where no column does.
 

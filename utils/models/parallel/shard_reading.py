@@ -144,7 +144,7 @@ def reader(base: BaseModel, model: PreTrainedModel) -> ShardReader | None:
     }
     weights = [name for name in checkpoint.homes if not checkpoint.is_scale(name)]
     found: dict[str, list[tuple[str, Place]]] = {}
-    for tensor, place in tensor_names.places(base.model_type, weights).items():
+    for tensor, place in tensor_names.places(base.directory, weights).items():
         if place.parameter in wanted:
             found.setdefault(place.parameter, []).append((tensor, place))
     shapes = {name: _shape(checkpoint, parts) for name, parts in found.items()}
