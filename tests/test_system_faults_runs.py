@@ -78,7 +78,7 @@ class TwoAtOnce(unittest.TestCase):
 
     def test_the_one_that_waited_at_the_door_does_not_write_into_what_the_other_has_finished(self) -> None:
         place = trained()
-        # it has looked, found nothing, and is asleep before it takes the lock; the first one is of what the base honours
+        # it has looked, found nothing, and is asleep before the run's lock; the first is the probe's
         late = place.train("late", before=At("utils.artifacts.files.locked", STOP, 2))
         late.wait_until(lambda: is_stopped(late))
         last_json(place.train("late").wait())
