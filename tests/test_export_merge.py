@@ -357,15 +357,14 @@ class Written(unittest.TestCase):
         self.assertEqual(sorted(path.name for path in cache.iterdir()), before)
         self.assertFalse(any(path.is_symlink() for path in target.iterdir()))
 
-    def test_a_file_that_no_index_names_is_merged_too(self) -> None:
+    def test_a_file_that_transformers_would_not_read_is_left_out(self) -> None:
         base, directory = checkpoint("llama"), temporary_directory() / "extra"
         shutil.copytree(base.directory, directory)
         name = "model.layers.0.self_attn.q_proj.weight"
-        save_file({"other.table": torch.ones(3)}, directory / "extra.safetensors", metadata={"format": "pt"})
+        save_file({name: torch.ones(3)}, directory / "consolidated.safetensors", metadata={"format": "pt"})
         target, _ = merged(identified(directory), on_attention(base))
-        self.assertEqual(load_file(target / "extra.safetensors")["other.table"].tolist(), [1, 1, 1])
-        self.assertNotIn("other.table", json.loads((target / merge.INDEX).read_text())["weight_map"])
-        self.assertIn(name, state_of(target))
+        self.assertFalse((target / "consolidated.safetensors").exists())
+        self.assertEqual(state_of(target)[name].ndim, 2)
 
 
 class Fp8(unittest.TestCase):

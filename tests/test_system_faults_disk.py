@@ -174,7 +174,7 @@ class WithALimitOnFiles(unittest.TestCase):
         place = trained()
         for name, at, fault in (
             ("log", r"run\.log", At("utils.artifacts.runs.start", LimitFiles(4000))),
-            ("metrics", r"metrics\.jsonl", At("utils.training.guards.disk.append_line", LimitFiles(1400), 11)),
+            ("metrics", r"metrics\.jsonl", At("utils.training.guards.disk.append_line", LimitFiles(1400), 13)),
             ("checkpoint", "step-00000008", At("safetensors.torch.save_file", LimitFiles(8000), 4)),
             ("adapter", r"adapter_model\.safetensors", At("utils.adapters.adapter_files._write", LimitFiles(8000))),
         ):
