@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
+from config import TrainSection
 from tests.support import (
     ROOT,
     Workspace,
@@ -321,7 +322,7 @@ class Documents(unittest.TestCase):
         for limit, is_said in ((5, True), (6, False), (0, False)):
             config = cli.resolve(["--evaluate.max_heldout_documents", str(limit)], {})
             with mock.patch.object(scored_rows, "warning") as said:
-                found = scored_rows._document_sets(config, source, 0)["heldout"]
+                found = scored_rows._document_sets(config, TrainSection(sequence_tokens=1024), source, 0)["heldout"]
             self.assertEqual(len(found.lengths), limit or 8)
             self.assertEqual(said.called, is_said, limit)
 
