@@ -323,9 +323,9 @@ class MeasuredInference(unittest.TestCase):
         positions_BT = torch.arange(row_tokens).expand(rows, -1).contiguous()
 
         def score() -> None:
-            mask_B1TT = torch.zeros(rows, 1, row_tokens, row_tokens, dtype=getattr(torch, dtype))
+            visible_BTT = torch.ones(rows, row_tokens, row_tokens, dtype=torch.bool).tril()
             with autocast(model, torch.device("cpu")):
-                token_nll(model, ids_BT, positions_BT, ids_BT, mask_B1TT)
+                token_nll(model, ids_BT, positions_BT, ids_BT, visible_BTT)
 
         def answer() -> None:
             with torch.no_grad(), autocast(model, torch.device("cpu")):
