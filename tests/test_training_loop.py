@@ -11,6 +11,7 @@ import signal
 import time
 import unittest
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -223,7 +224,8 @@ class Numbers(Runs):
     def test_the_published_adapter_is_the_best_on_dev_or_the_last_as_asked(self) -> None:
         # dev documents unlike the corpus: learning the one unlearns the other before the end
         place = Workspace()
-        foreign = [{"text": f"{at}" + " 7 + 5 = 12; ÄÖÜ?" * 20} for at in range(4)]
+        # and unlike each other: near duplicates would stand on one side of dev and held-out
+        foreign = [{"text": "".join(Random(at).choices("7+5=12; ÄÖÜ?", k=400))} for at in range(4)]
         heldout = write_jsonl(place.root / "heldout.jsonl", foreign)
         last_json(place.run("prepare_data", *place.sources, "--data.corpus_heldout", str(heldout)))
         for keep in ("best", "last"):

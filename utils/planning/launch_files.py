@@ -14,7 +14,8 @@ LAUNCH = "scripts/launch"
 # from this memory on, a GPU is one of the 141 GB kind
 LARGE_GPU_GIB = 100
 # processes that a file starts by itself
-_STARTS = {"one_gpu.yaml": 1, "several_nodes.yaml": 16, "minimax_m2_2x8.yaml": 16, "minimax_m2_2x8_hsdp.yaml": 16}
+_TWO_NODES = ("several_nodes.yaml", "minimax_m2_2x8.yaml", "minimax_m2_2x8_hsdp.yaml")
+_STARTS = {"one_gpu.yaml": 1} | dict.fromkeys(_TWO_NODES, 16)
 
 
 @dataclass(frozen=True)
