@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.fault_support import (
     ADAPTER,
+    LONG,
     All,
     At,
     FillDisk,
@@ -149,6 +150,7 @@ class OnASmallDisk(unittest.TestCase):
         files.verify(target)
         self.assertEqual([path.name for path in self.root.iterdir() if path.name.startswith(".")], [])
 
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_evaluation_and_composition_at_their_report(self) -> None:
         for script, stage, at in (("evaluate", "evaluation", "results.json"), ("compose", "composed", "config.json")):
             with self.subTest(script):
@@ -190,6 +192,7 @@ class WithALimitOnFiles(unittest.TestCase):
                 last_json(place.train(f"limit-{name}").wait())
                 self.assertEqual(contents(directory)[ADAPTER], contents(place.run_of("reference"))[ADAPTER])
 
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_merge_names_its_target_and_goes_on(self) -> None:
         place = with_both_adapters()
         target = place.root / "limited"

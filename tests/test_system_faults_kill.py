@@ -120,6 +120,7 @@ class Training(unittest.TestCase):
         self.assertEqual(killer.killed, 20)
         self.assertGreaterEqual(inside, 8)
 
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_killed_as_a_person_runs_it(self) -> None:
         generator = random.Random(3)
         script = str(ROOT / "scripts" / "train_domain_adapter.py")
@@ -141,11 +142,12 @@ class Training(unittest.TestCase):
 
 
 class TwoProcesses(unittest.TestCase):
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_one_of_two_processes_killed_ends_the_other_and_the_run_ends_in_the_same_bytes(self) -> None:
         place, generator = trained(), random.Random(12)
         for done in [script.wait() for script in place.pair("two")]:
             self.assertEqual(done.returncode, 0, done.stderr)
-        kills = 20 if LONG else 3
+        kills = 20 if LONG else 2
         number = 0
         while kills:
             directory = place.run_of(f"two-{number}")
@@ -207,7 +209,7 @@ class Preparation(unittest.TestCase):
         command = ["prepare_data", *place.sources, "--run.name", "killed"]
         directory = place.data / "prepared" / "killed"
         reference = last_json(place.run(*command[:-1], "whole"))
-        killer = Killer(5, 20 if LONG else 5)
+        killer = Killer(5, 20 if LONG else 3)
 
         def after() -> None:
             absent_or_whole(directory)
@@ -228,7 +230,7 @@ class Merge(unittest.TestCase):
         whole, killed = place.root / "whole", place.root / "killed"
         last_json(place.run("inference", "--merge_path", str(whole)))
         self.assertGreater(len(list(whole.glob("*.safetensors"))), 3)
-        killer = Killer(6, 20 if LONG else 4)
+        killer = Killer(6, 20 if LONG else 3)
         while killer.left:
             found = killer.run(
                 lambda: place.start("inference", "--merge_path", str(killed), before=SLOW),
@@ -258,7 +260,7 @@ class Evaluation(unittest.TestCase):
         place = with_both_adapters()
         whole = last_json(place.run("evaluate", "--run.name", "whole"))
         directory = place.run_of("killed", "evaluation")
-        killer = Killer(8, 20 if LONG else 6)
+        killer = Killer(8, 20 if LONG else 3)
         while killer.left:
             found = last_json(
                 killer.run(

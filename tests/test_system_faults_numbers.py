@@ -14,6 +14,7 @@ import torch
 
 from tests.fault_support import (
     ADAPTER,
+    LONG,
     At,
     LimitMemory,
     Raise,
@@ -173,6 +174,7 @@ class Training(unittest.TestCase):
         self.assertIn("the dev loss after step 11 is NaN or infinite", done.stderr)
         self.resumes("nan-dev", 8)
 
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_an_exploding_learning_rate_ends_with_the_same_clear_error(self) -> None:
         done = self.failed("exploded", None, "--domain.train.learning_rate=1e30")
         self.assertRegex(done.stderr, r"the (loss|gradient norm) of step [23] is NaN or infinite")
@@ -269,6 +271,7 @@ class LimitReload:
 
 
 class Merge(unittest.TestCase):
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_memory_that_runs_out_in_a_merge_or_its_self_check_keeps_what_is_written_and_goes_on(self) -> None:
         place = with_both_adapters()
         target = place.root / "large"

