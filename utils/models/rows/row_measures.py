@@ -32,7 +32,7 @@ UNLIKE = 1e9
 # of the largest logit, between our head's logits and the model's
 SAME_LOGITS = 1e-5
 # what a model without such an argument, or without such a function, raises
-_NO_SUCH = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError)
+_NO_SUCH = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,7 @@ def _first(
     for way in ways:
         try:
             moved = difference(way)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-        ) as error:
+        except _NO_SUCH as error:
             if is_out_of_memory(error):
                 raise
             continue  # the model has no such argument
