@@ -166,6 +166,7 @@ class Stops(unittest.TestCase):
             rows = torch.tensor([[0, *word, stop, *word, end]])
             model = SimpleNamespace(
                 parameters=lambda: iter([torch.zeros(1)]),
+                forward=lambda input_ids, attention_mask: None,
                 generation_config=SimpleNamespace(eos_token_id=named),
                 generate=lambda input_ids, eos_token_id, rows=rows, **_: rows[:, input_ids.shape[1] - 1 :],
             )
