@@ -61,7 +61,8 @@ class Composition:
 
 def composition(config: Config, base: BaseModel, which: str = "both") -> Composition:
     """The adapters of this command, composed and checked. Raises ArtefactError or VerificationError."""
-    chosen = in_use(config, base, which)
+    asks_for_itself = methods.asks_for_itself(config.compose)
+    chosen = in_use(config, base, which, needs_parts=asks_for_itself)
     found = chosen.adapters
     parts = load(found, base)
     if chosen.is_alone:
@@ -70,7 +71,7 @@ def composition(config: Config, base: BaseModel, which: str = "both") -> Composi
         asked = recipe_of(config)
         given = asked.weights if asked.method == SUM else ()
         return made(parts, found, Recipe(weights=(given[which == "task"] if given else 1.0,)), searched=False)
-    if chosen.composed is None or methods.asks_for_itself(config.compose):
+    if chosen.composed is None or asks_for_itself:
         return made(parts, found, recipe_of(config), searched=False)
     run = chosen.composed
     files.verify(run.directory)

@@ -15,7 +15,6 @@ from config import PRESETS, Config
 from utils.adapters import adapter_tokenizer, find
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
-from utils.composition import methods
 from utils.exceptions import ArtefactError, ConfigError, Problem
 from utils.logger import event, warning
 from utils.models.base_model import BaseModel
@@ -36,15 +35,17 @@ class InUse:
     is_alone: bool = False
 
 
-def in_use(config: Config, base: BaseModel, which: str = "both") -> InUse:
+def in_use(config: Config, base: BaseModel, which: str = "both", *, needs_parts: bool = False) -> InUse:
     """What these settings choose; `which` as in `inference.adapters`. Says in one line what it is and why.
+
+    `needs_parts`: they are to be composed anew, so a composed adapter whose parts are gone will not do.
 
     In this order: `inputs.composed`; adapters that a setting names (with the newest composed run of exactly these, if
     there is one); the newest composed run of this base model; the newest adapters. Raises ArtefactError when something
     is missing or does not fit, or when an adapter was made after the newest composed run and is not in it.
     """
     if (chosen := _chosen(config, base)) is not None:
-        return _with_parts(config, base, chosen, which)
+        return _with_parts(config, base, chosen, which, needs_parts)
     adapters = find.adapter_runs(config, base, which)
     if which == "both" and (run := _made_of(config, base, adapters)):
         event("using the newest composed run of these adapters", path=run.directory)
@@ -117,14 +118,14 @@ def _chosen(config: Config, base: BaseModel) -> Run | None:
     return run
 
 
-def _with_parts(config: Config, base: BaseModel, chosen: Run, which: str) -> InUse:
+def _with_parts(config: Config, base: BaseModel, chosen: Run, which: str, needs_parts: bool) -> InUse:
     """The composed run with its adapters, or with one of them; alone where they are not there and not needed."""
     why = "--composed names it" if config.inputs.composed else "the newest of this base model; see --composed"
     event("using the composed run", path=chosen.directory, why=why)
     try:
         parts = parts_of(config, base, chosen)
     except ArtefactError as error:
-        if which != "both" or methods.asks_for_itself(config.compose):
+        if which != "both" or needs_parts:
             raise
         warning("the composed adapter is used as it is: its parts are not there", reason=error.problems[0].what)
         return InUse((chosen,), chosen, is_alone=True)
