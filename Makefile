@@ -7,7 +7,7 @@ CORES  := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
 READY  := $(VENV)/.ready
 
-.PHONY: demo rollout-demo rollout-test fault-test documents-test minimax-test launch-test models-test proof-test test format
+.PHONY: demo rollout-demo rollout-test fault-test documents-test minimax-test launch-test models-test proof-test interop-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -65,6 +65,12 @@ launch-test: $(READY)
 # writes the table there: a quarter of an hour on two cores.
 models-test: $(READY)
 	$(BIN)/python -m tests.programs.write_support_matrix
+
+# What others' programs do with our models, adapters and curves (transformers 4, llama.cpp, lm-evaluation-harness, TRL,
+# the openai client, TensorBoard, W&B, Trackio), each in an environment below .venvs/: the first time half an hour.
+interop-test: $(READY)
+	sh scripts/launch/get_haproxy.sh
+	$(BIN)/python -m tests.programs.interop
 
 # The same tests as `python -m unittest discover tests`, a file for each core at a time.
 test: $(READY)

@@ -28,6 +28,7 @@ from utils.exceptions import ArtefactError, NonFiniteError, Problem, Verificatio
 from utils.export import merge_check
 from utils.export.rounding import figures, squared_norm
 from utils.logger import event
+from utils.models import older_spellings
 from utils.models.architectures import registry
 from utils.models.base_model import BaseModel, companions, copy_companions
 from utils.models.parallel import ranks, work
@@ -318,7 +319,7 @@ def _write_companions(plan: Plan, directory: Path, card: str) -> None:
         settings |= dict.fromkeys(spellings, dtype)
         if _is_fp8(plan.checkpoint):
             settings.pop("quantization_config", None)
-    files.write_json(directory / "config.json", settings)
+    files.write_json(directory / "config.json", older_spellings.of_config(settings))
     if plan.checkpoint.weight_map:
         kept = {name for header in plan.outputs.values() for name in header.tensors}
         total = sum(tensor.size for header in plan.outputs.values() for tensor in header.tensors.values())
@@ -327,6 +328,7 @@ def _write_companions(plan: Plan, directory: Path, card: str) -> None:
     copy_companions(plan.checkpoint.directory, directory)
     if plan.base.tokenizer_from:
         adapter_tokenizer.write(plan.base, directory)
+    older_spellings.add(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 

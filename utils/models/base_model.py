@@ -7,6 +7,7 @@ code.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from utils.artifacts import files, locks, resumable
 from utils.exceptions import ArtefactError
 from utils.logger import warning
-from utils.models import directory_checks
+from utils.models import directory_checks, older_spellings
 from utils.models.model_shapes import PLAIN
 
 if TYPE_CHECKING:
@@ -119,7 +120,13 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _digest(paths: list[Path], cache: Path | None) -> str:
     """Digest of files by content."""
-    return _remembered(paths, cache, lambda: files.fingerprint({p.name: files.sha256_file(p) for p in paths}))
+    return _remembered(paths, cache, lambda: files.fingerprint({p.name: _sha256(p) for p in paths}))
+
+
+def _sha256(path: Path) -> str:
+    if path.suffix == ".json" and (content := older_spellings.identified(path)) is not None:
+        return hashlib.sha256(content).hexdigest()
+    return files.sha256_file(path)
 
 
 def _remembered(paths: list[Path], cache: Path | None, digest: Callable[[], str]) -> str:

@@ -16,7 +16,7 @@ from config import BaseModelSection
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, quiet_transformers
-from utils.models import quantization
+from utils.models import older_spellings, quantization
 from utils.models.base_model import BaseModel, identify
 from utils.models.directory_checks import readable
 from utils.models.model_shapes import PLAIN
@@ -128,6 +128,7 @@ def _publish(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     with files.publish(directory, lambda: {"kind": "base", **facts}) as temporary, quiet_transformers():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        older_spellings.add(temporary)
 
 
 def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:

@@ -14,12 +14,13 @@ from utils.models import chat
 from utils.models.base_model import BaseModel
 from utils.models.rows import row_probe
 from utils.planning import preflight
-from utils.training import training_identity, training_run
+from utils.training import trackers, training_identity, training_run
 from utils.training.schedules import AdapterSchedule
 
 
 def train_domain(config: Config) -> dict[str, Any]:
     """On every rank at once: base model, fresh adapter, packed documents, training loop, artefact."""
+    trackers.check(config.run.trackers)
     base = preflight.start(config, stage="domain")
     data = find.prepared_run(config, base)
     config = training_run.with_length(config, data)

@@ -15,13 +15,14 @@ from utils.models import chat, turn_format
 from utils.models.base_model import BaseModel
 from utils.models.rows import row_probe
 from utils.planning import preflight
-from utils.training import training_identity, training_run
+from utils.training import trackers, training_identity, training_run
 from utils.training.schedules import AdapterSchedule
 from utils.training.training_identity import task_facts
 
 
 def train_task(config: Config) -> dict[str, Any]:
     """On every rank at once: base model, frozen domain adapter, fresh task adapter, bucketed pairs, artefact."""
+    trackers.check(config.run.trackers)
     base = preflight.start(config, stage="task")
     data = find.prepared_run(config, base)
     config = training_run.with_length(config, data)

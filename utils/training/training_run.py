@@ -22,13 +22,13 @@ from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 from utils.data.batches import Batch, TrainingData
-from utils.exceptions import ArtefactError, ConfigError, NonFiniteError, Problem
+from utils.exceptions import ArtefactError, NonFiniteError, Problem
 from utils.models import devices, loading
 from utils.models.base_model import BaseModel
 from utils.models.parallel import ranks, sharding
 from utils.models.rows import row_probe, row_support
 from utils.planning import preflight
-from utils.training import checkpoints, training_loop
+from utils.training import checkpoints, trackers, training_loop
 from utils.training.schedules import AdapterSchedule
 from utils.training.training_loop import TrainingOutcome, TrainingSetup
 
@@ -232,22 +232,12 @@ def _accelerator(config: Config, stage: str, directory: Path) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    project = ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory / "tracking"))
-    try:
-        accelerator = Accelerator(
-            mixed_precision="no",  # autocast is ours: the frozen weights are loaded in the compute dtype
-            cpu=devices.device().type == "cpu",
-            log_with=list(config.run.trackers) or None,
-            project_config=project,
-        )
-        if config.run.trackers:
-            accelerator.init_trackers(f"{stage}-adapter")
-    except (ValueError, ImportError) as error:
-        raise ConfigError(
-            Problem(
-                f"run.trackers: {str(error).splitlines()[0]}",
-                config.run.trackers,
-                "install it, or --run.trackers tensorboard",
-            )
-        ) from error
+    project = ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory / trackers.FOLDER))
+    accelerator = Accelerator(
+        mixed_precision="no",  # autocast is ours: the frozen weights are loaded in the compute dtype
+        cpu=devices.device().type == "cpu",
+        log_with=list(config.run.trackers) or None,
+        project_config=project,
+    )
+    trackers.start(accelerator, config, stage, directory)
     return accelerator
