@@ -13,7 +13,6 @@ from unittest import mock
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-import config as settings
 from tests.support import forked
 from utils.exceptions import ConfigError
 from utils.training import trackers
@@ -29,14 +28,14 @@ class Trackers(unittest.TestCase):
 
     def train(self, *names: str) -> None:
         """What the loop does with a tracker, without the loop."""
-        config = settings.PRESETS["tiny_minimax_m2"]()
-        train = config.domain.train.model_copy(update={"learning_rate": RATE})
-        domain = config.domain.model_copy(update={"train": train})
-        config = config.model_copy(update={"domain": domain, "run": config.run.model_copy(update={"trackers": names})})
         trackers.check(names)
         project = ProjectConfiguration(project_dir=str(self.run), logging_dir=str(self.run / trackers.FOLDER))
         accelerator = Accelerator(cpu=True, log_with=list(names), project_config=project)
-        trackers.start(accelerator, config, "domain", self.run)
+        settings = {
+            "seed": 3,
+            "domain": {"train": {"learning_rate": RATE, "epochs": None}, "target_modules": ["q", "v"]},
+        }
+        trackers.start(accelerator, "domain-adapter", settings, self.run)
         for step in (1, 2):
             accelerator.log({"loss": 3.0 / step}, step=step)
         for tracker in accelerator.trackers:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config
 from utils.artifacts import files
 from utils.exceptions import ConfigError, Problem
 
@@ -48,18 +47,16 @@ def check(names: Sequence[str]) -> None:
         raise ConfigError(problems)
 
 
-def start(accelerator: Accelerator, config: Config, stage: str, directory: Path) -> None:
-    """Start the trackers of a run in `directory`. Raises ConfigError when one of them cannot."""
-    if not config.run.trackers:
+def start(accelerator: Accelerator, project: str, settings: dict[str, Any], directory: Path) -> None:
+    """Start the accelerator's trackers for a run in `directory`. Raises ConfigError when one of them cannot."""
+    if not accelerator.log_with:
         return
-    section = getattr(config, stage)
-    settings = flat({"base": config.base.source, "seed": config.run.seed, stage: section.model_dump(mode="json")})
     try:
-        accelerator.init_trackers(f"{stage}-adapter", settings, _options(directory))
+        accelerator.init_trackers(project, flat(settings), _options(directory))
     except Exception as error:  # each of a dozen libraries raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = f"run.trackers: a tracker cannot start: {reason}"
-        raise ConfigError(Problem(what, config.run.trackers, "mend it, or --run.trackers none")) from error
+        raise ConfigError(Problem(what, fix="mend it, or --run.trackers none")) from error
 
 
 def flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:

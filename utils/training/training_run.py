@@ -239,5 +239,7 @@ def _accelerator(config: Config, stage: str, directory: Path) -> Accelerator:
         log_with=list(config.run.trackers) or None,
         project_config=project,
     )
-    trackers.start(accelerator, config, stage, directory)
+    section = getattr(config, stage).model_dump(mode="json")
+    settings = {"base": config.base.source, "seed": config.run.seed, stage: section}
+    trackers.start(accelerator, f"{stage}-adapter", settings, directory)
     return accelerator
