@@ -22,7 +22,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "transformers4": ("transformers==4.57.3",),
     "lm_eval": ("lm_eval==0.4.13",),
     "trl": ("trl==1.16.0",),
-    "trackers": ("trackio==0.43.0", "wandb==0.31.0"),
+    "trackers": ("trackio==0.43.0", "wandb==0.22.3"),
     # its source has the converter of the llama.cpp that it is built from
     "llama_cpp": ("llama-cpp-python==0.3.36", "sentencepiece"),
 }
