@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,6 +185,24 @@ class Verifying(Base):
             (target / "link").unlink(missing_ok=True)
             (target / "link").symlink_to(self.root / "outside")
             self.damaged("leads out of", target)
+
+
+class Scratch(Base):
+    def test_what_a_killed_process_left_is_removed_and_what_another_uses_stays(self) -> None:
+        with mock.patch.object(tempfile, "tempdir", str(self.root)):
+            left, foreign = self.root / ".corpora-left.tmp", self.root / ".corpora-notours.tmp"
+            for folder in (left, foreign):
+                folder.mkdir()
+                (folder / "large").write_text("x")
+            (left / locks.LOCK).touch()
+            (self.root / ".corpora-link.tmp").symlink_to(self.root)
+            with locks.scratch("corpora") as mine:
+                (mine / "mine").touch()
+                with locks.scratch("corpora") as other:
+                    self.assertTrue((mine / "mine").exists(), "it is in use")
+                    self.assertNotEqual(mine, other)
+                self.assertEqual([left.exists(), foreign.exists(), other.exists()], [False, True, False])
+            self.assertFalse(mine.exists())
 
 
 class Locking(Base):

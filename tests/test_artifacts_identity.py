@@ -15,6 +15,7 @@ from utils.artifacts.runs import Run
 from utils.benchmarks import benchmark_identity
 from utils.composition import composed_identity
 from utils.data import prepared_identity
+from utils.data.domains.built_in import BuiltIn
 from utils.evaluation import evaluation_identity
 from utils.models.base_model import BaseModel
 from utils.training import training_identity
@@ -204,6 +205,15 @@ class Prepared(unittest.TestCase):
         self.assertEqual(set(DataSection.model_fields), decided | {"show"})
         mapped = self.section.model_copy(update={"columns": ("question=ask",)})
         self.assertNotEqual(self.now(mapped).values, self.now(self.section).values)
+
+    def test_counting_personal_data_of_a_built_in_corpus_makes_other_prepared_data(self) -> None:
+        # the manifest holds the counts: data that were prepared without them are not reused
+        domain = BuiltIn([{"id": "a", "text": "t"}], [], {}, {}, {})
+        with mock.patch.object(prepared_identity, "built_in_domain", return_value=domain):
+            built_in = DataSection(corpus=("invented",), task="invented")
+            counted = built_in.model_copy(update={"personal_data": True})
+            self.assertNotEqual(self.now(counted).values, self.now(built_in).values)
+            self.assertNotIn("documents", self.now(built_in).values)
 
 
 class Others(unittest.TestCase):

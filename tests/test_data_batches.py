@@ -18,6 +18,7 @@ from tests.support import ARCHITECTURES, toy
 from utils.data.batches import BucketedPairs, PackedDocuments, group, pack
 from utils.data.pairs import Pair, PairReport, check_usable, fitting_prompt, tokenise_pairs
 from utils.exceptions import DataError
+from utils.models import chat
 from utils.models.losses import IGNORED, NextTokenLoss
 
 ROW = 32
@@ -31,6 +32,26 @@ def documents(lengths: list[int], seed: int = 0) -> Dataset:
     return Dataset.from_dict(
         {"id": [f"d{i}" for i in range(len(ids))], "input_ids": ids, "num_tokens": lengths, "text": [""] * len(ids)}
     )
+
+
+# each turn begins with all that was said before it
+CHATML = (
+    "{% for m in messages %}]~b]{{ m.role }}\n{{ m.content }}[e~[\n{% endfor %}"
+    "{% if add_generation_prompt %}]~b]assistant\n{% endif %}"
+)
+
+
+def conversation(number: int, turns: int) -> dict[str, Any]:
+    """An example with so many assistant turns, its answer included."""
+    said = [
+        turn
+        for at in range(turns - 1)
+        for turn in (
+            {"role": "user", "content": f"Question {number} {at}?"},
+            {"role": "assistant", "content": f"Answer {number} {at} " * (at + 1)},
+        )
+    ]
+    return {"id": str(number), "question": "And the last?", "answers": [f"So {number}."], "history": said}
 
 
 def alone(model: torch.nn.Module, ids: list[int], first_label: int = 1) -> torch.Tensor:
@@ -195,6 +216,51 @@ class Pairs(unittest.TestCase):
             ends = [self.tokenizer.decode(pair.ids[-pair.num_answer_tokens :]) for pair in pairs]
             self.assertEqual(ends, [f"\n</think>\n\n{answer}[e~[" for answer in answers])
             self.assertEqual(report.usable, len(answers))
+
+    def test_a_conversation_is_one_row_where_each_turn_begins_with_the_one_before_and_trains_the_same(self) -> None:
+        tokenizer = toy.tiny_tokenizer()
+        tokenizer.chat_template = CHATML
+        examples = [conversation(number, turns) for number, turns in enumerate((3, 1, 2, 4))]
+        examples[2]["history"][0]["untrained"] = True  # a user's turn: nothing to leave out
+        examples[3]["history"][3]["untrained"] = True  # stays context
+        apart = [
+            pair
+            for example in examples
+            for turn in chat.turn_examples(tokenizer, example, "s")
+            for pair in tokenise_pairs([turn], tokenizer, "s", 400)[0]
+        ]
+        joined, report = tokenise_pairs(examples, tokenizer, "s", 400, all_turns=True)
+        self.assertEqual((len(apart), len(joined), report.usable), (9, 4, 9))
+
+        def trained(pairs: list[Pair]) -> Counter[tuple[int, ...]]:
+            """What is predicted, with all that it is predicted from."""
+            batch = BucketedPairs(pairs, TRAIN, 0, 0).batch(0, tuple(range(len(pairs))))
+            places = (batch.labels_BT != IGNORED).nonzero().tolist()
+            rows = batch.input_ids_BT.tolist()
+            return Counter((*rows[row][: at + 1], int(batch.labels_BT[row, at])) for row, at in places)
+
+        self.assertEqual(trained(joined), trained(apart))
+        data = BucketedPairs(joined, TRAIN, 0, 0, prompt_loss_weight=0.3)
+        for step in data.steps(2):
+            self.assertEqual(data.num_labels(2, step), sum(data.batch(2, micro).num_labels for micro in step))
+        self.assertGreater(sum(data.num_labels(2, step) for step in data.steps(2)), report.usable)
+        model = ARCHITECTURES["llama"]()[0].eval()
+        losses = []
+        for pairs in (apart, joined):
+            batch = BucketedPairs(pairs, TRAIN, 0, 0).batch(0, tuple(range(len(pairs))))
+            with torch.no_grad():
+                losses.append(float(NextTokenLoss(model)(batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)))
+        self.assertAlmostEqual(losses[0] / losses[1], 1.0, places=5)
+
+    def test_a_conversation_that_gets_too_long_is_trained_up_to_there(self) -> None:
+        tokenizer = toy.tiny_tokenizer()
+        tokenizer.chat_template = CHATML
+        example = conversation(0, 3)
+        whole, _ = tokenise_pairs([example], tokenizer, "s", 400, all_turns=True)
+        pairs, report = tokenise_pairs([example], tokenizer, "s", len(whole[0].ids) - 1, all_turns=True)
+        self.assertEqual((report.usable, report.answer_does_not_fit), (2, 1))
+        self.assertEqual([pair.ids for pair in pairs], [whole[0].ids[: whole[0].earlier[1][1]]])
+        self.assertEqual(pairs[0].trained, whole[0].earlier)
 
     def test_an_answer_that_does_not_fit_is_left_out_and_counted(self) -> None:
         rows: list[dict[str, Any]] = [

@@ -232,6 +232,14 @@ class Pdfs(Files):
             page += at(72, 700 - 13 * i, left[i], 9) + at(320, 700 - 13 * i, right[i], 9)
         text = read_file(self.pdf(page)).documents[0][1]
         self.assertLess(text.index(left[7]), text.index(right[0]), text)
+        # on the last page the second column ends earlier, and the first goes on with a new paragraph
+        for i in range(6):
+            page += at(72, 580 - 13 * i, f"left again {i}: the second paragraph of it", 9)
+        text = read_file(self.pdf(page)).documents[0][1]
+        self.assertLess(text.index("left again 5"), text.index(right[0]), text)
+        page += at(72, 480, "A line over the whole of the page, from its left border to the right one", 12)
+        text = read_file(self.pdf(page)).documents[0][1]
+        self.assertLess(text.index(right[7]), text.index("left again 0"), text)
 
     def test_empty_cells_of_a_table_stay(self) -> None:
         rows = [
@@ -258,11 +266,22 @@ class Pdfs(Files):
             "known pump, a state-of-the-",
             "art one, see form A-",
             "12b. Its x-",
-            "ray",
+            "ray of 10-",
+            "20 bar, Graeco-",
+            "Roman,",
         ]
         lines += ["is long-", "term. A long-term plan is well-known."]
         text = read_file(self.pdf("".join(at(72, 740 - 14 * i, line) for i, line in enumerate(lines)))).documents[0][1]
-        for expected in ("maintenance", "well-known pump", "state-of-the-art", "A-\n12b", "x-ray", "long-term. A"):
+        for expected in (
+            "maintenance",
+            "well-known pump",
+            "state-of-the-art",
+            "A-12b",
+            "x-ray",
+            "long-term. A",
+            "10-20",
+            "Graeco-Roman",
+        ):
             self.assertIn(expected, text)
 
     def test_undecodable_characters_are_marked_and_counted_and_many_of_them_are_refused(self) -> None:

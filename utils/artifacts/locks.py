@@ -13,6 +13,7 @@ import shlex
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -56,6 +57,19 @@ def locked(directory: Path, what: str, *, waits: bool = False) -> Iterator[None]
             handle.write(_ourselves())
             handle.flush()
         yield
+
+
+@contextmanager
+def scratch(what: str) -> Iterator[Path]:
+    """A folder under TMPDIR for what is thrown away afterwards; what killed processes left of it is removed first."""
+    parent = Path(tempfile.gettempdir())
+    for left in parent.glob(f".{what}-*.tmp"):
+        # everybody may write there, and what another user left is theirs
+        with suppress(OSError):
+            if not left.is_symlink() and left.stat().st_uid == os.geteuid():
+                remove_if_free(left)
+    with tempfile.TemporaryDirectory(prefix=f".{what}-", suffix=".tmp") as name, locked(Path(name), "the folder"):
+        yield Path(name)
 
 
 def small_file(path: Path, shown: str = "") -> Path:

@@ -13,7 +13,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
+from utils.artifacts import locks
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event
 
@@ -52,7 +52,7 @@ def measure(config: Config) -> dict[str, Any]:
     """Prepare a synthetic corpus of each size of `benchmark.corpus_megabytes`, smallest first."""
     sizes = sorted(config.benchmark.corpus_megabytes)
     preparations = []
-    with tempfile.TemporaryDirectory(prefix="corpora-") as scratch:
+    with locks.scratch("corpora") as scratch:
         free = shutil.disk_usage(scratch).free
         if free < (needed := DISK_PER_BYTE * sizes[-1] * MEGABYTE):
             raise ArtefactError(
@@ -62,9 +62,9 @@ def measure(config: Config) -> dict[str, Any]:
                 )
             )
         for megabytes in sizes:
-            corpus = Path(scratch) / f"{megabytes}mb.jsonl"
+            corpus = scratch / f"{megabytes}mb.jsonl"
             documents = write_corpus(corpus, megabytes * MEGABYTE, seed=config.run.seed)
-            done = _prepare(config, corpus, documents, Path(scratch) / "data")
+            done = _prepare(config, corpus, documents, scratch / "data")
             preparations.append(done)
             event(
                 f"prepared {megabytes} MB",
@@ -74,7 +74,7 @@ def measure(config: Config) -> dict[str, Any]:
                 anonymous_mb=done.peak_anonymous_bytes // MEGABYTE,
             )
             corpus.unlink()
-            shutil.rmtree(Path(scratch) / "data", ignore_errors=True)
+            shutil.rmtree(scratch / "data", ignore_errors=True)
     return {"preparations": [asdict(done) for done in preparations], **growth(preparations)}
 
 

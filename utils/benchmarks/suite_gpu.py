@@ -16,7 +16,6 @@ import importlib.util
 import json
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +37,7 @@ from config import (
 )
 from utils import disk, logger
 from utils.adapters import peft_model
+from utils.artifacts import locks
 from utils.artifacts.runs import METRICS
 from utils.benchmarks import inputs, suite_inference, suite_training
 from utils.benchmarks import suite_merge as synthetic
@@ -79,18 +79,18 @@ def measure(config: Config) -> dict[str, Any]:
     """Every part of the suite, the largest models first, while the memory is whole."""
     refuse(config)
     scale = TOY if config.benchmark.gpu_toy else REAL
-    with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
-        directory, moe = Path(scratch), {}
+    with locks.scratch("gpu-suite") as scratch:
+        moe: dict[str, Any] = {}
         for name, lora in (("attention", scale.attention), ("experts", scale.experts)):
             layers = most_layers(scale, lora, _free_bytes())
             event(f"gpu suite: MiniMax-M2, {name}", layers=layers, tokens=scale.sequence_tokens)
             model = _random_moe(scale, layers, torch.bfloat16, config.run.seed)
-            moe[name] = _trained(config, scale, model, layers, lora, "bfloat16", directory / name)
+            moe[name] = _trained(config, scale, model, layers, lora, "bfloat16", scratch / name)
             del model
             _release()
-        moe["fp8"] = _on_fp8(config, scale, directory)
+        moe["fp8"] = _on_fp8(config, scale, scratch)
         parity = _parity(config, scale)
-        dense = _dense(config, scale, directory)
+        dense = _dense(config, scale, scratch)
     return {
         "toy": config.benchmark.gpu_toy,
         "minimax_m2": moe,

@@ -29,7 +29,7 @@ import torch
 from config import ATTENTION, BaseModelSection, Config, LoraSection
 from utils.adapters import adapter_files
 from utils.adapters.factors import ModuleFactors
-from utils.artifacts import files
+from utils.artifacts import files, locks
 from utils.benchmarks.suite_data import peak_memory
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.export import merge, merge_check
@@ -81,9 +81,9 @@ def measure(config: Config) -> dict[str, Any]:
     """Build the checkpoint, then copy and merge it, in turn."""
     size = config.benchmark.merge_gigabytes * GIGABYTE
     width = REAL if size >= 2 * GIGABYTE else TOY
-    with tempfile.TemporaryDirectory(prefix="merging-") as scratch:
-        _refuse_too_small(size, Path(scratch))
-        base, adapter, target = (Path(scratch) / name for name in ("base", "adapter", "target"))
+    with locks.scratch("merging") as scratch:
+        _refuse_too_small(size, scratch)
+        base, adapter, target = (scratch / name for name in ("base", "adapter", "target"))
         event("writing a synthetic checkpoint", gigabytes=size / GIGABYTE)
         layers = write_checkpoint(base, width, size, seed=config.run.seed)
         lora = config.domain.lora.model_copy(update={"rank": 16, "target_modules": ATTENTION})

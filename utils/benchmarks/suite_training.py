@@ -16,7 +16,6 @@ left out (about 5% of it in the default model at 256 tokens), and so is anything
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ import torch
 from config import Config, TrainSection
 from utils import logger
 from utils.adapters import peft_model
+from utils.artifacts import locks
 from utils.benchmarks.inputs import TokenStream
 from utils.exceptions import ConfigError, Problem
 from utils.logger import event
@@ -235,9 +235,9 @@ def _with_trl(config: Config, base: BaseModel, rows: Rows, others: Step, seconds
             others(state.global_step - 1)
             self.before, self.began = _allocated(), time.perf_counter()
 
-    with tempfile.TemporaryDirectory(prefix="trl-") as scratch, logger.quiet_transformers():
+    with locks.scratch("trl") as scratch, logger.quiet_transformers():
         arguments = SFTConfig(
-            output_dir=scratch,
+            output_dir=str(scratch),
             max_steps=rows.steps,
             per_device_train_batch_size=rows.per_micro,
             gradient_accumulation_steps=max(1, rows.per_step // rows.per_micro),

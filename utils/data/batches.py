@@ -166,13 +166,15 @@ class BucketedPairs:
 
     def num_labels(self, epoch: int, step: OptimiserStep) -> int:
         rows = [row for micro in step for row in micro]
-        return sum(self.pairs[row].num_answer_tokens + len(self._drawn(epoch, row)) for row in rows)
+        return sum(self.pairs[row].num_trained + len(self._drawn(epoch, row)) for row in rows)
 
     def _drawn(self, epoch: int, row: int) -> torch.Tensor:
         """Positions in the prompt whose next token, of the prompt too, is trained; the same at every call."""
         pair = self.pairs[row]
         count = len(pair.ids) - pair.num_answer_tokens - 1 if self.prompt_loss_weight else 0
         draw = np.random.default_rng((self.seed, epoch, row)).random(max(0, count))
+        for start, end in pair.earlier:  # answers, which are trained anyway
+            draw[start - 1 : end - 1] = 1.0
         return torch.from_numpy(np.flatnonzero(draw < self.prompt_loss_weight))
 
 
@@ -263,8 +265,8 @@ def pad(pairs: Sequence[Pair], pad_id: int) -> Batch:
     for row, pair in enumerate(pairs):
         tokens = torch.tensor(pair.ids)
         ids[row, : len(tokens)] = tokens
-        first = len(tokens) - pair.num_answer_tokens
-        labels[row, first - 1 : len(tokens) - 1] = tokens[first:]
+        for start, end in pair.trained:
+            labels[row, start - 1 : end - 1] = tokens[start:end]
     positions = torch.arange(length).expand(len(pairs), -1).contiguous()
     return Batch(ids, positions, labels, tuple(pair.name for pair in pairs))
 

@@ -5,8 +5,8 @@ A context that is too long is cut, an answer never; what still does not fit is l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from utils.exceptions import DataError, Problem
@@ -22,16 +22,31 @@ WORTH_WARNING = 0.01
 
 @dataclass(frozen=True)
 class Pair:
-    """One tokenised example: prompt, then answer and end-of-turn token."""
+    """One tokenised example: prompt, then answer and end-of-turn token.
+
+    A conversation whose turns are all trained is one row where each turn begins with the whole of the one before it;
+    `earlier` has the places (start, end) of the answers inside its prompt.
+    """
 
     name: str
     ids: tuple[int, ...]
     num_answer_tokens: int
+    earlier: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def trained(self) -> tuple[tuple[int, int], ...]:
+        """Places (start, end) of what is trained, in their order: answers and their end-of-turn tokens."""
+        return (*self.earlier, (len(self.ids) - self.num_answer_tokens, len(self.ids)))
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are trained."""
+        return sum(end - start for start, end in self.trained)
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """What became of the examples."""
+    """What became of the examples; of conversations, of each of their turns that is trained."""
 
     usable: int
     answer_does_not_fit: int
@@ -52,10 +67,11 @@ def tokenise_pairs(
 ) -> tuple[list[Pair], PairReport]:
     """Examples as pairs of at most `max_tokens`: a long context is cut, an answer never; what cannot fit is left out.
 
-    `all_turns` makes a pair of each assistant turn of a conversation, else of the last alone.
+    `all_turns` trains each assistant turn of a conversation, else the last alone: in one row as far as its prompt
+    begins with the turns before it, in a row for each where the template writes them otherwise later on.
     """
     pairs: list[Pair] = []
-    dropped = shortened = 0
+    usable = dropped = shortened = 0
     if all_turns:
         examples = [turn for example in examples for turn in chat.turn_examples(tokenizer, example, system_prompt)]
     if not turn_format.has_place_for_reasoning(tokenizer):
@@ -67,9 +83,26 @@ def tokenise_pairs(
         if prompt is None:
             dropped += 1
             continue
-        shortened += was_cut
-        pairs.append(Pair(str(example["id"]), (*prompt, *answer), len(answer)))
-    return pairs, PairReport(len(pairs), dropped, shortened)
+        usable, shortened = usable + 1, shortened + was_cut
+        pair = Pair(str(example["id"]), (*prompt, *answer), len(answer))
+        # turns of one conversation follow each other
+        if all_turns and pairs and _goes_on(pair, pairs[-1]):
+            pair = replace(pair, earlier=pairs.pop().trained)
+        pairs.append(pair)
+    return pairs, PairReport(usable, dropped, shortened)
+
+
+def trains_earlier_turns(counts: Mapping[str, Any]) -> bool:
+    """Whether prepared data, by its counts, hold conversations of which more than the last turn is trained."""
+    examples = counts.get("examples", {})
+    turns = examples.get("lengths", {}).get("train", {}).get("turns", 0)
+    return bool(turns > examples.get("train", {}).get("examples", turns))
+
+
+def _goes_on(pair: Pair, before: Pair) -> bool:
+    """Whether the prompt begins with the whole of the pair before, its answer included, and says more."""
+    prompt = len(pair.ids) - pair.num_answer_tokens
+    return len(before.ids) < prompt and pair.ids[: len(before.ids)] == before.ids
 
 
 def refuse_reasoning(examples: Sequence[dict[str, Any]]) -> None:

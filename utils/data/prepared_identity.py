@@ -71,9 +71,12 @@ def _values(
 
 
 def _reading(data: Mapping[str, Any], method: int) -> dict[str, Any]:
-    """How documents are read, where files are read and not a built-in domain."""
-    read = {*_listed(data["corpus"]), *_listed(data["corpus_heldout"])} - {*BUILT_IN_TASKS, NONE}
-    return {"documents": {"method": method, **chosen(data, READING)}} if read and method > 1 else {}
+    """How documents are read, where files are read and not a built-in domain: of that, only whether it was counted."""
+    named = {*_listed(data["corpus"]), *_listed(data["corpus_heldout"])} - {NONE}
+    if named - set(BUILT_IN_TASKS) and method > 1:
+        return {"documents": {"method": method, **chosen(data, READING)}}
+    # left out where nothing was counted, which is what prepared data of before have
+    return {"documents": {"personal_data": True}} if named and data.get("personal_data") else {}
 
 
 def _is_read(task: str) -> bool:

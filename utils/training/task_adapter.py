@@ -34,6 +34,8 @@ def train_task(config: Config) -> dict[str, Any]:
     rows = row_probe.measured(base, config.base)
     facts = task_facts(config.task, domain) | training_identity.start_facts(initial) | rows.deciding("head")
     facts |= turn_format.deciding(adapter_tokenizer.of(base)) | base.deciding_tokenizer()
+    if config.task.turns == "all" and pairs.trains_earlier_turns(data.manifest["counts"]):
+        facts |= {"turns": "joined"}  # how turns make rows decides which of them make a step
     identity = training_identity.identity_of(config, "task", base, data, **facts)
     with training_run.opened(config, "task", base, identity, parents) as run:
         if run.complete:

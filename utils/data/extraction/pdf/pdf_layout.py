@@ -21,6 +21,8 @@ NARROWEST_GUTTER, FEWEST_ROWS = 0.9, 2
 _LIST_MARK = re.compile(r"[^\w\s]|\(?\w{1,3}[.):]|\d+")
 # of a row's usual distance: from here on it begins a paragraph
 PARAGRAPH = 1.35
+# in heights of a row: how far apart two rows of a column stand that has no neighbour there any more
+COLUMN_GAP, LAST_COLUMN_GAP = 1.8, 3.0
 _DEEPEST = 6
 
 
@@ -129,27 +131,39 @@ def _regions(rows: Sequence[PageRow], gutter: float) -> list[tuple[bool, list[Pa
             found.append((False, run))
             continue
         first, last = both[0], both[-1] + 1
-        # a column may be longer than its neighbour, a paragraph below it stands further away
-        while last < len(run) and run[last - 1].middle - run[last].middle < 1.8 * run[last].height:
+        # a column may be longer than its neighbour; what stands below it further away is text of the whole page, or,
+        # where only such rows follow, the column's next paragraph
+        is_last = run is runs[-1][1] and _is_prose(run[first:last], gutter)
+        furthest = LAST_COLUMN_GAP if is_last else COLUMN_GAP
+        while last < len(run) and run[last - 1].middle - run[last].middle < furthest * run[last].height:
             last += 1
-        while first > 0 and run[first - 1].middle - run[first].middle < 1.8 * run[first].height and not found:
+        while first > 0 and run[first - 1].middle - run[first].middle < COLUMN_GAP * run[first].height and not found:
             first -= 1
         found += [(False, run[:first]), (True, run[first:last]), (False, run[last:])]
     return [(is_region, run) for is_region, run in found if run]
 
 
 def _region_lines(rows: list[PageRow], gutter: float, depth: int) -> list[str]:
-    sides = [_sides(row, gutter) or (row.pieces, []) for row in rows]
-    left, right = [s[0] for s in sides if s[0]], [s[1] for s in sides if s[1]]
+    left, right = _columns(rows, gutter)
     if all(_LIST_MARK.fullmatch(" ".join(p.text for p in pieces)) for pieces in left):
         return _paragraphs(rows)
-    if min(_characters(left), _characters(right)) >= PROSE_CHARACTERS:
+    if _is_prose(rows, gutter):
         return [
             *lines_of([PageRow(pieces) for pieces in left], depth + 1),
             "",
             *lines_of([PageRow(pieces) for pieces in right], depth + 1),
         ]
     return _table(rows)
+
+
+def _columns(rows: Sequence[PageRow], gutter: float) -> tuple[list[list[TextPiece]], list[list[TextPiece]]]:
+    """The rows of text on the left of the gutter, and those on its right."""
+    sides = [_sides(row, gutter) or (row.pieces, []) for row in rows]
+    return [left for left, _ in sides if left], [right for _, right in sides if right]
+
+
+def _is_prose(rows: Sequence[PageRow], gutter: float) -> bool:
+    return min(map(_characters, _columns(rows, gutter))) >= PROSE_CHARACTERS
 
 
 def _characters(side: list[list[TextPiece]]) -> float:

@@ -25,6 +25,8 @@ _PAGE_NUMBER = re.compile(
     r"\W*(?:page|seite|p\.|pg\.?|página|pagina|стр\.?|第)?\W*(?:#+|[ivxlc]{1,7})\W*(?:(?:of|von|de|di|sur|/|из)\W*#+)?\W*页?\W*",
     re.I,
 )
+# before a number or a capital letter a hyphen is always part of what is written: 10-20, Graeco-Roman
+_KEPT_HYPHEN = re.compile(r"(?<=\w)([-\u2010])\n(?=[\dA-ZÀ-ÖØ-ÞΑ-ΩА-Я])")
 _HYPHENATED = re.compile(r"([^\W\d_]+(?:[-‐][^\W\d_]+)*)[-\u00ad\u2010]\n([^\W\d_]+)")
 _WORD = re.compile(r"[^\W\d_]+(?:[-‐][^\W\d_]+)*")
 # before these a hyphen is part of the word, when the document does not write it otherwise
@@ -160,14 +162,13 @@ def _joined(texts: list[str]) -> str:
 
 def _without_hyphens(text: str) -> str:
     """Words that a line end cuts, as the document writes them elsewhere; else without the hyphen."""
+    text = _KEPT_HYPHEN.sub(r"\1", text)
     if not _HYPHENATED.search(text):
         return text
     words = Counter(found.lower() for found in _WORD.findall(_HYPHENATED.sub(" ", text)))
 
     def join(found: re.Match[str]) -> str:
         left, right = found[1], found[2]
-        if right[0].isupper():
-            return found[0]
         whole, compound = words[(left + right).lower()], words[f"{left}-{right}".lower()]
         last = re.split("[-‐]", left)[-1]
         is_compound = "-" in left or len(last) == 1 or last.lower() in _COMPOUNDS
