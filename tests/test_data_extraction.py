@@ -418,7 +418,8 @@ class SideBySide(Files):
         total = report.characters + sum(report.cleaned.values()) + sum(report.dropped_characters.values())
         self.assertEqual(report.characters_extracted, total)
         self.assertEqual((report.rows, report.columns_not_used), (3, {"text": 1, "title": 1}))
-        self.assertEqual(report.dropped["malformed rows"] + report.dropped["rows without a text column"], 4)
+        dropped = [report.dropped[reason] for reason in ("malformed rows", "rows without a text column")]
+        self.assertEqual(dropped, [2, 1], "each line of the table is used or dropped for one reason")
 
 
 class Mutations(Files):

@@ -140,6 +140,40 @@ class HostileServers(unittest.TestCase):
         found, _ = self.asked(pour, timeout_s=30)
         self.assertIn("more bytes", found.error)
 
+    def test_chunks_of_no_size_are_errors_and_not_kept(self) -> None:
+        # to http.client a chunk of -1 bytes is all that ever comes
+        for size in (b"-1", b"-5", b"7fffffffffffffffffff", b"fffffffff"):
+            sent = [0]
+
+            def pour(connection: socket.socket, size: bytes = size, sent: list[int] = sent) -> None:
+                connection.sendall(self.HEAD.replace(b"\r\n\r\n", b"\r\ntransfer-encoding: chunked\r\n\r\n"))
+                connection.sendall(size + b"\r\n")
+                while sent[0] < 1 << 28:
+                    connection.sendall(b"x" * 65536)
+                    sent[0] += 65536
+
+            found, _ = self.asked(pour, timeout_s=20)
+            self.assertRegex(found.error, "a chunk of", size)
+            self.assertLess(sent[0], 1 << 26, size)
+            address = self.server(pour)
+            self.assertEqual((servers.get(address, "/health"), servers.served_digest(address)), ((0, b""), ""))
+
+    def test_halves_of_characters_and_endless_answers_are_texts_that_can_be_compared_and_written(self) -> None:
+        def stream(*pieces: str, finish: str = '"stop"') -> ServerAnswer:
+            events = "".join(f'data: {{"choices":[{{"delta":{{"content":"{piece}"}}}}]}}\n\n' for piece in pieces)
+            end = f'data: {{"choices":[{{"delta":{{}},"finish_reason":{finish}}}]}}\n\ndata: [DONE]\n\n'
+            return self.asked(lambda c: c.sendall(self.HEAD + (events + end).encode()), timeout_s=20)[0]
+
+        self.assertEqual(stream("\\ud800x").text, "\ufffdx")
+        self.assertEqual(stream("\\ud83d", "\\ude00").text, "\U0001f600")
+        self.assertIn("cut", stream("x", finish='{"a":1}').error)
+        long = stream(*["a b " * 1000] * 300)
+        self.assertEqual((len(long.text), long.error), (servers.MOST_TEXT, ""))
+        prompt = golden.Prompt("p", ({"role": "user", "content": "q"},), ("gold",))
+        for answer in (stream("\\ud800x"), long):
+            golden.compare(prompt, answer, ServerAnswer("gold", "stop"), 0.2)
+            answer.text.encode()
+
     def test_a_thousand_malformed_answers_are_errors_or_answers(self) -> None:
         generator = random.Random(0)
         good = b'{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}'
@@ -168,7 +202,8 @@ class HostileServers(unittest.TestCase):
         return bytes(pieces).replace(b"\n", b"")
 
     def test_lists_of_models_that_are_none_name_no_digest(self) -> None:
-        for body in (b'{"data":5}', b'{"data":[5,{"root":5},{"root":"/"}]}', b"[" * 200_000, b"5", b"", b"\xff"):
+        roots = b'{"data":[5,{"root":5},{"root":"/"},{"root":"/a\\u0000b"},{"root":"/\\ud800"}]}'
+        for body in (b'{"data":5}', roots, b"[" * 200_000, b"5", b"", b"\xff", b'{"data":' + b"9" * 5000 + b"}"):
             head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
             address = self.server(lambda connection, whole=head + body: connection.sendall(whole))
             self.assertEqual(servers.served_digest(address), "", body[:40])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from utils.data.corpus.first_look import Look, LookAhead, files_below
 from utils.data.corpus.read_report import EMPTY, ReadReport, ReadTally, printable_path
-from utils.data.corpus.text_rows import text_rows
+from utils.data.corpus.text_rows import NO_COLUMN, text_rows
 from utils.data.extraction.extracted import NO_TEXT, NoTextError
 from utils.data.extraction.formats import FILE_SUFFIXES, PARSED_SUFFIXES, read_file
 from utils.data.extraction.pool import ExtractionPool, Reading, usable_cores
@@ -232,10 +232,12 @@ class _Reader:
 
     def _table(self, file: _File) -> Iterator[dict[str, str]]:
         skips = self._skips(file)
-        found = ProblemList() if skips else self.problems
+        found, without_column = ProblemList() if skips else self.problems, self.tally.dropped[NO_COLUMN]
         yield from text_rows(iter_rows(file.path, found), file.name, found, self.tally, self.look)
         if skips and found:
-            self.tally.dropped[BAD_ROW] += len(found)
+            # of rows without a text column the first is complained of, and all are counted
+            if malformed := len(found) - (self.tally.dropped[NO_COLUMN] > without_column):
+                self.tally.dropped[BAD_ROW] += malformed
             for problem in found.shown:
                 self.tally.name(str(problem))
 

@@ -35,6 +35,10 @@ DIGEST_HEADER = "x-model-digest"
 # bytes; an event of a stream, or a list of models, has some hundred
 LONGEST_LINE, LARGEST_ANSWER = 1 << 20, 1 << 24
 MOST_NAMES = 20
+# characters of an answer that are looked at: golden prompts ask for some dozen tokens, and all of it is compared
+MOST_TEXT = 1 << 16
+# what reading from a server that misbehaves raises
+BROKEN = (OSError, http.client.HTTPException, ValueError, ArithmeticError, AttributeError, RecursionError)
 # servers outlive their controller on purpose; a Popen that is collected while its process runs warns
 _STARTED: list[subprocess.Popen[bytes]] = []
 
@@ -67,10 +71,20 @@ def ask(
             if response.status != 200:
                 return ServerAnswer(error=f"HTTP {response.status}", status=response.status, digest=digest)
             return _streamed(response, start, timeout_s, digest)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except BROKEN as error:
         if time.monotonic() - start >= timeout_s:
             return ServerAnswer(error="timeout")
         return ServerAnswer(error=type(error).__name__ + (f": {error}" if str(error) else ""))
+
+
+class _BoundedResponse(http.client.HTTPResponse):
+    """An answer whose chunks have a size: to http.client -1 means to read all that ever comes."""
+
+    def _read_next_chunk_size(self) -> int:
+        size = int(super()._read_next_chunk_size())  # type: ignore[misc]
+        if not 0 <= size <= LARGEST_ANSWER:
+            raise http.client.HTTPException(f"a chunk of {size} bytes")
+        return size
 
 
 @contextmanager
@@ -80,6 +94,7 @@ def _response(address: str, path: str, timeout_s: float, data: str | None = None
     A socket's own timeout begins anew with every byte, so a server that drips would never reach it.
     """
     connection = http.client.HTTPConnection(address, timeout=timeout_s)
+    connection.response_class = _BoundedResponse
     watchdog = threading.Timer(timeout_s, lambda: _shut(opened))
     watchdog.daemon = True
     try:
@@ -127,7 +142,8 @@ def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float
                 text = (choice.get("delta") or {}).get("content") or ""
                 if not isinstance(text, str):
                     raise ValueError("content is no text")
-                finish = choice.get("finish_reason") or finish
+                reason = choice.get("finish_reason")
+                finish = reason if reason and isinstance(reason, str) else finish
                 if text:
                     pieces.append(text)
                     moments.append(time.monotonic())
@@ -138,7 +154,9 @@ def _streamed(response: http.client.HTTPResponse, start: float, timeout_s: float
         error = "timeout" if time.monotonic() - start >= timeout_s else "the stream was cut"
     between = (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else 0.0
     first = moments[0] - start if moments else 0.0
-    return ServerAnswer("".join(pieces), finish, error, 200, first, between, digest)
+    # a pair of surrogates may come in two events; half of one alone is no text
+    text = "".join(pieces).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return ServerAnswer(text[:MOST_TEXT], finish, error, 200, first, between, digest)
 
 
 def get(address: str, path: str, timeout_s: float = 3.0) -> tuple[int, bytes]:
@@ -146,7 +164,7 @@ def get(address: str, path: str, timeout_s: float = 3.0) -> tuple[int, bytes]:
     try:
         with _response(address, path, timeout_s) as response:
             return response.status, response.read(LONGEST_LINE)
-    except (OSError, http.client.HTTPException, ValueError):
+    except BROKEN:
         return 0, b""
 
 
@@ -187,7 +205,7 @@ def _listed(address: str) -> tuple[str, list[dict[str, Any]]]:
             body = response.read(LONGEST_LINE)
             claimed = claimed_digest(response.headers)
             listed = json.loads(body).get("data") if response.status == 200 else []
-    except (OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
+    except BROKEN:
         return "", []
     return claimed, [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
@@ -195,7 +213,7 @@ def _listed(address: str) -> tuple[str, list[dict[str, Any]]]:
 def _directory_digest(directory: Path) -> str:
     try:
         return str(files.read_manifest(directory).get("digest", ""))
-    except (ArtefactError, OSError):
+    except (ArtefactError, OSError, ValueError):  # no path at all, by what a server says
         return ""
 
 
