@@ -52,7 +52,8 @@ class NewRow(unittest.TestCase):
 
     def test_it_is_in_the_help(self) -> None:
         shown = " ".join(help_text.page("", ("compose",), (), ["compose"]).split())
-        self.assertIn("--compose.method sum|depth_gate|per_layer|sum_truncated|ties|dare|factor_sum|step|rough", shown)
+        self.assertIn(f"--compose.method {'|'.join(METHODS)}", shown)
+        self.assertIn("|step|rough", shown)
         self.assertIn("--compose.search_methods sum|depth_gate|per_layer|step, ...", shown)
         self.assertIn("step exact; takes weights of the first and of the other layers; a step in depth", shown)
         self.assertIn("rough approximate; takes a weight for each adapter, compose.rank; rough", shown)

@@ -22,6 +22,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "llama3": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
     "gemma3_text": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},
     "gpt_neox": {"rotary_emb_base": 10000.0, "rotary_pct": 0.25},
+    "qwen3_moe": {"rope_theta": 10000.0, "num_experts": 4},
     "minimax_m2": {"rope_theta": 5000000.0},
     "gemma4_text": {},
     "gpt2": {},

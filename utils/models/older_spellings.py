@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.artifacts import files
+from utils.models.architectures import registry
 
 LISTED = "older_spellings"
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
@@ -89,8 +90,8 @@ def _parts(settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _older(part: dict[str, Any]) -> dict[str, Any]:
     """The older spellings of what a part says."""
     found = {"torch_dtype": part["dtype"]} if isinstance(part.get("dtype"), str) else {}
-    if part.get("model_type") == "qwen3_moe" and "num_local_experts" in part:
-        found["num_experts"] = part["num_local_experts"]
+    older = registry.of(part.get("model_type")).older_names
+    found |= {old: part[new] for new, old in older.items() if new in part}
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict):
         return found

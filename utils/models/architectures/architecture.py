@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from utils.exceptions import Problem
@@ -50,6 +50,8 @@ class Architecture:
     rotated_share: Callable[[Settings], float | None] | None = None
     # a pad token that is in the vocabulary and that the tokenizer's settings do not name
     unnamed_pad: str = ""
+    # settings that transformers 5 writes -> what transformers 4 calls them, where it reads no other name
+    older_names: Mapping[str, str] = field(default_factory=dict)
     # whether the sharded files of scripts/launch/ name this decoder layer
     in_launch_files: bool = False
 

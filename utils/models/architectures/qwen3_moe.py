@@ -86,4 +86,5 @@ def _is_sparse(settings: Settings, layer: int, experts: int) -> bool:
     return layer not in (settings.get("mlp_only_layers") or ()) and experts > 0 and (layer + 1) % step == 0
 
 
-ARCHITECTURE = Architecture(sizes=sizes, unsaid=unsaid, kept_in_merge=())
+OLDER = {"num_local_experts": "num_experts"}
+ARCHITECTURE = Architecture(sizes=sizes, unsaid=unsaid, kept_in_merge=(), older_names=OLDER)
