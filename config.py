@@ -39,6 +39,8 @@ COLUMN_ROLES = (
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # https is refused where it is opened, with the reason
 _SERVER = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}(/v1)?/?")
+# of an engine: a gateway may have a path of its own in front
+_ENGINE = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?")
 # domains that need no files: what may stand for a corpus, and the labelled pairs that belong to it
 BUILT_IN_TASKS = {
     "python_docs": "python_docs",
@@ -323,6 +325,13 @@ class InferenceSection(Section):
     """0 answers greedily; above 0 samples."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Nucleus of the sampling distribution when temperature is above 0."""
+    engine: Literal["local", "vllm", "openai"] = "local"
+    """Who answers: this process; a vLLM server that the command starts and ends; or a running server of the OpenAI HTTP
+    API. Of evaluate it is the generated answers; likelihoods are always computed here."""
+    engine_python: str = ""
+    """vllm: the Python of an environment that has vLLM; empty takes .venvs/vllm/bin/python (make serving-test)."""
+    engine_url: str = ""
+    """openai: the server's address, http://host:port. Its key, if it wants one, is VLLM_API_KEY of the environment."""
 
 
 class EvaluateSection(Section):
@@ -608,6 +617,7 @@ class Config(Section):
             problems.append("inference.prompt and inference.prompts_file exclude each other: give one")
         if self.inference.output_file and not self.inference.prompts_file:
             problems.append("inference.output_file needs inference.prompts_file")
+        problems += _engine_problems(self.inference, self.base)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -702,6 +712,25 @@ def _compose_problems(compose: ComposeSection, hub: HubSection, merge: MergeSect
         problems.append(f"hub.hub_model_id {hub.hub_model_id!r}: write owner/name, hub.push_to_hub needs it")
     if merge.gguf and not merge.path:
         problems.append("merge.gguf converts a merged model: give --merge_path too")
+    return problems
+
+
+def _engine_problems(inference: InferenceSection, base: BaseModelSection) -> list[str]:
+    problems = []
+    engine, url = inference.engine, inference.engine_url
+    if engine == "openai" and not url:
+        problems.append("inference.engine openai asks a running server: --inference.engine_url http://host:port")
+    if url and engine != "openai":
+        problems.append("inference.engine_url is for a running server: --inference.engine openai, or leave it out")
+    if url and not _ENGINE.fullmatch(url):
+        problems.append(f"inference.engine_url {url!r}: write http://host:port")
+    if inference.engine_python and engine != "vllm":
+        problems.append("inference.engine_python is for --inference.engine vllm")
+    if engine != "local" and base.quantization != "none":
+        problems.append(
+            f"inference.engine {engine} answers with the base model as it is stored, not in base.quantization "
+            f"{base.quantization}: --base.quantization none, or --inference.engine local"
+        )
     return problems
 
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import Config
 from utils import cli
 
-SECTIONS = ("evaluate", "compose", "inputs", "base", "run")
-MOST_USED = ("evaluate.controls", "evaluate.seeds", "evaluate.also", "compose.weights")
+SECTIONS = ("evaluate", "compose", "inference", "inputs", "base", "run")
+MOST_USED = ("evaluate.controls", "evaluate.seeds", "evaluate.also", "compose.weights", "inference.engine")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -86,11 +86,17 @@ def plan(config: Config) -> list[str]:
             "train what is missing of the controls: wrong-domain and random adapter, each with a task adapter on it, a "
             "task adapter of the ranks together, the baseline on the base"
         )
+    engine, count = config.inference.engine, settings.generated_answers
+    server = "start vLLM" if engine == "vllm" else f"attach to {config.inference.engine_url}"
+    answering = (
+        [f"free that memory, {server}, and ask {count} test questions of every cell"] if engine != "local" else []
+    )
     return [
         *dry_run.lines(config, "evaluate"),
         *made,
         f"load {config.base.source} once and attach the newest domain, task and base-trained task adapters",
         "score every cell on the test pairs, the held-out documents and general text",
+        *answering,
         f"write {config.run.models_dir / 'evaluation' / name}/report.html and results.json",
     ]
 

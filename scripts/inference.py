@@ -7,6 +7,7 @@ or --merge_path.
     python scripts/inference.py --prompt "What does json.dumps do?"
     echo "What does json.dumps do?" | python scripts/inference.py
     python scripts/inference.py --prompts_file questions.jsonl --output_file answers.jsonl
+    python scripts/inference.py --prompts_file questions.jsonl --output_file answers.jsonl --inference.engine vllm
     python scripts/inference.py --merge_path models/merged_model
     python scripts/inference.py --merge_path models/minimax-m2-bf16 --adapters none --merge.dtype bfloat16
 """
@@ -28,6 +29,7 @@ MOST_USED = (
     "inference.prompts_file",
     "inference.output_file",
     "inference.adapters",
+    "inference.engine",
     "inputs.composed",
     "merge.path",
     "compose.weights",
@@ -57,7 +59,7 @@ def main(config: Config) -> dict[str, Any]:
         examples = prompts.read(Path(wanted.prompts_file))
     if wanted.output_file:
         files.make_directory(Path(wanted.output_file).parent)
-    base = preflight.start(config, loads_model=not merge_path)
+    base = preflight.start(config, loads_model=not merge_path and wanted.engine == "local")
     found = composed_adapter.composition(config, base, wanted.adapters) if wanted.adapters != "none" else None
     if found:
         composed_adapter.say(found)
@@ -69,10 +71,27 @@ def main(config: Config) -> dict[str, Any]:
     system_prompt = (found.runs[:2][-1].manifest if found else {}).get("system_prompt", config.task.system_prompt)
     factors, asked = found.factors if found else None, (system_prompt, wanted)
     adapters = [str(run.directory) for run in found.runs] if found else []
+    if wanted.engine != "local":
+        known = examples or ([{"question": wanted.prompt}] if wanted.prompt else [])
+        belongs_to = [base.digest, [run.digest for run in found.runs] if found else [], str(found and found.recipe)]
+        how = {"belongs_to": belongs_to, "models_dir": config.run.models_dir, "seed": config.run.seed}
+        with prompts.ServedPrompts.of(base, config.base, factors, *asked, asked=known, **how) as served:
+            return _answered(served, examples, wanted, adapters, interactive=interactive)
     if examples:
         model = ranks.Held(prompts.PromptModel, base, config.base, factors, *asked)
+    else:
+        model = ranks.undivided(prompts.PromptModel, base, config.base, factors, *asked)
+    return _answered(model, examples, wanted, adapters, interactive=interactive)
+
+
+def _answered(
+    model: Any, examples: list[dict[str, Any]], wanted: Any, adapters: list[str], *, interactive: bool
+) -> dict[str, Any]:
+    """Every prompt of a file, a conversation, or one prompt."""
+    from utils.inference import prompts
+
+    if examples:
         return prompts.write_answers(examples, model.answer_all(examples), wanted) | {"adapters": adapters}
-    model = ranks.undivided(prompts.PromptModel, base, config.base, factors, *asked)
     if interactive:
         return prompts.converse(model.answer_one)
     return {"prompt": wanted.prompt, **model.answer_one(wanted.prompt), "adapters": adapters}
@@ -140,6 +159,12 @@ def plan(config: Config) -> list[str]:
     if config.merge.path:
         written = f"write the merged model to {config.merge.path} shard by shard ({config.merge.dtype})"
         return [*steps, written, "reload it in a fresh process and compare its logits before it appears there"]
+    if (engine := config.inference.engine) != "local":
+        steps.append(
+            "start vLLM, load the adapter into it, and end it afterwards"
+            if engine == "vllm"
+            else f"attach to {config.inference.engine_url} and load the adapter into it"
+        )
     return [*steps, "answer the prompt" if config.inference.prompt else "answer the prompts"]
 
 

@@ -173,13 +173,6 @@ def plan(config: Config) -> list[str]:
     ]
 
 
-def _with_command(arguments: list[str]) -> list[str]:
-    """`start --flag` -> `--rollout.command start --flag`: flags are the only spelling that settings know."""
-    if arguments and not arguments[0].startswith("-"):
-        return ["--rollout.command", *arguments]
-    return arguments
-
-
 if __name__ == "__main__":
-    words = _with_command(sys.argv[1:])
+    words = cli.words_as_flags(sys.argv[1:], "rollout.command")
     cli.run(main, plan, sections=SECTIONS, most_used=MOST_USED, description=__doc__, argv=words, ranks="first")

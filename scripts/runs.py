@@ -91,15 +91,6 @@ def plan(config: Config) -> list[str]:
     return [f"{config.runs.command} {' '.join(config.runs.names)}".strip()]
 
 
-def _with_command(arguments: list[str]) -> list[str]:
-    """`rm A B --yes` -> `--runs.command rm --runs.names A B --yes`: flags are the only spelling that settings know."""
-    words = []
-    while arguments and not arguments[0].startswith("-"):
-        words, arguments = [*words, arguments[0]], arguments[1:]
-    named = ["--runs.names", *words[1:]] if words[1:] else []
-    return [*(["--runs.command", words[0]] if words else []), *named, *arguments]
-
-
 if __name__ == "__main__":
     cli.run(
         main,
@@ -107,6 +98,6 @@ if __name__ == "__main__":
         sections=SECTIONS,
         most_used=MOST_USED,
         description=__doc__,
-        argv=_with_command(sys.argv[1:]),
+        argv=cli.words_as_flags(sys.argv[1:], "runs.command", "runs.names"),
         ranks="first",
     )

@@ -65,11 +65,6 @@ def plan(config: Config) -> list[str]:
     ]
 
 
-def _with_path(arguments: list[str]) -> list[str]:
-    """`PATH --flag` -> `--verify.path PATH --flag`: flags are the only spelling that settings know."""
-    return ["--verify.path", *arguments] if arguments and not arguments[0].startswith("-") else arguments
-
-
 if __name__ == "__main__":
     cli.run(
         main,
@@ -77,7 +72,7 @@ if __name__ == "__main__":
         sections=SECTIONS,
         most_used=MOST_USED,
         description=__doc__,
-        argv=_with_path(sys.argv[1:]),
+        argv=cli.words_as_flags(sys.argv[1:], "verify.path"),
         status=lambda result: 0 if result["trusted"] else 2,
         ranks="first",
     )

@@ -8,6 +8,7 @@ A message names every problem at once, the offending value, and the command or e
 | ConfigError        | 2         | a setting, flag or environment variable is wrong               |
 | DataError          | 2         | a corpus, a task file or a prompt file cannot be used          |
 | ArtefactError      | 2         | a run, adapter or model directory is missing, foreign, damaged |
+| EngineError        | 2         | a server of answers cannot be started, attached to, or asked   |
 | NonFiniteError     | 3         | a loss, gradient or weight became NaN or infinite              |
 | VerificationError  | 4         | a result failed its own check and was therefore not published  |
 | BalancerError      | 2         | the balancer does not answer, or does not do what it was told  |
@@ -84,6 +85,13 @@ class DataError(PipelineError):
 class ArtefactError(PipelineError):
     exit_code = 2
     title = "artefact error"
+
+
+class EngineError(PipelineError):
+    """A server of answers cannot be started, is not the one that is needed, or was lost."""
+
+    exit_code = 2
+    title = "engine error"
 
 
 class NonFiniteError(PipelineError):

@@ -6,7 +6,7 @@ A script needs two lines:
         cli.run(main, plan, sections=("base", "data", "run"), description=__doc__)
 """
 
-from utils.cli.command_line import resolve
+from utils.cli.command_line import resolve, words_as_flags
 from utils.cli.script import run
 
-__all__ = ["resolve", "run"]
+__all__ = ["resolve", "run", "words_as_flags"]

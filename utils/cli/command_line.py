@@ -61,6 +61,20 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> setting
     return config
 
 
+def words_as_flags(arguments: Sequence[str], first: str, others: str = "") -> list[str]:
+    """`rm A B --yes` -> `--runs.command rm --runs.names A B --yes`: settings know no other spelling than flags.
+
+    The first word is the setting `first`; those that follow are `others`, or belong to the first.
+    """
+    count = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    words, rest = list(arguments[:count]), list(arguments[count:])
+    if not words:
+        return rest
+    if len(words) > 1 and others:
+        words.insert(1, f"--{others}")
+    return [f"--{first}", *words, *rest]
+
+
 def _preset_by_size(
     filed: Mapping[str, Any], variables: Mapping[str, list[str]], typed: Mapping[str, list[str]]
 ) -> str | None:

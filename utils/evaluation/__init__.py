@@ -3,6 +3,7 @@
 run_groups       the runs that are compared: one group for each seed, with its controls
 controls         training what a comparison lacks, by the pipeline's own scripts
 scored_rows      each row as an adapter on one loaded base; scoring it
+served_rows      generated answers from an engine, where there is one
 measures         from per-item scores to numbers with intervals, contrasts, examples
 intervals        paired intervals over documents and seeds       verdict   four contrasts and the word that follows
 test_reads       how often a test split has been read            comparison   all of it, as `evaluate` runs it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from utils.artifacts.runs import Run
 from utils.composition import composed_adapter
 from utils.data import contamination
 from utils.data.prepared import Prepared
-from utils.evaluation import measures, scored_rows, test_reads
+from utils.evaluation import measures, scored_rows, served_rows, test_reads
 from utils.evaluation.run_groups import ComparedRuns
 from utils.evaluation.scored_rows import Material, ModelRow
 from utils.models import devices
@@ -33,6 +33,7 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         composed_adapter.say(parts.composed)
     on = scored_rows.material(config, base, parts, directory / ".reading")
     rows = scored_rows.rows(config, base, parts)
+    served_rows.refuse_other_models(config, rows)
     read = test_reads.record(
         directory.parent,
         test=test_reads.digest([str(e["id"]) for e in on.examples], [str(e["question"]) for e in on.examples]),
@@ -40,9 +41,10 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         run=directory.name,
     )
     raw = scored_rows.score(config, base, rows, on, directory)
+    raw, examples = _answered(config, base, rows, raw, on, directory)
     found = measures.assemble(rows, raw, config.evaluate, config.run.seed)
     found |= {
-        "examples": _examples(config, base, rows, raw, on, directory),
+        "examples": examples,
         "test_items": len(on.items),
         "test_documents": len({item.document for item in on.items}),
         "items_without_document": _without_document(on),
@@ -72,8 +74,31 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
     return found
 
 
+def _answered(
+    config: Config, base: BaseModel, rows: Sequence[ModelRow], raw: dict[str, Any], on: Material, directory: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(scores with the generated answers of every row, the examples of the report), by this process or an engine."""
+    if config.inference.engine == "local":
+
+        def loaded(shown: Sequence[ModelRow], examples: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+            return scored_rows.answers_to(config, base, shown, on, examples)
+
+        return raw, _examples(config, rows, raw, on, directory, loaded)
+    with served_rows.ServedRows(config, base, rows, on, directory) as engine:
+
+        def served(shown: Sequence[ModelRow], examples: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+            return {row.cell: [answer.spoken for answer in engine.answers(row, examples)] for row in shown}
+
+        return engine.scores(raw), _examples(config, rows, raw, on, directory, served)
+
+
 def _examples(
-    config: Config, base: BaseModel, rows: Sequence[ModelRow], raw: Mapping[str, Any], on: Material, directory: Path
+    config: Config,
+    rows: Sequence[ModelRow],
+    raw: Mapping[str, Any],
+    on: Material,
+    directory: Path,
+    answers_to: Callable[[Sequence[ModelRow], Sequence[dict[str, Any]]], dict[str, list[str]]],
 ) -> dict[str, Any]:
     """The items where composed won and lost most against the task adapter alone, with what both say."""
     first = {row.cell: row for row in reversed(rows)}
@@ -85,7 +110,7 @@ def _examples(
         chosen = measures.chosen_examples(raw[shown[1].name]["items"], raw[shown[0].name]["items"])
         by_name = {str(example["id"]): example for example in on.examples}
         names = [*chosen["won"], *chosen["lost"]]
-        texts = scored_rows.answers_to(config, base, shown, on, [by_name[name] for name in names])
+        texts = answers_to(shown, [by_name[name] for name in names])
         said = {cell: dict(zip(names, answers, strict=True)) for cell, answers in texts.items()}
         scores = {row.cell: raw[row.name] for row in shown}
         return {kind: measures.described(listed, by_name, scores, said) for kind, listed in chosen.items()}

@@ -38,6 +38,7 @@ def evaluation_identity(
         "dtype": str(devices.compute_dtype(config.base.dtype)),
         **({} if base.quantization == PLAIN else {"quantization": base.quantization}),
         "seed": config.run.seed,
+        **({} if config.inference.engine == "local" else {"engine": "server"}),
     }
     odd = {name: found["rows"] for name, support in supports.items() if (found := support.deciding())}
     return Identity.of(
@@ -49,10 +50,12 @@ def evaluation_identity(
 
 def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The deciding values of an identity that holds the whole section, as those of before 2026-11-30 do."""
-    section = recorded["evaluate"]
+    section, engine = recorded["evaluate"], recorded.get("engine")
     scored = chosen(section, SCORED)
     if section["generated_answers"]:
         scored |= chosen(section, ANSWERED)
+        # a server rounds otherwise, whoever started it
+        scored |= {"engine": engine} if engine else {}
     if section["general_text"]:
         scored["general_text"] = _content(Path(section["general_text"]))
     return {**chosen(recorded, KEPT), "evaluate": scored}

@@ -115,7 +115,10 @@ def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path
 
 
 def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, directory: Path) -> dict[str, Any]:
-    """Row name -> its scores, from `directory/cell_<row>.json` where an interrupted call wrote them."""
+    """Row name -> its scores, from `directory/cell_<row>.json` where an interrupted call wrote them.
+
+    Without generated answers where an engine gives them, which is a phase of its own (`served_rows`).
+    """
     of = resumable.owner(directory)
     paths = {row.name: directory / f"cell_{row.name}.json" for row in wanted}
     scored = {name: resumable.read(path, of) for name, path in paths.items()}
@@ -123,7 +126,7 @@ def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Mater
     first_of_cell = {row.cell: row.name for row in reversed(wanted)}
     for row, model in _models(config, base, todo, on):
         # generating costs far more than scoring: the first seed answers for its cell
-        asked = on.asked if first_of_cell[row.cell] == row.name else []
+        asked = on.asked if first_of_cell[row.cell] == row.name and config.inference.engine == "local" else []
         try:
             found = model.scores(row.name, asked)
         except NonFiniteError as error:

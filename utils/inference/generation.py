@@ -126,13 +126,17 @@ def answer(
             **sampling,
         )
     opened = chat.opens_thinking(tokenizer)
-    found = []
-    for row in made[:, length:].tolist():
-        at = next((at for at, token in enumerate(row) if token in ends), None)
-        ended, kept = at is not None, row[:at]
-        text = printable(tokenizer.decode(chat.shown_ids(tokenizer, kept)))
-        found.append(GeneratedAnswer(text, len(kept) + ended, ended, opened))
-    return found
+    return [read_answer(tokenizer, row, ends, opened=opened) for row in made[:, length:].tolist()]
+
+
+def read_answer(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int], *, opened: bool
+) -> GeneratedAnswer:
+    """Generated token ids as an answer: up to the first of `ends`, without special tokens, harmless for a terminal."""
+    at = next((at for at, token in enumerate(ids) if token in ends), None)
+    ended, kept = at is not None, ids[:at]
+    text = printable(tokenizer.decode(chat.shown_ids(tokenizer, kept)))
+    return GeneratedAnswer(text, len(kept) + ended, ended, opened)
 
 
 def _refuse_too_long(model: Any, prompt_tokens: int, new_tokens: int) -> None:

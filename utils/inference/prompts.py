@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from utils.artifacts import files
 from utils.data.tables import ProblemList, iter_rows
 from utils.exceptions import DataError, Problem
 from utils.inference import generation
+from utils.inference.engines import served_model
+from utils.inference.engines.served_model import AnswerJournal, ServedModel
 from utils.inference.generation import GeneratedAnswer
 from utils.logger import event, warning
 from utils.models import chat
@@ -48,6 +50,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+# what the adapter is called in an engine
+ADAPTER = "adapter"
 # besides an empty line
 ENDS = ("", "quit", "exit", ":q")
 
@@ -78,29 +82,95 @@ class PromptModel:
     def answer_one(self, question: str) -> dict[str, str]:
         """Answer as the tokens are made: the answer to stdout, what stands in the template's think block to stderr."""
         is_shown = ranks.index() == 0
-        parting = generation.Parting(
-            lambda text: print(text, end="", flush=True, file=sys.stderr),
-            lambda text: print(text, end="", flush=True),
-            opened=chat.opens_thinking(self._tokenizer),
+
+        def answered(said: Callable[[str], None]) -> GeneratedAnswer:
+            (given,) = generation.answer(
+                self._model,
+                self._tokenizer,
+                [chat.prompt_ids(self._tokenizer, {"question": question}, self._system_prompt)],
+                max_new_tokens=self._settings.max_new_tokens,
+                temperature=self._settings.temperature,
+                top_p=self._settings.top_p,
+                stream=said if is_shown else None,
+            )
+            return given
+
+        return _streamed(self._tokenizer, self._settings, answered, is_shown=is_shown)
+
+
+class ServedPrompts:
+    """The same of a model behind an engine; use it in `with`."""
+
+    def __init__(self, model: ServedModel, factors: Factors | None, system_prompt: str, settings: InferenceSection):
+        self._model, self._factors = model, factors
+        self._system_prompt, self._settings = system_prompt, settings
+
+    def __enter__(self) -> ServedPrompts:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._model.__exit__(*error)
+
+    @classmethod
+    def of(
+        cls,
+        base: BaseModel,
+        section: BaseModelSection,
+        factors: Factors | None,
+        system_prompt: str,
+        settings: InferenceSection,
+        *,
+        asked: Sequence[dict[str, Any]],
+        belongs_to: Any,
+        models_dir: Path,
+        seed: int,
+    ) -> ServedPrompts:
+        """For these questions, or for any where none are known before.
+
+        Answers to a file grow beside it (`partial`), and are gone on from where they belong to the same (`belongs_to`).
+        """
+        ids = prompt_ids(adapter_tokenizer.of(base), asked, system_prompt)
+        model = ServedModel(
+            base,
+            section,
+            settings,
+            models_dir=models_dir,
+            rank=served_model.rank_of([factors]),
+            positions=served_model.positions_of(ids, settings.max_new_tokens) if ids else 0,
+            seed=seed,
+            journal=(
+                AnswerJournal(partial(settings.output_file), files.fingerprint(belongs_to))
+                if settings.output_file
+                else None
+            ),
         )
-        (given,) = generation.answer(
-            self._model,
-            self._tokenizer,
-            [chat.prompt_ids(self._tokenizer, {"question": question}, self._system_prompt)],
-            max_new_tokens=self._settings.max_new_tokens,
-            temperature=self._settings.temperature,
-            top_p=self._settings.top_p,
-            stream=parting if is_shown else None,
+        return cls(model, factors, system_prompt, settings)
+
+    def answer_all(self, examples: list[dict[str, Any]]) -> list[GeneratedAnswer]:
+        """Answers in the order of what `read` gave."""
+        ids = prompt_ids(self._model.tokenizer, examples, self._system_prompt)
+        return self._model.answers(ids, ADAPTER, self._factors, "answers")
+
+    def answer_one(self, question: str) -> dict[str, str]:
+        """Answer as the tokens come, as `PromptModel` does."""
+        (ids,) = prompt_ids(self._model.tokenizer, [{"question": question}], self._system_prompt)
+        return _streamed(
+            self._model.tokenizer,
+            self._settings,
+            lambda said: self._model.stream(ids, ADAPTER, self._factors, said),
+            is_shown=True,
         )
-        if is_shown:
-            parting.end()
-            print(flush=True)
-        if given.opened and is_shown:
-            print(file=sys.stderr)
-            if not given.ended and not given.spoken:
-                tokens = self._settings.max_new_tokens
-                warning("cut while still thinking: raise --inference.max_new_tokens", max_new_tokens=tokens)
-        return _parts(given)
+
+
+def prompt_ids(tokenizer: Any, examples: Sequence[dict[str, Any]], system_prompt: str) -> list[list[int]]:
+    """The token ids of each prompt."""
+    return [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
+
+
+def partial(output_file: str) -> Path:
+    """Where the answers that are there already stand while the others are asked for."""
+    path = Path(output_file)
+    return path.with_name(f".{path.name}.partial.jsonl")
 
 
 def write_answers(
@@ -114,6 +184,7 @@ def write_answers(
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     if settings.output_file:
         files.write_text(Path(settings.output_file), lines + "\n")
+        partial(settings.output_file).unlink(missing_ok=True)
     else:
         print(lines)
     return {"answered": len(rows), "output_file": settings.output_file or None}
@@ -154,6 +225,31 @@ def converse(answer: Callable[[str], Any]) -> dict[str, Any]:
         answer(question)
         asked += 1
     return {"answered": asked}
+
+
+def _streamed(
+    tokenizer: Any,
+    settings: InferenceSection,
+    answered: Callable[[Callable[[str], None]], GeneratedAnswer],
+    *,
+    is_shown: bool,
+) -> dict[str, str]:
+    """Show an answer as it is made: the answer on stdout, what stands in the template's think block on stderr."""
+    parting = generation.Parting(
+        lambda text: print(text, end="", flush=True, file=sys.stderr),
+        lambda text: print(text, end="", flush=True),
+        opened=chat.opens_thinking(tokenizer),
+    )
+    given = answered(parting)
+    if is_shown:
+        parting.end()
+        print(flush=True)
+    if given.opened and is_shown:
+        print(file=sys.stderr)
+        if not given.ended and not given.spoken:
+            tokens = settings.max_new_tokens
+            warning("cut while still thinking: raise --inference.max_new_tokens", max_new_tokens=tokens)
+    return _parts(given)
 
 
 def _parts(given: GeneratedAnswer) -> dict[str, str]:

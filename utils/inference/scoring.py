@@ -194,6 +194,13 @@ def answered(
     how = InferenceSection(max_new_tokens=max_new_tokens)
     with Progress(what, total=len(examples), unit="answer") as bar:
         given = generation.answer_all(model, tokenizer, examples, system_prompt, how, bar)
+    return judged(tokenizer, examples, given)
+
+
+def judged(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], given: Sequence[generation.GeneratedAnswer]
+) -> list[dict[str, Any]]:
+    """What answers are worth, whoever generated them: exact match, token F1, and whether their form is right."""
     thinks = turn_format.writes_thinking(tokenizer)
     found = []
     for example, answer in zip(examples, given, strict=True):

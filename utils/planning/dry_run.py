@@ -81,14 +81,14 @@ def _inference(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
             f"stream {gb(estimates.weight_bytes(sizes, sizes.stored))} into {gb(size)} of {merged} on the disk of "
             f"{config.merge.path}; no GPU is needed, and memory for one file of it",
             _checking(sizes),
-            f"then serve it: vllm serve {config.merge.path} --tensor-parallel-size {_tensor_parallel(config, size)}",
+            f"then serve it: vllm serve {config.merge.path} {_vllm_parallel(config, sizes, size)}",
         ]
     rank = stage_costs.vllm_rank(config.domain.lora.rank + config.task.lora.rank)
-    parallel = _tensor_parallel(config, estimates.weight_bytes(sizes, "bfloat16"))
+    parallel = _vllm_parallel(config, sizes, estimates.weight_bytes(sizes, "bfloat16"), with_adapters=True)
     return [
         *_stage("asking")(config, sizes, base),
         "or merge with --merge_path DIR and serve that, or serve the adapter on a bfloat16 copy of the base: "
-        f"vllm serve BASE --tensor-parallel-size {parallel} --enable-lora --max-lora-rank {rank} "
+        f"vllm serve BASE {parallel} --enable-lora --max-lora-rank {rank} "
         "--lora-modules mine=ADAPTER",
     ]
 
@@ -148,6 +148,11 @@ def _one_process(sizes: ModelSizes, base: Dtype, what: str) -> str:
 
 def _tensor_parallel(config: Config, size: int) -> int:
     return stage_costs.tensor_parallel(size, hardware.of(config.plan))
+
+
+def _vllm_parallel(config: Config, sizes: ModelSizes, size: int, *, with_adapters: bool = False) -> str:
+    gpus, experts = _tensor_parallel(config, size), bool(sizes.experts)
+    return " ".join(stage_costs.vllm_parallel(gpus, has_experts=experts, with_adapters=with_adapters))
 
 
 _SCRIPTS: dict[str, Callable[[Config, ModelSizes, Dtype], list[str]]] = {

@@ -198,9 +198,9 @@ def serving(config: Config, sizes: ModelSizes, machine: Hardware) -> StageCost:
     cache = max(0, room - each) * parallel / pass_times.cache_bytes_per_token(sizes, held)
     step = pass_times.visited_bytes(sizes, held, 1) / parallel / machine.memory_rate
     tokens = 100 * config.inference.max_new_tokens
-    # a recipe of vLLM's for MiniMax-M2: eight parts of each matrix are no whole FP8 blocks, experts are cut by number
-    experts = " --enable-expert-parallel" if sizes.experts and parallel > 4 else ""
-    command = f"vllm serve models/merged_model --tensor-parallel-size {parallel}{experts}{asks}"
+    command = (
+        f"vllm serve models/merged_model {' '.join(vllm_parallel(parallel, has_experts=bool(sizes.experts)))}{asks}"
+    )
     note = (
         f"{parallel} GPU{'s' * (parallel > 1)}, {held}; {cache:,.0f} tokens of keys and values fit beside the weights"
     )
@@ -233,6 +233,19 @@ def disk(sizes: ModelSizes, adapter: estimates.Adapter, *, keep_checkpoints: int
 def tensor_parallel(size: int, machine: Hardware) -> int:
     """GPUs that hold these weights and leave a tenth for keys and values, as a power of two."""
     return next(n for n in (1, 2, 4, 8, 16, 32, 64, 2**30) if size <= n * VLLM_SHARE * machine.memory_bytes)
+
+
+def vllm_parallel(gpus: int, *, has_experts: bool, with_adapters: bool = False) -> list[str]:
+    """vLLM's words for a model on so many GPUs.
+
+    vLLM's recipe for MiniMax-M2: eight parts of an expert's matrix are no whole FP8 blocks, so experts are cut by
+    number. LoRA on experts that are cut by number asserts this exchange (vLLM 0.32, lora/layers/fused_moe.py).
+    """
+    found = ["--tensor-parallel-size", str(gpus)]
+    if has_experts and gpus > 4:
+        found += ["--enable-expert-parallel"]
+        found += ["--all2all-backend", "allgather_reducescatter"] if with_adapters else []
+    return found
 
 
 def vllm_rank(ranks: int) -> int:

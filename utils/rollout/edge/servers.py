@@ -28,6 +28,7 @@ import psutil
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
+from utils.inference.engines.server_process import free_port
 from utils.rollout.edge.balancer.haproxy_layout import DIGEST, MODEL_NAME
 
 MODEL = "model"
@@ -226,14 +227,6 @@ def _process_digest(address: str) -> str:
             if found.status == psutil.CONN_LISTEN and found.laddr.port == int(port) and found.pid:
                 return _directory_digest(Path(psutil.Process(found.pid).cwd()) / MODEL)
     return ""
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody holds now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
