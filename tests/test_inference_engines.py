@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from config import BaseModelSection, Config, InferenceSection, PlanSection
+from config import ATTENTION, BaseModelSection, Config, InferenceSection, PlanSection
+from tests import minimax_support, vllm_rules
 from tests.engine_support import RunningStub, left_in, owned_by, stub_python, until
-from tests.support import ROOT, clean_environment, random_factors, saved_model, temporary_directory
+from tests.support import ROOT, clean_environment, expert_factors, random_factors, saved_model, temporary_directory
 from utils.cli import help_text
 from utils.exceptions import EngineError, PipelineError
 from utils.inference.engines import endpoint, engine, server_process, vllm_command
@@ -31,7 +32,7 @@ from utils.inference.engines.endpoint import Sampling
 from utils.inference.engines.engine import Engine
 from utils.inference.engines.served_model import AnswerJournal, ServedModel, positions_of
 from utils.inference.engines.vllm_command import EngineNeeds
-from utils.models import chat, loading
+from utils.models import chat, loading, sources
 from utils.models.architectures import registry
 from utils.models.base_model import BaseModel
 
@@ -294,7 +295,8 @@ with folder(Path(sys.argv[1])) as home:
 
     def command(self, models: Path) -> subprocess.Popen[str]:
         words = [sys.executable, "-c", self.PROGRAM, str(models), str(stub_python()), str(server_process.free_port())]
-        started = subprocess.Popen(words, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        started = subprocess.Popen(words, cwd=ROOT, env=clean_environment(), text=True, **pipes)
         assert started.stdout is not None
         self.assertEqual(started.stdout.readline(), "started\n")
         until(lambda: len(owned_by(models)) == 2 * len(left_in(models)), "the server does not start")
@@ -367,6 +369,20 @@ class Settings(unittest.TestCase):
         (directory / "config.json").write_text(json.dumps(plain))
         with self.assertRaisesRegex(EngineError, "8 GPUs of 80 GiB, 4 are here.*(?s:.)*openai"):
             vllm_command.parallel_on(base, PlanSection(gpus=4, gpu_memory_gib=80), with_adapters=False)
+
+    def test_adapters_of_minimax_m2_are_written_as_vllm_reads_them(self) -> None:
+        section = BaseModelSection(source=str(minimax_support.checkpoint("bfloat16")), dtype="float32")
+        base = sources.fetch(section, temporary_directory())
+        model = loading.load_model(base, section)
+        settings = json.loads((base.directory / "config.json").read_text())
+        how = InferenceSection(engine="openai", engine_url="http://127.0.0.1:9")
+        for experts in (False, True):
+            factors = random_factors(model, ATTENTION, 4, 8, seed=1)
+            factors |= expert_factors(model, 2, 4, seed=2) if experts else {}
+            made = Engine(base, section, how, EngineNeeds(64, 4), temporary_directory())
+            made._home = temporary_directory()
+            written = made._written("m2", factors)
+            self.assertEqual(vllm_rules.problems_of_adapter(written, settings, experts=experts), [])
 
     def test_the_help_of_the_settings_names_every_engine(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):

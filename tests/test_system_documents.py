@@ -33,6 +33,7 @@ SHELL = ("", "sh", "bash", "console")
 # the only words a command may begin with besides `python`, `accelerate`, `make`, `sh` and `source`
 EXTERNAL = {
     "vllm": "a server that is not installed here",
+    ".venvs/vllm/bin/python": "vLLM's own environment: run as printed by test_inference_vllm (make serving-test)",
     "lm_eval": "not installed here; test_evaluation_lm_eval builds the same tasks",
     "git": "another program; its words depend on somebody's repository",
     "apt-get": "another system's packages",

@@ -23,8 +23,10 @@ class Engines(unittest.TestCase):
     def setUpClass(cls) -> None:
         cls.place = Workspace()
         cls.place.prepare()
+        # a task adapter on the base is its own baseline: one training fewer
         for stage in ("domain", "task"):
-            last_json(cls.place.run(f"train_{stage}_adapter", f"--{stage}.train.max_steps", "1"))
+            train = (f"--{stage}.train.max_steps", "2", "--task.on", "base")
+            last_json(cls.place.run(f"train_{stage}_adapter", *train))
         rows = [{"id": number, "question": f"What does f{number} do?"} for number in range(QUESTIONS)]
         cls.prompts = write_jsonl(cls.place.root / "prompts.jsonl", rows)
         cls.vllm = ["--inference.engine", "vllm", "--inference.engine_python", str(stub_python())]
@@ -35,7 +37,7 @@ class Engines(unittest.TestCase):
 
     def start(self, name: str, *flags: str, **faults: Any) -> Script:
         environment = {**SECRETS, "ENGINE_STUB": json.dumps(faults)}
-        return self.place.start(name, *self.vllm, *flags, env=environment)
+        return self.place.start(name, *self.vllm, "--task.on", "base", *flags, env=environment)
 
     def inference(self, target: Path, **faults: Any) -> Script:
         return self.start("inference", "--prompts_file", str(self.prompts), "--output_file", str(target), **faults)
