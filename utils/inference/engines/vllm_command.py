@@ -79,9 +79,9 @@ def environment(key: str, given: Mapping[str, str] = os.environ) -> dict[str, st
 
 
 def parallel(base: BaseModel, *, with_adapters: bool) -> list[str]:
-    """How the model is split over the GPUs of this machine, as `scripts/plan.py` says; nothing on a CPU."""
+    """How the model is split over the GPUs of this machine, as `scripts/plan.py` says; on a CPU it is not compiled."""
     if devices.device().type != "cuda":
-        return []
+        return ["--enforce-eager"]
     memory = torch.cuda.get_device_properties(0).total_memory
     plan = PlanSection(gpus=torch.cuda.device_count(), gpu_memory_gib=memory / GIB, headroom_gib=0)
     return parallel_on(base, plan, with_adapters=with_adapters)
