@@ -13,16 +13,5 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-# by the server that tests and scripts are forked from
-PRELOADED = [
-    "torch",
-    "safetensors.torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "peft.helpers",
-    "peft.tuners.lora",
-    "transformers.generation.utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.minimax_m2.modeling_minimax_m2",
-]
+# imported by the server that tests and scripts are forked from
+PRELOADED = "tests.preloaded"

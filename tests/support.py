@@ -1,8 +1,9 @@
 """What the tests share: scripts run as processes, workspaces of their own, toy models, random adapters.
 
 A script is run in one of two ways. `run_script` is `python scripts/NAME.py`, as a person types it. `forked` runs the
-same file as `__main__` in a process forked from a server that has imported torch and transformers already, which saves
-five seconds a call; it has its own pid, so it can be killed, and its exit code is real.
+same file as `__main__` in a process forked from a server that has imported everything already, which saves seven
+seconds a call; it has its own pid, so it can be killed, and its exit code is real. A merge there is reloaded by a fork
+of it, unless a test asks for the new interpreter that people get.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unittest
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from tests import PRELOADED
 from utils import logger
 from utils.adapters.factors import ModuleFactors
 from utils.exceptions import ArtefactError
+from utils.export import merge_check, reload_merged
 from utils.models import sources
 from utils.models.architectures import toy
 from utils.models.base_model import BaseModel
@@ -64,7 +68,10 @@ Completed = subprocess.CompletedProcess
 
 
 class Script:
-    """A script that runs in a forked process. `before` is called there first (to be sent, it must be picklable)."""
+    """A script that runs in a forked process. `before` is called there first (to be sent, it must be picklable).
+
+    With `new_interpreter` a merged model is reloaded in one, as people have it.
+    """
 
     def __init__(
         self,
@@ -72,10 +79,11 @@ class Script:
         *arguments: str,
         env: dict[str, str] | None = None,
         before: Callable[[], None] | None = None,
+        new_interpreter: bool = False,
     ):
         self.command = [name, *map(str, arguments)]
         self.out = Path(temporary_directory())
-        arguments_there = (self.command, clean_environment(env), str(self.out), before)
+        arguments_there = (self.command, clean_environment(env), str(self.out), before, new_interpreter)
         self.process = _server().Process(target=_as_main, args=arguments_there, daemon=True)
         self.process.start()
 
@@ -112,9 +120,9 @@ class Script:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def forked(name: str, *arguments: str, env: dict[str, str] | None = None, patience: float = PATIENCE) -> Completed[str]:
-    """Run `scripts/NAME.py` to its end in a forked process, for at most `patience` seconds."""
-    return Script(name, *arguments, env=env).wait(patience)
+def forked(name: str, *arguments: str, patience: float = PATIENCE, **how: Any) -> Completed[str]:
+    """Run `scripts/NAME.py` to its end in a forked process, for at most `patience` seconds; `how` is Script's."""
+    return Script(name, *arguments, **how).wait(patience)
 
 
 def run_script(
@@ -324,12 +332,16 @@ def _toy_models() -> Path:
 @functools.cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([PRELOADED])
     return context
 
 
 def _as_main(
-    command: list[str], environment: dict[str, str], out: str, before: Callable[[], None] | None = None
+    command: list[str],
+    environment: dict[str, str],
+    out: str,
+    before: Callable[[], None] | None,
+    new_interpreter: bool,
 ) -> None:
     """In the forked process: what `python scripts/NAME.py ARGUMENTS` does, its output in files."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
@@ -340,6 +352,28 @@ def _as_main(
     os.chdir(ROOT)
     script = ROOT / "scripts" / f"{command[0]}.py"
     sys.argv = [str(script), *command[1:]]
+    if not new_interpreter:
+        merge_check.subprocess = SimpleNamespace(run=reloaded_in_a_fork)
     if before is not None:
         before()
     runpy.run_path(str(script), run_name="__main__")
+
+
+def reloaded_in_a_fork(command: Sequence[str], **_: Any) -> Completed[str]:
+    """Instead of a new interpreter for `reload_merged.py DIRECTORY IDS LOGITS`, whose imports take eight seconds."""
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            reload_merged.end_with_parent()
+            sys.modules.pop("peft", None)
+            reload_merged.write_logits(*command[-3:])
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - told as the interpreter tells it
+            os.write(write, traceback.format_exc().encode())
+        finally:
+            os._exit(1)
+    os.close(write)
+    with open(read, encoding="utf-8") as said:
+        stderr = said.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return subprocess.CompletedProcess(command, code, "", stderr)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import unittest
 from collections.abc import Callable
@@ -19,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from config import ALL_LINEAR_LLAMA, ATTENTION, LoraSection, TrainSection, tiny_minimax_m2
 from tests.report_support import soup
-from tests.support import ROOT, Workspace, last_json, temporary_directory
+from tests.support import Workspace, forked, last_json, temporary_directory
 from utils.adapters import inference_layers
 from utils.adapters.factors import scaled
 from utils.benchmarks import (
@@ -250,15 +247,9 @@ class Plots(unittest.TestCase):
 class Script(unittest.TestCase):
     def test_a_toy_run_writes_results_plot_and_manifest_and_is_reused(self) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, "scripts/benchmark.py", "--preset", "tiny_minimax_m2"]
-            command += ["--run.models_dir", f"{scratch}/models", "--run.data_dir", f"{scratch}/data"]
-            command += ["--benchmark.suite", "inference,merge"]
-            lines = []
-            for _ in range(2):
-                environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-                self.assertEqual(done.returncode, 0, done.stderr)
-                lines.append(json.loads(done.stdout.splitlines()[-1]))
+            flags = ["--preset", "tiny_minimax_m2", "--benchmark.suite", "inference,merge"]
+            flags += ["--run.models_dir", f"{scratch}/models", "--run.data_dir", f"{scratch}/data"]
+            lines = [last_json(forked("benchmark", *flags)) for _ in range(2)]
             directory = Path(lines[0]["report"])
             results = json.loads((directory / "results.json").read_text())
             plots = soup((directory / "plots.html").read_text(encoding="utf-8"))

