@@ -22,6 +22,8 @@ _HYPHENS = frozenset([0x02, 0xFFFE])
 # Symbol's and Wingdings' bullets
 _KNOWN = {0xAD: "\u00ad", 0xF0B7: "•", 0xF0A7: "▪", 0xF0D8: "➢", 0xF0FC: "✓", 0xF06F: "o"}
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
+# the first Hebrew character: no script before it runs to the left
+_FIRST_RTL = "\u0590"
 _LARGE_IMAGE, _FEW_CHARACTERS = 0.5, 50
 IMAGE_OBJECT = 3
 
@@ -90,7 +92,7 @@ def _pieces(text_page: Any) -> Iterator[tuple[int, TextPiece]]:
             if current is not None:
                 current.characters.append((x0, " "))
             continue
-        is_rtl = unicodedata.bidirectional(character[0]) in ("R", "AL")
+        is_rtl = character >= _FIRST_RTL and unicodedata.bidirectional(character[0]) in ("R", "AL")
         is_same_object, owner = text_object == owner, text_object
         widest = WIDEST_BLANK if blank else WIDEST_SPACED if is_same_object else WIDEST_GAP
         if current is not None and quarter == turned and _belongs(current, x0, x1, y0, y1, widest, is_rtl):
@@ -126,50 +128,69 @@ def _characters(text_page: Any) -> Iterator[tuple[str, int, int, tuple[float, fl
 
     from pypdfium2 import raw
 
-    box = raw.FS_RECTF()
-    pointer = ctypes.byref(box)
-    high = 0
+    # a page has thousands of characters: plain numbers for pointers, the box as an array, what an object has asked once
+    page, values = text_page.raw, (ctypes.c_float * 4)()
+    box = ctypes.cast(values, ctypes.POINTER(raw.FS_RECTF))
+    object_of = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)(
+        ctypes.cast(raw.FPDFText_GetTextObject, ctypes.c_void_p).value or 0
+    )
+    address = ctypes.cast(page, ctypes.c_void_p)
+    code_of, box_of, has_no_mapping = (
+        raw.FPDFText_GetUnicode,
+        raw.FPDFText_GetLooseCharBox,
+        raw.FPDFText_HasUnicodeMapError,
+    )
+    high = quarter = 0
+    text_object = -1
     for index in range(text_page.count_chars()):
-        code = raw.FPDFText_GetUnicode(text_page, index)
-        if code in (0x0D, 0x0A):
+        code = code_of(page, index)
+        if code == 0x0D or code == 0x0A:
             continue
-        if 0xD800 <= code < 0xDC00:
-            high = code
-            continue
-        if 0xDC00 <= code < 0xE000 and high:
-            code, high = 0x10000 + ((high - 0xD800) << 10) + (code - 0xDC00), 0
-        raw.FPDFText_GetLooseCharBox(text_page, index, pointer)
-        x0, y0, x1, y1 = box.left, box.bottom, box.right, box.top
-        quarter = round(raw.FPDFText_GetCharAngle(text_page, index) / 1.5707963) % 4
+        if 0xD800 <= code < 0xE000:
+            if code < 0xDC00:
+                high = code
+                continue
+            if high:
+                code, high = 0x10000 + ((high - 0xD800) << 10) + (code - 0xDC00), 0
+        box_of(page, index, box)
+        x0, y1, x1, y0 = values
+        found = object_of(address, index) or 0
+        # blanks that pdfium adds belong to no object, and have no angle of their own
+        if found != text_object or not found:
+            text_object = found
+            quarter = round(raw.FPDFText_GetCharAngle(page, index) / 1.5707963) % 4
         if quarter == 1:
             x0, y0, x1, y1 = -y1, x0, -y0, x1
         elif quarter == 2:
             x0, y0, x1, y1 = -x1, -y1, -x0, -y0
         elif quarter == 3:
             x0, y0, x1, y1 = y0, -x1, y1, -x0
-        if code in _HYPHENS and raw.FPDFText_IsHyphen(text_page, index) == 1:
+        if code in _HYPHENS and raw.FPDFText_IsHyphen(page, index) == 1:
             character = "-"
         else:
-            character = _character(code, lambda at=index: raw.FPDFText_HasUnicodeMapError(text_page, at) == 1)
-        text_object = ctypes.cast(raw.FPDFText_GetTextObject(text_page, index), ctypes.c_void_p).value or 0
+            character = _character(code)
+            if not character:
+                character = MARK if has_no_mapping(page, index) == 1 else chr(code)
         yield character, quarter, text_object, (x0, y0, x1, y1)
 
 
-def _character(code: int, has_no_mapping: Any) -> str:
+def _character(code: int) -> str:
+    """A blank, a mark, or a character that stands for others; "" for a plain one."""
+    if 0x20 < code < 0x7F:
+        return ""
     if code in (0x20, 0xA0, 0x09) or 0x2000 <= code <= 0x200A or code == 0x3000:
         return " "
     if found := _KNOWN.get(code) or _LIGATURES.get(code):
         return found
-    if (
+    is_no_character = (
         code < 0x20
         or 0x7F <= code < 0xA0
         or 0xE000 <= code <= 0xF8FF
         or 0xD800 <= code < 0xE000
         or code == 0xFFFE
         or code >= 0x110000
-    ):
-        return MARK
-    return MARK if has_no_mapping() else chr(code)
+    )
+    return MARK if is_no_character else ""
 
 
 def _area(image: Any) -> float:
