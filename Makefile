@@ -45,9 +45,9 @@ fault-test: $(READY)
 	  tests.test_system_faults_disk tests.test_system_faults_numbers tests.test_system_faults_runs \
 	  tests.test_system_distributed tests.test_system_integration
 
-# 1,600 damaged documents of every format; `make test` has 60 of them.
+# 1,600 damaged documents of every format and 2,000 damaged files of pairs; `make test` has a sample of both.
 documents-test: $(READY)
-	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_data_extraction
+	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_data_extraction tests.test_system_pairs_mutations
 
 # The tiny MiniMax-M2 in bfloat16 and FP8, every regime, with and without experts, through every script: five minutes.
 minimax-test: $(READY)

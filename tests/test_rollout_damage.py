@@ -17,7 +17,7 @@ from config import RolloutSection
 from tests.rollout_support import NEW, OLD, RolloutTest
 from utils.exceptions import ArtefactError, BalancerError, PipelineError
 from utils.rollout.controller import Observation
-from utils.rollout.edge import abort, screen, service
+from utils.rollout.edge import abort, journal, rollout_report, screen, service
 from utils.rollout.edge.balancer.haproxy import SAFE_MAP, Balancer
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.servers import free_port
@@ -170,11 +170,37 @@ class Reading(unittest.TestCase):
             *([], 5, {"port": "80"}, {"port": 0}, {"rollout": "../x"}, {"rollout": 5}, {"production": 5}),
             *({"candidate": side | {"process": ["1", 2]}}, {"candidate": side | {"address": 5}}),
             *({"candidate": {"address": "a"}}, {"candidate": side | {"more": 1}}),
+            *({"rollout": name} for name in ("..", ".", "a\0b", "a/b", "\ud800/", "\n")),
+            *({"candidate": side | {"process": [pid, 2.0]}} for pid in (-1, 0, 1 << 40)),
         ):
             path.write_text(json.dumps(facts))
             found = Service(RolloutSection(), root)
             self.assertIsInstance(found.damaged, ArtefactError, facts)
             self.assertIn("rollout.py abort", str(found.damaged))
+
+    def test_a_journal_from_which_no_report_could_be_written_is_refused(self) -> None:
+        path = Path(tempfile.mkdtemp(prefix="ro-")) / "journal.jsonl"
+        self.addCleanup(shutil.rmtree, path.parent)
+        side = {"address": "a:1", "digest": "", "directory": "", "process": None}
+        header = {"id": NAME, "started_at": time.time(), "policy": Policy().to_json(), "production": side}
+        header |= {"candidate": side}
+        seen = Observation(time.time()).to_json()
+
+        def written(header: dict[str, Any], seen: dict[str, Any]) -> Path:
+            path.write_text(json.dumps({"header": header}) + "\n" + json.dumps({"seen": seen}) + "\n")
+            return path
+
+        rollout_report.write(written(header, seen), [])
+        for changed in (
+            *({"id": value} for value in (None, 5, [])),
+            *({"started_at": value} for value in (None, "x", True, -1, 1e308, float("nan"))),
+            *({"production": value} for value in (None, {}, [], "x", side | {"digest": None})),
+        ):
+            with self.assertRaises(ArtefactError, msg=str(changed)):
+                journal.read(written(header | changed, seen))
+        for at in (None, "x", 1e308, float("nan"), -1, True):
+            with self.assertRaises(ArtefactError, msg=str(at)):
+                journal.read(written(header, seen | {"at": at}))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from utils.exceptions import MALFORMED, ArtefactError, ConfigError, DataError, P
 from utils.rollout.controller import Observation, State, begin, replay
 from utils.rollout.policy import Policy
 
+# seconds since the epoch: no clock gives more, and no calendar takes much more
+LATEST = 1e11
 HEADER = ("id", "started_at", "policy", "production", "candidate")
 
 
@@ -111,7 +113,9 @@ def read(path: Path) -> Story:
     try:
         if missing := [key for key in HEADER if key not in header]:
             raise KeyError(*missing)
+        _check_header(header)
         seen = [Observation.from_json(value) for value in values["seen"]]
+        _check_times(header["started_at"], *(one.at for one in seen))
         events = [{**value, "event": str(value["event"])} for value in values["event"]]
         story = Story(header, Policy.from_json(header["policy"]), seen, events, snapshot)
         _ = story.state  # replayed here, where what cannot be is still an error of the file
@@ -119,6 +123,19 @@ def read(path: Path) -> Story:
         what = f"{path} holds what no controller wrote: {type(error).__name__}: {error}"
         raise ArtefactError(Problem(what, fix="abort this rollout and start another")) from error
     return story
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Raises ValueError for what a report could not be written from."""
+    sides = [header[which] for which in ("production", "candidate")]
+    texts = [header["id"], *(side.get(key) for side in sides for key in ("address", "digest"))]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its header does not say what is rolled out")
+
+
+def _check_times(*times: Any) -> None:
+    if not all(type(at) in (int, float) and 0 <= at < LATEST for at in times):
+        raise ValueError("a time that is none")
 
 
 def _cut_half_line(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from utils.rollout.edge.balancer.haproxy import Balancer, find_binary
 from utils.rollout.edge.balancer.haproxy_layout import MODEL_NAME, SLOTS, Layout, Server
 from utils.rollout.edge.journal import Story
 from utils.rollout.edge.servers import Process
+
+# a time and the beginning of a digest
+_ROLLOUT = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def _checked(path: Path) -> dict[str, Any]:
     facts = files.read_object(path)
     fits: dict[str, Any] = {
         "port": lambda value: isinstance(value, int) and 0 < value < 1 << 16,
-        "rollout": lambda value: isinstance(value, str) and Path(value).name == value,
+        "rollout": lambda value: isinstance(value, str) and _ROLLOUT.fullmatch(value),
         "slot": lambda value: type(value) is int and value in SLOTS,
         "models": lambda value: isinstance(value, list) and all(MODEL_NAME.fullmatch(str(name)) for name in value),
         **dict.fromkeys(("production", "candidate", "previous"), _is_side),
@@ -162,5 +166,7 @@ def _is_side(value: Any) -> bool:
     except MALFORMED:
         return False
     process = side.process if side else None
-    is_process = process is None or [type(number) for number in process] in ([int, float], [int, int])
+    is_process = process is None or (
+        [type(number) for number in process] in ([int, float], [int, int]) and 0 < process[0] < 1 << 31
+    )
     return side is None or (is_process and all(isinstance(t, str) for t in (side.address, side.digest, side.directory)))
