@@ -17,7 +17,7 @@ ROWS: tuple[dict[str, str], ...] = (
     {"data": "documents and labelled pairs in; prepared data, batches and contamination out; built-in domains"},
     {"adapters": "LoRA as factors, as PEFT's files and as layers on a model; how adapters and runs are found"},
     {"planning": "what fits where and how long it takes, before a weight is read; refusals"},
-    {"inference": "what a model answers, and the likelihoods it gives"},
+    {"inference": "what a model answers, here or from a server, and the likelihoods it gives"},
     {
         "training": "the loop over one adapter: checkpoints, guards, the run around it",
         "composition": "several adapters as one: methods, checks, weights chosen on dev, interference",

@@ -89,7 +89,8 @@ def _answered(
         def served(shown: Sequence[ModelRow], examples: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
             return {row.cell: [answer.spoken for answer in engine.answers(row, examples)] for row in shown}
 
-        return engine.scores(raw), _examples(config, rows, raw, on, directory, served)
+        scored = engine.scores(raw)
+        return scored, _examples(config, rows, scored, on, directory, served)
 
 
 def _examples(
