@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.support import temporary_directory
 from utils.artifacts import files, resumable
+from utils.exceptions import ArtefactError
 from utils.models import base_model
 
 
@@ -62,6 +63,19 @@ class Results(unittest.TestCase):
         self.assertEqual(list(resumable.lines(journal, "run")), expected)
         self.assertFalse(any(sealed for _, sealed in resumable.lines(journal, "another")))
         self.assertEqual(list(resumable.lines(self.directory / "none", "run")), [])
+
+    def test_halves_of_characters_and_what_is_no_file_are_said_and_no_traceback(self) -> None:
+        path = self.path
+        resumable.write(path, {"text": "whole"}, "own")
+        path.write_text(path.read_text().replace("whole", "\\ud800"))
+        self.assertIsNone(resumable.read(path, "own"))
+        journal = self.directory / "journal.jsonl"
+        journal.write_text('{"text": "\\ud800"}\n')
+        self.assertEqual(list(resumable.lines(journal, "own")), [({"text": "\ud800"}, False)])
+        journal.unlink()
+        journal.mkdir()
+        with self.assertRaisesRegex(ArtefactError, "journal.jsonl"):
+            list(resumable.lines(journal, "own"))
 
 
 class DigestCache(unittest.TestCase):

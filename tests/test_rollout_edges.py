@@ -445,6 +445,10 @@ class Answers(unittest.TestCase):
             path.write_text('{"question": "q", "answers": ["a"]}\n\n{"question": "q"}\nnonsense\n')
             with self.assertRaisesRegex(DataError, r"g\.jsonl:3.*\n.*\n.*g\.jsonl:4"):
                 golden.read(path, "system")
+            # it could neither be shown nor written down while the rollout runs
+            path.write_text('{"question": "q \\ud800", "answers": ["a"]}\n{"question": "q", "answers": ["\\udc00"]}\n')
+            with self.assertRaisesRegex(DataError, r"g\.jsonl:1.*\n.*\n.*g\.jsonl:2"):
+                golden.read(path, "system")
             path.write_text('{"id": "i", "question": "q", "context": "c", "answers": ["a", "b"]}\n')
             (prompt,) = golden.read(path, "system")
             self.assertEqual((prompt.name, prompt.golds, len(prompt.messages)), ("i", ("a", "b"), 2))

@@ -53,8 +53,8 @@ def canonical_json(value: Any) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """Hex sha256 of a JSON-like value."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    """Hex sha256 of a JSON-like value; half of a surrogate pair, which JSON can hold and UTF-8 cannot, is one, too."""
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -62,8 +62,13 @@ def append(path: Path, entry: dict[str, Any], of: str) -> None:
 
 
 def lines(path: Path, of: str) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Each line of a journal that is an object, and whether it is as it was written; what a kill cut short is none."""
-    for text in path.read_bytes().split(b"\n") if path.exists() else []:
+    """Each line of a journal that is an object, and whether it is as it was written; what a kill cut short is none.
+
+    Raises ArtefactError for a journal that is there and cannot be read.
+    """
+    with disk.errors(path):
+        content = path.read_bytes() if path.exists() else b""
+    for text in content.split(b"\n"):
         try:
             entry = json.loads(text)
         except (ValueError, RecursionError):

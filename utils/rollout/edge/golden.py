@@ -52,6 +52,7 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
             messages = tuple(chat.messages({**row, "question": row.get("question") or row["prompt"]}, system_prompt))
             if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
                 raise ValueError("a turn has no role or no content")
+            "".join([*golds, *(message["content"] for message in messages)]).encode()  # halves of characters are none
             found.append(Prompt(str(row.get("id", number)), messages, tuple(golds)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fix = 'write {"question": "...", "answers": ["..."]}'
