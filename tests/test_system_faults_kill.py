@@ -11,15 +11,18 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.fault_support import (
     ADAPTER,
     LONG,
     SAVE_EVERY,
+    All,
     Killer,
     Place,
     SlowWriting,
@@ -31,8 +34,9 @@ from tests.fault_support import (
     with_both_adapters,
     within,
 )
-from tests.support import ROOT, Script, clean_environment, last_json
+from tests.support import ROOT, Script, clean_environment, last_json, temporary_directory
 from utils.artifacts import files, runs
+from utils.artifacts.runs import IDENTITY
 
 SLOW = SlowWriting(0.02)
 
@@ -274,6 +278,83 @@ class Evaluation(unittest.TestCase):
             files.verify(directory)
             self.assertEqual(rubbish(directory), [])
             directory.rename(directory.with_name(f"done-{killer.left}"))
+
+
+class Composition(unittest.TestCase):
+    def test_killed_composition_is_not_there_or_whole_and_ends_in_the_same_files(self) -> None:
+        place = with_both_adapters()
+        whole = Path(last_json(place.run("compose", "--run.name", "whole"))["composed"])
+        directory = place.run_of("killed", "composed")
+        killer = Killer(9, 20 if LONG else 2)
+        while killer.left:
+            killed = killer.killed
+            last_json(
+                killer.run(
+                    lambda: place.start("compose", "--run.name", "killed", before=SLOW),
+                    while_writing(directory, 2.0),
+                    lambda: absent_or_whole(directory) if (directory / files.MANIFEST).exists() else None,
+                )
+            )
+            without = ("config.json", "run.log")  # they name the run and the hour
+            self.assertEqual(contents(directory, *without), contents(whole, *without))
+            files.verify(directory)
+            self.assertEqual(rubbish(place.models), [])
+            directory.rename(directory.with_name(f"done-{killed}-{killer.left}"))
+
+
+@dataclass(frozen=True)
+class TemporaryFilesIn:
+    """TMPDIR of a process that has already asked for it."""
+
+    directory: Path
+
+    def __call__(self) -> None:
+        tempfile.tempdir = str(self.directory)
+
+
+class Benchmark(unittest.TestCase):
+    # merging starts four programs, which takes too long for a sample
+    SUITES = ("merge", "inference") if LONG else ("inference", "training")
+    FLAGS = (
+        *("--benchmark.suite", ",".join(SUITES), "--benchmark.merge_gigabytes", "0.002"),
+        *("--benchmark.repeats", "1", "--benchmark.prompt_tokens", "16", "--benchmark.new_tokens", "2"),
+        *("--benchmark.batch_sizes", "1", "--benchmark.training_tokens", "2048"),
+    )
+
+    def test_killed_benchmark_goes_on_at_the_next_suite_and_leaves_nothing_behind(self) -> None:
+        place, directory = with_both_adapters(), with_both_adapters().run_of("killed", "benchmark")
+        aside = temporary_directory()
+        first, killer = directory / f"suite_{self.SUITES[0]}.json", Killer(10, 20 if LONG else 2)
+        measured: list[str] = []
+
+        def after() -> None:
+            if first.exists():
+                measured.append(first.read_text(encoding="utf-8"))
+            if (directory / files.MANIFEST).exists():
+                files.verify(directory)
+
+        def moment(script: Script, generator: random.Random) -> None:
+            """In the first suite, and in the one behind it, in turn."""
+            if killer.killed % 2:
+                script.wait_until(first.exists)
+                within(0.5)(script, generator)
+            else:
+                script.wait_until((directory / IDENTITY).exists)
+                within(1.0)(script, generator)
+
+        def start() -> Script:
+            command = ["benchmark", "--run.name", "killed", *self.FLAGS]
+            return place.start(*command, before=All((SLOW, TemporaryFilesIn(aside))))
+
+        while killer.left:
+            last_json(killer.run(start, moment, after))
+            if measured:
+                self.assertEqual(first.read_text(encoding="utf-8"), measured[-1], "a suite was measured again")
+            self.assertEqual(set(files.read_object(directory / "results.json")), {"machine", *self.SUITES})
+            files.verify(directory)
+            self.assertEqual((rubbish(directory), list(aside.iterdir())), ([], []))
+            directory.rename(directory.with_name(f"done-{killer.left}"))
+            measured.clear()
 
 
 if __name__ == "__main__":
