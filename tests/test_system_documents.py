@@ -35,6 +35,8 @@ EXTERNAL = {
     "vllm": "a server that is not installed here",
     ".venvs/vllm/bin/python": "vLLM's own environment: run as printed by test_inference_vllm (make serving-test)",
     "lm_eval": "not installed here; test_evaluation_lm_eval builds the same tasks",
+    "docker": "not installed here; test_system_docker runs the install steps of its file",
+    "sbatch": "not installed here; test_planning_plan runs its file with stand-ins",
     "git": "another program; its words depend on somebody's repository",
     "apt-get": "another system's packages",
     "black": "run by test_pre_commit_passes_offline_on_the_files_of_the_project",
