@@ -53,9 +53,10 @@ documents-test: $(READY)
 minimax-test: $(READY)
 	MINIMAX_TESTS=all $(BIN)/python -m unittest tests.test_system_minimax_m2
 
-# Known answers on the embedded model: true documents help, shuffled ones do not. Ten to twenty minutes.
+# Known answers on the embedded model: true documents help, shuffled ones do not; and the verdict's error rates on more
+# simulated comparisons than `make test` takes. Ten to twenty minutes.
 proof-test: $(READY)
-	PROOF_TESTS=1 $(BIN)/python -m unittest tests.test_system_integration_control
+	PROOF_TESTS=1 $(BIN)/python -m unittest tests.test_system_integration_control tests.test_evaluation_verdict
 
 # Every script under every launch file of docs/multi_gpu.md, bad launches, lost ranks: a quarter of an hour.
 launch-test: $(READY)
@@ -86,7 +87,7 @@ $(VLLM)/.ready: $(VLLM_LIST)
 serving-test: $(READY) $(VLLM)/.ready
 	SERVING_TESTS=1 $(BIN)/python -m unittest tests.test_inference_vllm
 
-# The same tests as `python -m unittest discover tests`, a file for each core at a time.
+# The same tests as `python -m unittest discover tests`, a file for each core at a time; its end tells where time went.
 test: $(READY)
 	$(BIN)/python -m black --check .
 	$(BIN)/python -m ruff check .
