@@ -249,7 +249,7 @@ class Script(unittest.TestCase):
         with tempfile.TemporaryDirectory() as scratch:
             flags = ["--preset", "tiny_minimax_m2", "--benchmark.suite", "inference,merge"]
             flags += ["--run.models_dir", f"{scratch}/models", "--run.data_dir", f"{scratch}/data"]
-            lines = [last_json(forked("benchmark", *flags)) for _ in range(2)]
+            lines = [last_json(forked("benchmark", *flags, patience=900.0)) for _ in range(2)]
             directory = Path(lines[0]["report"])
             results = json.loads((directory / "results.json").read_text())
             plots = soup((directory / "plots.html").read_text(encoding="utf-8"))
