@@ -60,7 +60,7 @@ proof-test: $(READY)
 
 # Every script under every launch file of docs/multi_gpu.md, bad launches, lost ranks: a quarter of an hour.
 launch-test: $(READY)
-	LAUNCH_TESTS=all $(BIN)/python -m unittest tests.test_system_launch tests.test_system_launch_faults tests.test_planning_sharded
+	LAUNCH_TESTS=all $(BIN)/python -m unittest tests.test_system_launch tests.test_system_launch_faults tests.test_planning_sharded tests.test_system_expert_parallel
 
 # Toy checkpoints of every architecture in docs/models.md through every script, against stock transformers and PEFT; it
 # writes the table there: a quarter of an hour on two cores.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -511,6 +511,8 @@ class PlanSection(Section):
     """GB/s that a GPU receives from the others of its node; 0 takes that card's (H100 with NVLink: 400)."""
     network_bandwidth_gbs: Annotated[float, Field(gt=0)] = 50.0
     """GB/s between nodes for each GPU: 50 is a 400 Gb/s adapter of its own, 12.5 a 100 Gb/s one."""
+    expert_imbalance: Annotated[float, Field(ge=1)] = 1.25
+    """Rows of the busiest rank over the mean where ranks share experts; metrics.jsonl has yours (expert_rows_*)."""
     disk_bandwidth_gbs: Annotated[float, Field(gt=0)] = 1.0
     """GB/s at which a node reads and writes files."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -566,6 +568,17 @@ class RunSection(Section):
     threads: NonNegative = 0
     """CPU threads per process; 0 takes OMP_NUM_THREADS or the launcher's flag where a person set one, else all cores,
     shared by the processes of a node."""
+    expert_parallel: Annotated[str, Field(pattern=r"^(auto|off|[1-9][0-9]{0,4})$")] = AUTO
+    """How many ranks together hold each expert of a sharded mixture once and send it its tokens, instead of gathering
+    all experts: a number, off, or auto, which is the GPUs of a node where they divide the experts and the plan says
+    that it is faster."""
+
+    @field_validator("expert_parallel", mode="before")
+    @classmethod
+    def _is_a_word(cls, value: Any) -> Any:
+        if value is False:  # as YAML reads off
+            return "off"
+        return str(value) if type(value) is int else value
 
     @field_validator("trackers")
     @classmethod

@@ -38,7 +38,7 @@ def main(config: Config) -> dict[str, Any]:
 
     hub.check(config.hub)
     composed_adapter.refuse_models_inside(config)  # before anything is fetched or built there
-    base = preflight.start(config, loads_model=False)
+    base = preflight.start(config, loads_model=False, shards=config.compose.search)
     found = find.adapter_runs(config, base)
     base = adapter_tokenizer.with_chosen(base, found)
     data = find.data_of(config, base, found)

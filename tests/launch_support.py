@@ -19,7 +19,12 @@ WAYS: dict[str, tuple[str, int]] = {
     "whole": ("cpu_two_processes.yaml", 2),
     "sharded": ("cpu_two_processes_fsdp.yaml", 2),
     "hybrid": ("cpu_four_processes_hsdp.yaml", 4),
+    # ranks share the experts: two that hold each once, in a shard of four or in each of two copies too
+    "experts": ("cpu_two_processes_fsdp.yaml", 2),
+    "experts_in_four": ("cpu_two_processes_fsdp.yaml", 4),
+    "experts_hybrid": ("cpu_four_processes_hsdp.yaml", 4),
 }
+EXPERTS = tuple(way for way in WAYS if way.startswith("experts"))
 
 
 @functools.cache
@@ -49,7 +54,7 @@ def launch(
     for rank in range(count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         environment = {**told(file), **(own | address if way != "python" else {}), **(env or {}).get(rank, {})}
-        words = (*flags, *(more or {}).get(rank, ()))
+        words = (*flags, *(["--run.expert_parallel=2"] if way in EXPERTS else []), *(more or {}).get(rank, ()))
         scripts.append(place.start(script, *words, env=environment, before=(before or {}).get(rank)))
     return [running.wait() for running in scripts]
 

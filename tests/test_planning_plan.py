@@ -67,7 +67,7 @@ class Script(unittest.TestCase):
             domain["command"],
             "accelerate launch --config_file scripts/launch/minimax_m2_8x141gb.yaml scripts/train_domain_adapter.py "
             "--preset minimax_m2 --base.fp8=dequantise --domain.train.micro_batch_tokens=32768 "
-            f"--run.data_dir={places[1]} --run.models_dir={places[3]}",
+            f"--run.data_dir={places[1]} --run.models_dir={places[3]} --run.expert_parallel=off",
         )
         for words in ("2,756,902,912", "refused: adapters on FP8 experts", "host memory while loading: 73.0 GiB"):
             self.assertIn(words, done.stdout + str(found))
@@ -89,9 +89,9 @@ class Script(unittest.TestCase):
 
     def test_every_change_that_is_proposed_is_one_that_exists_and_fits(self) -> None:
         for flags in (
-            ["--domain.lora.experts=true"],
-            ["--domain.train.gradient_checkpointing=0"],
-            ["--plan.nodes=2", "--plan.gpu_memory_gib=48"],
+            ["--domain.lora.experts=true", "--run.expert_parallel=off"],
+            ["--domain.train.gradient_checkpointing=0", "--run.expert_parallel=off"],
+            ["--plan.nodes=2", "--plan.gpu_memory_gib=48", "--run.expert_parallel=off"],
         ):
             config = resolve(*flags)
             (change,) = plan_report.changes(config, M2)

@@ -81,10 +81,12 @@ class EveryStage(unittest.TestCase):
     def test_the_form_of_the_weights_follows_the_hardware(self) -> None:
         expected = {"8x80": "fp8", "8x141": "bfloat16", "2x8": "bfloat16"}
         for name, flags in NODES.items():
-            way = ways.find(resolve(*flags), M2)
+            way = ways.find(resolve(*flags, "--run.expert_parallel=off"), M2)
             self.assertEqual((way.form.trained, way.form.scored), (expected[name], "bfloat16"), name)
             self.assertTrue(way.why[0])
-        self.assertIn("pip install 'kernels", ways.find(resolve(), M2).why[0])
+            # with nothing of the experts gathered, bfloat16 fits on all of them
+            self.assertEqual(ways.find(resolve(*flags), M2).form.trained, "bfloat16")
+        self.assertIn("pip install 'kernels", ways.find(resolve("--run.expert_parallel=off"), M2).why[0])
         asked = ways.find(resolve("--base.fp8=dequantise"), M2)
         self.assertEqual(asked.form.trained, "bfloat16")  # what a person set stays
         old = ways.find(resolve("--plan.nodes=2", "--plan.gpu_memory_gib=40", "--plan.gpus=8"), M2)  # an A100
@@ -167,10 +169,9 @@ class Time(unittest.TestCase):
             self.assertLessEqual(found.least, found.most)
 
     def test_between_slow_nodes_the_model_is_sharded_inside_each_and_copied(self) -> None:
-        fast = ways.find(resolve("--plan.nodes=2"), M2)
-        slow = ways.find(
-            resolve("--plan.nodes=2", "--plan.gpu_memory_gib=141", "--plan.network_bandwidth_gbs=12.5"), M2
-        )
+        nodes = ("--plan.nodes=2", "--run.expert_parallel=off")
+        fast = ways.find(resolve(*nodes), M2)
+        slow = ways.find(resolve(*nodes, "--plan.gpu_memory_gib=141", "--plan.network_bandwidth_gbs=12.5"), M2)
         self.assertEqual(fast.trainings["domain"].layout.shard, 16)
         self.assertEqual(slow.trainings["domain"].layout, ProcessLayout(2, 8))
         command = stage_costs.every_stage(slow, M2, planned_data.of(slow.config))[1].command
@@ -268,7 +269,7 @@ class FindsAWay(unittest.TestCase):
         self.assertEqual([0 < tokens < 8192 for tokens in rows[:-1]], said[:-1])
 
     def test_adapters_on_experts_that_do_not_fit_are_dropped_with_a_reason(self) -> None:
-        way = ways.find(resolve("--task.lora.experts=true"), M2)
+        way = ways.find(resolve("--task.lora.experts=true", "--run.expert_parallel=off"), M2)
         self.assertFalse(way.config.task.lora.experts)
         self.assertIn("adapters on the attention alone", way.why)
         roomy = ways.find(resolve("--task.lora.experts=true", "--plan.gpu_memory_gib=141"), M2)

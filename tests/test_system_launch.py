@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fault_support import Unchecked, contents
-from tests.launch_support import WAYS, different, launch, read, result
+from tests.launch_support import EXPERTS, WAYS, different, launch, read, result
 from tests.support import Workspace, last_json, plain_tokenizer, relative, saved_model, write_jsonl
 from utils.adapters import adapter_files
 
@@ -22,15 +22,15 @@ ALL = os.environ.get("LAUNCH_TESTS") == "all"
 SAMPLE: dict[str, tuple[str, ...]] = {
     "inference": ("sharded",),
     "prompt": (),
-    "evaluate": ("whole",),
+    "evaluate": ("whole", "experts"),
     "compose": ("sharded",),
     "merge": ("whole",),
     "benchmark": ("whole",),
     "prepare_data": ("whole",),
-    "train_task_adapter": ("hybrid",),
+    "train_task_adapter": ("hybrid", "experts"),
 }
 LAUNCHED = tuple(way for way in WAYS if way != "python")
-SHARDED = ("sharded", "hybrid")
+SHARDED = ("sharded", "hybrid", *EXPERTS)
 TASK = ("--task.lora.experts=true", "--task.train.max_steps=2", "--task.train.micro_batch_tokens=128")
 EVALUATE = ("--evaluate.max_heldout_documents=4", "--evaluate.batch_tokens=400", "--evaluate.generated_answers=6")
 COMPOSE = ("--compose.search", "--compose.max_dev_items=6", "--compose.search_methods=sum")

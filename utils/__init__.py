@@ -44,6 +44,7 @@ PURE = (
     *("data.labelled.row_text", "data.labelled.roles", "data.labelled.marks", "data.labelled.choices"),
     *("data.labelled.conversations", "data.labelled.values", "data.labelled.groups", "data.labelled.headings"),
     *("adapters.factors", "planning.estimates", "planning.native_fp8", "planning.hardware", "planning.pass_times"),
+    "planning.memory.activations",
     *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),
     *("composition.search", "composition.collisions", "evaluation.intervals", "evaluation.verdict"),
     *("rollout.e_process", "rollout.policy", "rollout.gate", "rollout.controller", "rollout.simulation"),

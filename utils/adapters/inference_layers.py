@@ -33,6 +33,8 @@ import torch.nn.functional as F
 
 from utils.adapters.factors import Factors, ModuleFactors
 from utils.adapters.peft_model import refuse_misfits
+from utils.models.parallel import expert_parallel
+from utils.models.parallel.expert_parallel import SharedExperts
 from utils.models.quantization import is_quantised
 from utils.models.structure import linear_modules
 from utils.models.weights import tensor_names
@@ -60,6 +62,8 @@ def attach(model: torch.nn.Module, adapters: Mapping[str, Factors]) -> torch.nn.
             model.set_submodule(name, kind(module, parameters["weight"]))
         elif linear_modules.is_linear(module):
             model.set_submodule(name, FrozenLoraBeside(module, parameters["weight"]))
+        elif (shared := module.__dict__.get("shared")) is not None:
+            model.set_submodule(name, FrozenLoraSharedExperts(module, parameters, shared))
         elif _is_plain_experts(module):
             model.set_submodule(name, FrozenLoraExperts(module, parameters))
         else:
@@ -76,7 +80,7 @@ def select(model: torch.nn.Module, weights: Weights | Callable[[str], Weights]) 
     for name, module in model.named_modules():
         if isinstance(module, FrozenLoraLinear):
             module.update.select(weights(name) if callable(weights) else weights)
-        elif isinstance(module, (FrozenLoraExperts, FrozenLoraParameters)):
+        elif isinstance(module, (FrozenLoraExperts, FrozenLoraSharedExperts, FrozenLoraParameters)):
             for parameter, update in module.updates.items():
                 own = name if parameter == "weight" else f"{name}.{parameter}"
                 update.select(weights(own) if callable(weights) else weights)
@@ -200,6 +204,36 @@ class FrozenLoraExperts(torch.nn.Module):
             return y
         change = (x_NI.to(update.dtype) @ update.a_rI[expert].mT) @ update.b_rO[expert]
         return y + change.to(y.dtype)
+
+
+class FrozenLoraSharedExperts(torch.nn.Module):
+    """Experts that ranks share plus frozen low-rank updates, on each rank those of its own experts."""
+
+    def __init__(
+        self,
+        base: torch.nn.Module,
+        parameters: Mapping[str, Mapping[str, ModuleFactors]],
+        shared: SharedExperts,
+    ):
+        super().__init__()
+        self.base = base
+        own = slice(shared.first, shared.first + shared.kept)
+        self.updates = {
+            parameter: Update(
+                {name: ModuleFactors(f.a_rI[own], f.b_Or[own], f.scale) for name, f in parts.items()},
+                getattr(base, parameter),
+            )
+            for parameter, parts in parameters.items()
+        }
+        shared.updates = self._on
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """As the experts, which are sent the other ranks' tokens."""
+        return self.base(*arguments, **named)
+
+    def _on(self, parameter: str) -> list[expert_parallel.Update]:
+        update = self.updates.get(parameter)
+        return [(update.a_rI, update.b_rO.mT, 1.0)] if update is not None and update.is_on else []
 
 
 class FrozenLoraParameters(torch.nn.Module):

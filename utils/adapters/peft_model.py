@@ -17,7 +17,7 @@ from config import LoraSection
 from utils.adapters import adapter_config, fused_experts
 from utils.adapters.factors import Factors, ModuleFactors
 from utils.exceptions import ArtefactError, Problem, VerificationError
-from utils.models.parallel import sharding
+from utils.models.parallel import expert_parallel, sharding
 from utils.models.structure import linear_modules
 from utils.models.weights import tensor_names
 
@@ -230,6 +230,11 @@ def refuse_misfits(model: torch.nn.Module, factors: Factors) -> None:
     lying = tensor_names.transposed_parameters(model)
     named = {
         name: (p.mT if name.replace(".base_layer", "") in lying else p).shape for name, p in model.named_parameters()
+    }
+    shared = expert_parallel.whole_shapes(model)
+    named |= {
+        name: torch.Size((*shape[:1], *reversed(shape[1:]))) if name.replace(".base_layer", "") in lying else shape
+        for name, shape in shared.items()
     }
     shapes = {name.removesuffix(".weight"): tuple(shape) for name, shape in named.items()}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -27,7 +27,7 @@ from utils.composition.methods import Recipe, compose
 from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.losses import autocast
-from utils.models.parallel import ranks, sharding
+from utils.models.parallel import expert_parallel, ranks, sharding
 from utils.progress import Progress
 
 MODELS = ("base", "two active", "composed", "merged")
@@ -135,9 +135,10 @@ def merge_in_place(model: Any, factors: Factors) -> None:
     """The same without a copy; every model that shares these weights changes with it."""
     inference_layers.select(model, {})
     for name, f in factors.items():
-        weight = getattr(*_adapted(model, name, f))
+        module, parameter = _adapted(model, name, f)
+        weight, change = getattr(module, parameter), expert_parallel.own_part(module, delta(f))
         own = sharding.own(weight)
-        own.copy_(own.float() + sharding.own(sharding.like(delta(f).to(own.device), weight)))
+        own.copy_(own.float() + sharding.own(sharding.like(change.to(own.device), weight)))
 
 
 def _adapted(model: Any, name: str, factors: ModuleFactors) -> tuple[torch.nn.Module, str]:

@@ -169,22 +169,23 @@ class DevProbe:
 
         Raises NonFiniteError.
         """
-        loss_of = NextTokenLoss(self.model)
+        loss_of, gradient = NextTokenLoss(self.model), torch.zeros_like(weights_kL)
 
-        def derived(batch: Batch) -> tuple[float, torch.Tensor]:
+        def derived(batch: Batch, share: float = 1.0) -> float:
+            """The loss; its derivative is added here, as experts that ranks share have parts of other ranks' losses."""
             leaf = weights_kL.detach().clone().to(self.device).requires_grad_()
             inference_layers.select(self.model, lambda module, leaf=leaf: self._named(leaf[:, self._layer(module)]))
             loss = loss_of(*(t.to(self.device) for t in (batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)))
-            loss.backward()
-            return float(loss.detach()), leaf.grad.cpu()
+            (loss * share).backward()
+            gradient.add_(leaf.grad.cpu())
+            return float(loss.detach())
 
-        found = work.computed(batches, [batch.input_ids_BT.numel() for batch in batches], derived)
-        gradient, labels = torch.zeros_like(weights_kL), sum(batch.num_labels for batch in batches)
-        for _, part in found:
-            gradient += part
+        costs = [batch.input_ids_BT.numel() for batch in batches]
+        losses = work.computed(batches, costs, derived, spare=lambda batch: derived(batch, 0.0))
+        gradient, labels = sum(ranks.gathered(gradient)), sum(batch.num_labels for batch in batches)
         if not torch.isfinite(gradient).all():
             raise NonFiniteError(Problem("a derivative of the dev loss is NaN or infinite", fix="check the adapters"))
-        return sum(loss for loss, _ in found) / labels, gradient / labels
+        return sum(losses) / labels, gradient / labels
 
     def fit_per_layer(self, start: Sequence[float], documents: Sequence[str]) -> tuple[float, ...]:
         """Weights per adapter and layer by gradient descent (Adam) on the dev pairs of these documents."""

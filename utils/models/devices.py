@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from utils.exceptions import ConfigError, Problem
 
 PROC = Path("/proc")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def device() -> torch.device:
@@ -119,3 +121,10 @@ def forget_peak_memory() -> None:
     """Begin a new peak, where a GPU counts it; a process's resident set keeps its own."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
+
+def host_bytes() -> int:
+    """Memory that can still be had, within the container's limit where there is one."""
+    available = psutil.virtual_memory().available
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(available, int(limit)) if limit.isdigit() else available

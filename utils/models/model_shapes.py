@@ -54,7 +54,8 @@ class ModelSizes:
     """The shapes of a model, as far as memory and time depend on them.
 
     `parameters` counts by kind: embeddings, head (0 when tied), attention, router, experts, dense, norms, other.
-    `query` and `key` are heads x head_dim; `experts` is 0 for a dense model.
+    `query` and `key` are heads x head_dim; `experts` is 0 for a dense model;
+    `expert_plan`: transformers knows how ranks can share them.
     """
 
     model_type: str
@@ -71,6 +72,7 @@ class ModelSizes:
     vocabulary: int
     experts: int = 0
     experts_per_token: int = 0
+    expert_plan: bool = False
     has_qk_norm: bool = False
     float32_router: bool = False
     stored: Dtype = "bfloat16"
@@ -78,6 +80,12 @@ class ModelSizes:
     @property
     def total(self) -> int:
         return sum(self.parameters.values())
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers that have experts."""
+        copies = [matrix.copies for matrix in self.matrices if matrix.is_experts]
+        return max(copies, default=0) // max(1, self.experts)
 
     @property
     def idle(self) -> int:

@@ -1,15 +1,25 @@
-"""Whether a base model can be adapted: asked of its modules and of the names in its files, before it is loaded."""
+"""Whether a base model can be adapted, and how ranks hold it: asked of its modules and of the names in its files.
+
+Ranks share the experts of a sharded mixture where that is asked for, or where the plan says that it pays. A number that
+cannot be is refused with every reason; `auto` then gathers, and the log says why.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
-from config import Config
-from utils.exceptions import ArtefactError, Problem
-from utils.models import loading
+from config import AUTO, Config
+from utils.exceptions import ArtefactError, ConfigError, Problem
+from utils.logger import event
+from utils.models import devices, loading
 from utils.models.base_model import BaseModel
+from utils.models.model_shapes import ModelSizes
+from utils.models.parallel import expert_parallel, launcher, ranks
+from utils.models.process_layout import ProcessLayout
 from utils.models.structure import linear_modules, model_class
 from utils.models.weights import tensor_names
+from utils.planning import hardware, pass_times, training_plan
 
 
 def check(config: Config, base: BaseModel, stages: Sequence[str]) -> None:
@@ -38,3 +48,57 @@ def check(config: Config, base: BaseModel, stages: Sequence[str]) -> None:
         problems += found
     if problems:
         raise ArtefactError(list({str(problem): problem for problem in problems}.values()))
+
+
+def share_experts(config: Config, base: BaseModel, sizes: ModelSizes | None, stage: str, *, native_fp8: bool) -> None:
+    """Have every rank hold the experts as `shared_by` says. Errors as there."""
+    count = shared_by(config, base, sizes, stage, native_fp8=native_fp8)
+    if count != launcher.current().expert:
+        ranks.everywhere(launcher.share_experts, count)
+
+
+def shared_by(
+    config: Config, base: BaseModel, sizes: ModelSizes | None, stage: str = "", *, native_fp8: bool = False
+) -> int:
+    """Ranks that hold each expert once: 1 where layers are gathered, or nothing is sharded.
+
+    `sizes` are the base's, None where its architecture is not understood; `stage` is the adapter that is trained.
+    Raises ConfigError for a number that was asked for and cannot be.
+    """
+    asked, layout = config.run.expert_parallel, launcher.current()
+    if asked in ("off", "1"):
+        return 1
+    if asked == AUTO:
+        wanted = min(layout.shard, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if wanted == 1 or sizes is None or not sizes.experts or devices.device().type != "cuda":
+            return 1
+        found = _problems(base, ProcessLayout(layout.replicate, layout.shard, wanted), native_fp8)
+        why = found[0].what.removeprefix("run.expert_parallel: ") if found else ""
+        if not why and not pays(config, sizes, layout, wanted, stage):
+            why = "the plan says that it is no faster"
+        if why:
+            event("layers of the model are gathered; ranks do not share its experts", why=why)
+        return 1 if why else wanted
+    if found := _problems(base, ProcessLayout(layout.replicate, layout.shard, int(asked)), native_fp8):
+        raise ConfigError(found)
+    return int(asked)
+
+
+def pays(config: Config, sizes: ModelSizes, layout: ProcessLayout, wanted: int, stage: str) -> bool:
+    """Whether a pass over as many tokens is faster, at worst, where `wanted` ranks share the experts."""
+    shared, machine = ProcessLayout(layout.replicate, layout.shard, wanted), hardware.of(config.plan)
+    if stage:
+        what = training_plan.step(config, stage, "bfloat16")
+        times = [pass_times.training_pass(sizes, what, one, machine) for one in (layout, shared)]
+    else:
+        tokens, row = config.evaluate.batch_tokens, config.plan.item_tokens
+        times = [pass_times.scoring_pass(sizes, "bfloat16", tokens, row, one, machine) for one in (layout, shared)]
+    return times[1].most < times[0].most
+
+
+def _problems(base: BaseModel, layout: ProcessLayout, native_fp8: bool) -> list[Problem]:
+    found = expert_parallel.problems(loading.skeleton(base), layout)
+    if native_fp8:
+        fix = "--base.fp8 dequantise, or --run.expert_parallel off"
+        found.append(Problem("run.expert_parallel: FP8 experts that stay FP8 are not shared", layout.expert, fix))
+    return found

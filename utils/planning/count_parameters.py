@@ -11,6 +11,7 @@ import torch
 
 from utils.models.architectures import registry
 from utils.models.model_shapes import Matrix, ModelSizes
+from utils.models.parallel import expert_parallel
 from utils.models.structure import linear_modules, model_class
 from utils.models.weights.tensor_names import decoder_list, number_in, transposed_parameters
 
@@ -64,6 +65,7 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
         vocabulary=int(text.vocab_size),
         experts=fused[0].shape[0] if fused else 0,
         experts_per_token=_experts_per_token(text) if fused else 0,
+        expert_plan=bool(fused) and bool(expert_parallel.modules(model)),
         has_qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
         float32_router=bool(registry.of(settings.model_type).float32),
         stored="fp8" if method == "fp8" else "float32" if str(settings.dtype).endswith("float32") else "bfloat16",

@@ -13,8 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from config import AUTO
 from utils.models.model_shapes import FP8_BLOCK, NF4_BLOCK, TRANSIENT_LAYERS, Dtype, Matrix, ModelSizes
+from utils.planning.memory.activations import (
+    Adapter,
+    TrainingStep,
+    expert_factors,
+    forward_activations,
+    layer_activations,
+    lora_parameters,
+    share,
+    width_of,
+)
 
 # positions whose logits exist at a time (utils/models/losses.py)
 LOSS_POSITIONS = 128
@@ -22,40 +31,6 @@ LOSS_POSITIONS = 128
 TRAINED_BYTES = 16
 # a second adapter on the experts: its measured transient, and that of one alone, in a layer's experts (PEFT 0.21)
 TWO_EXPERT_ADAPTERS, ONE_EXPERT_ADAPTER = 3.67, 1.41
-# matrices with the same input, which LoRA keeps once
-_SHARED_INPUTS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What one LoRA adapter is on: `targets` as `lora.target_modules`."""
-
-    targets: tuple[str, ...]
-    rank: int
-    experts: bool = False
-
-    def takes(self, matrix: Matrix) -> bool:
-        """Whether it is on these matrices."""
-        is_named = AUTO in self.targets or matrix.name in self.targets
-        return self.experts if matrix.is_experts else matrix.adaptable and is_named
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """One forward and backward pass on one process: `tokens` with padding, in rows of `row_tokens`, maybe packed."""
-
-    base: Dtype
-    adapter: Adapter
-    tokens: int
-    row_tokens: int
-    packed: bool = False
-    checkpointing: bool = False
-    below: Adapter | None = None
-
-    @property
-    def activation_bytes(self) -> int:
-        """Bytes of one activation."""
-        return _width(self.base)
 
 
 @dataclass(frozen=True)
@@ -86,15 +61,6 @@ def verdict(low: int, high: int, available: float) -> Fit:
     return "tight" if low <= available else "no"
 
 
-def lora_parameters(sizes: ModelSizes, adapter: Adapter) -> dict[str, int]:
-    """Trainable parameters by leaf name, in the model's order."""
-    found: dict[str, int] = {}
-    for matrix in sizes.matrices:
-        if adapter.takes(matrix):
-            found[matrix.name] = found.get(matrix.name, 0) + matrix.lora_parameters(adapter.rank)
-    return found
-
-
 def weight_bytes(sizes: ModelSizes, dtype: Dtype) -> int:
     """Bytes of the whole model with its weights in this dtype.
 
@@ -118,34 +84,48 @@ def weight_bytes(sizes: ModelSizes, dtype: Dtype) -> int:
 
 
 def training_memory(
-    sizes: ModelSizes, step: TrainingStep, *, shards: int = 1, careful: bool = False, whole_logits: bool = False
+    sizes: ModelSizes,
+    step: TrainingStep,
+    *,
+    shards: int = 1,
+    expert_ranks: int = 1,
+    imbalance: float = 1.0,
+    careful: bool = False,
+    whole_logits: bool = False,
 ) -> TrainingMemory:
     """Peak of one training step. `shards` processes hold the weights and adapters together (FSDP2); 1: each holds all.
 
     `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and adapters on the
     experts find the transients of the ones before still there. `whole_logits` is for a loss that is not chunked.
+    Of `expert_ranks` that share the experts it is the busiest, with `imbalance` times the mean of their rows.
     """
     trained = sum(lora_parameters(sizes, step.adapter).values())
     frozen = sum(lora_parameters(sizes, step.below).values()) if step.below else 0
-    layer = _share(weight_bytes(sizes, step.base) * sizes.layer_parameters, sizes.total)
-    layer += _share(4 * (trained + frozen), sizes.num_layers)
+    layer = _gathered_layer(sizes, step.base, shards, expert_ranks)
+    apart = [0, 0]  # factors of experts, trained and frozen, which are cut by expert and nothing else
+    if expert_ranks > 1:
+        apart = [expert_factors(sizes, one) for one in (step.adapter, step.below)]
+    trained, frozen = trained - apart[0], frozen - apart[1]
+    layer += share(4 * (trained + frozen), sizes.num_layers)
     outside = _outside(sizes, step.base)
-    saved, working = _layer_activations(sizes, step)
+    saved, working = layer_activations(sizes, step, imbalance, is_shared=expert_ranks > 1)
     width, hidden = step.activation_bytes, sizes.hidden
     # the last norm keeps its input in float32
     kept = step.tokens * 4 * hidden + (
         sizes.num_layers * step.tokens * width * hidden if step.checkpointing else sizes.num_layers * saved
     )
-    casts = 2 * trained if step.base != "float32" else 0  # autocast keeps the factors in bfloat16 too
+    # autocast keeps the factors in bfloat16 too
+    casts = share(2 * trained, shards) + share(2 * apart[0], expert_ranks) if step.base != "float32" else 0
+    held = share(TRAINED_BYTES * trained + 4 * frozen, shards)
     passing = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
     passing += _dequantised(sizes, step.base)
     return TrainingMemory(
-        weights=_share(weight_bytes(sizes, step.base), shards),
+        weights=share(weight_bytes(sizes, step.base), shards),
         gathered=layer * (2 if careful else 1) + outside if shards > 1 else 0,
-        adapters=_share(TRAINED_BYTES * trained + 4 * frozen, shards),
-        kept=kept + _share(casts, shards),
+        adapters=held + share(TRAINED_BYTES * apart[0] + 4 * apart[1], expert_ranks),
+        kept=kept + casts,
         passing=max(_loss(sizes, step, whole_logits), passing),
-        expert_weights=_expert_weights(sizes, step, careful),
+        expert_weights=_expert_weights(sizes, step, careful) if expert_ranks == 1 else 0,
     )
 
 
@@ -194,17 +174,20 @@ def scoring_memory(
     row_tokens: int,
     *,
     shards: int = 1,
+    expert_ranks: int = 1,
+    imbalance: float = 1.0,
     careful: bool = False,
 ) -> InferenceMemory:
     """Peak of a forward pass over `tokens` tokens whose losses are wanted, in rows of `row_tokens` with a mask.
 
     `careful` as in `training_memory`.
     """
-    e, hidden = _width(base), sizes.hidden
+    e, hidden = width_of(base), sizes.hidden
     chunk = min(LOSS_POSITIONS, tokens) * sizes.vocabulary * 8
     mask = tokens * row_tokens * e
-    passing = mask + max(tokens * _forward_activations(sizes, e), tokens * 3 * e * hidden + chunk)
-    return _inference(sizes, base, adapters, 0, passing + _dequantised(sizes, base), shards, careful)
+    rows = forward_activations(sizes, e, imbalance, is_shared=expert_ranks > 1)
+    passing = mask + max(tokens * rows, tokens * 3 * e * hidden + chunk) + _dequantised(sizes, base)
+    return _inference(sizes, base, adapters, 0, passing, shards, expert_ranks, careful)
 
 
 def answering_memory(
@@ -216,14 +199,17 @@ def answering_memory(
     new_tokens: int,
     *,
     shards: int = 1,
+    expert_ranks: int = 1,
+    imbalance: float = 1.0,
     careful: bool = False,
 ) -> InferenceMemory:
     """Peak of answering `rows` prompts as one batch: keys and values of all tokens, a layer's twice while it grows."""
-    e = _width(base)
+    e = width_of(base)
     per_layer = rows * (prompt_tokens + new_tokens) * 2 * sizes.key * e
-    prompts = rows * prompt_tokens * (_forward_activations(sizes, e) + e * prompt_tokens)
-    passing = max(prompts, rows * sizes.vocabulary * 8) + _dequantised(sizes, base)
-    return _inference(sizes, base, adapters, per_layer * (sizes.num_layers + 1), passing, shards, careful)
+    token = forward_activations(sizes, e, imbalance, is_shared=expert_ranks > 1) + e * prompt_tokens
+    passing = max(rows * prompt_tokens * token, rows * sizes.vocabulary * 8) + _dequantised(sizes, base)
+    cache = per_layer * (sizes.num_layers + 1)
+    return _inference(sizes, base, adapters, cache, passing, shards, expert_ranks, careful)
 
 
 def _inference(
@@ -233,13 +219,17 @@ def _inference(
     cache: int,
     passing: int,
     shards: int,
+    expert_ranks: int,
     careful: bool,
 ) -> InferenceMemory:
-    e = _width(base)
+    e = width_of(base)
     factors = sum(sum(lora_parameters(sizes, one).values()) for one in adapters)
-    layer = _share(weight_bytes(sizes, base) * sizes.layer_parameters, sizes.total) * (2 if careful else 1)
+    if expert_ranks > 1:
+        apart = sum(expert_factors(sizes, one) for one in adapters)
+        factors += share(apart, expert_ranks) - apart
+    layer = _gathered_layer(sizes, base, shards, expert_ranks) * (2 if careful else 1)
     return InferenceMemory(
-        weights=_share(weight_bytes(sizes, base), shards),
+        weights=share(weight_bytes(sizes, base), shards),
         gathered=layer + _outside(sizes, base) if shards > 1 else 0,
         # each adapter, and the selected ones side by side
         adapters=2 * e * factors,
@@ -248,15 +238,13 @@ def _inference(
     )
 
 
-def _forward_activations(sizes: ModelSizes, e: int) -> int:
-    """Bytes for a token in the layer that takes most, where nothing is kept for a backward pass."""
-    hidden, query, inner = sizes.hidden, sizes.query, sizes.intermediate
-    attention = e * (3 * query + 2 * sizes.key) + 4 * 2 * (query if sizes.has_qk_norm else 0)
-    # gate, up and what an adapter adds; of experts in and out, the weighted output and its sum in float32
-    mlp = e * 3 * inner
-    if sizes.experts:
-        mlp = sizes.experts_per_token * max(2 * e * hidden + 8 * hidden + e * inner, e * (hidden + 3 * inner))
-    return 4 * e * hidden + max(attention, mlp)
+def _gathered_layer(sizes: ModelSizes, base: Dtype, shards: int, expert_ranks: int) -> int:
+    """Bytes of a layer put together; of shared experts, those of one rank where its shard cuts them once more."""
+    if expert_ranks == 1:
+        return share(weight_bytes(sizes, base) * sizes.layer_parameters, sizes.total)
+    experts = sizes.parameters["experts"] // max(1, sizes.expert_layers)
+    own = share(experts, expert_ranks) if shards > expert_ranks else 0
+    return (sizes.layer_parameters - experts + own) * width_of(base)
 
 
 def _dequantised(sizes: ModelSizes, base: Dtype) -> int:
@@ -268,37 +256,7 @@ def _dequantised(sizes: ModelSizes, base: Dtype) -> int:
 
 def _outside(sizes: ModelSizes, base: Dtype) -> int:
     """Embeddings and head, which are gathered with the loss and stay until it is done."""
-    return (sizes.parameters["embeddings"] + sizes.parameters["head"]) * _width(base)
-
-
-def _width(base: Dtype) -> int:
-    """Bytes of one activation."""
-    return 4 if base == "float32" else 2
-
-
-def _layer_activations(sizes: ModelSizes, step: TrainingStep) -> tuple[int, int]:
-    """(kept for the backward pass of one layer, what that pass needs beside it)."""
-    e, hidden, query, inner = step.activation_bytes, sizes.hidden, sizes.query, sizes.intermediate
-    touched = lora_parameters(sizes, step.adapter)
-    per_token = 4 * (2 * hidden + (query + sizes.key if sizes.has_qk_norm else 0))  # norms compute in float32
-    # queries, keys, values, the heads' outputs, and these side by side for the output projection; a mask between packed
-    # documents makes transformers repeat keys and values for every head
-    per_token += e * (3 * query + 2 * (query if step.packed else sizes.key)) + 4 * sizes.heads
-    per_token += sum(e * hidden for group in _SHARED_INPUTS if touched.keys() & group)
-    per_token += e * step.adapter.rank * sum(m.name in touched and not m.is_experts for m in sizes.matrices)
-    if sizes.experts:
-        chosen = sizes.experts_per_token
-        # gate and up, silu(gate), the output before its weight; indices; the router's scores
-        per_token += chosen * (e * (3 * inner + hidden) + 40) + 4 * sizes.experts
-        if step.adapter.experts:
-            per_token += chosen * e * (hidden + inner)  # the inputs of both products
-        # the weighted outputs are float32: their gradient, and that times weight and times output
-        working = chosen * max(12 * hidden, e * (hidden + 3 * inner))
-    else:
-        per_token += e * (3 + ("down_proj" in touched)) * inner
-        working = 3 * e * inner
-    mask = step.tokens * step.row_tokens * e if step.packed else 0
-    return step.tokens * per_token + mask, step.tokens * max(working, 3 * e * query)
+    return (sizes.parameters["embeddings"] + sizes.parameters["head"]) * width_of(base)
 
 
 def _loss(sizes: ModelSizes, step: TrainingStep, whole_logits: bool) -> int:
@@ -320,7 +278,7 @@ def _expert_weights(sizes: ModelSizes, step: TrainingStep, careful: bool) -> int
     """
     if not sizes.experts:
         return 0
-    layer = _share(sizes.parameters["experts"] * step.activation_bytes, sizes.num_layers)
+    layer = share(sizes.parameters["experts"] * step.activation_bytes, sizes.num_layers)
     updated = [a for a in (step.adapter, step.below) if a and a.experts]
     if not updated:
         return 0
@@ -334,7 +292,3 @@ def _quantised_bytes(matrix: Matrix, dtype: Dtype) -> int:
     if dtype == "nf4":
         return matrix.parameters // 2 + 4 * math.ceil(matrix.parameters / NF4_BLOCK)
     return matrix.parameters + 4 * matrix.out_features * matrix.copies
-
-
-def _share(amount: int, parts: int) -> int:
-    return math.ceil(amount / parts)

@@ -9,10 +9,10 @@ once, over all adapters of the node together (nccl-tests, PERFORMANCE.md).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from config import PlanSection
-from utils.models.model_shapes import GIB
+from config import AUTO, PlanSection
+from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 
 
@@ -58,6 +58,8 @@ class Hardware:
     network_rate: float
     disk_rate: float
     capability: tuple[int, int]
+    expert_imbalance: float = 1.0
+    expert_parallel: str = AUTO
 
     @property
     def processes(self) -> int:
@@ -70,6 +72,24 @@ class Hardware:
         return tuple(
             dict.fromkeys((ProcessLayout(n, 1), ProcessLayout(self.nodes, g), ProcessLayout(1, n))),
         )
+
+    def layouts_of(self, sizes: ModelSizes, form: Dtype) -> tuple[ProcessLayout, ...]:
+        """Those for weights of this form, then those in which GPUs share experts: of a node, or as many as asked."""
+        # accelerate leaves bytes out of sharding
+        found = [one for one in self.layouts if not (one.is_sharded and form in ("nf4", "int8"))]
+        asked = self.expert_parallel
+        count = {AUTO: self.gpus, "off": 1}[asked] if asked in (AUTO, "off") else int(asked)
+        if sizes.expert_plan and sizes.experts % count == 0 and form != "fp8" and count > 1:
+            found += [replace(one, expert=count) for one in found if one.is_sharded and one.shard % count == 0]
+        return tuple(found)
+
+    def exchange_rate(self, layout: ProcessLayout) -> float:
+        """Bytes that a process receives per second while tokens go to the ranks that have their experts."""
+        return self.node_rate if layout.expert <= self.gpus else min(self.node_rate, self.network_rate)
+
+    def copies_rate(self, layout: ProcessLayout) -> float:
+        """Bytes per second between processes that hold the same experts."""
+        return self.network_rate if layout.expert >= self.gpus else self.node_rate
 
     def gather_rate(self, layout: ProcessLayout) -> float:
         """Bytes that a process receives per second while the parts of a layer are put together."""
@@ -90,8 +110,11 @@ def card_of(plan: PlanSection) -> Card:
     return min(CARDS, key=lambda card: abs(math.log(card.memory_gib / plan.gpu_memory_gib)))
 
 
-def of(plan: PlanSection) -> Hardware:
-    """What the settings say, with the common card's figures for what they leave at 0."""
+def of(plan: PlanSection, expert_parallel: str = AUTO) -> Hardware:
+    """What the settings say, with the common card's figures for what they leave at 0.
+
+    `expert_parallel` as in `run.expert_parallel`.
+    """
     card = card_of(plan)
     return Hardware(
         card=card.name,
@@ -105,6 +128,8 @@ def of(plan: PlanSection) -> Hardware:
         network_rate=plan.network_bandwidth_gbs * 1e9,
         disk_rate=plan.disk_bandwidth_gbs * 1e9,
         capability=card.capability,
+        expert_imbalance=plan.expert_imbalance,
+        expert_parallel=expert_parallel,
     )
 
 

@@ -61,6 +61,9 @@ def launch_file(plan: PlanSection, layout: ProcessLayout) -> str:
 def command(config: Config, sizes: ModelSizes, stage: str, layout: ProcessLayout | None) -> str:
     """The exact command of a stage with these settings; without a layout it is one Python process."""
     runs = COMMANDS[stage]
+    if layout is not None and layout.is_sharded and sizes.expert_plan:
+        shared = str(layout.expert) if layout.expert > 1 else "off"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"expert_parallel": shared})})
     given = arguments(config, runs.sections)
     asked = {word.removeprefix("--").partition("=")[0] for word in runs.asks if word.startswith("--")}
     given = [word for word in given if word.removeprefix("--").partition("=")[0] not in asked]

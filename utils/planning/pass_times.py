@@ -8,6 +8,10 @@ share of the peak. So real times are longer.
 Operations: 2 per parameter and token forward, 2 for the inputs' gradients, 2 to recompute; frozen weights need no
 gradient of their own. Sharded weights (FSDP2) are gathered before they are used, once forward and once backward, and
 each process receives (n - 1) / n of them; gradients of the factors are reduced in every pass.
+
+Where ranks share experts only the rest is gathered; what experts take in and give is sent instead, once there and once
+back for each token and expert, forward, backward and to recompute. Experts' arithmetic and what is sent are those of
+the busiest rank. Factors of experts stay where they are, and their gradients are added once a step.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from utils.models.model_shapes import Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning.estimates import Adapter, TrainingStep, lora_parameters, weight_bytes
 from utils.planning.hardware import Hardware
+from utils.planning.memory.activations import expert_factors, width_of
 
-GATHERS, GRADIENTS, ARITHMETIC, MEMORY = "gathers", "gradients", "arithmetic", "memory"
+GATHERS, EXCHANGE, GRADIENTS, ARITHMETIC, MEMORY = "gathers", "exchange", "gradients", "arithmetic", "memory"
 # bits that are read, and bfloat16 that is written and read again, where weights are de-quantised for each product
 _DEQUANTISED_BYTES = {"nf4": 0.5625 + 4, "int8": 1 + 4}
 
@@ -76,14 +81,25 @@ def training_pass(
     sizes: ModelSizes, step: TrainingStep, layout: ProcessLayout, hardware: Hardware, *, passes_per_step: int = 1
 ) -> PassTime:
     """One forward and backward pass of every process. Whole models exchange gradients once a step."""
+    passes, below = 3 if step.checkpointing else 2, [step.below] if step.below else []
     flops = flops_per_token(sizes, row_tokens=step.row_tokens, checkpointing=step.checkpointing) * step.tokens
-    flops += expert_lora_flops(sizes, step.adapter, checkpointing=step.checkpointing)
-    trained = _factors(sizes, [step.adapter])
-    frozen = _factors(sizes, [step.below] if step.below else [])
-    gradients = 4 * trained * _received(layout.shard) / hardware.gather_rate(layout)
-    between = 2 * 4 * (trained / layout.shard) * _received(layout.replicate) / hardware.replica_rate(layout)
+    trained, frozen = _factors(sizes, [step.adapter]), _factors(sizes, below)
+    of_experts = 0
+    if layout.expert > 1:
+        of_experts = expert_factors(sizes, step.adapter)
+        flops += passes * step.tokens * _busiest_flops(sizes, hardware)
+        flops += step.tokens * shared_lora_flops(sizes, [step.adapter], passes=passes + 1) * hardware.expert_imbalance
+        flops += step.tokens * shared_lora_flops(sizes, below, passes=passes) * hardware.expert_imbalance
+        frozen -= sum(expert_factors(sizes, one) for one in below)
+    else:
+        flops += expert_lora_flops(sizes, step.adapter, checkpointing=step.checkpointing)
+    gathered = trained - of_experts
+    gradients = 4 * gathered * _received(layout.shard) / hardware.gather_rate(layout)
+    between = 2 * 4 * (gathered / layout.shard) * _received(layout.replicate) / hardware.replica_rate(layout)
     gradients += between if layout.is_sharded else between / passes_per_step
-    passes = 3 if step.checkpointing else 2
+    copies = layout.processes // layout.expert
+    apart = 2 * 4 * (of_experts / layout.expert) * _received(copies) / hardware.copies_rate(layout)
+    gradients += apart / passes_per_step
     return PassTime(
         step.tokens,
         _without_zeros(
@@ -91,8 +107,8 @@ def training_pass(
         ),
         _without_zeros(
             {
-                # expert parallelism: the experts leave what is gathered, and their tokens become a part of their own
-                GATHERS: 2 * _gathering(sizes, step.base, 4 * (trained + frozen), layout, hardware),
+                GATHERS: 2 * _gathering(sizes, step.base, 4 * (gathered + frozen), layout, hardware),
+                EXCHANGE: passes * exchanging(sizes, step.base, step.tokens, layout, hardware),
                 GRADIENTS: gradients,
             }
         ),
@@ -103,15 +119,18 @@ def scoring_pass(
     sizes: ModelSizes, base: Dtype, tokens: int, row_tokens: int, layout: ProcessLayout, hardware: Hardware
 ) -> PassTime:
     """One forward pass of every process; frozen adapters are whole everywhere and not gathered."""
+    flops = forward_flops(sizes, row_tokens) + (_busiest_flops(sizes, hardware) if layout.expert > 1 else 0)
     return PassTime(
         tokens,
         _without_zeros(
+            {ARITHMETIC: tokens * flops / hardware.flops, MEMORY: _dequantising(sizes, base, hardware)},
+        ),
+        _without_zeros(
             {
-                ARITHMETIC: tokens * forward_flops(sizes, row_tokens) / hardware.flops,
-                MEMORY: _dequantising(sizes, base, hardware),
+                GATHERS: _gathering(sizes, base, 0, layout, hardware),
+                EXCHANGE: exchanging(sizes, base, tokens, layout, hardware),
             }
         ),
-        _without_zeros({GATHERS: _gathering(sizes, base, 0, layout, hardware)}),
     )
 
 
@@ -121,8 +140,9 @@ def decoding_step(
     """One new token for each of `rows` rows of every process, after `context` tokens of each.
 
     The weights that the rows visit are read once, keys and values of every row too; sharded weights are gathered whole.
+    Of shared experts each process reads those of its own that the rows of all of them visit.
     """
-    read = visited_bytes(sizes, base, rows) + rows * context * cache_bytes_per_token(sizes, base)
+    read = visited_bytes(sizes, base, rows, layout.expert) + rows * context * cache_bytes_per_token(sizes, base)
     return PassTime(
         rows,
         _without_zeros(
@@ -131,18 +151,44 @@ def decoding_step(
                 MEMORY: read / hardware.memory_rate + _dequantising(sizes, base, hardware),
             }
         ),
-        _without_zeros({GATHERS: _gathering(sizes, base, 0, layout, hardware)}),
+        _without_zeros(
+            {
+                GATHERS: _gathering(sizes, base, 0, layout, hardware),
+                EXCHANGE: exchanging(sizes, base, rows, layout, hardware),
+            }
+        ),
     )
 
 
-def visited_bytes(sizes: ModelSizes, base: Dtype, rows: int) -> float:
-    """Bytes of the weights that one token of each row is multiplied with; of experts, those expected to be chosen."""
+def visited_bytes(sizes: ModelSizes, base: Dtype, rows: int, expert_ranks: int = 1) -> float:
+    """Bytes of the weights that one token of each row is multiplied with; of experts, those expected to be chosen.
+
+    With `expert_ranks` they are chosen by so many times the rows, and each rank has its part of them.
+    """
     whole = weight_bytes(sizes, base)
     if not sizes.experts:
         return whole
     experts = whole * sizes.parameters["experts"] / sizes.total
-    chosen = 1 - (1 - sizes.experts_per_token / sizes.experts) ** rows
-    return whole - experts * (1 - chosen)
+    chosen = 1 - (1 - sizes.experts_per_token / sizes.experts) ** (rows * expert_ranks)
+    return whole - experts * (1 - chosen / expert_ranks)
+
+
+def exchanging(sizes: ModelSizes, base: Dtype, tokens: int, layout: ProcessLayout, hardware: Hardware) -> float:
+    """Seconds in which the busiest rank is sent its experts' inputs in one pass, and sends back what they give."""
+    rows = tokens * sizes.experts_per_token * sizes.expert_layers * hardware.expert_imbalance
+    return 2 * rows * sizes.hidden * width_of(base) * _received(layout.expert) / hardware.exchange_rate(layout)
+
+
+def shared_lora_flops(sizes: ModelSizes, adapters: Sequence[Adapter], *, passes: int) -> float:
+    """Operations for a token of its experts' factors, in two products of their own; 2 for each of `passes`."""
+    chosen = sizes.experts_per_token / max(1, sizes.experts)
+    return 2 * passes * chosen * sum(expert_factors(sizes, one) for one in adapters)
+
+
+def _busiest_flops(sizes: ModelSizes, hardware: Hardware) -> float:
+    """Operations of a forward pass that the busiest rank has more for each of its own tokens."""
+    visited = sizes.parameters["experts"] * sizes.experts_per_token / max(1, sizes.experts)
+    return 2 * visited * (hardware.expert_imbalance - 1)
 
 
 def cache_bytes_per_token(sizes: ModelSizes, base: Dtype) -> int:
@@ -151,8 +197,14 @@ def cache_bytes_per_token(sizes: ModelSizes, base: Dtype) -> int:
 
 
 def _gathering(sizes: ModelSizes, base: Dtype, factors: int, layout: ProcessLayout, hardware: Hardware) -> float:
-    """Seconds in which every process receives the parts of all weights and `factors` bytes that it does not hold."""
-    return (weight_bytes(sizes, base) + factors) * _received(layout.shard) / hardware.gather_rate(layout)
+    """Seconds in which every process receives the parts of all weights and `factors` bytes that it does not hold.
+
+    Of experts that ranks share, those of its group's part that others of its shard hold.
+    """
+    experts = sizes.parameters["experts"] * width_of(base) if layout.expert > 1 else 0
+    rest = weight_bytes(sizes, base) + factors - experts
+    own = experts / layout.expert * _received(layout.shard // layout.expert)
+    return (rest * _received(layout.shard) + own) / hardware.gather_rate(layout)
 
 
 def _received(parts: int) -> float:

@@ -31,7 +31,7 @@ NOT_COUNTED = (
 
 def choices(config: Config, sizes: ModelSizes, base: Dtype, stage: str) -> list[StagePlan]:
     """The configured settings first, then the other base dtype and the other answer to whether experts are adapted."""
-    asked, machine = training_plan.step(config, stage, base), hardware.of(config.plan)
+    asked, machine = training_plan.step(config, stage, base), _machine(config)
     kinds = [asked.adapter.experts, not asked.adapter.experts] if sizes.experts else [False]
     bases = [base, "fp8"] if sizes.stored == "fp8" and base != "fp8" else [base]
     found = []
@@ -126,7 +126,7 @@ def instead(config: Config, sizes: ModelSizes) -> list[str]:
 
 def changes(config: Config, sizes: ModelSizes) -> list[str]:
     """The flags that make the trainings fit, or other hardware; empty where the configured settings fit."""
-    base, machine = ways.planned_base(config), hardware.of(config.plan)
+    base, machine = ways.planned_base(config), _machine(config)
     asked = [
         training_plan.choice(
             sizes, machine, stage, training_plan.step(config, stage, base), getattr(config, stage).train.batch_tokens
@@ -179,12 +179,38 @@ def _training(config: Config, sizes: ModelSizes, base: Dtype, way: Way, stage: s
         lines.append(f"  {name} it would be {trainable(sizes, other)}")
     lines += ["  with the settings as they are:", *_table(found), f"  chosen: {verdict(chosen, config.plan)}"]
     lines.append(f"  {speed(chosen, config.plan)}")
+    lines += _layouts(config, sizes, way, stage)
     if chosen.step.below and chosen.step.below.experts:
         lines.append(f"  {BOTH_ON_EXPERTS}")
     if config.plan.nodes > 1:
         script = launch_files.COMMANDS[stage].script
         lines.append(f"  with Slurm: sbatch {launch_files.LAUNCH}/minimax_m2.slurm scripts/{script}.py ...")
     return lines
+
+
+def _compared(config: Config, sizes: ModelSizes, way: Way, stage: str) -> list[StagePlan]:
+    """The chosen plan's step in every layout, each with its best micro-batch; the chosen one as it is."""
+    chosen, machine = way.trainings[stage], _machine(config)
+    best = training_plan.by_layout(sizes, machine, stage, chosen.step, chosen.batch_tokens)
+    return [chosen if one.layout == chosen.layout else one for one in best]
+
+
+def _layouts(config: Config, sizes: ModelSizes, way: Way, stage: str) -> list[str]:
+    """Every layout of the weights, where there are several, with its rate and memory."""
+    found, chosen = _compared(config, sizes, way, stage), way.trainings[stage].layout
+    if len(found) == 1:
+        return []
+    lines = ["  layouts, each with its fastest micro-batch:"]
+    for one in found:
+        rate = between(*(f"{rate / one.layout.processes:,.0f}" for rate in one.rates))
+        peak = between(f"{one.low.total / GIB:.0f}", f"{one.high.total / GIB:.0f}")
+        words = f"{rate} tokens/s a GPU, {peak} GiB, {one.step.tokens:,} tokens a pass, bound by {one.time.bound}"
+        lines.append(f"    {one.layout}: {words}: {one.verdict}{', chosen' if one.layout == chosen else ''}")
+    return lines
+
+
+def _machine(config: Config) -> hardware.Hardware:
+    return hardware.of(config.plan, config.run.expert_parallel)
 
 
 def _facts(config: Config, sizes: ModelSizes, base: Dtype, way: Way, stage: str) -> dict[str, Any]:
@@ -194,6 +220,17 @@ def _facts(config: Config, sizes: ModelSizes, base: Dtype, way: Way, stage: str)
         "tokens_per_second": [round(rate, 1) for rate in chosen.rates],
         "launch_file": launch_files.launch_file(config.plan, chosen.layout),
         "layout": asdict(chosen.layout),
+        "layouts": [
+            {
+                "layout": asdict(one.layout),
+                "tokens_per_second_per_gpu": [round(rate / one.layout.processes, 1) for rate in one.rates],
+                "peak_bytes": [one.low.total, one.high.total],
+                "pass_tokens": one.step.tokens,
+                "seconds": one.time.own | one.time.sent,
+                "verdict": one.verdict,
+            }
+            for one in _compared(config, sizes, way, stage)
+        ],
         "settings": _differences(config, way.config),
         "choices": [
             {"name": c.name, "verdict": c.refused or c.verdict, "low": asdict(c.low), "high": asdict(c.high)}

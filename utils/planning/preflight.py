@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from config import BaseModelSection, Config, reason_of
@@ -32,17 +31,17 @@ if TYPE_CHECKING:
 WORTH_SAYING_BYTES = 16 * GIB
 # how long the hub may take to say that it is there
 HUB_SECONDS = 5
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process runs: `shards` processes hold the weights together, `local` run on this node."""
+    """Where this process runs: `shards` processes hold the weights together, `local` run here; `expert` as there."""
 
     shards: int
     local: int
     gpu_bytes: int
     host_bytes: int
+    expert: int = 1
 
     @classmethod
     def here(cls) -> Machine:
@@ -52,7 +51,8 @@ class Machine:
             shards=launcher.current().shard,
             local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             gpu_bytes=torch.cuda.get_device_properties(devices.device()).total_memory if on_gpu else 0,
-            host_bytes=_host_bytes(),
+            host_bytes=devices.host_bytes(),
+            expert=launcher.current().expert,
         )
 
 
@@ -159,7 +159,9 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
     machine = Machine.here()
     dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
     step = training_plan.step(config, stage, dtype)
-    memory = estimates.training_memory(found, step, shards=machine.shards)
+    memory = estimates.training_memory(
+        *(found, step), shards=machine.shards, expert_ranks=machine.expert, imbalance=config.plan.expert_imbalance
+    )
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
         local = {"gpus": machine.local, "nodes": 1, "gpu_memory_gib": there / GIB, "headroom_gib": 0}
@@ -278,23 +280,17 @@ def _settings(section: BaseModelSection, models_dir: Path, *, ask_hub: bool) -> 
         return dict(published.settings)
 
 
-def _host_bytes() -> int:
-    """Memory that can still be had, within the container's limit where there is one."""
-    available = psutil.virtual_memory().available
-    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
-    return min(available, int(limit)) if limit.isdigit() else available
-
-
 def _preset(found: ModelSizes) -> str:
     published = registry.of(found.model_type).published
     return f"--preset {published.preset} " if published else ""
 
 
-def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseModel:
+def start(config: Config, *, loads_model: bool = True, stage: str = "", shards: bool | None = None) -> BaseModel:
     """Threads, seed and the base model on every rank; one of each node fetches or builds it while the others wait.
 
     A model that this machine cannot hold is refused before it is fetched, unless the script only streams its files.
-    `stage` is the adapter that the script trains, if it does.
+    `stage` is the adapter that the script trains, if it does; `shards` says of a script that streams files first
+    whether it loads the model after all.
     """
     devices.refuse_missing_gpus()
     if not config.base.source:
@@ -304,6 +300,11 @@ def start(config: Config, *, loads_model: bool = True, stage: str = "") -> BaseM
         event(f"preset {config.preset}: {reason_of(config.preset)}")
     check(config, loads_model=loads_model, stage=stage)
     base = ranks.everywhere(_ready, config)
+    if loads_model if shards is None else shards:
+        found = _understood(files.read_object(base.directory / "config.json"))
+        base_checks.share_experts(
+            config, base, found, stage, native_fp8=bool(stage) and form(config, stage, base).native
+        )
     base_checks.check(config, base, (stage,) if stage else ())
     return base
 

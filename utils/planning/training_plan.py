@@ -81,14 +81,22 @@ def choice(sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep
 def tuned(sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep, batch_tokens: int) -> StagePlan:
     """As `choice`, with the fastest micro-batch and recomputation; the configured ones unless it is worth it."""
     asked = choice(sizes, hardware, stage, what, batch_tokens)
-    found = [asked]
+    best = _best([asked, *by_layout(sizes, hardware, stage, what, batch_tokens)])
+    same = ORDER.index(best.verdict) == ORDER.index(asked.verdict) != ORDER.index("no")
+    return asked if same and best.rates[0] < WORTH_CHANGING * asked.rates[0] else best
+
+
+def by_layout(
+    sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep, batch_tokens: int
+) -> list[StagePlan]:
+    """The best plan of each layout, with the micro-batch and recomputation that are the fastest there."""
+    found: dict[ProcessLayout, list[StagePlan]] = {}
     for tokens in _pass_tokens(what, batch_tokens, hardware.processes):
         for checkpointing in (what.checkpointing, not what.checkpointing):
             other = replace(what, tokens=tokens, checkpointing=checkpointing)
-            found.append(choice(sizes, hardware, stage, other, batch_tokens))
-    best = _best(found)
-    same = ORDER.index(best.verdict) == ORDER.index(asked.verdict) != ORDER.index("no")
-    return asked if same and best.rates[0] < WORTH_CHANGING * asked.rates[0] else best
+            for plan in layouts(sizes, hardware, stage, other, batch_tokens):
+                found.setdefault(plan.layout, []).append(plan)
+    return [_best(plans) for plans in found.values()]
 
 
 def verdict_of(plans: Iterable[Fit]) -> Fit:
@@ -101,11 +109,17 @@ def layouts(
 ) -> list[StagePlan]:
     """The same step in every layout that the hardware and the form of the weights allow."""
     found = []
-    for layout in hardware.layouts:
-        if layout.is_sharded and what.base in ("nf4", "int8"):
-            continue  # accelerate leaves bytes out of sharding
-        low = estimates.training_memory(sizes, what, shards=layout.shard)
-        high = estimates.training_memory(sizes, what, shards=layout.shard, careful=True)
+    for layout in hardware.layouts_of(sizes, what.base):
+        low, high = (
+            estimates.training_memory(
+                *(sizes, what),
+                shards=layout.shard,
+                expert_ranks=layout.expert,
+                imbalance=hardware.expert_imbalance,
+                careful=careful,
+            )
+            for careful in (False, True)
+        )
         passes = max(1, batch_tokens // (what.tokens * layout.processes))
         time = pass_times.training_pass(sizes, what, layout, hardware, passes_per_step=passes)
         verdict = estimates.verdict(low.total, high.total, hardware.memory_bytes)

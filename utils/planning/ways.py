@@ -15,7 +15,7 @@ from typing import Any
 from config import USUAL_ROW_TOKENS, Config
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
-from utils.planning import estimates, hardware, training_plan
+from utils.planning import estimates, hardware, pass_times, training_plan
 from utils.planning.estimates import Fit, InferenceMemory
 from utils.planning.hardware import CARDS, Hardware
 from utils.planning.launch_files import STAGES
@@ -91,7 +91,7 @@ def planned_base(config: Config) -> Dtype:
 
 def find(config: Config, sizes: ModelSizes) -> Way:
     """The first way of which most fits; where nothing fits, the one that comes nearest."""
-    machine = hardware.of(config.plan)
+    machine = hardware.of(config.plan, config.run.expert_parallel)
     unchanged: list[Way] = []
     for changed in _learning(config, sizes):
         found = []
@@ -227,17 +227,28 @@ def _scoring(
     row = max(getattr(config, stage).train.sequence_tokens or USUAL_ROW_TOKENS for stage in STAGES)
     found, tokens = [], config.evaluate.batch_tokens
     while True:
-        for layout in _scoring_layouts(machine, form):
+        fitting = []
+        for layout in machine.layouts_of(sizes, form.scored):
             low, high = (
                 estimates.scoring_memory(
-                    sizes, form.scored, adapters, tokens, min(row, tokens), shards=layout.shard, careful=careful
+                    *(sizes, form.scored, adapters, tokens, min(row, tokens)),
+                    shards=layout.shard,
+                    expert_ranks=layout.expert,
+                    imbalance=machine.expert_imbalance,
+                    careful=careful,
                 )
                 for careful in (False, True)
             )
             verdict = estimates.verdict(low.total, high.total, machine.memory_bytes)
             found.append(ScoringPlan(layout, tokens, low, high, verdict))
-            if verdict == "fits":
-                return found[-1]
+            fitting += found[-1:] if verdict == "fits" else []
+        if fitting:
+            return min(
+                fitting,
+                key=lambda plan: pass_times.scoring_pass(
+                    *(sizes, form.scored, tokens, min(row, tokens), plan.layout, machine)
+                ).most,
+            )
         if tokens <= 2 * row:
             return max(found, key=lambda plan: (ORDER.index(plan.verdict), -plan.low.total))
         tokens //= 2
@@ -247,23 +258,28 @@ def _answering(
     config: Config, sizes: ModelSizes, machine: Hardware, form: Form, adapters: list[estimates.Adapter]
 ) -> ScoringPlan:
     found = []
-    for layout in _scoring_layouts(machine, form):
+    for layout in machine.layouts_of(sizes, form.scored):
         low, high = (
             estimates.answering_memory(
                 *(sizes, form.scored, adapters, ANSWERS_AT_ONCE, config.plan.item_tokens),
                 config.inference.max_new_tokens,
                 shards=layout.shard,
+                expert_ranks=layout.expert,
+                imbalance=machine.expert_imbalance,
                 careful=careful,
             )
             for careful in (False, True)
         )
         verdict = estimates.verdict(low.total, high.total, machine.memory_bytes)
         found.append(ScoringPlan(layout, ANSWERS_AT_ONCE, low, high, verdict))
-    return max(found, key=lambda plan: ORDER.index(plan.verdict))  # of equals the first: whole, then a node
 
+    def rank(plan: ScoringPlan) -> tuple[int, float]:
+        step = pass_times.decoding_step(
+            *(sizes, form.scored, ANSWERS_AT_ONCE, config.plan.item_tokens, plan.layout, machine)
+        )
+        return ORDER.index(plan.verdict), -step.most
 
-def _scoring_layouts(machine: Hardware, form: Form) -> list[ProcessLayout]:
-    return [one for one in machine.layouts if not (one.is_sharded and form.scored in ("nf4", "int8"))]
+    return max(found, key=rank)  # of equals the first: whole, then a node
 
 
 def _nearest(found: list[Way]) -> Way:

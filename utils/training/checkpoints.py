@@ -117,13 +117,14 @@ def put(parameters: Mapping[str, torch.nn.Parameter], tensors: Tensors) -> None:
         parameter.copy_(sharding.like(tensors[name], parameter))
 
 
-def conditions(train: TrainSection, *, processes: int, is_dealt_out: bool) -> dict[str, Any]:
+def conditions(train: TrainSection, *, processes: int, is_dealt_out: bool, expert_ranks: int = 1) -> dict[str, Any]:
     """What decides the last bits of a step besides the settings that decide the result."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processes": processes,
         "dealt out": is_dealt_out,
+        "ranks that share experts": expert_ranks,
         "micro_batch_tokens": train.micro_batch_tokens,
         "gradient_checkpointing": train.gradient_checkpointing,
     }

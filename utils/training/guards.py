@@ -18,7 +18,7 @@ from config import TrainSection
 from utils import disk, flags
 from utils.artifacts import files
 from utils.exceptions import NonFiniteError, OutOfMemory, Problem, VerificationError
-from utils.models.parallel import ranks, sharding
+from utils.models.parallel import expert_parallel, ranks, sharding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,15 +99,20 @@ def frozen_adapters(model: torch.nn.Module) -> str:
 
 
 def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
-    """Raises VerificationError, in every process, when what all of them hold is no longer the same in each.
+    """Raises VerificationError, in every process, when what several of them hold is no longer the same in each.
 
     An average of gradients keeps adapters equal only as long as nothing else touches one of them; what is published is
-    the first process's, so the others would have trained for nothing, or it on gradients of something else.
+    the first process's, so the others would have trained for nothing, or it on gradients of something else. Factors of
+    shared experts are compared among the processes that have the same experts.
     """
     if ranks.size() == 1:
         return
     held = {name: sharding.checksum(tensor) for name, tensor in sharding.held_whole(module)}
     ranks.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
+    sums = {name: sharding.checksum(sharding.own(p)) for name, p in expert_parallel.copied_factors(module)}
+    if odd := ranks.unequal_copies(sums, expert_parallel.group_index(module)):
+        said = f"{what}, after step {step}, differs between ranks that share the same experts: {len(odd)} tensors"
+        raise VerificationError(Problem(said, odd[:5], ranks.SUSPECT))
 
 
 def refuse_changed(before: str, after: str, what: str) -> None:

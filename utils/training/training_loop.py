@@ -21,7 +21,7 @@ import torch
 
 from config import TrainSection
 from utils import signals
-from utils.adapters import peft_model
+from utils.adapters import expert_factors, peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import METRICS
 from utils.data.batches import Batch, OptimiserStep, TrainingData
@@ -29,9 +29,9 @@ from utils.exceptions import Interrupted, Problem, is_out_of_memory
 from utils.logger import event
 from utils.models.devices import peak_memory_bytes
 from utils.models.losses import IGNORED, NextTokenLoss
-from utils.models.parallel import ranks, sharding
+from utils.models.parallel import expert_parallel, launcher, ranks, sharding
 from utils.progress import Progress
-from utils.training import checkpoints, guards, micro_batches, schedules, steps
+from utils.training import checkpoints, gradients, guards, micro_batches, schedules, steps
 from utils.training.schedules import AdapterSchedule
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ class _TrainingLoop:
         module = NextTokenLoss(self.model)
         self.is_dealt_out = ranks.is_sharded()
         if self.is_dealt_out:
+            expert_factors.prepare(self.model)
             sharding.deal_out(module)  # the parameters are others after it
+        self.shares_experts = any(expert_parallel.shared_in(self.model))
         self.parameters = peft_model.trainable_parameters(self.model)
         optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -121,7 +123,10 @@ class _TrainingLoop:
         self.checkpoints = setup.directory / files.SCRATCH
         self.frozen = guards.frozen_adapters(self.model)
         self.conditions = checkpoints.conditions(
-            self.settings, processes=self.accelerator.num_processes, is_dealt_out=self.is_dealt_out
+            self.settings,
+            processes=self.accelerator.num_processes,
+            is_dealt_out=self.is_dealt_out,
+            expert_ranks=launcher.current().expert if self.shares_experts else 1,
         )
         self.had_gradients = False  # looked at in the first step of this process, so in a resumed run too
         self.names: list[str] = []  # what this process has in its batches of the current step
@@ -162,6 +167,7 @@ class _TrainingLoop:
                     learning_rate=self.optimizer.param_groups[0]["lr"],
                     grad_norm=norm,
                     tokens_per_second=rate,
+                    **self._expert_rows(),
                 )
                 bar.advance(1, loss=loss, tokens_per_second=rate)
                 if measures_dev and self.setup.dev:
@@ -221,15 +227,22 @@ class _TrainingLoop:
             peft_model.activate(self.model, active, trainable=schedule.trained)
         peft_model.refuse_other_state(self.model, active, trainable=schedule.trained)
 
+    def _expert_rows(self) -> dict[str, float]:
+        """Rows that experts computed on one rank in this step, where ranks share them: the most, and the mean."""
+        if not self.shares_experts:
+            return {}
+        rows = expert_parallel.rows_by_rank()
+        return {"expert_rows_largest": max(rows), "expert_rows_mean": sum(rows) / len(rows)}
+
     def _step(self, epoch: int, step: OptimiserStep, signalled: Callable[[], bool]) -> tuple[float, float, bool]:
         """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
         number = self.state.step
         loss, stop = self._accumulate(epoch, step, signalled)
+        gradients.reduce(self.parameters, self.accelerator.num_processes)
         if not self.had_gradients:
             guards.refuse_without_gradient(self.parameters)
             self.had_gradients = True
-        clipped = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        norm = float(sharding.whole(clipped))
+        norm = gradients.clip(self.parameters, self.settings.max_grad_norm, self.accelerator)
         if not math.isfinite(norm):
             names = guards.from_every_process(self.accelerator, self.names)
             raise guards.non_finite(f"gradient norm of step {number + 1}", names)
@@ -273,6 +286,7 @@ class _TrainingLoop:
         loss = micro_batches.mean_loss(self.loss_module, dev, self.accelerator)
         if not math.isfinite(loss):
             raise guards.non_finite(f"dev loss after step {state.step}", [n for b in dev for n in b.names])
+        self._expert_rows()  # these were no step's
         state.dev_losses.append((state.step, loss))
         self.metrics.write(step=state.step, epoch=epoch, dev_loss=loss)
         event(f"{self.what}: dev", step=state.step, loss=loss, perplexity=math.exp(min(loss, 50)))

@@ -83,6 +83,7 @@ def sizes(settings: Settings) -> ModelSizes:
         vocabulary=settings["vocab_size"],
         experts=experts,
         experts_per_token=settings["num_experts_per_tok"],
+        expert_plan=True,
         has_qk_norm=True,
         float32_router=True,
         stored=stored_as(settings),

@@ -66,6 +66,7 @@ def sizes(settings: Settings) -> ModelSizes:
         vocabulary=settings["vocab_size"],
         experts=experts if sparse else 0,
         experts_per_token=settings["num_experts_per_tok"] if sparse else 0,
+        expert_plan=sparse > 0,
         has_qk_norm=True,
         stored=stored_as(settings),
     )

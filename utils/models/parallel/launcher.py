@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from utils.exceptions import ConfigError, Problem
 from utils.models.process_layout import ProcessLayout
@@ -53,6 +54,12 @@ def take() -> ProcessLayout:
         os.environ.pop(name, None)
     _taken.append(found)
     return found
+
+
+def share_experts(count: int) -> None:
+    """From now on every `count` ranks that follow each other hold each expert once; 1 gathers the experts."""
+    found = replace(take(), expert=count)
+    _taken[:] = [found]
 
 
 def read(environment: Mapping[str, str]) -> ProcessLayout:

@@ -190,6 +190,16 @@ def refuse_unequal(
         raise error(Problem(said, fix=fix))
 
 
+def unequal_copies(found: Mapping[str, Any], copy_of: int) -> list[str]:
+    """Names whose values differ among the ranks that are copies of the same part, on every rank."""
+    one: dict[int, Mapping[str, Any]] = {}
+    odd: set[str] = set()
+    for part, values in gathered((copy_of, dict(found))):
+        known = one.setdefault(part, values)
+        odd |= {name for name in {*known, *values} if known.get(name) != values.get(name)}
+    return sorted(odd)
+
+
 # ------------------------------------------------------------------------------------------------ inside
 
 

@@ -34,10 +34,11 @@ SAMPLED_ROWS = 256
 
 @dataclass(frozen=True)
 class Source:
-    """Where a placeholder's values are."""
+    """Where a placeholder's values are: from row (or expert) `first` of a parameter on."""
 
     reader: ShardReader
     name: str
+    first: int = 0
 
 
 @dataclass(eq=False)

@@ -25,7 +25,8 @@ from utils.logger import event
 from utils.models import devices, loading
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
-from utils.models.parallel import launcher, ranks, shard_reading
+from utils.models.parallel import expert_parallel, launcher, ranks, shard_reading
+from utils.models.parallel.expert_parallel import Meshes, Owners
 from utils.models.parallel.shard_reading import Source
 from utils.progress import Progress
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-# where a tensor is held: (path, module, name in it), several where it is tied
-Owners = list[tuple[str, torch.nn.Module, str]]
 # of the model that was loaded last, by rank
 _bytes_read: list[int] = []
 
@@ -51,11 +50,14 @@ def load_model(base: BaseModel, section: BaseModelSection, *, native_fp8: bool =
     _layer_classes(loading.skeleton(base))  # a wrong name is found before the weights are read
     if not native_fp8 and (model := _placeholders(base, section)) is not None:
         event("each rank reads what it keeps", processes=ranks.size())
-        return model
-    if ranks.index() == 0:
-        event("reading the weights in one process, to deal them out", processes=ranks.size())
-    place = torch.device("meta" if ranks.index() else "cpu")
-    return loading.load_model(base, section, native_fp8=native_fp8, place=place)
+    else:
+        if ranks.index() == 0:
+            event("reading the weights in one process, to deal them out", processes=ranks.size())
+        place = torch.device("meta" if ranks.index() else "cpu")
+        model = loading.load_model(base, section, native_fp8=native_fp8, place=place)
+    if not native_fp8 and expert_parallel.mark(model):
+        event("ranks share the experts and send them their tokens", ranks=launcher.current().expert)
+    return model
 
 
 def _placeholders(base: BaseModel, section: BaseModelSection) -> PreTrainedModel | None:
@@ -88,6 +90,7 @@ def deal_out(module: torch.nn.Module, root: torch.nn.Module | None = None) -> No
     """
     _refuse_unlike(module)
     mesh = _mesh()
+    meshes = Meshes.of(launcher.current()) if any(expert_parallel.shared_in(module)) else None
     wanted = _layer_classes(module)
     layers = {name: part for name, part in module.named_modules() if type(part).__name__ in wanted}
     inside = {id(part) for layer in layers.values() for part in layer.modules()}
@@ -96,7 +99,7 @@ def deal_out(module: torch.nn.Module, root: torch.nn.Module | None = None) -> No
     read: dict[Source, tuple[int, torch.Tensor]] = {}
     with Progress("dealing out the model", total=len(layers) + 1, unit="layer") as bar:
         for name, layer in layers.items():
-            _deal(layer, dict(layer.named_modules(prefix=name)), mesh, sums, read)
+            _deal(layer, dict(layer.named_modules(prefix=name)), mesh, sums, read, meshes)
             bar.advance(1)
         _deal(root or module, rest, mesh, sums, read, is_whole=root is not None)
     _check_read(read)
@@ -191,6 +194,7 @@ def _deal(
     mesh: DeviceMesh,
     sums: dict[str, int],
     read: dict[Source, tuple[int, torch.Tensor]],
+    meshes: Meshes | None = None,
     *,
     is_whole: bool = False,
 ) -> None:
@@ -200,19 +204,24 @@ def _deal(
     """
     from torch.distributed.fsdp import fully_shard
 
-    unread: list[tuple[Owners, Source]] = []
+    placeholders: list[tuple[Owners, Source]] = []
     for owners, tensor in _placed(parts):
         if (source := shard_reading.source_of(tensor)) is not None:
-            unread.append((owners, source))
+            placeholders.append((owners, source))
             continue
         _from_main(_bytes(tensor))
         sums[owners[0][0]] = checksum(tensor)
     if is_whole:
-        for owners, source in unread:
+        for owners, source in placeholders:
             _fill(owners, source, read)
     drops = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
-    placed = {p for part in parts.values() for p in part.parameters(recurse=False)} if is_whole else None
-    fully_shard(layer, mesh=mesh, reshard_after_forward=drops, ignored_params=placed)
+    unread = placeholders
+    if meshes is not None:
+        unread = expert_parallel.cut(layer, meshes, placeholders, drops=drops)
+    left_alone = expert_parallel.parts(layer)
+    if is_whole:
+        left_alone |= {p for part in parts.values() for p in part.parameters(recurse=False)}
+    fully_shard(layer, mesh=mesh, reshard_after_forward=drops, ignored_params=left_alone or None)
     if not is_whole:
         prefix = next((name for name, module in parts.items() if module is layer), "")
         read_here = [(owners, _local(owners, source, read)) for owners, source in unread]
@@ -239,10 +248,14 @@ def _local(owners: Owners, source: Source, read: dict[Source, tuple[int, torch.T
 
     _, module, key = owners[0]
     cut = module._parameters[key]
-    shape, offset = compute_local_shape_and_global_offset(cut.shape, cut.device_mesh, cut.placements)
-    first, count = offset[0], shape[0]
-    rows = source.reader.rows(source.name, first, first + count, cut.dtype).view(shape).to(devices.device())
+    shape, first = tuple(cut.shape), source.first
+    if isinstance(cut, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(cut.shape, cut.device_mesh, cut.placements)
+        first += offset[0]
+    rows = source.reader.rows(source.name, first, first + shape[0], cut.dtype).view(shape).to(devices.device())
     read[source] = first, rows
+    if not isinstance(cut, DTensor):
+        return torch.nn.Parameter(rows, requires_grad=False)
     made = DTensor.from_local(
         rows, cut.device_mesh, cut.placements, run_check=False, shape=cut.shape, stride=cut.stride()
     )

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from utils.exceptions import PipelineError
-from utils.models.parallel import ranks
+from utils.logger import event
+from utils.models.parallel import expert_parallel, launcher, ranks
 from utils.models.parallel.errors import post
 from utils.progress import Progress
 
@@ -25,12 +26,13 @@ def computed(
     amounts: Sequence[float] = (),
     *,
     in_step: bool | None = None,
+    spare: Callable[[T], R] | None = None,
 ) -> list[R]:
     """`compute(batch)` of each batch, each on one rank; all of them, in order, on every rank.
 
     Costs decide who computes what, the most expensive first. Where ranks hold the model together each of them computes
-    equally often, and repeats a batch whose result is dropped when it has none left; `in_step` False: the model has no
-    part in it. `bar` advances by `amounts`.
+    equally often, and repeats a batch whose result is dropped when it has none left (with `spare`, if given);
+    `in_step` False: the model has no part in it. `bar` advances by `amounts`.
     """
     if ranks.size() == 1:
         found = []
@@ -48,11 +50,14 @@ def computed(
     for at in range(passes):
         number = mine[at] if at < len(mine) else 0
         with _agreed(at_once=in_step):
-            value = compute(batches[number])
+            value = (compute if at < len(mine) or spare is None else spare)(batches[number])
         if at < len(mine):
             own[number] = value
             if bar is not None:
                 bar.advance(amounts[number] * scale)
+    if in_step and bar is not None and launcher.current().expert > 1:
+        rows = expert_parallel.rows_by_rank()
+        event("rows of the experts, by rank", largest=max(rows), mean=round(sum(rows) / len(rows)))
     everyone: dict[int, R] = {}
     for part in ranks.gathered(own):
         everyone |= part
