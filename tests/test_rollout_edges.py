@@ -288,6 +288,23 @@ class RealBalancer(RolloutTest):
         self.assertEqual(load.failures(), [])
         return {result.session: result.digest for result in load.results[:sessions]}
 
+    def test_what_it_says_of_a_server_that_comes_and_goes_is_no_request(self) -> None:
+        sink = LogSink(self.balancer.home / "log.sock")
+        self.addCleanup(sink.close)
+        said: list[bytes] = []
+
+        def heard(word: bytes) -> bool:
+            said.extend(sink.drain())
+            return any(word in one for one in said)
+
+        self.production.stop()
+        until(lambda: heard(b" is DOWN"), "the balancer says nothing of a dead server", seconds=30)
+        self.production.start()
+        until(lambda: heard(b" is UP"), "the balancer says nothing of a server that is back", seconds=30)
+        collector = Collector(since_ms=0)
+        collector.count(said)
+        self.assertEqual(collector.garbage, 0, said)
+
     def test_shares_are_sticky_and_each_step_contains_the_one_before(self) -> None:
         lease = int(time.time()) + 60
         canary: set[str] = set()

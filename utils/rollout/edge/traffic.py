@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -79,6 +80,10 @@ class LogSink:
                     rest = rest[end:]
         self._connections.discard(connection)
         connection.close()
+
+
+# what HAProxy says of servers and of itself comes through the same ring; a server that flaps is no damaged log
+_OF_SERVERS = re.compile(rb"(Server|backend|Proxy|Stopping|Health check|Agent check) [^{]*$")
 
 
 def is_error(line: Mapping[str, Any]) -> bool:
@@ -184,6 +189,8 @@ class Collector:
         return total * (1 + self.tolerance) + 1, per_byte * (1 + self.tolerance)
 
     def _parsed(self, text: bytes) -> dict[str, Any] | None:
+        if _OF_SERVERS.match(text):
+            return None
         try:
             line = json.loads(text[text.index(b"{") :])
             for key in ("t", "st", "Ta", "B"):
