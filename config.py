@@ -37,6 +37,10 @@ COLUMN_ROLES = (
     *("answer_index", "answer_number", "reasoning", "tools", "document", "group", "source", "id", "ignore"),
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# what an evaluation may be decided on; the rows of utils/evaluation/metrics/primary.py
+LIKELIHOOD_METRICS = ("answer_nll", "choice_accuracy")
+ANSWER_METRICS = (*LIKELIHOOD_METRICS, "f1", "exact_match", "chrf", "rouge_l", "field_f1")
+_OWN_METRIC = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
 # https is refused where it is opened, with the reason
 _SERVER = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}(/v1)?/?")
 # of an engine: a gateway may have a path of its own in front
@@ -228,6 +232,9 @@ class TaskSection(Section):
     and short answers leave more of the domain (arXiv 2405.14394; decision_document.md)."""
     turns: Literal["all", "last"] = "all"
     """Assistant turns of a conversation that are trained, each after what was said before it; the last is scored."""
+    retrieval: bool = False
+    """Train with passages of the corpus in the prompt (BM25, up to 3 of 128 tokens, as sequence_tokens has room), for
+    those who will serve so."""
     max_unusable_share: Share = 0.05
     """Error when more than this share of the training pairs does not fit sequence_tokens or has an empty answer."""
 
@@ -346,8 +353,23 @@ class EvaluateSection(Section):
     """Further rows: adapter folders, task runs (with their domain adapter), or merged models of the same tokenizer."""
     wrong_corpus: tuple[str, ...] = ()
     """Documents of the wrong-domain control; empty: Python's documentation, or that of other modules for the demo."""
-    margin: Annotated[float, Field(gt=0)] = 0.05
-    """Nats per answer token that composed may be worse than the task adapter alone and still counts as no worse."""
+    primary: str = "answer_nll"
+    """What H2 to H4 are decided on: answer_nll, f1, exact_match, choice_accuracy (labels too), chrf, rouge_l, field_f1
+    (JSON), or FILE.py:FUNCTION of a prediction and its example (higher is better). What needs answers answers
+    every test question in every row. Another one on the same test split is another reading of it."""
+    json_schema: str = ""
+    """JSON schema (draft 2020-12) of answers that are extractions; empty: what the training answers have in common."""
+    retrieval: str = ""
+    """Further rows, asked with passages in the prompt: bm25 (over the corpus; how many passages of how many tokens is
+    chosen on dev), or FILE.jsonl of your own retriever with {"id": ..., "passages": [...]} for every test question."""
+    judge: str = ""
+    """Address of an OpenAI-compatible server whose first model says which generated answer is better, composed's or the
+    task adapter's, each pair in both orders. It decides nothing. A key is taken from OPENAI_API_KEY."""
+    judge_labels: str = ""
+    """Pairs that people labelled (jsonl: question, a, b, better), on which the judge itself is judged."""
+    margin: Annotated[float, Field(gt=0)] | None = None
+    """How much worse than the task adapter alone composed may be and still count as no worse, in the primary metric.
+    Open: 0.05 nats per token; 0.02 of the others; of your own a fiftieth of what separates gold from empty answers."""
     general_text: str = ""
     """Documents for forgetting (as data.corpus); empty: some pages of English prose that come with the program."""
     batch_tokens: Positive = 4096
@@ -625,6 +647,7 @@ class Config(Section):
             problems += _stage_problems(stage, getattr(self, stage).lora, getattr(self, stage).train)
             problems += _mixture_problems(stage, getattr(self, stage).lora, self.base)
         problems += _compose_problems(self.compose, self.hub, self.merge)
+        problems += _evaluate_problems(self.evaluate)
         problems += _rollout_problems(self.rollout)
         if self.inference.prompt and self.inference.prompts_file:
             problems.append("inference.prompt and inference.prompts_file exclude each other: give one")
@@ -743,6 +766,26 @@ def _engine_problems(inference: InferenceSection, base: BaseModelSection) -> lis
         problems.append(
             f"inference.engine {engine} answers with the base model as it is stored, not in base.quantization "
             f"{base.quantization}: --base.quantization none, or --inference.engine local"
+        )
+    return problems
+
+
+def _evaluate_problems(evaluate: EvaluateSection) -> list[str]:
+    problems = []
+    if evaluate.primary not in ANSWER_METRICS and not _OWN_METRIC.fullmatch(evaluate.primary):
+        problems.append(
+            f"evaluate.primary {evaluate.primary!r}: {', '.join(ANSWER_METRICS)}, or FILE.py:FUNCTION, a function of "
+            "(prediction, example)"
+        )
+    if evaluate.judge and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", evaluate.judge):
+        problems.append(f"evaluate.judge {evaluate.judge!r}: write http://host:port; a key comes from OPENAI_API_KEY")
+    if evaluate.judge_labels and not evaluate.judge:
+        problems.append("evaluate.judge_labels are for a judge: give --evaluate.judge URL too")
+    if evaluate.judge and not evaluate.generated_answers and evaluate.primary in LIKELIHOOD_METRICS:
+        problems.append("evaluate.judge compares generated answers: raise --evaluate.generated_answers")
+    if evaluate.retrieval not in ("", "bm25") and not evaluate.retrieval.endswith(".jsonl"):
+        problems.append(
+            f"evaluate.retrieval {evaluate.retrieval!r}: bm25, or FILE.jsonl with the passages of each question"
         )
     return problems
 

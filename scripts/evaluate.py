@@ -21,7 +21,14 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("evaluate", "compose", "inference", "inputs", "base", "run")
-MOST_USED = ("evaluate.controls", "evaluate.seeds", "evaluate.also", "compose.weights", "inference.engine")
+MOST_USED = (
+    "evaluate.controls",
+    "evaluate.seeds",
+    "evaluate.primary",
+    "evaluate.also",
+    "compose.weights",
+    "inference.engine",
+)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def main(config: Config) -> dict[str, Any]:
     results = files.read_json(directory / "results.json")
     runs.mark_latest(config.run.models_dir, "evaluation", directory)
     print(table(results))
-    shown = ("verdict", "sentence", "contrasts", "untested", "composition", "test_items", "left_out")
+    shown = ("verdict", "sentence", "primary", "contrasts", "untested", "composition", "test_items", "left_out")
     return {
         "report": str(directory / "report.html"),
         "run": str(directory),
@@ -76,6 +83,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils.evaluation.metrics import answering_cost
     from utils.planning import dry_run
 
     name = config.run.name or config.preset + "-<fingerprint>"
@@ -96,7 +104,14 @@ def plan(config: Config) -> list[str]:
         *made,
         f"load {config.base.source} once and attach the newest domain, task and base-trained task adapters",
         "score every cell on the test pairs, the held-out documents and general text",
+        *(
+            [f"find passages ({settings.retrieval}), and score base, task and composed with them"]
+            if settings.retrieval
+            else []
+        ),
+        *([f"ask the judge at {settings.judge} about each pair of answers, twice"] if settings.judge else []),
         *answering,
+        *answering_cost.lines(settings, config.run, config.inputs.prepared),
         f"write {config.run.models_dir / 'evaluation' / name}/report.html and results.json",
     ]
 

@@ -49,6 +49,8 @@ def main(config: Config) -> dict[str, Any]:
         from utils.rollout.edge import demo
 
         return demo.run(config.base, config.run.models_dir, config.rollout.haproxy)
+    from utils.evaluation.metrics import text_scores
+    from utils.logger import event
     from utils.rollout.edge import abort
     from utils.rollout.edge import service as services
 
@@ -59,9 +61,11 @@ def main(config: Config) -> dict[str, Any]:
         for number in (signal.SIGTERM, signal.SIGINT):  # also where the shell made a background job deaf to SIGINT
             signal.signal(number, signal.default_int_handler)
         prompts = _prompts(config)
+        name, quality = text_scores.text_score(config.evaluate, [prompt.example for prompt in prompts])
+        event("golden prompts are scored", by=name)
         if command == "start":
-            return services.start(service, prompts, config.run.seed)
-        return services.resume(service, prompts)
+            return services.start(service, prompts, config.run.seed, quality)
+        return services.resume(service, prompts, quality)
     acts = {"abort": abort.abort, "promote": services.promote, "stop": services.stop}
     if command in acts:
         return acts[command](service)

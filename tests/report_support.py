@@ -101,7 +101,7 @@ def evaluation(
     examples: dict[str, Any] = {}
     if {"task", "composed"} <= set(cells) and kinds.get("answers", True):
         asked = {f"q{i}": {"question": f"{question} {i}", "answers": [f"gold {i}"]} for i in range(QUESTIONS)}
-        chosen = measures.chosen_examples(first["composed"]["items"], first["task"]["items"])
+        chosen = measures.chosen_examples(first["composed"], first["task"])
         shown = {cell: first[cell] for cell in ("task", "composed")}
         said = {cell: {name: f"{cell} says {name}" for name in asked} for cell in shown}
         examples = {kind: measures.described(names, asked, shown, said) for kind, names in chosen.items()}

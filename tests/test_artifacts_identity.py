@@ -131,7 +131,8 @@ class Trained(unittest.TestCase):
         # refusals decide no result
         self.assertEqual(
             set(TaskSection.model_fields),
-            {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share", "turns", "init_from"},
+            {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share", "turns", "init_from"}
+            | {"retrieval"},
         )
 
     def test_a_target_name_counts_by_the_modules_that_it_finds(self) -> None:
@@ -253,7 +254,8 @@ class Others(unittest.TestCase):
 
     def test_every_evaluation_setting_decides_or_is_known_by_the_runs_that_take_part(self) -> None:
         by_runs = {"controls", "seeds", "also", "wrong_corpus"}
-        named = {*evaluation_identity.SCORED.values(), *evaluation_identity.ANSWERED.values(), "general_text"}
+        named = {*evaluation_identity.SCORED.values(), *evaluation_identity.ANSWERED.values()}
+        named |= {"general_text", "primary", "retrieval", "json_schema", "judge", "judge_labels"}  # by their contents
         self.assertEqual(set(EvaluateSection.model_fields), named | by_runs)
 
     def test_every_benchmark_setting_decides(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import math
 import re
 import shutil
@@ -21,9 +22,11 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from config import TrainSection
+from tests.report_support import soup
 from tests.support import (
     ROOT,
     Workspace,
+    document_text,
     expert_factors,
     forked,
     last_json,
@@ -44,6 +47,7 @@ FOUR = ["base", "domain", "task", "composed"]
 STACKED = ["task_without_domain"]
 PROTOCOL = ["--evaluate.controls", "--evaluate.seeds", "7", "--evaluate.wrong_corpus"]
 CONTROLS = ["wrong_domain", "random", "rank_matched"]
+WITH = ["--task.retrieval", "true", "--task.train.sequence_tokens", "256"]
 
 
 @functools.cache
@@ -251,6 +255,72 @@ class Rows(unittest.TestCase):
         self.assertIn("--evaluate.controls", found["untested"]["H4"])
         self.assertNotEqual(found["verdict"], "helps")
 
+    def test_a_metric_of_ones_own_decides_and_every_seed_answers_every_question(self) -> None:
+        mine = self.place.root / "mine.py"
+        mine.write_text(
+            "def share(prediction, example):\n"
+            "    return (prediction == example['answers'][0]) + len(example['question']) % 5\n"
+        )
+        primary = ["--evaluate.primary", f"{mine}:share", "--evaluate.seeds", "7", "--evaluate.max_new_tokens", "4"]
+        before = files.read_json(Path(evaluated(self.place)[0]["run"]) / "results.json")["reads"]["reads"]
+        found, printed = evaluated(self.place, *primary)
+        results = files.read_json(Path(found["run"]) / "results.json")
+        for name in ("task-seed0", "task-seed7", "composed-seed7", "base"):
+            answers = files.read_json(Path(found["run"]) / f"cell_{name}.json")["answers"]
+            self.assertEqual(len(answers), results["test_items"], name)
+        prepared = Path(trained()[1]["prepared"]["run"])
+        asked = [json.loads(line)["question"] for line in (prepared / "task_test.jsonl").read_text().splitlines()]
+        self.assertAlmostEqual(results["cells"]["base"]["own_metric"], np.mean([len(q) % 5 for q in asked]))
+        cells = results["cells"]
+        gain = cells["composed"]["own_metric"] - cells["task"]["own_metric"]
+        self.assertAlmostEqual(results["contrasts"]["H3"]["estimate"], gain, places=9)
+        self.assertEqual(results["primary"]["title"], "share")
+        self.assertGreater(results["primary"]["margin"], 0)
+        self.assertEqual((results["reads"]["reads"], len(results["reads"]["metrics"])), (before + 1, 2))
+        self.assertIn("decided on share", " ".join(printed.split()))
+        text = Path(found["report"]).read_text(encoding="utf-8")
+        self.assertIn("answered by every seed", text)
+        self.assertIn(f'<data value="{cells["composed"]["own_metric"]!r}">', text)
+
+    def test_rows_with_retrieval_stand_beside_the_others_with_intervals_and_costs(self) -> None:
+        found, printed = evaluated(self.place, "--evaluate.retrieval", "bm25")
+        results = files.read_json(Path(found["run"]) / "results.json")
+        cells, said = results["cells"], results["retrieval"]
+        asked = ["base_retrieval", "task_retrieval", "composed_retrieval"]
+        self.assertEqual(list(cells), [*FOUR, *STACKED, *asked])
+        for cell in asked:
+            own = cells[cell.removesuffix("_retrieval")]
+            self.assertNotEqual(cells[cell]["answer_nll"], own["answer_nll"])
+            self.assertNotIn("domain_nll", cells[cell])  # documents do not depend on passages
+            self.assertLess(
+                said["costs"][cell.removesuffix("_retrieval")]["prompt_tokens"], said["costs"][cell]["prompt_tokens"]
+            )
+            gain = cells["base"]["answer_nll"] - cells[cell]["answer_nll"]
+            self.assertAlmostEqual(said["gains"][cell]["estimate"], gain, places=9)
+        best = min(said["on_dev"], key=lambda one: one["answer_nll"])
+        self.assertEqual((said["passages"], said["tokens"]), (best["passages"], best["tokens"]))
+        self.assertIn(said["sentence"][:60], " ".join(printed.split()))
+        page = soup(Path(found["report"]).read_text(encoding="utf-8"))
+        self.assertIn(said["sentence"], page.find(id="retrieval").parent.get_text())
+        # what was found by others is asked in the same way, and is another evaluation
+        ids = [item["name"] for item in files.read_json(Path(found["run"]) / "cell_base.json")["items"]]
+        theirs = self.place.root / "theirs.jsonl"
+        write_jsonl(theirs, [{"id": name, "passages": [document_text(1)[:60]]} for name in ids])
+        other, _ = evaluated(self.place, "--evaluate.retrieval", str(theirs))
+        self.assertNotEqual(other["run"], found["run"])
+        self.assertEqual(files.read_json(Path(other["run"]) / "results.json")["retrieval"]["how"], "theirs.jsonl")
+
+    def test_a_task_adapter_trained_with_passages_is_another_run_with_other_pairs(self) -> None:
+        runs = [
+            last_json(self.place.run("train_task_adapter", "--task.train.max_steps", "1", *more)) for more in ([], WITH)
+        ]
+        manifests = [files.read_manifest(Path(run["run"])) for run in runs]
+        self.assertEqual(manifests[1]["identity"]["retrieval"], {"passages": 3, "tokens": 128})
+        self.assertNotIn("retrieval", manifests[0]["identity"])
+        self.assertGreater(*(m["measured"]["trained_tokens"] for m in reversed(manifests)))
+        for run in runs:  # the next tests want the stacked one as the newest
+            shutil.rmtree(run["run"])
+
     def test_further_rows_are_scored_beside_the_others(self) -> None:
         merged = self.place.root / "merged"
         last_json(self.place.run("inference", "--merge_path", str(merged)))
@@ -434,7 +504,7 @@ class Measures(unittest.TestCase):
     def test_examples_are_chosen_by_the_gain_per_token(self) -> None:
         ours = self.SCORES["items"]
         others = [{**i, "answer_nll": i["answer_nll"] + (4 - n) * i["answer_tokens"]} for n, i in enumerate(ours)]
-        found = measures.chosen_examples(ours, others)
+        found = measures.chosen_examples({"items": ours}, {"items": others})
         self.assertEqual(found["won"], ["q0", "q1", "q2", "q3"])
         self.assertEqual(found["lost"][:3], ["q15", "q14", "q13"])
         self.assertEqual(len(found["lost"]), 10)

@@ -162,7 +162,7 @@ class Words(unittest.TestCase):
         self.assertIn("the domain adapter itself is not shown to help", found.untested["H1"])
 
     def test_questions_about_one_document_decide_nothing(self) -> None:
-        cells = {name: Scores(s.nll_SN, s.tokens, ["one"] * 40) for name, s in small(task=1.0).items()}
+        cells = {name: Scores(s.loss_SN, s.weights, ["one"] * 40) for name, s in small(task=1.0).items()}
         found = judge(cells, documents_of(0.9), margin=MARGIN, resamples=500, seed=0)
         self.assertEqual(found.verdict, "undecided")
         self.assertIn("about 1 document,", found.sentence)
@@ -176,7 +176,7 @@ class Words(unittest.TestCase):
 
     def test_cells_of_different_items_are_refused(self) -> None:
         cells = small(task=1.0)
-        cells["task"] = Scores(cells["task"].nll_SN, cells["task"].tokens, list(reversed(cells["task"].clusters)))
+        cells["task"] = Scores(cells["task"].loss_SN, cells["task"].weights, list(reversed(cells["task"].clusters)))
         with self.assertRaises(ValueError):
             judge(cells, {}, margin=MARGIN, resamples=500, seed=0)
 

@@ -159,9 +159,10 @@ def best(listed: Sequence[Entry]) -> list[tuple[Entry, str]]:
             # a control on the base is another thing than a stacked adapter
             key = (entry.stage, entry.base, entry.data, str(entry.settings.get("on", "")))
         elif entry.verdict in VERDICTS:
-            gain = _gain(entry)
-            rank, why = (VERDICTS.index(entry.verdict), -gain), f"{entry.verdict}, gain {gain:+.3f} nats per token"
-            key = (entry.stage, entry.base, entry.data)
+            gain, unit = _gain(entry)
+            rank, why = (VERDICTS.index(entry.verdict), -gain), f"{entry.verdict}, gain {gain:+.3f} {unit}"
+            # gains in two metrics do not compare
+            key = (entry.stage, entry.base, entry.data, unit)
         else:
             continue
         if key not in chosen or rank < chosen[key][0]:
@@ -215,10 +216,12 @@ def _last_change(directory: Path) -> float:
     return max((path.lstat().st_mtime for path in [directory, *directory.rglob("*")]), default=0.0)
 
 
-def _gain(entry: Entry) -> float:
-    """H3 of the evaluation: what composing gained over the task adapter alone, in nats per answer token."""
+def _gain(entry: Entry) -> tuple[float, str]:
+    """H3 of the evaluation: what composing gained over the task adapter alone, and in what it is counted."""
     of = entry
     if entry.stage != "evaluation":
         of = max((c for c in entry.children if c.stage == "evaluation"), key=lambda c: c.changed_at)
-    gain = files.read_object(of.directory / "results.json").get("contrasts", {}).get("H3", {}).get("estimate")
-    return float(gain) if isinstance(gain, (int, float)) else 0.0
+    results = files.read_object(of.directory / "results.json")
+    gain = results.get("contrasts", {}).get("H3", {}).get("estimate")
+    unit = str((results.get("primary") or {}).get("unit", "nats per token"))
+    return float(gain) if isinstance(gain, (int, float)) else 0.0, unit

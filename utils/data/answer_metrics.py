@@ -41,13 +41,14 @@ _UNSPACED = re.compile(
 )
 
 
-def normalised(text: str) -> str:
+def normalised(text: str, *, keep_articles: bool = False) -> str:
     """Text as it is compared; in a script without blanks each character is a word."""
     if _UNSPACED.search(text):
         text = unicodedata.normalize("NFKC", text)
         text = "".join(" " if unicodedata.category(c)[0] == "P" else c for c in text)
         text = _UNSPACED.sub(r" \g<0> ", text)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
+    text = text.lower().translate(_PUNCTUATION)
+    return " ".join((text if keep_articles else re.sub(r"\b(a|an|the)\b", " ", text)).split())
 
 
 def is_unspaced(word: str) -> bool:

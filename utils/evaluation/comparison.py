@@ -16,9 +16,12 @@ from utils.artifacts.runs import Run
 from utils.composition import composed_adapter
 from utils.data import contamination
 from utils.data.prepared import Prepared
-from utils.evaluation import measures, scored_rows, served_rows, test_reads
+from utils.evaluation import measures, retrieved_rows, scored_rows, served_rows, test_reads
+from utils.evaluation.metrics import classification, judging, task_kinds
+from utils.evaluation.metrics.primary import PrimaryMetric
 from utils.evaluation.run_groups import ComparedRuns
 from utils.evaluation.scored_rows import Material, ModelRow
+from utils.logger import warning
 from utils.models import devices
 from utils.models.base_model import BaseModel
 
@@ -32,6 +35,12 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
     if parts.composed:
         composed_adapter.say(parts.composed)
     on = scored_rows.material(config, base, parts, directory / ".reading")
+    on, retrieval = (
+        retrieved_rows.with_retrieval(config, base, parts, on, directory) if config.evaluate.retrieval else (on, {})
+    )
+    lengths = [len(item.candidates[0]) for item in on.items]
+    if on.asked and (said := task_kinds.too_long(parts.kind, lengths, config.evaluate.max_new_tokens)):
+        warning(said)
     rows = scored_rows.rows(config, base, parts)
     served_rows.refuse_other_models(config, rows)
     read = test_reads.record(
@@ -39,11 +48,15 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         test=test_reads.digest([str(e["id"]) for e in on.examples], [str(e["question"]) for e in on.examples]),
         composed=files.fingerprint([run.digest for run in parts.composed.runs] if parts.composed else []),
         run=directory.name,
+        primary=Path(parts.primary.name).name,
     )
     raw = scored_rows.score(config, base, rows, on, directory)
-    raw, examples = _answered(config, base, rows, raw, on, directory)
-    found = measures.assemble(rows, raw, config.evaluate, config.run.seed)
+    primary = parts.primary.on(on.examples)
+    also = [metric.on(on.examples) for metric in task_kinds.metrics(parts.kind)]
+    raw, examples = _answered(config, base, rows, raw, on, primary, directory)
+    found = measures.assemble(rows, raw, config.evaluate, config.run.seed, primary, also)
     found |= {
+        "task": _task(config, parts, rows, raw),
         "examples": examples,
         "test_items": len(on.items),
         "test_documents": len({item.document for item in on.items}),
@@ -55,10 +68,16 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         "reads": {**read, "sentence": test_reads.sentence(read)},
         "lineage": _lineage(base, parts),
         "dataset": _dataset(parts.data),
-        "contamination": _contamination(config, parts, rows, raw),
+        "contamination": _contamination(config, parts, rows, raw, primary),
         "command": flags.command(),
         "versions": runs.versions(),
     }
+    if retrieval:
+        measured = retrieved_rows.compared(rows, raw, config.evaluate, config.run.seed, primary)
+        found["retrieval"] = retrieval | measured
+        found["sentence"] = f"{found['sentence']} {measured['verdict_sentence']}".strip()
+    if config.evaluate.judge:
+        found["judge"] = _judged(config, rows, raw, on, directory)
     found["cautions"] = cautions(found, parts)
     if parts.composed:
         recorded = composed_adapter.record(parts.composed, base)
@@ -70,12 +89,20 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
     found["measured"] = {
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": devices.peak_memory_bytes(),
+        "answers": sum(len(scores["answers"]) for scores in raw.values()),
+        "answering_seconds": round(sum(scores.get("answering_seconds", 0.0) for scores in raw.values()), 1),
     }
     return found
 
 
 def _answered(
-    config: Config, base: BaseModel, rows: Sequence[ModelRow], raw: dict[str, Any], on: Material, directory: Path
+    config: Config,
+    base: BaseModel,
+    rows: Sequence[ModelRow],
+    raw: dict[str, Any],
+    on: Material,
+    primary: PrimaryMetric,
+    directory: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(scores with the generated answers of every row, the examples of the report), by this process or an engine."""
     if config.inference.engine == "local":
@@ -83,14 +110,14 @@ def _answered(
         def loaded(shown: Sequence[ModelRow], examples: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
             return scored_rows.answers_to(config, base, shown, on, examples)
 
-        return raw, _examples(config, rows, raw, on, directory, loaded)
+        return raw, _examples(config, rows, raw, on, primary, directory, loaded)
     with served_rows.ServedRows(config, base, rows, on, directory) as engine:
 
         def served(shown: Sequence[ModelRow], examples: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
             return {row.cell: [answer.spoken for answer in engine.answers(row, examples)] for row in shown}
 
         scored = engine.scores(raw)
-        return scored, _examples(config, rows, scored, on, directory, served)
+        return scored, _examples(config, rows, scored, on, primary, directory, served)
 
 
 def _examples(
@@ -98,33 +125,58 @@ def _examples(
     rows: Sequence[ModelRow],
     raw: Mapping[str, Any],
     on: Material,
+    primary: PrimaryMetric,
     directory: Path,
     answers_to: Callable[[Sequence[ModelRow], Sequence[dict[str, Any]]], dict[str, list[str]]],
 ) -> dict[str, Any]:
     """The items where composed won and lost most against the task adapter alone, with what both say."""
     first = {row.cell: row for row in reversed(rows)}
-    if not {"composed", "task"} <= set(first) or not config.evaluate.generated_answers:
+    if not {"composed", "task"} <= set(first) or not on.asked:
         return {}
     shown = [first["task"], first["composed"]]
 
     def answered() -> dict[str, Any]:
-        chosen = measures.chosen_examples(raw[shown[1].name]["items"], raw[shown[0].name]["items"])
+        chosen = measures.chosen_examples(raw[shown[1].name], raw[shown[0].name], primary)
         by_name = {str(example["id"]): example for example in on.examples}
         names = [*chosen["won"], *chosen["lost"]]
         texts = answers_to(shown, [by_name[name] for name in names])
         said = {cell: dict(zip(names, answers, strict=True)) for cell, answers in texts.items()}
         scores = {row.cell: raw[row.name] for row in shown}
-        return {kind: measures.described(listed, by_name, scores, said) for kind, listed in chosen.items()}
+        return {kind: measures.described(listed, by_name, scores, said, primary) for kind, listed in chosen.items()}
 
     return resumable.result(directory / "examples.json", resumable.owner(directory), answered)
 
 
+def _task(config: Config, parts: ComparedRuns, rows: Sequence[ModelRow], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The kind of the pairs; of a classification also the confusion matrix and macro F1 of each row."""
+    by_cell: dict[str, list[Any]] = {}
+    for row in rows:
+        by_cell.setdefault(row.cell, []).append(raw[row.name])
+    labels = parts.kind.labels
+    return parts.kind.to_json() | {"cells": classification.reports(by_cell, labels, seed=config.run.seed)}
+
+
+def _judged(
+    config: Config, rows: Sequence[ModelRow], raw: Mapping[str, Any], on: Material, directory: Path
+) -> dict[str, Any] | None:
+    """What a judge says of composed's answers against the task adapter's; None where one of the rows is not there."""
+    first = {row.cell: row for row in reversed(rows)}
+    if not {"composed", "task"} <= set(first):
+        return None
+    settings = config.evaluate
+    task, composed = ({a["name"]: a["text"] for a in raw[first[cell].name]["answers"]} for cell in ("task", "composed"))
+    labels = judging.read_labels(Path(settings.judge_labels)) if settings.judge_labels else []
+    judge = judging.Judge(settings.judge, directory / "judge.jsonl")
+    how = {"resamples": settings.resamples, "seed": config.run.seed}
+    return judging.compared(judge, on.asked, task, composed, labels, **how)
+
+
 def _contamination(
-    config: Config, parts: ComparedRuns, rows: Sequence[ModelRow], raw: Mapping[str, Any]
+    config: Config, parts: ComparedRuns, rows: Sequence[ModelRow], raw: Mapping[str, Any], primary: PrimaryMetric
 ) -> dict[str, Any]:
     """Which test items stand in what was trained on, and the verdict without them."""
     measured = contamination.report(Prepared(parts.data.directory))
-    rest = measures.without(rows, raw, config.evaluate, config.run.seed, set(measured.flagged))
+    rest = measures.without(rows, raw, config.evaluate, config.run.seed, set(measured.flagged), primary)
     return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
 
 
@@ -148,6 +200,10 @@ def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
     if len(parts.families) == 1:
         said.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
     trained = parts.first.task.manifest["identity"]
+    if trained.get("retrieval") and "retrieval" not in found:
+        said.append(
+            "The task adapter was trained with passages and asked without: --evaluate.retrieval bm25 asks it with."
+        )
     if found["verdict"] == "interferes" and "train" in trained and not trained.get("prompt_loss_weight"):
         said.append(
             "Where prompts are long and answers short, a task adapter trained on part of the prompt as well may "

@@ -116,6 +116,7 @@ class Trainer:
             "system_prompt": identity["system_prompt"],
             "prompt_loss_weight": identity.get("prompt_loss_weight", 0.0),
             "turns": identity.get("turns", "all"),
+            "retrieval": bool(identity.get("retrieval")),
             "max_unusable_share": self.config.task.max_unusable_share,
         }
         source = find.parent_by_digest(like, "prepared", self._roots(True))

@@ -10,6 +10,8 @@ from typing import Any
 from config import Config
 from utils.artifacts import files
 from utils.artifacts.identity import Identity, chosen, same_names
+from utils.data.retrieval.retrieved_prompts import BM25
+from utils.evaluation.metrics.primary import ANSWER_NLL
 from utils.evaluation.run_groups import ComparedRuns
 from utils.models import devices
 from utils.models.base_model import BaseModel
@@ -34,7 +36,7 @@ def evaluation_identity(
         "runs": [run.digest for run in parts.runs()],
         "models": {row.name: row.model.digest for row in parts.guests if row.model},
         "recipe": asdict(parts.composed.recipe) if parts.composed else None,
-        "evaluate": config.evaluate.model_dump(mode="json"),
+        "evaluate": config.evaluate.model_dump(mode="json") | _primary(parts),
         "dtype": str(devices.compute_dtype(config.base.dtype)),
         **({} if base.quantization == PLAIN else {"quantization": base.quantization}),
         "seed": config.run.seed,
@@ -52,13 +54,36 @@ def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The deciding values of an identity that holds the whole section, as those of before 2026-11-30 do."""
     section, engine = recorded["evaluate"], recorded.get("engine")
     scored = chosen(section, SCORED)
-    if section["generated_answers"]:
+    answers_all = section.get("answers_all", False)
+    if section.get("primary", ANSWER_NLL.name) != ANSWER_NLL.name:  # left out of those of before there were others
+        scored["primary"] = section["primary"]
+    if retrieval := section.get("retrieval"):
+        scored["retrieval"] = BM25 if retrieval == BM25 else _content(Path(retrieval))
+    if section.get("judge"):
+        labels = section["judge_labels"]
+        scored["judge"] = {"url": section["judge"], "labels": _content(Path(labels)) if labels else ""}
+    if section.get("task_kind"):
+        scored["task_kind"] = section["task_kind"]
+    if answers_all:
+        del scored["generated_answers"]
+    if answers_all or section["generated_answers"]:
         scored |= chosen(section, ANSWERED)
         # a server rounds otherwise, whoever started it
         scored |= {"engine": engine} if engine else {}
     if section["general_text"]:
         scored["general_text"] = _content(Path(section["general_text"]))
     return {**chosen(recorded, KEPT), "evaluate": scored}
+
+
+def _primary(parts: ComparedRuns) -> dict[str, Any]:
+    """What decides: the metric, or a person's file by its contents, with its margin; and the kind of task."""
+    metric, kind = parts.primary, parts.kind.deciding()
+    return {
+        "task_kind": kind,
+        "primary": metric.recorded or metric.name,
+        "margin": metric.margin,
+        "answers_all": metric.generates,
+    }
 
 
 def _content(path: Path) -> str:

@@ -46,6 +46,7 @@ def ratio_interval(
     resamples: int,
     seed: int,
     null: float = 0.0,
+    unseen: float = 0.0,
 ) -> Interval:
     """sum(numerators) / sum(denominators) with a bootstrap over whole clusters, and over seeds when there are several.
 
@@ -55,6 +56,11 @@ def ratio_interval(
     doi:10.1111/j.1467-9868.2007.00593.x. The percentiles are widened for few clusters, as a t interval is (Hesterberg
     2015, "expanded percentile", doi:10.1080/00031305.2015.1089789). Fewer than MIN_CLUSTERS clusters give an infinite
     interval. Raises ValueError for unequal lengths or no items.
+
+    Where many items tie, a resample can only show the few that do not, and a bootstrap is too sure. `unseen` is the
+    largest difference that an item may have: resamples then also draw from two more items, one won and one lost by as
+    much, in clusters of their own, as Agresti & Min (2005, doi:10.1002/sim.1781) add to the cells of matched pairs.
+    The estimate is without them.
     """
     top_SN, bottom_SN = (np.atleast_2d(np.asarray(values, dtype=float)) for values in (numerators, denominators))
     lengths = {top_SN.shape[1], bottom_SN.shape[1], len(clusters)}
@@ -67,7 +73,14 @@ def ratio_interval(
     if count < MIN_CLUSTERS:
         return Interval(estimate, -np.inf, np.inf, len(clusters), count, 1.0, np.inf, seeds, null)
     generator = np.random.default_rng(seed)
-    counts_RC = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    if unseen:
+        weight = float(bottom_SN.mean())
+        top_SC = np.hstack(
+            [top_SC, np.full((len(top_SC), 1), unseen * weight), np.full((len(top_SC), 1), -unseen * weight)]
+        )
+        bottom_SC = np.hstack([bottom_SC, np.full((len(bottom_SC), 2), weight)])
+    drawn = bottom_SC.shape[1]
+    counts_RC = generator.multinomial(drawn, np.full(drawn, 1 / drawn), size=resamples)
     shares_RS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     top_R, bottom_R = (_drawn(sums, counts_RC, shares_RS) for sums in (top_SC, bottom_SC))
     # a resample whose denominator is not positive says nothing about the ratio: it counts as against it

@@ -12,9 +12,9 @@ import numpy as np
 from config import EvaluateSection
 from utils.evaluation import verdict
 from utils.evaluation.intervals import Interval, ratio_interval
+from utils.evaluation.metrics.primary import ANSWER_NLL, PrimaryMetric, is_right, with_choices
 from utils.evaluation.scored_rows import MEANING, ModelRow
 from utils.evaluation.verdict import Scores, Verdict
-from utils.inference.scoring import ItemScore
 from utils.models import chat
 
 SHOWN_EXAMPLES = 10
@@ -27,27 +27,43 @@ MEASURES: dict[str, tuple[str, Reader, Reader]] = {
     "general_nll": ("general", lambda d: d["nll"], lambda d: d["tokens"]),
     "answer_nll": ("items", lambda i: i["answer_nll"], lambda i: i["answer_tokens"]),
     "end_of_turn_nll": ("items", lambda i: i["end_nll"], lambda i: 1.0),
-    "choice_accuracy": ("choices", lambda i: _right(i, normalised=False), lambda i: 1.0),
-    "choice_accuracy_per_token": ("choices", lambda i: _right(i, normalised=True), lambda i: 1.0),
+    "choice_accuracy": ("choices", lambda i: is_right(i, normalised=False), lambda i: 1.0),
+    "choice_accuracy_per_token": ("choices", lambda i: is_right(i, normalised=True), lambda i: 1.0),
     "em": ("answers", lambda a: a["exact_match"], lambda a: 1.0),
     "f1": ("answers", lambda a: a["f1"], lambda a: 1.0),
 }
 PERPLEXITIES = {"domain_ppl": "domain_nll", "corpus_ppl": "corpus_nll", "general_ppl": "general_nll"}
+# metrics that are measured under another name
+RENAMED = {"exact_match": "em"}
+# a person's own metric, as a measure of each cell
+OWN = "own_metric"
 FORMAT = ("ended", "repetitive", "thinking_left")
 
 
-def assemble(rows: Sequence[ModelRow], raw: Mapping[str, Any], settings: EvaluateSection, seed: int) -> dict[str, Any]:
-    """Cells with intervals, the verdict with its contrasts, and composed against every other cell."""
+def assemble(
+    rows: Sequence[ModelRow],
+    raw: Mapping[str, Any],
+    settings: EvaluateSection,
+    seed: int,
+    primary: PrimaryMetric = ANSWER_NLL,
+    also: Sequence[PrimaryMetric] = (),
+) -> dict[str, Any]:
+    """Cells with intervals, the verdict with its contrasts, and composed against every other cell.
+
+    `also` are metrics of the kind of task, which are measured and decide nothing.
+    """
     by_cell = _by_cell(rows, raw)
     common: dict[str, Any] = {"resamples": settings.resamples, "seed": seed}
-    judged = judge(by_cell, settings, seed)
+    answers = verdict.with_spans({cell: primary.scores(scores) for cell, scores in by_cell.items()})
+    judged = judge(by_cell, settings, seed, primary=primary)
     return {
         "verdict": judged.verdict,
         "sentence": judged.sentence,
+        "primary": primary.to_json(),
         "cells": {
             cell: {
                 "meaning": MEANING.get(cell, "as named by --evaluate.also"),
-                **measured(scores, common),
+                **measured(scores, common, [primary, *also]),
                 "seeds": [row.seed for row in rows if row.cell == cell],
             }
             for cell, scores in by_cell.items()
@@ -56,17 +72,22 @@ def assemble(rows: Sequence[ModelRow], raw: Mapping[str, Any], settings: Evaluat
         "untested": judged.untested,
         "closest_control": judged.closest_control,
         "differences": {
-            f"{cell} - composed": plain(verdict.gain(_answers(scores), _answers(by_cell["composed"]), **common))
-            for cell, scores in by_cell.items()
-            if "composed" in by_cell and cell != "composed"
+            f"{cell} - composed": plain(verdict.gain(found, answers["composed"], **common))
+            for cell, found in answers.items()
+            if "composed" in answers and cell != "composed" and len(found.weights)
         },
-        "by_seed": by_seed(by_cell),
-        "margin": settings.margin,
+        "by_seed": by_seed(by_cell, primary),
+        "margin": primary.margin,
     }
 
 
 def without(
-    rows: Sequence[ModelRow], raw: Mapping[str, Any], settings: EvaluateSection, seed: int, flagged: set[str]
+    rows: Sequence[ModelRow],
+    raw: Mapping[str, Any],
+    settings: EvaluateSection,
+    seed: int,
+    flagged: set[str],
+    primary: PrimaryMetric = ANSWER_NLL,
 ) -> dict[str, Any] | None:
     """The verdict on the test items that are not flagged; None when all are, or none is."""
     by_cell = _by_cell(rows, raw)
@@ -74,38 +95,50 @@ def without(
     kept = names - flagged
     if not kept or kept == names:
         return None
-    judged = judge(by_cell, settings, seed, kept)
+    judged = judge(by_cell, settings, seed, kept, primary)
     return {
         "items": len(kept),
         "verdict": judged.verdict,
         "sentence": judged.sentence,
         "contrasts": judged.to_json(),
         "answer_nll": {
-            cell: float(scored.nll_SN.sum() / (len(scored.nll_SN) * sum(scored.tokens)))
+            cell: float(scored.loss_SN.sum() / (len(scored.loss_SN) * sum(scored.weights)))
             for cell, scores in by_cell.items()
-            for scored in [_answers(scores, kept)]
+            for scored in [ANSWER_NLL.scores(scores, kept)]
         },
     }
 
 
 def judge(
-    by_cell: Mapping[str, list[Any]], settings: EvaluateSection, seed: int, names: set[str] | None = None
+    by_cell: Mapping[str, list[Any]],
+    settings: EvaluateSection,
+    seed: int,
+    names: set[str] | None = None,
+    primary: PrimaryMetric = ANSWER_NLL,
 ) -> Verdict:
     """The verdict; with `names` only on these test items."""
     return verdict.judge(
-        {cell: _answers(scores, names) for cell, scores in by_cell.items()},
+        {cell: primary.scores(scores, names) for cell, scores in by_cell.items()},
         {cell: _documents(scores) for cell, scores in by_cell.items() if scores[0].get("heldout")},
-        margin=settings.margin,
+        margin=primary.margin,
         resamples=settings.resamples,
         seed=seed,
+        unit=primary.unit,
     )
 
 
-def measured(scores: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> dict[str, Any]:
+def measured(
+    scores: Sequence[Mapping[str, Any]], common: Mapping[str, Any], also: Sequence[PrimaryMetric] = ()
+) -> dict[str, Any]:
     """Every measure that the data support, its 95% interval by document, and the form of the answers."""
     found: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
-    for name, (kind, top, bottom) in MEASURES.items():
+    further = {
+        OWN if m.recorded else m.name: (m.source, m.value, m.weight)
+        for m in also
+        if m.name not in MEASURES and m.name not in RENAMED
+    }
+    for name, (kind, top, bottom) in {**MEASURES, **further}.items():
         table = [_entries(one, kind) for one in scores]
         table = [entries for entries in table if entries]
         if not table:
@@ -132,27 +165,30 @@ def measured(scores: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> 
     return {**found, "intervals": intervals}
 
 
-def by_seed(by_cell: Mapping[str, list[Any]]) -> dict[str, list[float]]:
-    """Answer NLL of each cell for each seed, where there are several."""
+def by_seed(by_cell: Mapping[str, list[Any]], primary: PrimaryMetric = ANSWER_NLL) -> dict[str, list[float]]:
+    """The primary metric of each cell for each seed, where there are several."""
     return {
-        cell: [
-            sum(i["answer_nll"] for i in one["items"]) / sum(i["answer_tokens"] for i in one["items"]) for one in scores
-        ]
+        cell: [primary.mean(one) for one in scores]
         for cell, scores in by_cell.items()
-        if len(scores) > 1
+        if len(scores) > 1 and all(primary.entries(one) for one in scores)
     }
 
 
-def chosen_examples(ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Names of the items with the largest gain and loss per token, at most ten each: by rule, not by hand."""
-    gains = {
-        a["name"]: b["answer_nll"] / b["answer_tokens"] - a["answer_nll"] / a["answer_tokens"]
-        for a, b in zip(ours, others, strict=True)
-    }
-    order = sorted(gains, key=lambda name: (-gains[name], name))
+def chosen_examples(
+    ours: Mapping[str, Any], others: Mapping[str, Any], primary: PrimaryMetric = ANSWER_NLL
+) -> dict[str, list[str]]:
+    """Names of the items with the largest gain and loss, at most ten each: by rule, not by hand.
+
+    By the primary metric; where that ties, by the gold answer's NLL per token.
+    """
+    sign = 1 if primary.higher_is_better else -1
+    values = [{e["name"]: sign * primary.value(e) for e in primary.entries(one)} for one in (ours, others)]
+    nats = [{e["name"]: -ANSWER_NLL.value(e) for e in one["items"]} for one in (ours, others)]
+    gains = {name: (value - values[1][name], nats[0][name] - nats[1][name]) for name, value in values[0].items()}
+    order = sorted(gains, key=lambda name: (*(-gain for gain in gains[name]), name))
     return {
-        "won": [name for name in order if gains[name] > 0][:SHOWN_EXAMPLES],
-        "lost": [name for name in reversed(order) if gains[name] < 0][:SHOWN_EXAMPLES],
+        "won": [name for name in order if gains[name][0] > 0][:SHOWN_EXAMPLES],
+        "lost": [name for name in reversed(order) if gains[name][0] < 0][:SHOWN_EXAMPLES],
     }
 
 
@@ -161,15 +197,18 @@ def described(
     examples: Mapping[str, dict[str, Any]],
     raw: Mapping[str, Any],
     said: Mapping[str, dict[str, str]],
+    primary: PrimaryMetric = ANSWER_NLL,
 ) -> list[dict[str, Any]]:
-    """Examples as the report shows them: question, gold answer, NLL per token and text of each cell."""
+    """Examples as the report shows them: question, gold answer, NLL per token, primary value and text of each cell."""
     items = {cell: {i["name"]: i for i in scores["items"]} for cell, scores in raw.items()}
+    values = {cell: {e["name"]: primary.value(e) for e in primary.entries(scores)} for cell, scores in raw.items()}
     return [
         {
             "name": name,
             "question": chat.user_text(examples[name]),
             "gold": examples[name]["answers"][0],
-            "nll": {cell: found[name]["answer_nll"] / found[name]["answer_tokens"] for cell, found in items.items()},
+            "nll": {cell: ANSWER_NLL.value(found[name]) for cell, found in items.items()},
+            "value": {cell: found[name] for cell, found in values.items()},
             "said": {cell: texts[name] for cell, texts in said.items()},
         }
         for name in names
@@ -185,24 +224,11 @@ def _by_cell(rows: Sequence[ModelRow], raw: Mapping[str, Any]) -> dict[str, list
     return {cell: [raw[row.name] for row in rows if row.cell == cell] for cell in dict.fromkeys(r.cell for r in rows)}
 
 
-def _answers(scores: Sequence[Mapping[str, Any]], names: set[str] | None = None) -> Scores:
-    kept = [i for i, item in enumerate(scores[0]["items"]) if names is None or item["name"] in names]
-    table = [[one["items"][i] for i in kept] for one in scores]
-    nll_SN = np.array([[item["answer_nll"] for item in items] for items in table])
-    return Scores(nll_SN, [i["answer_tokens"] for i in table[0]], [i["document"] for i in table[0]])
-
-
 def _documents(scores: Sequence[Mapping[str, Any]]) -> Scores:
     table = [one["heldout"] for one in scores]
-    nll_SN = np.array([[document["nll"] for document in documents] for documents in table])
-    return Scores(nll_SN, [d["tokens"] for d in table[0]], [d["name"] for d in table[0]])
+    loss_SN = np.array([[document["nll"] for document in documents] for documents in table])
+    return Scores(loss_SN, [d["tokens"] for d in table[0]], [d["name"] for d in table[0]])
 
 
 def _entries(scores: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
-    if kind == "choices":
-        return [i for i in scores["items"] if i["choice_nlls"] and i["answer_index"] is not None]
-    return list(scores.get(kind) or [])
-
-
-def _right(item: Mapping[str, Any], *, normalised: bool) -> float:
-    return float(ItemScore(**item).chosen(normalised=normalised) == item["answer_index"])
+    return with_choices(scores) if kind == "choices" else list(scores.get(kind) or [])

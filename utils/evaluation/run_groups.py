@@ -12,7 +12,13 @@ from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition import composed_adapter, in_use
 from utils.composition.composed_adapter import Composition
+from utils.data.prepared import Prepared
+from utils.data.retrieval import retrieved_prompts
 from utils.evaluation.controls import Trainer
+from utils.evaluation.metrics import json_answers, judging, task_kinds
+from utils.evaluation.metrics import primary as primary_metric
+from utils.evaluation.metrics.primary import PrimaryMetric
+from utils.evaluation.metrics.task_kinds import SHORT_ANSWERS, TaskKind
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
 from utils.models import sources
@@ -56,6 +62,8 @@ class ComparedRuns:
     composed: Composition | None
     guests: tuple[FurtherRow, ...]
     missing: dict[str, str]
+    primary: PrimaryMetric = primary_metric.ANSWER_NLL
+    kind: TaskKind = SHORT_ANSWERS
 
     @property
     def first(self) -> RunGroup:
@@ -84,6 +92,13 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
                 fix="prepare data: scripts/prepare_data.py",
             )
         )
+    # before hours are spent on controls: a metric that cannot be used is refused here
+    schema = json_answers.read_schema(Path(config.evaluate.json_schema)) if config.evaluate.json_schema else None
+    kind = task_kinds.recognised(Prepared(data.directory), schema)
+    event(kind.sentence)
+    primary = primary_metric.chosen(config.evaluate, Prepared(data.directory), has_labels=bool(kind.labels))
+    judging.check(config.evaluate)
+    retrieved_prompts.check(config.evaluate.retrieval, Prepared(data.directory))
     guests = tuple(_guest(config, base, Path(path), at) for at, path in enumerate(config.evaluate.also))
     trainer = Trainer(config, base)
     missing: dict[str, str] = {}
@@ -96,7 +111,7 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
     composed = composed_adapter.composition(config, base) if domain else None
     for name, why in missing.items():
         warning(f"{name} is left out: {why}")
-    return ComparedRuns(data, tuple(families), composed, guests, missing)
+    return ComparedRuns(data, tuple(families), composed, guests, missing, primary, kind)
 
 
 def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> RunGroup:

@@ -7,8 +7,10 @@ loaded one after the other. A cell is written whole or not at all, so an interru
 from __future__ import annotations
 
 import shutil
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from utils.data.documents import read_documents
 from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
 from utils.evaluation.intervals import MIN_CLUSTERS
+from utils.evaluation.metrics.classification import with_labels
 from utils.evaluation.run_groups import ComparedRuns, RunGroup
 from utils.exceptions import DataError, NonFiniteError, Problem
 from utils.inference import generation, scoring
@@ -46,7 +49,13 @@ MEANING = {
     "wrong_domain": "as composed, with an adapter of other documents as the domain adapter",
     "random": "as composed, with random numbers of the same size as the domain adapter",
     "rank_matched": "a task adapter of the ranks together, trained on the base",
+    "base_retrieval": "the base model, asked with passages of the documents",
+    "task_retrieval": "the task row, asked with passages",
+    "composed_retrieval": "composed, asked with passages",
 }
+RETRIEVAL = "_retrieval"
+# answered one at a time, for what an answer takes
+TIMED_ANSWERS = 5
 
 
 @dataclass(frozen=True)
@@ -62,30 +71,52 @@ class ModelRow:
     def name(self) -> str:
         return self.cell if self.seed is None else f"{self.cell}-seed{self.seed}"
 
+    @property
+    def retrieves(self) -> bool:
+        """Whether it is asked with passages; its adapters are those of the row without."""
+        return self.cell.endswith(RETRIEVAL)
+
+    @property
+    def state(self) -> str:
+        """The name of the row whose adapters it has."""
+        return replace(self, cell=self.cell.removesuffix(RETRIEVAL)).name
+
 
 @dataclass(frozen=True)
 class Material:
-    """What every cell is scored on."""
+    """What every cell is scored on; with `every_seed` each seed answers what is asked, else the first of its cell."""
 
     examples: list[dict[str, Any]]
     items: list[scoring.Question]
     left_out: list[str]
     documents: dict[str, PackedDocuments]
     asked: list[dict[str, Any]]
+    every_seed: bool
     system_prompt: str
     pad_id: int
+    retrieved: list[scoring.Question] | None = None
+    retrieved_asked: list[dict[str, Any]] = field(default_factory=list)
+
+    def asked_of(self, row: ModelRow) -> list[dict[str, Any]]:
+        """What a row is asked to answer, with passages or without."""
+        return self.retrieved_asked if row.retrieves else self.asked
 
 
 def rows(config: Config, base: BaseModel, parts: ComparedRuns) -> list[ModelRow]:
     """Every row in the order of the report; the first family's come first in each cell."""
     found = [ModelRow("base", None)]
     for cell in MEANING:
+        if cell.endswith(RETRIEVAL):
+            continue
         for family in parts.families:
             if cell != "base" and (factors := _factors(cell, family, base, parts)) is not None:
                 found.append(ModelRow(cell, family.seed, factors))
     for guest in parts.guests:
         adapters = [adapter_files.load(run.adapter, base) for run in guest.adapters]
         found.append(ModelRow(guest.name, None, compose(adapters, Recipe()) if adapters else None, guest.model))
+    if config.evaluate.retrieval:
+        asked = [row for row in found if f"{row.cell}{RETRIEVAL}" in MEANING]
+        found += [replace(row, cell=f"{row.cell}{RETRIEVAL}") for row in asked]
     return found
 
 
@@ -100,6 +131,8 @@ def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path
     settings, tokenizer = config.evaluate, adapter_tokenizer.of(base)
     prompt, source = parts.first.task.manifest["system_prompt"], Prepared(parts.data.directory)
     examples = source.examples("test")
+    if parts.kind.labels:
+        examples = with_labels(examples, parts.kind.labels)
     longest = model_class.longest_row(base.directory, settings.batch_tokens)
     items, left_out = scoring.questions(examples, tokenizer, prompt, longest)
     if left_out:
@@ -111,7 +144,11 @@ def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path
     documents = _document_sets(config, window, source, pad_id)
     documents["general"] = _general(config, window, tokenizer, pad_id, scratch)
     order = sorted(examples, key=lambda e: hash_share(str(e["id"]), config.run.seed))
-    return Material(examples, items, left_out, documents, order[: settings.generated_answers], prompt, pad_id)
+    asked = order[: settings.generated_answers]
+    if parts.primary.generates:
+        scored = {item.name for item in items}
+        asked = [example for example in examples if str(example["id"]) in scored]
+    return Material(examples, items, left_out, documents, asked, parts.primary.generates, prompt, pad_id)
 
 
 def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, directory: Path) -> dict[str, Any]:
@@ -125,10 +162,12 @@ def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Mater
     todo = [row for row in wanted if scored[row.name] is None]
     first_of_cell = {row.cell: row.name for row in reversed(wanted)}
     for row, model in _models(config, base, todo, on):
-        # generating costs far more than scoring: the first seed answers for its cell
-        asked = on.asked if first_of_cell[row.cell] == row.name and config.inference.engine == "local" else []
+        # generating costs far more than scoring: unless it decides, the first seed answers for its cell
+        is_first = first_of_cell[row.cell] == row.name
+        is_timed = f"{row.cell.removesuffix(RETRIEVAL)}{RETRIEVAL}" in first_of_cell
+        asked = on.asked_of(row) if config.inference.engine == "local" and (on.every_seed or is_first) else []
         try:
-            found = model.scores(row.name, asked)
+            found = model.scores(replace(row, factors=None, model=None), asked, is_timed=is_first and is_timed)
         except NonFiniteError as error:
             raise NonFiniteError([replace(problem, value=row.name) for problem in error.problems]) from error
         scored[row.name] = resumable.write(paths[row.name], found, of)
@@ -152,21 +191,49 @@ class ScoredModel:
         self._tokenizer = adapter_tokenizer.of(base)
         self._model = inference_layers.attach(row_probe.load_model(loaded, config.base), adapters).eval()
 
-    def scores(self, row: str, asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Every item's and document's likelihoods in the state of a row, and its answers to `asked`."""
-        self._select(row)
-        settings, on, model = self._settings, self._on, self._model
+    def scores(self, of: ModelRow, asked: Sequence[dict[str, Any]], *, is_timed: bool = False) -> dict[str, Any]:
+        """Every item's and document's likelihoods in the state of a row, and its answers to `asked`.
+
+        Documents do not depend on passages, so a row with retrieval has none. `is_timed`: what an answer takes, too.
+        """
+        self._select(of.state)
+        settings, on, model, row = self._settings, self._on, self._model, of.name
+        items = (on.retrieved or []) if of.retrieves else on.items
         common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "device": next(model.parameters()).device}
-        scored = scoring.score_questions(model, on.items, pad_id=on.pad_id, what=f"{row}: questions", **common)
+        scored = scoring.score_questions(model, items, pad_id=on.pad_id, what=f"{row}: questions", **common)
         found: dict[str, Any] = {"items": scoring.to_json(scored)}
-        for name, packed in on.documents.items():
+        for name, packed in ({} if of.retrieves else on.documents).items():
             what = f"{row}: {name} documents"
             found[name] = scoring.to_json(scoring.score_documents(model, packed, what=what, **common))
+        began = time.perf_counter()
         found["answers"] = scoring.answered(
             model, self._tokenizer, asked, on.system_prompt, settings.max_new_tokens, what=f"{row}: answers"
         )
+        found["answering_seconds"] = round(time.perf_counter() - began, 3)
+        if is_timed:
+            found["per_answer"] = {
+                "prompt_tokens": sum(len(item.prompt) for item in items) / len(items),
+                "seconds": self._seconds_an_answer(asked[:TIMED_ANSWERS]),
+            }
         event(f"{row} scored", answer_nll=scoring.summary(scored, [])["answer_nll"])
         return found
+
+    def loss(self, items: Sequence[scoring.Question], what: str) -> float:
+        """NLL per token of gold answers, by the base model alone."""
+        self._select("")
+        how: dict[str, Any] = {"batch_tokens": self._settings.batch_tokens, "pad_id": self._on.pad_id, "what": what}
+        how["device"] = next(self._model.parameters()).device
+        scored = scoring.score_questions(self._model, items, **how)
+        return scoring.summary(scored, [])["answer_nll"]
+
+    def _seconds_an_answer(self, examples: Sequence[dict[str, Any]]) -> float | None:
+        """Median time from a question to the end of its answer, one at a time; None without questions."""
+        how, taken = InferenceSection(max_new_tokens=self._settings.max_new_tokens), []
+        for example in examples:
+            began = time.perf_counter()
+            generation.answer_all(self._model, self._tokenizer, [example], self._on.system_prompt, how)
+            taken.append(time.perf_counter() - began)
+        return round(statistics.median(taken), 4) if taken else None
 
     def answers(self, row: str, examples: Sequence[dict[str, Any]]) -> list[str]:
         """The answers in the state of a row, without their reasoning."""
@@ -185,7 +252,7 @@ def _models(
     """Each row with the `ScoredModel` that has it; the base is loaded once, with every adapter on it."""
     on_base = [row for row in wanted if row.model is None]
     if on_base:
-        adapters = {row.name: row.factors for row in on_base if row.factors}
+        adapters = {row.state: row.factors for row in on_base if row.factors}
         with ranks.Held(ScoredModel, config, base, base, adapters, on) as model:
             for row in on_base:
                 yield row, model

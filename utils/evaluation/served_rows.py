@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import LIKELIHOOD_METRICS, Config
 from utils.adapters import adapter_tokenizer
 from utils.artifacts import resumable
 from utils.evaluation.scored_rows import Material, ModelRow
@@ -42,15 +42,17 @@ class ServedRows:
         self._stop()
 
     def scores(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Scores of rows with what their answers are worth; as without an engine, the first seed answers for its cell.
+        """Scores of rows with what their answers are worth; as without an engine, the first seed answers for its cell,
+        unless the answers decide.
 
         `raw` is row's name -> its likelihoods. Raises EngineError.
         """
         found, cells = dict(raw), set()
         for row in sorted(self._rows, key=lambda row: row.model is not None):
-            if row.cell not in cells:
-                given = self.answers(row, self._on.asked)
-                found[row.name] = {**raw[row.name], "answers": scoring.judged(self._tokenizer, self._on.asked, given)}
+            if self._on.every_seed or row.cell not in cells:
+                asked = self._on.asked_of(row)
+                given = self.answers(row, asked)
+                found[row.name] = {**raw[row.name], "answers": scoring.judged(self._tokenizer, asked, given)}
             cells.add(row.cell)
         return found
 
@@ -74,7 +76,9 @@ class ServedRows:
                 inference.model_copy(update={"max_new_tokens": evaluate.max_new_tokens, "temperature": 0.0}),
                 models_dir=self._config.run.models_dir,
                 rank=served_model.rank_of([one.factors for one in self._rows if one.model is row.model]),
-                positions=served_model.positions_of(self._prompts(self._on.examples), evaluate.max_new_tokens),
+                positions=served_model.positions_of(
+                    self._prompts([*self._on.examples, *self._on.retrieved_asked]), evaluate.max_new_tokens
+                ),
                 journal=self._journal,
             )
         return self._model
@@ -91,6 +95,10 @@ class ServedRows:
 def refuse_other_models(config: Config, rows: Sequence[ModelRow]) -> None:
     """Raises ConfigError where a running server would have to answer for another model than it serves."""
     others = [row.name for row in rows if row.model is not None]
-    if config.inference.engine == "openai" and config.evaluate.generated_answers and others:
+    if config.inference.engine == "openai" and others and _asks(config):
         fix = "--inference.engine vllm starts a server for each, --inference.engine local loads them one by one"
         raise ConfigError(Problem("a running server answers for its own model alone", others, fix))
+
+
+def _asks(config: Config) -> bool:
+    return bool(config.evaluate.generated_answers) or config.evaluate.primary not in LIKELIHOOD_METRICS

@@ -14,6 +14,8 @@ from typing import Any
 from utils.artifacts import files, resumable
 
 RECORD = ".test_reads.jsonl"
+# the metric of lines that name none: there was no other
+FIRST = "answer_nll"
 
 
 def digest(names: Sequence[str], texts: Sequence[str]) -> str:
@@ -21,10 +23,11 @@ def digest(names: Sequence[str], texts: Sequence[str]) -> str:
     return files.fingerprint(sorted(zip(names, texts, strict=True)))
 
 
-def record(evaluations: Path, *, test: str, composed: str, run: str) -> dict[str, Any]:
-    """Note that `run` reads the test split `test` for the model `composed`; a resumed run is noted once.
+def record(evaluations: Path, *, test: str, composed: str, run: str, primary: str = FIRST) -> dict[str, Any]:
+    """Note that `run` reads the test split `test` for the model `composed` by a metric; a resumed run is noted once.
 
-    Returns how many comparisons read this split (`reads`), for how many models, and how many read it for this one.
+    Returns how many comparisons read this split (`reads`), for how many models, how many read it for this one, and by
+    which metrics these did.
     """
     files.make_directory(evaluations)
     path = evaluations / RECORD
@@ -34,6 +37,7 @@ def record(evaluations: Path, *, test: str, composed: str, run: str) -> dict[str
             "test": test,
             "composed": composed,
             "run": run,
+            "primary": primary,
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         resumable.append(path, entry, RECORD)
@@ -45,6 +49,7 @@ def record(evaluations: Path, *, test: str, composed: str, run: str) -> dict[str
         "reads": len(same),
         "models": len({line["composed"] for line in same}),
         "reads_of_this": len(own),
+        "metrics": sorted({line["primary"] or FIRST for line in own}),
         "doubtful": doubtful,
     }
 
@@ -56,6 +61,11 @@ def sentence(reads: dict[str, Any]) -> str:
         said.append(
             f"This test split was read {reads['reads']} times, {reads['reads_of_this']} of them for these adapters: "
             "what was chosen after seeing it is too good here."
+        )
+    if len(reads.get("metrics", [])) > 1:
+        said.append(
+            f"These adapters were judged here by {', '.join(reads['metrics'])}: with each further metric the chance "
+            "grows that one of them says *helps* by luck; the one to decide on is named before the split is read."
         )
     if reads["doubtful"]:
         said.append(
@@ -70,5 +80,5 @@ def _lines(path: Path) -> tuple[list[dict[str, str]], int]:
     found, doubtful = [], 0
     for entry, is_as_written in resumable.lines(path, RECORD):
         doubtful += not is_as_written
-        found.append({key: str(entry.get(key, "")) for key in ("test", "composed", "run")})
+        found.append({key: str(entry.get(key, "")) for key in ("test", "composed", "run", "primary")})
     return found, doubtful

@@ -5,15 +5,16 @@
     H3  better: composed answers better than the task adapter alone
     H4  for the right reason: better than the same with a wrong-domain adapter and with a random one
 
-Everything is a gain in nats per token, above 0 when composed is the better, paired by item, with documents as
-clusters. Tests are one family (Holm). The verdict: `helps` (H1, H3, H4), `coexists` (H1, H2), `interferes` (composed
-is shown to be worse than the margin, or to have lost the domain), `undecided` (the data cannot tell).
+Everything is a gain in the primary metric (by default the gold answer's NLL, nats per token), above 0 when composed is
+the better, paired by item, with documents as clusters. Tests are one family (Holm). The verdict: `helps` (H1, H3, H4),
+`coexists` (H1, H2), `interferes` (composed is shown to be worse than the margin, or to have lost the domain),
+`undecided` (the data cannot tell).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,18 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """NLL sums of one cell: (S, N), a row for each seed; `tokens` (N,) and `clusters` (N,) belong to the items."""
+    """Losses of one cell, weighted: (S, N), a row for each seed; `weights` (N,) and `clusters` (N,) are the items'.
 
-    nll_SN: np.ndarray
-    tokens: Sequence[float]
+    NLL sums with numbers of tokens, or -F1 with weights of 1. `span` is the largest difference that two values of an
+    item may have: 0 where it has no bound, None where it follows from the values of all cells. `ties`: whether equal
+    values are to be expected.
+    """
+
+    loss_SN: np.ndarray
+    weights: Sequence[float]
     clusters: Sequence[str]
+    span: float | None = 0.0
+    ties: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,14 @@ def judge(
     margin: float,
     resamples: int,
     seed: int,
+    unit: str = "nats per token",
 ) -> Verdict:
     """The verdict from the cells `base`, `domain`, `task`, `composed` and the controls, whatever of them is there.
 
-    `answers` are scores of gold answers, `documents` of held-out documents. Raises ValueError when cells were scored on
-    different items.
+    `answers` are scores of gold answers in the primary metric, whose gains are counted in `unit`; `documents` of
+    held-out documents. Raises ValueError when cells were scored on different items.
     """
+    answers = with_spans(answers)
     common: dict[str, Any] = {"resamples": resamples, "seed": seed}
     contrasts: dict[str, Interval] = {}
     untested: dict[str, str] = {}
@@ -90,12 +100,20 @@ def judge(
         contrasts["H1"] = retention
     if "composed" not in answers or "task" not in answers:
         untested["H2"] = untested["H3"] = "there is no task adapter trained on the base to compare with"
+    elif not len(answers["composed"].weights):
+        untested["H2"] = untested["H3"] = "no test question has a value in the primary metric"
+    elif answers["composed"].ties and not _range([answers["task"], answers["composed"]]):
+        untested["H2"] = untested["H3"] = (
+            "every answer of task and composed has the same value, so nothing is told apart"
+        )
     else:
         contrasts["H2"] = gain(answers["task"], answers["composed"], null=-margin, **common)
         contrasts["H3"] = gain(answers["task"], answers["composed"], **common)
     closest = ""
     if missing := [name for name in CONTROLS if name not in answers]:
         untested["H4"] = f"without the controls ({', '.join(missing)}): --evaluate.controls makes them"
+    elif not len(answers["composed"].weights):
+        untested["H4"] = untested["H3"]
     else:
         against = {name: gain(answers[name], answers["composed"], **common) for name in CONTROLS}
         # both must be shown, so the less convincing one speaks (intersection-union test)
@@ -103,17 +121,35 @@ def judge(
         contrasts["H4"] = against[closest]
     p_holm = holm({name: found.p for name, found in contrasts.items()})
     found = Verdict("", "", contrasts, p_holm, untested, closest)
-    word, sentence = _conclude(found, margin)
+    word, sentence = _conclude(found, margin, unit)
     return Verdict(word, sentence, contrasts, p_holm, untested, closest)
 
 
 def gain(other: Scores, ours: Scores, *, resamples: int, seed: int, null: float = 0.0) -> Interval:
-    """NLL per token of the other cell minus ours: above 0 when ours is the better."""
-    if list(other.clusters) != list(ours.clusters) or list(other.tokens) != list(ours.tokens):
+    """Mean loss of the other cell minus ours: above 0 when ours is the better."""
+    if list(other.clusters) != list(ours.clusters) or list(other.weights) != list(ours.weights):
         raise ValueError("the cells were scored on different items")
     return ratio_interval(
-        _minus(other.nll_SN, ours.nll_SN), ours.tokens, ours.clusters, resamples=resamples, seed=seed, null=null
+        _minus(other.loss_SN, ours.loss_SN),
+        ours.weights,
+        ours.clusters,
+        resamples=resamples,
+        seed=seed,
+        null=null,
+        unseen=max(other.span or 0.0, ours.span or 0.0),
     )
+
+
+def with_spans(cells: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Where a span follows from the values, the range over all cells, for every item alike."""
+    open_ones = [s for s in cells.values() if s.span is None and len(s.weights)]
+    span = _range(open_ones) if open_ones else 0.0
+    return {name: replace(s, span=span) if s.span is None else s for name, s in cells.items()}
+
+
+def _range(cells: Sequence[Scores]) -> float:
+    values = [s.loss_SN / np.asarray(s.weights, dtype=float) for s in cells]
+    return float(max(v.max() for v in values) - min(v.min() for v in values))
 
 
 def _retention(documents: Mapping[str, Scores], common: dict[str, Any]) -> Interval | str:
@@ -130,7 +166,7 @@ def _retention(documents: Mapping[str, Scores], common: dict[str, Any]) -> Inter
             f"the domain adapter itself is not shown to help on held-out documents ({learnt.estimate:+.3f} nats per "
             f"token, 95% [{learnt.low:+.3f}, {learnt.high:+.3f}], over {learnt.clusters})"
         )
-    kept, gained = _minus(base.nll_SN, composed.nll_SN), _minus(base.nll_SN, domain.nll_SN)
+    kept, gained = _minus(base.loss_SN, composed.loss_SN), _minus(base.loss_SN, domain.loss_SN)
     return ratio_interval(kept, gained, base.clusters, null=RETENTION, **common)
 
 
@@ -139,12 +175,12 @@ def _minus(first_SN: np.ndarray, second_SN: np.ndarray) -> np.ndarray:
     return np.atleast_2d(first_SN) - np.atleast_2d(second_SN)
 
 
-def _conclude(found: Verdict, margin: float) -> tuple[str, str]:
+def _conclude(found: Verdict, margin: float, unit: str) -> tuple[str, str]:
     holds, contrasts = found.holds, found.contrasts
     h1, h2, h3, h4 = (contrasts.get(name) for name in ("H1", "H2", "H3", "H4"))
     if h2 is None or h3 is None:
         return "undecided", f"Undecided: {found.untested['H2']}."
-    size = f"{h3.estimate:+.3f} nats per token, 95% [{h3.low:+.3f}, {h3.high:+.3f}]"
+    size = f"{h3.estimate:+.3f} {unit}, 95% [{h3.low:+.3f}, {h3.high:+.3f}]"
     if h3.clusters < 2 or not np.isfinite(h3.low):
         few = f"{h3.clusters} document{'s' if h3.clusters != 1 else ''}"
         return "undecided", f"Undecided: the test questions are about {few}, too few for an interval."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from config import PRESETS, Config
+from config import LIKELIHOOD_METRICS, PRESETS, Config
 from utils.models.model_shapes import Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, launch_files, pass_times
@@ -115,8 +115,11 @@ def _evaluate(
     trainings: dict[str, StageCost],
 ) -> StageCost:
     """The table's rows, the answers of each, and the controls' trainings; memory is the largest of them."""
+    settings = way.config.evaluate
+    # a metric that needs answers has every question answered
+    asked = settings.generated_answers if settings.primary in LIKELIHOOD_METRICS else data.test_items
     scored, answered = _scored(way, sizes, machine, data.test_tokens), _answered(
-        way, sizes, machine, way.config.evaluate.generated_answers, way.config.evaluate.max_new_tokens
+        way, sizes, machine, asked, settings.max_new_tokens
     )
     controls = [sum(CONTROL_TRAININGS[stage] * trainings[stage].seconds[at] for stage in STAGES) for at in (0, 1)]
     seconds = tuple(TABLE_ROWS * (scored[at] + answered[at]) + controls[at] for at in (0, 1))

@@ -11,6 +11,7 @@ from utils.artifacts.runs import Run
 from utils.data import batches, pairs
 from utils.data.batches import Batch, BucketedPairs
 from utils.data.prepared import Prepared
+from utils.data.retrieval.retrieved_prompts import for_training
 from utils.models import chat, turn_format
 from utils.models.base_model import BaseModel
 from utils.models.rows import row_probe
@@ -58,11 +59,14 @@ def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, l
     prepared, task, settings = Prepared(data.directory), config.task, config.task.train
     tokenizer = adapter_tokenizer.of(base)
     pad, longest = chat.pad_id(tokenizer), settings.sequence_tokens
-    examples, turns = prepared.examples("train"), task.turns == "all"
+    examples, dev, turns = prepared.examples("train"), prepared.examples("dev"), task.turns == "all"
+    if task.retrieval:
+        splits = (examples, dev)
+        examples, dev = for_training(prepared, splits, tokenizer, task.system_prompt, longest)
     trained, report = pairs.tokenise_pairs(examples, tokenizer, task.system_prompt, longest, all_turns=turns)
     pairs.check_usable(report, task.max_unusable_share, longest)
     trained = BucketedPairs(trained, settings, config.run.seed, pad, prompt_loss_weight=task.prompt_loss_weight)
-    dev_pairs, of_dev = pairs.tokenise_pairs(prepared.examples("dev"), tokenizer, task.system_prompt, longest)
+    dev_pairs, of_dev = pairs.tokenise_pairs(dev, tokenizer, task.system_prompt, longest)
     pairs.warn_of_cuts(report, of_dev, longest)
     found = asdict(report) | {"dev": asdict(of_dev)}
     return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), found

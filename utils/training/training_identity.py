@@ -9,6 +9,7 @@ from typing import Any
 from config import USUAL_ROW_TOKENS, Config, LoraSection, TaskSection, TrainSection
 from utils.artifacts.identity import MARK, Identity, chosen, same_names
 from utils.artifacts.runs import Run
+from utils.data.retrieval.retrieved_prompts import TRAINED_PASSAGES, TRAINED_TOKENS
 from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
@@ -100,6 +101,8 @@ def task_facts(task: TaskSection, domain: Run | None) -> dict[str, Any]:
         found["prompt_loss_weight"] = task.prompt_loss_weight
     if task.turns != "all":
         found["turns"] = task.turns
+    if task.retrieval:
+        found["retrieval"] = {"passages": TRAINED_PASSAGES, "tokens": TRAINED_TOKENS}
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition import pictures
-from utils.evaluation.report import report_facts, report_figures
+from utils.evaluation.report import interval_groups, report_facts, report_figures
 from utils.evaluation.verdict import CLAIMS, LEVEL
 from utils.html import numbers, pages
 
@@ -34,7 +34,9 @@ WORDS = {
         "These data cannot tell; more of them would: test questions about more documents, held-out documents, seeds.",
     ),
 }
-NATS = "gain in answer NLL, nats per token; above 0 when composed is the better"
+GAIN = "gain in {title}{unit}; above 0 when composed is the better"
+# of results of before there was a choice
+USUAL = {"name": "answer_nll", "title": "answer NLL", "unit": "nats per token"}
 STYLES = {"domain": "domain", "task": "task", "composed": "composed"}
 
 
@@ -92,6 +94,13 @@ ANSWERS = (
     Measure("thinking_left", "thinking left", "reasoning inside the answer", numbers.share, "low", NO_ANSWERS),
     Measure("tokens", "length", "mean tokens", numbers.general, "", NO_ANSWERS),
 )
+# measured where the pairs are of such a kind, and no column otherwise
+OF_KINDS = (
+    Measure("chrf", "chrF", "character n-grams shared with the gold answer", numbers.share, "high"),
+    Measure("rouge_l", "ROUGE-L", "words in the gold answer's order", numbers.share, "high"),
+    Measure("json_valid", "valid JSON", "by the schema", numbers.share, "high"),
+    Measure("field_f1", "field F1", "fields with their values", numbers.share, "high"),
+)
 LOSSES = (
     Measure("domain_nll", "held-out NLL", "nats per token", numbers.nats, "low", NO_HELDOUT),
     Measure("domain_nll_per_byte", "held-out NLL per byte", "nats per byte", numbers.nats, "low", NO_HELDOUT),
@@ -99,6 +108,8 @@ LOSSES = (
     Measure("general_nll", "general NLL", "nats per token", numbers.nats),
     Measure("end_of_turn_nll", "end of turn", "loss of ending there, nats", numbers.nats),
 )
+# a metric's name -> its column's, where they differ; and the column of a person's own
+KEYS, OWN = {"exact_match": "em"}, "own_metric"
 TILES = ("answer_nll", "f1", "choice_accuracy", "domain_ppl", "general_ppl")
 
 
@@ -118,7 +129,7 @@ def page(
     settings: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text; `settings` is the evaluation's identity."""
-    cells = results["cells"]
+    cells, primary = results["cells"], results.get("primary") or USUAL
     colour, gloss = WORDS[results["verdict"]]
     return pages.render(
         "evaluation/report/report.html.jinja",
@@ -128,14 +139,15 @@ def page(
         colour=colour,
         sentence=_without_word(results["sentence"], results["verdict"]),
         gloss=gloss,
-        tiles=[
-            m for key in TILES for m in (*LIKELIHOODS, *ANSWERS) if m.key == key and key in cells.get("composed", {})
-        ],
+        primary=primary,
+        retrieval=interval_groups.retrieval(results, primary),
+        task=interval_groups.task(results, (*LIKELIHOODS, *OF_KINDS, *ANSWERS)),
+        tiles=tiles(cells.get("composed", {}), primary),
         untested=list(untested(results)),
         forests=forests(results),
         matrices=[
             ("What the models know", matrix(cells, LIKELIHOODS)),
-            ("What they say when asked", matrix(cells, ANSWERS)),
+            ("What they say when asked", matrix(cells, [*own_measure(primary), *of_kind(cells), *ANSWERS])),
             ("The same as losses", matrix(cells, LOSSES)),
         ],
         answers=next((cell["format"]["answers"] for cell in cells.values() if "format" in cell), 0),
@@ -156,6 +168,27 @@ def page(
         command=command,
         level=LEVEL,
     )
+
+
+def tiles(composed: Mapping[str, Any], primary: Mapping[str, Any]) -> list[Measure]:
+    """The figures on top of the page, that which decides first."""
+    known = {measure.key: measure for measure in (*LIKELIHOODS, *OF_KINDS, *ANSWERS)}
+    own = own_measure(primary)
+    known |= {measure.key: measure for measure in own}
+    first = own[0].key if own else KEYS.get(primary["name"], primary["name"])
+    return [known[key] for key in dict.fromkeys((first, *TILES)) if key in known and key in composed]
+
+
+def own_measure(primary: Mapping[str, Any]) -> list[Measure]:
+    """The column of a person's own metric; none for one of ours."""
+    if KEYS.get(primary["name"], primary["name"]) in {m.key for m in (*LIKELIHOODS, *OF_KINDS, *ANSWERS)}:
+        return []
+    return [Measure(OWN, primary["title"], "the metric that decides, your own", numbers.nats, "high")]
+
+
+def of_kind(cells: Mapping[str, Any]) -> list[Measure]:
+    """The columns that the kind of task adds."""
+    return [measure for measure in OF_KINDS if any(measure.of(cell) is not None for cell in cells.values())]
 
 
 def command(results: Mapping[str, Any], flag: str = "") -> str:
@@ -184,26 +217,28 @@ def untested(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 
 def forests(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Groups of intervals that share an axis: H1; H2 to H4; composed against every other row."""
-    contrasts, cells = results["contrasts"], results["cells"]
+    contrasts, cells, primary = results["contrasts"], results["cells"], results.get("primary") or USUAL
+    unit = "" if primary["unit"] in primary["title"] else f", {primary['unit']}"
+    gained = GAIN.format(title=primary["title"], unit=unit)
     others = [
         {
             "name": (other := key.removesuffix(" - composed")),
             "text": cells.get(other, {}).get("meaning", ""),
             "found": found,
             "style": STYLES.get(other, "other"),
-            **_against(found),
+            **interval_groups.against(found),
         }
         for key, found in results["differences"].items()
     ]
     groups = (
         ("Is the domain kept?", "share of the domain adapter's gain that composed keeps", ["H1"], numbers.share),
-        ("Are the answers better?", NATS, [name for name in CLAIMS if name != "H1"], numbers.gain),
+        ("Are the answers better?", gained, [name for name in CLAIMS if name != "H1"], numbers.gain),
     )
     found = [
-        _group(title, axis, [_claim(name, contrasts[name]) for name in names if name in contrasts], form)
+        interval_groups.group(title, axis, [_claim(name, contrasts[name]) for name in names if name in contrasts], form)
         for title, axis, names, form in groups
     ]
-    found.append(_group("Composed against every other row", NATS, others, numbers.gain))
+    found.append(interval_groups.group("Composed against every other row", gained, others, numbers.gain))
     return [group for group in found if group["rows"]]
 
 
@@ -222,19 +257,6 @@ def matrix(cells: Mapping[str, Any], measures: Sequence[Measure]) -> dict[str, A
     return {"measures": shown, "best": best, "absent": absent, "cells": cells}
 
 
-def _group(title: str, axis: str, rows: list[dict[str, Any]], form: Callable[[float], str]) -> dict[str, Any]:
-    """Rows with their pictures on one axis."""
-    group: dict[str, Any] = {"title": title, "axis": axis, "form": form, "rows": rows}
-    group["plain"] = numbers.nats if form is numbers.gain else form
-    if rows:
-        scale = report_figures.interval_scale([row["found"] for row in rows])
-        group["svg_axis"] = report_figures.axis_row(scale, "%" if form is numbers.share else "")
-        for row in rows:
-            said = f"{row['name']}: {_in_words(row['found'], form)}"
-            row["svg"] = report_figures.interval_row(row["found"], scale, row["style"], row["filled"], said)
-    return group
-
-
 def _claim(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     holds = found["holds"]
     return {
@@ -248,27 +270,10 @@ def _claim(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _against(found: Mapping[str, Any]) -> dict[str, Any]:
-    low, high = found["low"], found["high"]
-    if low is not None and low > 0:
-        return {"result": "better", "colour": "good", "filled": True}
-    if high is not None and high < 0:
-        return {"result": "worse", "colour": "bad", "filled": True}
-    return {"result": "cannot tell", "colour": "warn", "filled": False}
-
-
 def _without_word(sentence: str, word: str) -> str:
     """The sentence without the verdict in front of it, which stands there already."""
     rest = sentence.removeprefix(f"{word.capitalize()}: ")
     return rest[:1].upper() + rest[1:]
-
-
-def _in_words(found: Mapping[str, Any], form: Callable[[float], str]) -> str:
-    if found["low"] is None or found["high"] is None:
-        return f"{form(found['estimate'])}, no interval: {found['clusters']} documents are too few"
-    interval = f"95% interval {form(found['low'])} to {form(found['high'])}, against {form(found['null'])}"
-    seen = f", enough documents to see {form(found['detectable'])}" if found.get("detectable") is not None else ""
-    return f"{form(found['estimate'])}, {interval}{seen}"
 
 
 def _read(run: Run | None, name: str) -> dict[str, Any] | None:

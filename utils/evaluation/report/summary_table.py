@@ -12,9 +12,15 @@ COLUMNS = (
     ("answer_nll", "answer NLL", "{:.3f}"),
     ("em", "exact match", "{:.3f}"),
     ("f1", "token F1", "{:.3f}"),
+    ("chrf", "chrF", "{:.3f}"),
+    ("rouge_l", "ROUGE-L", "{:.3f}"),
+    ("json_valid", "valid JSON", "{:.3f}"),
+    ("field_f1", "field F1", "{:.3f}"),
     ("choice_accuracy", "choice acc.", "{:.3f}"),
     ("choice_accuracy_per_token", "per token", "{:.3f}"),
 )
+# a person's own metric, where one decides
+OWN = "own_metric"
 SAMPLES = 3
 
 
@@ -34,19 +40,30 @@ def counted(number: int, what: str) -> str:
 def table(results: dict[str, Any]) -> str:
     """The matrix, the contrasts, the verdict and a few answers."""
     cells = results["cells"]
-    columns = [column for column in COLUMNS if any(column[0] in cell for cell in cells.values())]
+    own = [(OWN, results["primary"]["title"][:13], "{:.3f}")] if results.get("primary") else []
+    columns = [column for column in (*COLUMNS, *own) if any(column[0] in cell for cell in cells.values())]
     first = max(10, *(len(name) + 2 for name in cells))
     lines = ["", " " * first + "".join(f"{title:>14}" for _, title, _ in columns)]
     for name, numbers in cells.items():
         row = (f"{form.format(numbers[key]) if key in numbers else '-':>14}" for key, _, form in columns)
         lines.append(f"{name:<{first}}" + "".join(row))
+    for cell, found in ((results.get("task") or {}).get("cells") or {}).items():
+        ends = found["interval"]
+        lines.append(
+            f"  macro F1 of {cell}: {found['macro_f1']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+        )
     lines += ["", *textwrap.wrap(_about(results), 110), ""]
+    unit = (results.get("primary") or {}).get("unit", "nats per token")
     for name, found in results["contrasts"].items():
         lines.append(f"  {name} {found['claim']}: {'yes' if found['holds'] else 'not shown'}")
-        lines.append(f"     {_interval(name, found)}")
+        lines.append(f"     {_interval(name, found, unit)}")
     for name, why in results["untested"].items():
         lines.append(f"  {name} not tested: {why}")
     lines += ["", *textwrap.wrap(results["sentence"], 110)]
+    if retrieval := results.get("retrieval"):
+        lines += ["", *textwrap.wrap(retrieval["sentence"], 110), *_costs(retrieval)]
+    if judge := results.get("judge"):
+        lines += ["", *textwrap.wrap(judge["sentence"], 110)]
     lines += ["", *results["contamination"]["lines"]]
     if rest := results["contamination"]["without_flagged"]:
         lines += textwrap.wrap(f"Without the flagged items ({rest['items']} are left): {rest['sentence']}", 110)
@@ -60,7 +77,8 @@ def table(results: dict[str, Any]) -> str:
 
 def _about(results: dict[str, Any]) -> str:
     said = [
-        f"{counted(results['test_items'], 'test question')} about {counted(results['test_documents'], 'document')}."
+        *([results["task"]["sentence"]] if "task" in results else []),
+        f"{counted(results['test_items'], 'test question')} about {counted(results['test_documents'], 'document')}.",
     ]
     if composition := results.get("composition"):
         weights = composition["recipe"]["weights"]
@@ -70,12 +88,24 @@ def _about(results: dict[str, Any]) -> str:
     said.append(TRAINED_ON[results["task_trained_on"]])
     if "task" in results["cells"]:
         said.append("The task row was trained on the base.")
+    primary = results.get("primary") or {}
+    if primary.get("name", "answer_nll") != "answer_nll":
+        said.append(f"H2 to H4 are decided on {primary['title']}, with a margin of {primary['margin']:g}.")
     return " ".join([*said, f"Seeds: {len(results['seeds'])}."])
 
 
-def _interval(name: str, found: dict[str, Any]) -> str:
+def _costs(retrieval: dict[str, Any]) -> list[str]:
+    """What an answer takes in each row that was asked with and without passages."""
+    lines = []
+    for name, cost in retrieval["costs"].items():
+        taken = "" if cost["seconds"] is None else f", {cost['seconds']:.2f} s"
+        lines.append(f"  {name}: {cost['prompt_tokens']:.0f} prompt tokens an answer{taken}")
+    return lines
+
+
+def _interval(name: str, found: dict[str, Any], unit: str) -> str:
     form = (lambda x: "?" if x is None else f"{x:.0%}") if name == "H1" else lambda x: "?" if x is None else f"{x:+.3f}"
-    unit = "" if name == "H1" else " nats per token"
+    unit = "" if name == "H1" else f" {unit}"
     return (
         f"{form(found['estimate'])}{unit}  95% [{form(found['low'])}, {form(found['high'])}]  p {found['p_holm']:.3g} "
         f"(Holm), could have seen {form(found['detectable'])}"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,16 @@ class Prompt:
     name: str
     messages: tuple[dict[str, str], ...]
     golds: tuple[str, ...]
+    example: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+# how good an answer's text is, by the row of the prompt that it answers
+Quality = Callable[[str, dict[str, Any]], float]
+
+
+def token_f1(text: str, example: dict[str, Any]) -> float:
+    """Token F1 against the expected answers of a prompt."""
+    return answer_metrics.token_f1(text, example["answers"])
 
 
 def read(path: Path, system_prompt: str) -> list[Prompt]:
@@ -53,7 +63,7 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
             if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
                 raise ValueError("a turn has no role or no content")
             "".join([*golds, *(message["content"] for message in messages)]).encode()  # halves of characters are none
-            found.append(Prompt(str(row.get("id", number)), messages, tuple(golds)))
+            found.append(Prompt(str(row.get("id", number)), messages, tuple(golds), {**row, "answers": golds}))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fix = 'write {"question": "...", "answers": ["..."]}'
             problems.append(
@@ -66,14 +76,17 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
     return found
 
 
-def compare(prompt: Prompt, canary: ServerAnswer, production: ServerAnswer, tolerance: float) -> dict[str, int]:
+def compare(
+    prompt: Prompt, canary: ServerAnswer, production: ServerAnswer, tolerance: float, quality: Quality = token_f1
+) -> dict[str, int]:
     """Per metric +1 when the canary lost, -1 when it won, 0 when equal; a metric without meaning is absent."""
     found = {"probe_errors": _sign(bool(canary.error), bool(production.error))}
     if canary.error or production.error:
         return found
     faults = [answer_metrics.fault(answer.text, answer.finish_reason) for answer in (canary, production)]
     found["output"] = _sign(bool(faults[0]), bool(faults[1]))
-    scores = [answer_metrics.token_f1(chat.spoken(answer.text), prompt.golds) for answer in (canary, production)]
+    example = {**prompt.example, "answers": list(prompt.golds)}
+    scores = [quality(chat.spoken(answer.text), example) for answer in (canary, production)]
     found["quality"] = _sign(-scores[0], -scores[1])
     for metric, name in (("first_token", "first_token_s"), ("per_token", "per_token_s")):
         times = [getattr(answer, name) for answer in (canary, production)]
@@ -124,11 +137,12 @@ class Prober:
         model: str = "",
         digest: str = "",
         asked: int = 0,
+        quality: Quality = token_f1,
     ):
         self.prompts = list(prompts)
         random.Random(seed).shuffle(self.prompts)
         self.canary, self.production = canary, production
-        self.every_s, self.tolerance = every_s, tolerance
+        self.every_s, self.tolerance, self.quality = every_s, tolerance, quality
         self._options: dict[str, Any] = {"max_tokens": max_tokens, "timeout_s": timeout_s, "model": model}
         self._pool = ThreadPoolExecutor(max_workers=2)
         self._waiting: tuple[Prompt, Future[ServerAnswer], Future[ServerAnswer]] | None = None
@@ -171,7 +185,7 @@ class Prober:
         canary, production = (future.result() for future in futures)
         if self._digest and canary.digest and canary.digest != self._digest:
             self.wrong_model = f"another model answers: digest {canary.digest[:12]}, wanted is {self._digest[:12]}"
-        results = compare(prompt, canary, production, self.tolerance)
+        results = compare(prompt, canary, production, self.tolerance, self.quality)
         if self._asked >= len(self.prompts):  # a greedy answer that is asked for again is no new evidence
             results = {m: r for m, r in results.items() if m not in ("quality", "output")}
         self._asked += 1

@@ -62,8 +62,13 @@ def policy_of(section: RolloutSection, *, has_prompts: bool) -> Policy:
     )
 
 
-def start(service: Service, prompts: list[golden.Prompt], seed: int) -> dict[str, Any]:
-    """A whole rollout. Returns when the candidate is production; raises when it was rolled back or refused."""
+def start(
+    service: Service, prompts: list[golden.Prompt], seed: int, quality: golden.Quality = golden.token_f1
+) -> dict[str, Any]:
+    """A whole rollout; `quality` scores answers to golden prompts.
+
+    Returns when the candidate is production; raises when it was rolled back or refused.
+    """
     with files.locked(service.home, "the service"):
         try:
             _refuse_unfinished(service)
@@ -79,7 +84,7 @@ def start(service: Service, prompts: list[golden.Prompt], seed: int) -> dict[str
         identity = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{candidate.digest[:8] or 'unknown'}"
         directory = service.home / "rollouts" / identity
         files.make_directory(directory)
-        prober = _prober(service, prompts, seed, asked=0)
+        prober = _prober(service, prompts, seed, 0, quality)
         first = _preflight(service, prober)
         policy = policy_of(service.section, has_prompts=bool(prompts))
         header = {
@@ -97,7 +102,7 @@ def start(service: Service, prompts: list[golden.Prompt], seed: int) -> dict[str
         return _drive(service, balancer, writer, prober, policy, begin(header["started_at"]), first, "")
 
 
-def resume(service: Service, prompts: list[golden.Prompt]) -> dict[str, Any]:
+def resume(service: Service, prompts: list[golden.Prompt], quality: golden.Quality = golden.token_f1) -> dict[str, Any]:
     """Go on after the controller died: never at the share it had, but from the first step, with all counts kept."""
     with files.locked(service.home, "the service"):
         to_production(service)  # before anything is read: nobody knows how long we were away
@@ -107,7 +112,7 @@ def resume(service: Service, prompts: list[golden.Prompt]) -> dict[str, Any]:
         if state.phase == "ramp" or state.phase == "bake":
             _switch_on(service, balancer)
             probed = state.total.pairs.get("probe_errors", (0, 0, 0))
-            prober = _prober(service, prompts, story.header.get("seed", 0), asked=sum(probed))
+            prober = _prober(service, prompts, story.header.get("seed", 0), sum(probed), quality)
             why = "the controller was started again"
             return _drive(service, balancer, writer, prober, story.policy, state, Counts(), why)
         return _finish(service, balancer, writer, state, None)
@@ -215,7 +220,9 @@ def _switch_on(service: Service, balancer: Balancer) -> None:
     event("balancer ready", at=f"http://127.0.0.1:{service.facts['port']}", share="0%")
 
 
-def _prober(service: Service, prompts: list[golden.Prompt], seed: int, asked: int) -> golden.Prober:
+def _prober(
+    service: Service, prompts: list[golden.Prompt], seed: int, asked: int, quality: golden.Quality
+) -> golden.Prober:
     candidate, production = service.side("candidate"), service.side("production")
     if candidate is None or production is None:
         raise ArtefactError(Problem("this rollout's servers are not known", str(service.facts_path), "start another"))
@@ -232,6 +239,7 @@ def _prober(service: Service, prompts: list[golden.Prompt], seed: int, asked: in
         model=section.model_name,
         digest=candidate.digest,
         asked=asked,
+        quality=quality,
     )
 
 

@@ -1,0 +1,1 @@
+"""What an evaluation is decided on: the primary metric, built in or a person's own function."""
