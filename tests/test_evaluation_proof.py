@@ -47,7 +47,6 @@ FOUR = ["base", "domain", "task", "composed"]
 STACKED = ["task_without_domain"]
 PROTOCOL = ["--evaluate.controls", "--evaluate.seeds", "7", "--evaluate.wrong_corpus"]
 CONTROLS = ["wrong_domain", "random", "rank_matched"]
-WITH = ["--task.retrieval", "true", "--task.train.sequence_tokens", "256"]
 
 
 @functools.cache
@@ -311,13 +310,15 @@ class Rows(unittest.TestCase):
         self.assertEqual(files.read_json(Path(other["run"]) / "results.json")["retrieval"]["how"], "theirs.jsonl")
 
     def test_a_task_adapter_trained_with_passages_is_another_run_with_other_pairs(self) -> None:
-        runs = [
-            last_json(self.place.run("train_task_adapter", "--task.train.max_steps", "1", *more)) for more in ([], WITH)
-        ]
-        manifests = [files.read_manifest(Path(run["run"])) for run in runs]
-        self.assertEqual(manifests[1]["identity"]["retrieval"], {"passages": 3, "tokens": 128})
-        self.assertNotIn("retrieval", manifests[0]["identity"])
-        self.assertGreater(*(m["measured"]["trained_tokens"] for m in reversed(manifests)))
+        step = ["--task.train.max_steps", "1", "--task.train.sequence_tokens", "256"]
+        completed = [self.place.run("train_task_adapter", *step, *more) for more in ([], ["--task.retrieval", "true"])]
+        runs = [last_json(one) for one in completed]
+        without, trained_with = (files.read_manifest(Path(run["run"]))["identity"] for run in runs)
+        self.assertEqual(trained_with.pop("retrieval"), {"passages": 3, "tokens": 128})
+        self.assertEqual(trained_with, without)
+        self.assertEqual(["pairs have passages" in one.stderr for one in completed], [False, True])
+        weights = [Path(run["adapter"]) / "adapter_model.safetensors" for run in runs]
+        self.assertNotEqual(*map(files.sha256_file, weights))
         for run in runs:  # the next tests want the stacked one as the newest
             shutil.rmtree(run["run"])
 
