@@ -66,6 +66,7 @@ TAKES_CONFIG = (
     *(
         "training.domain_adapter",
         "training.task_adapter",
+        "training.keeping_data",
         "training.training_run",
         "training.training_identity",
         "composition.in_use",
