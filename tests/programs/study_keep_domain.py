@@ -3,9 +3,9 @@
     python -m tests.programs.study_keep_domain --work models/studies --corpora ../shared/data
     python -m tests.programs.study_keep_domain --list
 
-A point is one task adapter on one domain adapter: trained, then scored on dev at weights of 1. Each finished point is a
-line of docs/studies/keep_domain.jsonl and is not made again; a stopped one goes on from its checkpoint. The grid has one
-seed, the setting that is the default three. Nothing here reads a test split.
+A point is one task adapter on one domain adapter: trained, then scored on dev at weights of 1. Each finished point is
+a line of docs/studies/keep_domain.jsonl and is not made again; a stopped one goes on from its checkpoint. The grid has
+one seed, the setting that is the default three. Nothing here reads a test split.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 from config import Config
 from utils.artifacts import files
 from utils.artifacts.identity import Identity, chosen, same_names
+from utils.evaluation import baseline_weight
 from utils.evaluation.run_groups import ComparedRuns
 from utils.models import devices
 from utils.models.base_model import BaseModel
@@ -40,10 +41,15 @@ def evaluation_identity(
         "seed": config.run.seed,
         **({} if config.inference.engine == "local" else {"engine": "server"}),
     }
+    searched = baseline_weight.search_of(parts)
     odd = {name: found["rows"] for name, support in supports.items() if (found := support.deciding())}
     return Identity.of(
         "evaluation",
-        _values(recorded) | ({"rows": odd} if odd else {}) | dict(turn) | base.deciding_tokenizer(),
+        _values(recorded)
+        | ({"rows": odd} if odd else {})
+        | ({"baseline_weight": searched} if searched else {})
+        | dict(turn)
+        | base.deciding_tokenizer(),
         _values,
     )
 
