@@ -16,11 +16,11 @@ from utils.data.kept_pairs import DomainKeeping, How
 
 # of the run's steps: late enough to have passed the warm-up, early enough to mend what was lost
 LOOK_SHARE = 0.25
-# of the tokens of the pairs: three passes over them, where training costs two to three passes over every token
-LOOK_TOKENS_SHARE = 1 / 40
-FEWEST_WINDOWS, MOST_WINDOWS = 6, 256
-# one-sided 95% of a normal distribution
-SURE = 1.645
+# of the tokens of the pairs: three passes over them are 3% of a training, which costs two passes over every token
+LOOK_TOKENS_SHARE = 1 / 50
+FEWEST_WINDOWS, MOST_WINDOWS = 4, 256
+# one-sided
+SURE = 0.95
 OFF = DomainKeeping()
 
 
@@ -82,16 +82,18 @@ class DomainLook:
 def decide(look: DomainLook, settings: KeepDomain, step: int) -> dict[str, Any]:
     """What is done from `step` on, and why, as JSON values: nothing, unless the domain is shown to be lost.
 
-    Replay where there are documents: on dev of three domains it left most of the domain for the fewest nats of the
-    answers (docs/studies/keep_domain.jsonl, decision_document.md).
+    Replay where there are documents, because they are what has to be kept; else predictions on prompts stand for them.
     """
     if not look.gain > 0:
         why = f"the domain adapter does not gain on these dev documents ({look.gain:+.3f} nats per token)"
         return _decision("off", 0, settings.share, why, step=step, gain=look.gain)
+    from scipy.stats import t
+
     share, error = look.kept()
+    at_most = share + float(t.ppf(SURE, len(look.base) - 1)) * error  # there may be few windows
     facts = {"step": step, "gain": look.gain, "kept": share, "kept_error": error, "windows": len(look.base)}
     left = f"after {step} steps {share:.0%} +- {error:.0%} of the domain's gain is left on dev"
-    if share + SURE * error >= settings.retention:
+    if at_most >= settings.retention:
         return _decision("off", 0, settings.share, f"{left}: not shown to be below {settings.retention:.0%}", **facts)
     how: How = "replay" if settings.has_documents else "kl"
     what = "its documents are mixed in" if how == "replay" else "without its documents, predictions on prompts are held"
