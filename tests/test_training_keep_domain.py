@@ -244,18 +244,21 @@ class Decision(unittest.TestCase):
 
 class Runs(unittest.TestCase):
     place: Workspace
+    whole: tuple[Path, dict[str, Any]]
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.place = domain_trained()
+        cls.whole = cls.trained("whole", *AUTO)
 
-    def trained(self, name: str, *flags: str) -> tuple[Path, dict[str, Any]]:
-        done = self.place.run("train_task_adapter", *TRAIN, *flags, "--run.name", name)
+    @classmethod
+    def trained(cls, name: str, *flags: str) -> tuple[Path, dict[str, Any]]:
+        done = cls.place.run("train_task_adapter", *TRAIN, *flags, "--run.name", name)
         directory = Path(last_json(done)["run"])
         return directory, files.read_manifest(directory) | {"said": done.stderr}
 
     def test_stopped_after_the_look_and_resumed_equals_uninterrupted(self) -> None:
-        whole, manifest = self.trained("whole", *AUTO)
+        whole, manifest = self.whole
         keeping = manifest["measured"]["keeping"]
         self.assertEqual((keeping["how"], keeping["decided_itself"]), ("replay", True), keeping)
         self.assertEqual(keeping["from_step"], round(keep_domain.LOOK_SHARE * manifest["measured"]["steps"]))
@@ -285,18 +288,14 @@ class Runs(unittest.TestCase):
         self.assertEqual(decided["measured"]["keeping"]["how"], "off")
         self.assertIn("not shown to be below", decided["measured"]["keeping"]["why"])
         self.assertEqual((off / WEIGHTS).read_bytes(), (auto / WEIGHTS).read_bytes())
-        held, _ = self.trained("held", "--task.keep_domain", "kl")
-        self.assertNotEqual((off / WEIGHTS).read_bytes(), (held / WEIGHTS).read_bytes())
 
     def test_on_the_base_it_does_what_the_stacked_one_decided(self) -> None:
-        _, stacked = self.trained("stacked", *AUTO)
+        _, stacked = self.whole
         keeping, said = stacked["measured"]["keeping"], stacked["identity"]["keep_domain"]
         _, base = self.trained("base", *AUTO, "--task.on", "base")
         wanted = {"how": "replay", "share": 0.1, "from_step": keeping["from_step"], "documents": said["documents"]}
         self.assertEqual(base["identity"]["keep_domain"], wanted)
-        _, other = self.trained("other", *AUTO, "--task.on", "base", "--run.seed", "8")
-        self.assertNotIn("keep_domain", other["identity"])
-        self.assertIn("nothing to keep", other["said"])
+        self.assertIn("as the adapter whose baseline this is", base["said"])
 
     def test_without_documents_replay_is_refused_with_what_needs_none(self) -> None:
         place = Workspace()
