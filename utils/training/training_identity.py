@@ -130,7 +130,7 @@ def asked(run: Run) -> dict[str, Any]:
 
 def decided(run: Run) -> dict[str, Any]:
     """The same with what it decided for itself, as its controls have to be told."""
-    said = run.manifest["measured"].get("keeping")
+    said = run.manifest.get("measured", {}).get("keeping")
     if not said or said["how"] == "off":
         return {"keep_domain": "off"}
     return {"keep_domain": said["how"], "replay_share": said["share"], "keep_from_step": said["from_step"]}
