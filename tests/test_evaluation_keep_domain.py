@@ -25,11 +25,12 @@ ASKED = ["--compose.max_dev_items", "12", "--compose.max_dev_documents", "6", "-
 
 @functools.cache
 def compared() -> tuple[Workspace, dict[str, dict[str, Any]], dict[str, Any]]:
-    """A stacked adapter that decided to replay from step 4 on, its weights searched, with every control."""
+    """A stacked adapter that decided to replay, its weights searched, with every control."""
     place = Workspace()
     place.run("prepare_data", *place.sources, "--data.heldout_share", "0.4")
-    reported = {"domain": last_json(place.run("train_domain_adapter"))}
-    keep = ["--task.keep_domain", "auto", "--compose.domain_retention", "1", "--task.train.learning_rate", "0.03"]
+    reported = {"domain": last_json(place.run("train_domain_adapter", "--domain.train.epochs", "6"))}
+    keep = ["--task.keep_domain", "auto", "--compose.domain_retention", "1"]
+    keep += ["--task.train.learning_rate", "0.03", "--task.train.epochs", "3"]
     reported["task"] = last_json(place.run("train_task_adapter", *keep))
     reported["composed"] = last_json(place.run("compose", "--compose.search", *ASKED))
     rows = [{"id": f"o{i}", "text": f"The {i}th boat sailed on a {i * 7}-mile river at dawn."} for i in range(40)]
@@ -95,7 +96,7 @@ class FairControls(unittest.TestCase):
         searched = [point["weights"][0] for point in results["baseline_weight"]["points"]]
         self.assertLessEqual({0.5, 1.0, 1.5, weight}, set(searched))
         self.assertEqual("task_at_1" in results["cells"], weight != 1.0)
-        composed = files.read_manifest(Path(reported["composed"]["run"]))["identity"]
+        composed = files.read_manifest(Path(reported["composed"]["composed"]))["identity"]
         evaluated = next(run["identity"] for run in self.manifests("evaluation"))
         wanted = {"max_dev_items": 12, "seed": 0, "data": composed["data"]}
         self.assertEqual(evaluated["baseline_weight"], wanted)

@@ -143,7 +143,7 @@ def measured(point: StudyPoint, given: argparse.Namespace) -> dict[str, Any]:
         "steps": trained["steps"],
         "trained_tokens": trained["trained_tokens"],
         "training_seconds": trained["seconds"],
-        "keeping": trained["keeping"],
+        "keeping": trained.get("keeping"),
         "domain_trained_tokens": runs[0].manifest["measured"]["trained_tokens"],
         "date": time.strftime("%Y-%m-%d"),
     }
