@@ -230,6 +230,13 @@ class TaskSection(Section):
     prompt_loss_weight: Share = 0.0
     """Share of the prompt's tokens that are trained as well, drawn anew in each epoch. 0.1 lets pairs of long passages
     and short answers leave more of the domain (arXiv 2405.14394; decision_document.md)."""
+    keep_domain: Literal["auto", "off", "replay", "kl"] = "off"
+    """What keeps the domain meanwhile: replay mixes documents into every step, kl holds predictions on prompts to those
+    without the task adapter and needs no documents, auto looks once at dev documents and decides."""
+    replay_share: Annotated[float, Field(gt=0, le=0.9)] = 0.1
+    """How much: the share of a step's tokens that are documents (replay), or of the pairs whose prompts count (kl)."""
+    keep_from_step: NonNegative = 0
+    """Optimiser steps before replay or kl begins; controls of a run that decided for itself begin where it did."""
     turns: Literal["all", "last"] = "all"
     """Assistant turns of a conversation that are trained, each after what was said before it; the last is scored."""
     retrieval: bool = False
@@ -646,6 +653,7 @@ class Config(Section):
         for stage in ("domain", "task"):
             problems += _stage_problems(stage, getattr(self, stage).lora, getattr(self, stage).train)
             problems += _mixture_problems(stage, getattr(self, stage).lora, self.base)
+        problems += _task_problems(self.task)
         problems += _compose_problems(self.compose, self.hub, self.merge)
         problems += _evaluate_problems(self.evaluate)
         problems += _rollout_problems(self.rollout)
@@ -735,6 +743,12 @@ def _data_problems(data: DataSection) -> list[str]:
             f"data.task {data.task} brings its own dev and test: leave data.task_dev and data.task_test empty"
         )
     return problems
+
+
+def _task_problems(task: TaskSection) -> list[str]:
+    if task.keep_from_step and task.keep_domain not in ("replay", "kl"):
+        return [f"task.keep_from_step {task.keep_from_step} needs --task.keep_domain replay or kl"]
+    return []
 
 
 def _compose_problems(compose: ComposeSection, hub: HubSection, merge: MergeSection) -> list[str]:

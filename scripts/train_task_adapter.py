@@ -2,8 +2,9 @@
 
 By default it is trained on the frozen domain adapter (--task.on domain); --task.on domain_ready switches that one on
 or off at random each step, so that the result works with and without it; --task.on base trains the independent adapter
-that is the fair baseline in the evaluation. Reads the newest prepared data and domain run; writes models/task/<run>/.
-Killed at any moment, the same command goes on from the last checkpoint.
+that is the fair baseline in the evaluation. --task.keep_domain keeps the domain meanwhile. Reads the newest prepared
+data and domain run; writes models/task/<run>/. Killed at any moment, the same command goes on from the last
+checkpoint.
 
     accelerate launch --config_file scripts/launch/one_gpu.yaml scripts/train_task_adapter.py
 """
@@ -20,7 +21,14 @@ from config import Config
 from utils import cli
 
 SECTIONS = ("task", "base", "inputs", "run")
-MOST_USED = ("task.on", "task.lora.rank", "task.train.learning_rate", "task.train.epochs", "inputs.domain_adapter")
+MOST_USED = (
+    "task.on",
+    "task.keep_domain",
+    "task.lora.rank",
+    "task.train.learning_rate",
+    "task.train.epochs",
+    "inputs.domain_adapter",
+)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -40,11 +48,22 @@ def plan(config: Config) -> list[str]:
         "domain_ready": "the newest domain adapter, frozen and on in half of the steps",
         "base": "the base model alone",
     }[config.task.on]
+    share = f"{config.task.replay_share:.0%}"
+    kept = {
+        "off": [],
+        "replay": [f"mix documents of the domain into every step, {share} of its tokens"],
+        "kl": [f"hold the predictions on {share} of the prompts to those without the task adapter"],
+        "auto": [
+            f"after a quarter of the steps see whether less than {config.compose.domain_retention:.0%} of the domain's "
+            f"gain is left on dev, and if so mix {share} of its documents in"
+        ],
+    }[config.task.keep_domain]
     return [
         *dry_run.lines(config, "train_task_adapter"),
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
         f"train LoRA rank {lora.rank} on {dry_run.targets(config, 'task')} on {below}, for {train.epochs} epochs, "
         f"answers only, at most {train.sequence_tokens or 'as many as prepare_data chose'} tokens a pair",
+        *kept,
         f"write {config.run.models_dir / 'task'}/{config.run.name or config.preset + '-<fingerprint>'}/adapter",
     ]
 

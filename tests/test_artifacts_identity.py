@@ -132,8 +132,29 @@ class Trained(unittest.TestCase):
         self.assertEqual(
             set(TaskSection.model_fields),
             {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share", "turns", "init_from"}
-            | {"retrieval"},
+            | {"retrieval"}
+            | {"keep_domain", "replay_share", "keep_from_step"},
         )
+
+    def test_what_keeps_the_domain_decides_and_off_is_as_before(self) -> None:
+        documents, other = run_of("prepared", "3" * 64), run_of("prepared", "4" * 64)
+
+        def facts(how: str, *, of: Run = documents, retention: float = 0.9, **task: Any) -> dict[str, Any]:
+            section = TaskSection(keep_domain=how, **task)
+            return training_identity.keep_facts(section, retention, of)
+
+        self.assertEqual(facts("off"), {})
+        self.assertEqual(facts("off", replay_share=0.3, of=other, retention=0.5), {})
+        for how, changed in (
+            ("auto", [{"retention": 0.8}, {"of": other}, {"replay_share": 0.2}]),
+            ("replay", [{"of": other}, {"replay_share": 0.2}, {"keep_from_step": 5}]),
+            ("kl", [{"replay_share": 0.2}, {"keep_from_step": 5}]),
+        ):
+            for values in changed:
+                self.assertNotEqual(facts(how), facts(how, **values), (how, values))
+        # what is not read decides nothing
+        self.assertEqual(facts("kl"), facts("kl", of=other, retention=0.8))
+        self.assertEqual(facts("replay"), facts("replay", retention=0.8))
 
     def test_a_target_name_counts_by_the_modules_that_it_finds(self) -> None:
         def with_targets(*targets: str) -> Identity:

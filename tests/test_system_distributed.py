@@ -48,6 +48,10 @@ TRAIN = {"epochs": 1, "batch_tokens": 384, "micro_batch_tokens": 128, "save_ever
 FLAGS = [f"--domain.train.{name}={value}" for name, value in TRAIN.items()]
 TASK = ["--task.on=domain_ready", "--task.lora.experts=true", "--task.train.gradient_checkpointing=true"]
 TASK += ["--base.dtype=bfloat16", "--task.train.batch_tokens=384", "--task.train.micro_batch_tokens=128"]
+# a second pass of the model within the first, whose number has to be the same on every rank
+TASK += ["--task.keep_domain=kl", "--task.replay_share=0.2"]
+REPLAY = ["--task.keep_domain=auto", "--compose.domain_retention=1", "--task.train.learning_rate=0.03"]
+REPLAY += ["--task.train.batch_tokens=384", "--task.train.micro_batch_tokens=128", "--task.train.epochs=2"]
 STOPPED, UNEQUAL = 75, 4
 
 
@@ -120,6 +124,22 @@ class SameAsOneProcess(unittest.TestCase):
         self.assertEqual([done.returncode for done in ended], [0, 0], ended[0].stderr)
         self.assertIn("the model is dealt out", ended[0].stderr)
         self.assert_same(place.run_of("two", "task"), place.run_of("one", "task"))
+
+    @unittest.skipUnless(LONG, "a task adapter in one process and in two, both ways: FAULT_TESTS=long")
+    def test_ranks_look_at_the_domain_together_and_read_its_documents(self) -> None:
+        place = reference()
+        place.run("train_task_adapter", "--run.name", "looked-one", *REPLAY)
+        expected = place.run_of("looked-one", "task")
+        keeping = files.read_manifest(expected)["measured"]["keeping"]
+        self.assertEqual(keeping["how"], "replay", keeping)
+        for way in ("fsdp", "ddp"):
+            ended = together(place, "train_task_adapter", "--run.name", f"looked-{way}", *REPLAY, way=way)
+            self.assertEqual([done.returncode for done in ended], [0, 0], ended[0].stderr)
+            found = place.run_of(f"looked-{way}", "task")
+            self.assert_same(found, expected)
+            decided = files.read_manifest(found)["measured"]["keeping"]
+            self.assertEqual((decided["how"], decided["from_step"]), (keeping["how"], keeping["from_step"]))
+            self.assertAlmostEqual(decided["kept"], keeping["kept"], places=3)
 
     def test_a_llama_whose_embeddings_are_its_output_head(self) -> None:
         place, base = reference(), temporary_directory() / "tied"

@@ -66,6 +66,7 @@ TAKES_CONFIG = (
     *(
         "training.domain_adapter",
         "training.task_adapter",
+        "training.keeping_data",
         "training.training_run",
         "training.training_identity",
         "composition.in_use",
@@ -75,7 +76,7 @@ TAKES_CONFIG = (
     ),
     *("evaluation.evaluation_identity", "benchmarks.benchmark_identity"),
     *("evaluation.comparison", "evaluation.run_groups", "evaluation.controls", "evaluation.scored_rows"),
-    *("evaluation.served_rows", "evaluation.retrieved_rows"),
+    *("evaluation.served_rows", "evaluation.retrieved_rows", "evaluation.baseline_weight"),
     *("benchmarks.inputs", "benchmarks.suite_inference", "benchmarks.suite_training", "benchmarks.suite_data"),
     *("benchmarks.suite_merge", "benchmarks.suite_evaluation", "benchmarks.suite_gpu", "benchmarks.suites"),
     "export.model_support",

@@ -133,6 +133,25 @@ def activate(model: PeftModel, names: Sequence[str], *, trainable: str = "") -> 
         raise ArtefactError(Problem(f"active adapters are {model.active_adapters}, not {list(names)}"))
 
 
+@contextmanager
+def switched(model: PeftModel, names: Sequence[str]) -> Iterator[None]:
+    """Meanwhile exactly these adapters, or none, take part in the forward pass; which one is trained stays.
+
+    `activate` would also change what takes a gradient, which an optimiser and a sharded model must not see change.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = list(names)
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
 def refuse_other_state(model: PeftModel, active: Sequence[str], *, trainable: str) -> None:
     """Raises VerificationError unless exactly these adapters take part in the forward pass and exactly one is trained.
 

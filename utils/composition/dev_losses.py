@@ -89,6 +89,18 @@ def search(probe: DevProbe | ranks.Held | None, section: ComposeSection, remembe
                 fix="prepare data with --data.task FILE, on a machine that holds the model; or set --weights",
             )
         )
+    evaluate = measuring(probe, remembered)
+    return weight_search.search(
+        evaluate,
+        len(probe.parts),
+        section.search_methods,
+        retention=section.domain_retention,
+        fit_per_layer=lambda start, documents: probe.fit_per_layer(start, documents),
+    )
+
+
+def measuring(probe: DevProbe | ranks.Held, remembered: Path) -> weight_search.Evaluate:
+    """Points as the probe measures them, each a line of `remembered`; those that are there are not measured again."""
     of = resumable.owner(remembered.parent)
     known = {(point.method, point.weights): point for point in _points(remembered, of)}
     if known:
@@ -102,13 +114,7 @@ def search(probe: DevProbe | ranks.Held | None, section: ComposeSection, remembe
             event(f"{method} ({shown})", answer_loss=point.answer_nll, domain_loss=point.domain_nll, number=len(known))
         return known[method, weights]
 
-    return weight_search.search(
-        evaluate,
-        len(probe.parts),
-        section.search_methods,
-        retention=section.domain_retention,
-        fit_per_layer=lambda start, documents: probe.fit_per_layer(start, documents),
-    )
+    return evaluate
 
 
 def _points(path: Path, of: str) -> list[Point]:

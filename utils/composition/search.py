@@ -91,13 +91,7 @@ def search(
     The sum is always searched; of `methods` those whose row in the registry says how. `fit_per_layer` serves the fitted
     ones, which are left out without it.
     """
-    seen: dict[tuple[str, tuple[float, ...]], Point] = {}
-
-    def measure(method: str, weights: tuple[float, ...]) -> Point:
-        if (method, weights) not in seen:
-            seen[method, weights] = evaluate(method, weights)
-        return seen[method, weights]
-
+    measure, seen = _once(evaluate)
     ones, nothing = (1.0,) * adapters, (0.0,) * adapters
     base, domain = measure(SUM, nothing), measure(SUM, (1.0, *nothing[1:]))
     keeping = Keeping(base, domain, retention)
@@ -120,6 +114,20 @@ def search(
             crossed, final[name] = _fitted(measure, name, fit_per_layer, best)
             candidates.append((name, crossed))
     return _choose(candidates, final, tuple(seen.values()), feasible, keeping)
+
+
+def search_alone(evaluate: Evaluate) -> ChosenWeights:
+    """The weight of one adapter without a domain below it, by the rule that `search` has: answers alone decide.
+
+    For the fair baseline: a composed model whose task adapter was given its weight is compared with one that was too.
+    """
+    measure, seen = _once(evaluate)
+    best = _refined(measure, SUM, _best([measure(SUM, (weight,)) for weight in COARSE[1:]]), lambda _: True)
+    candidates = [("sum at 1", measure(SUM, (1.0,))), (SUM, best)]
+    champions = tuple(Champion(label, p, *paired(p, best), True) for label, p in candidates)
+    chosen = next(c for c in champions if c.difference <= _one(c.standard_error))
+    reason = f"{chosen.label}: the simplest within one standard error of the best on dev"
+    return ChosenWeights(chosen.point, champions, tuple(seen.values()), None, reason)
 
 
 @dataclass(frozen=True)
@@ -214,6 +222,18 @@ def to_json(choice: ChosenWeights) -> dict[str, Any]:
         "pareto": [slim(point) for point in pareto(choice.points)],
         "points": [slim(point) for point in choice.points],
     }
+
+
+def _once(evaluate: Evaluate) -> tuple[Evaluate, dict[tuple[str, tuple[float, ...]], Point]]:
+    """(`evaluate`, asked once for each setting; what it has said so far)."""
+    seen: dict[tuple[str, tuple[float, ...]], Point] = {}
+
+    def measure(method: str, weights: tuple[float, ...]) -> Point:
+        if (method, weights) not in seen:
+            seen[method, weights] = evaluate(method, weights)
+        return seen[method, weights]
+
+    return measure, seen
 
 
 def _grid(measure: Evaluate, adapters: int) -> list[Point]:

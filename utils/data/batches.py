@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -35,10 +35,17 @@ class Batch:
     position_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     names: tuple[str, ...]
+    # True where the prediction has to stay what it was without the trained adapter; None where nothing is held
+    kept_BT: torch.Tensor | None = None
 
     @property
     def num_labels(self) -> int:
         return int((self.labels_BT != IGNORED).sum())
+
+    def uncounted(self) -> Batch:
+        """The same forward pass without anything that is trained."""
+        kept_BT = None if self.kept_BT is None else torch.zeros_like(self.kept_BT)
+        return replace(self, labels_BT=torch.full_like(self.labels_BT, IGNORED), kept_BT=kept_BT)
 
 
 MicroBatch = tuple[int, ...]
@@ -106,27 +113,10 @@ class PackedDocuments:
         return steps
 
     def batch(self, epoch: int, rows: MicroBatch) -> Batch:
-        lengths = self.row_lengths(epoch)
-        length = max(lengths[row] for row in rows)
-        ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
-        labels = np.full((len(rows), length), IGNORED, dtype=np.int64)
-        positions = np.zeros((len(rows), length), dtype=np.int64)
-        names: list[str] = []
-        for row, number in enumerate(rows):
-            at = 0
-            for piece in self.rows(epoch)[number]:
-                document = self.documents[piece.document]
-                tokens = np.asarray(document["input_ids"][piece.start : piece.end + 1], dtype=np.int64)
-                size = piece.end - piece.start
-                ids[row, at : at + size] = tokens[:size]
-                labels[row, at : at + len(tokens) - 1] = tokens[
-                    1:
-                ]  # across a cut, the next row's first token is the label
-                positions[row, at : at + size] = np.arange(size)
-                names.append(document["id"])
-                at += size
-            positions[row, at:] = np.arange(length - at)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), tuple(names))
+        lengths, pieces = self.row_lengths(epoch), self.rows(epoch)
+        return rows_of_pieces(
+            self.documents, [pieces[row] for row in rows], max(lengths[row] for row in rows), self.pad_id
+        )
 
     def num_labels(self, epoch: int, step: OptimiserStep) -> int:
         rows = self.rows(epoch)
@@ -176,6 +166,27 @@ class BucketedPairs:
         for start, end in pair.earlier:  # answers, which are trained anyway
             draw[start - 1 : end - 1] = 1.0
         return torch.from_numpy(np.flatnonzero(draw < self.prompt_loss_weight))
+
+
+def rows_of_pieces(documents: Dataset, rows: Sequence[Sequence[Piece]], length: int, pad_id: int) -> Batch:
+    """Rows of `length` tokens, each filled with pieces of documents; across a cut, the next token is the label."""
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), length), IGNORED, dtype=np.int64)
+    positions = np.zeros((len(rows), length), dtype=np.int64)
+    names: list[str] = []
+    for row, pieces in enumerate(rows):
+        at = 0
+        for piece in pieces:
+            document = documents[piece.document]
+            tokens = np.asarray(document["input_ids"][piece.start : piece.end + 1], dtype=np.int64)
+            size = piece.end - piece.start
+            ids[row, at : at + size] = tokens[:size]
+            labels[row, at : at + len(tokens) - 1] = tokens[1:]
+            positions[row, at : at + size] = np.arange(size)
+            names.append(document["id"])
+            at += size
+        positions[row, at:] = np.arange(length - at)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), tuple(names))
 
 
 def pack(lengths: Sequence[int], row_tokens: int, generator: random.Random) -> list[list[Piece]]:

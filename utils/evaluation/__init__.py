@@ -2,6 +2,7 @@
 
 run_groups       the runs that are compared: one group for each seed, with its controls
 controls         training what a comparison lacks, by the pipeline's own scripts
+baseline_weight  the weight of the task adapter alone, chosen on dev where the composed model's were
 scored_rows      each row as an adapter on one loaded base; scoring it
 served_rows      generated answers from an engine, where there is one
 measures         from per-item scores to numbers with intervals, contrasts, examples

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from utils import flags
 from utils.artifacts import files, resumable, runs
 from utils.artifacts.identity import settings_of
 from utils.artifacts.runs import Run
-from utils.composition import composed_adapter
+from utils.composition import composed_adapter, search
 from utils.data import contamination
 from utils.data.prepared import Prepared
-from utils.evaluation import measures, retrieved_rows, scored_rows, served_rows, test_reads
+from utils.evaluation import baseline_weight, measures, retrieved_rows, scored_rows, served_rows, test_reads
 from utils.evaluation.metrics import classification, judging, task_kinds
 from utils.evaluation.metrics.primary import PrimaryMetric
 from utils.evaluation.run_groups import ComparedRuns
@@ -34,6 +35,7 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
     began = time.perf_counter()
     if parts.composed:
         composed_adapter.say(parts.composed)
+    parts = replace(parts, baseline_weight=baseline_weight.chosen(config, base, parts, directory))
     on = scored_rows.material(config, base, parts, directory / ".reading")
     on, retrieval = (
         retrieved_rows.with_retrieval(config, base, parts, on, directory) if config.evaluate.retrieval else (on, {})
@@ -64,6 +66,7 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         "left_out": len(on.left_out),
         "seeds": [family.seed for family in parts.families],
         "task_trained_on": parts.first.task.manifest["identity"]["on"],
+        "keeping": parts.first.task.manifest.get("measured", {}).get("keeping"),
         "missing": parts.missing,
         "reads": {**read, "sentence": test_reads.sentence(read)},
         "lineage": _lineage(base, parts),
@@ -78,6 +81,8 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         found["sentence"] = f"{found['sentence']} {measured['verdict_sentence']}".strip()
     if config.evaluate.judge:
         found["judge"] = _judged(config, rows, raw, on, directory)
+    if parts.baseline_weight:
+        found["baseline_weight"] = search.to_json(parts.baseline_weight)
     found["cautions"] = cautions(found, parts)
     if parts.composed:
         recorded = composed_adapter.record(parts.composed, base)
@@ -199,15 +204,23 @@ def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
         )
     if len(parts.families) == 1:
         said.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
+    if chosen := found.get("baseline_weight"):
+        (weight,) = chosen["chosen"]["weights"]
+        beside = "" if weight == 1 else "; the row task_at_1 has it at weight 1"
+        said.append(f"The task adapter alone has a weight chosen on dev too ({weight:g}), as composed has{beside}.")
+    if keeping := found.get("keeping"):
+        said.append(f"What keeps the domain while the task adapter is trained: {keeping['how']} ({keeping['why']}).")
     trained = parts.first.task.manifest["identity"]
     if trained.get("retrieval") and "retrieval" not in found:
         said.append(
             "The task adapter was trained with passages and asked without: --evaluate.retrieval bm25 asks it with."
         )
-    if found["verdict"] == "interferes" and "train" in trained and not trained.get("prompt_loss_weight"):
+    kept = trained.get("prompt_loss_weight") or (found.get("keeping") or {}).get("how", "off") != "off"
+    if found["verdict"] == "interferes" and "train" in trained and not kept:
         said.append(
-            "Where prompts are long and answers short, a task adapter trained on part of the prompt as well may "
-            "leave more of the domain: --task.prompt_loss_weight 0.1; look on dev before you read the test again."
+            "A task adapter that reads the domain's documents too may leave more of it: --task.keep_domain replay; "
+            "where prompts are long and answers short, so may one that is trained on part of the prompt: "
+            "--task.prompt_loss_weight 0.1. Look on dev before you read the test again."
         )
     silent = [c for c, cell in found["cells"].items() if cell.get("format", {}).get("ended", 1.0) < NEVER_ENDS]
     if silent:

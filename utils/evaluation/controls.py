@@ -8,6 +8,7 @@ lies. Interrupted, the same command goes on where it stopped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ from utils.logger import event
 from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.parallel import ranks
+from utils.training import keeping_data, training_identity
 from utils.training.domain_adapter import train_domain
 from utils.training.task_adapter import train_task
-from utils.training.training_identity import task_facts, training_identity
+from utils.training.training_identity import keep_facts, task_facts
 
 FOLDER = "controls"
 # built-in domains have a wrong one of the same form; for a person's own documents it is Python's documentation
 WRONG_FOR = {"python_docs": "python_docs_other", "invented": "invented_shuffled"}
 # what decides the built-in domains' sizes and splits
 SIZES = ("invented_towns", "invented_attributes", "dev_share", "test_share")
+
+# sections of this command that a sibling's settings change in part
+CHANGED = ("task", "compose")
 
 
 class Trainer:
@@ -79,19 +84,32 @@ class Trainer:
             adapter_files.save(temporary / "adapter", factors, self.base)
         return Run(directory, files.verify(directory))
 
-    def task(self, like: Run, seed: int, domain: Run | None, *, rank: int = 0) -> Run:
-        """A task adapter with the settings of `like`: another seed, another domain adapter (None: the base), a rank."""
-        config, source = self._task_config(like, seed, domain, rank)
+    def task(
+        self,
+        like: Run,
+        seed: int,
+        domain: Run | None,
+        *,
+        rank: int = 0,
+        keeping: Mapping[str, Any] | None = None,
+        documents_of: Run | None = None,
+    ) -> Run:
+        """A task adapter with the settings of `like`: another seed, another domain adapter (None: the base), a rank.
+
+        `keeping` says how it keeps its domain (`training_identity.decided`), where it is not told what `like` was told;
+        on the base it replays the documents of `documents_of`.
+        """
         what = f"a task adapter on {domain.directory.name if domain else 'the base'} with seed {seed}"
         if rank:
             what = f"a task adapter of rank {rank} with seed {seed}"
-        identity = self._trained("task", like, source, config, **task_facts(config.task, domain))
+        config, identity = self._of_task(like, seed, domain, rank, keeping, documents_of)
         return self._found_or_made("task", identity, config, what)
 
-    def on_base(self, like: Run) -> Run | None:
+    def on_base(self, like: Run, documents_of: Run | None) -> Run | None:
         """The complete run trained on the base with the data, steps and settings of `like`, or None."""
-        config, source = self._task_config(like, int(like.manifest["identity"]["seed"]), None)
-        return self.existing("task", self._trained("task", like, source, config, **task_facts(config.task, None)))
+        seed = int(like.manifest["identity"]["seed"])
+        _, identity = self._of_task(like, seed, None, 0, training_identity.decided(like), documents_of)
+        return self.existing("task", identity)
 
     def existing(self, stage: str, identity: Identity) -> Run | None:
         """The complete run with this identity, the person's own first."""
@@ -102,8 +120,16 @@ class Trainer:
                     return run
         return None
 
-    def _task_config(self, like: Run, seed: int, domain: Run | None, rank: int = 0) -> tuple[Config, Run]:
-        """The settings with which a sibling of `like` is trained, and the data."""
+    def _of_task(
+        self,
+        like: Run,
+        seed: int,
+        domain: Run | None,
+        rank: int,
+        keeping: Mapping[str, Any] | None,
+        documents_of: Run | None,
+    ) -> tuple[Config, Identity]:
+        """The settings with which a sibling of `like` is trained, and what decides it."""
         identity, said = like.manifest["identity"], settings_of(like.manifest)
         lora = dict(said["lora"])
         if rank:
@@ -115,19 +141,32 @@ class Trainer:
             "train": TrainSection.model_validate(said["train"]),
             "system_prompt": identity["system_prompt"],
             "prompt_loss_weight": identity.get("prompt_loss_weight", 0.0),
-            "turns": identity.get("turns", "all"),
+            # joined turns are all turns, in rows of their own form
+            "turns": "last" if identity.get("turns") == "last" else "all",
             "retrieval": bool(identity.get("retrieval")),
             "max_unusable_share": self.config.task.max_unusable_share,
+            **(training_identity.asked(like) if keeping is None else keeping),
         }
         source = find.parent_by_digest(like, "prepared", self._roots(True))
         inputs = {"prepared": str(source.directory)}
-        if domain:
-            inputs["domain_adapter"] = str(domain.directory)
-        return self._config({"task": section, "inputs": inputs}, seed, like), source
+        if below := domain or documents_of:
+            inputs["domain_adapter"] = str(below.directory)
+        retention = identity.get("keep_domain", {}).get("retention", self.config.compose.domain_retention)
+        sections = {"task": section, "inputs": inputs, "compose": {"domain_retention": retention}}
+        config, documents = keeping_data.resolved(self._config(sections, seed, like), self.base, source, domain)
+        facts = task_facts(config.task, domain) | keep_facts(config.task, retention, documents)
+        return config, self._trained("task", like, source, config, packs=documents is not None, **facts)
 
-    def _trained(self, stage: str, like: Run, data: Run, config: Config, **facts: Any) -> Identity:
-        section = getattr(config, stage)
-        return training_identity(
+    def _trained(
+        self, stage: str, like: Run, data: Run, config: Config, *, packs: bool = True, **facts: Any
+    ) -> Identity:
+        """`packs`: whether documents are read, which a model may not keep apart in a row."""
+        section, told = getattr(config, stage), like.manifest["identity"]
+        # of the model and its prompts, the same for every sibling
+        facts |= {name: told[name] for name in ("turn", "tokenizer_choice") if name in told and stage == "task"}
+        if rows := {name: way for name, way in told.get("rows", {}).items() if packs or name != "packing"}:
+            facts["rows"] = rows
+        return training_identity.training_identity(
             stage,
             self.base,
             data,
@@ -135,7 +174,7 @@ class Trainer:
             section.train,
             seed=config.run.seed,
             dtype=config.base.dtype,
-            native_fp8=like.manifest["identity"].get("fp8") == "native",
+            native_fp8=told.get("fp8") == "native",
             facts=facts,
         )
 
@@ -168,7 +207,7 @@ class Trainer:
             "base": values["base"] | base,
             "run": values["run"] | run,
             "inputs": {},
-            **{name: values[name] | section if name == "task" else section for name, section in sections.items()},
+            **{name: values[name] | section if name in CHANGED else section for name, section in sections.items()},
         }
         return Config.model_validate(values | changed)
 

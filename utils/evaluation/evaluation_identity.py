@@ -11,6 +11,7 @@ from config import Config
 from utils.artifacts import files
 from utils.artifacts.identity import Identity, chosen, same_names
 from utils.data.retrieval.retrieved_prompts import BM25
+from utils.evaluation import baseline_weight
 from utils.evaluation.metrics.primary import ANSWER_NLL
 from utils.evaluation.run_groups import ComparedRuns
 from utils.models import devices
@@ -42,10 +43,15 @@ def evaluation_identity(
         "seed": config.run.seed,
         **({} if config.inference.engine == "local" else {"engine": "server"}),
     }
+    searched = baseline_weight.search_of(parts)
     odd = {name: found["rows"] for name, support in supports.items() if (found := support.deciding())}
     return Identity.of(
         "evaluation",
-        _values(recorded) | ({"rows": odd} if odd else {}) | dict(turn) | base.deciding_tokenizer(),
+        _values(recorded)
+        | ({"rows": odd} if odd else {})
+        | ({"baseline_weight": searched} if searched else {})
+        | dict(turn)
+        | base.deciding_tokenizer(),
         _values,
     )
 

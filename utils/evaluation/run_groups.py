@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from config import BaseModelSection, Config
 from utils.adapters import adapter_files, find
@@ -12,6 +13,7 @@ from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition import composed_adapter, in_use
 from utils.composition.composed_adapter import Composition
+from utils.composition.search import ChosenWeights
 from utils.data.prepared import Prepared
 from utils.data.retrieval import retrieved_prompts
 from utils.evaluation.controls import Trainer
@@ -23,6 +25,7 @@ from utils.exceptions import ArtefactError, Problem
 from utils.logger import event, warning
 from utils.models import sources
 from utils.models.base_model import BaseModel
+from utils.training.training_identity import decided
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class RunGroup:
     """What one seed trained. `task` belongs to the composed model, `baseline` was trained on the base.
 
     A control stands for the domain adapter (`wrong_domain`, `random`: the adapter and the task adapter trained on it in
-    the same regime) or is a task adapter of the ranks together (`rank_matched`).
+    the same regime) or is a task adapter of the ranks together (`rank_matched`). Where the task adapter keeps its
+    domain, controls do as it did, each with the documents of its own domain adapter; `task_plain` is the baseline
+    without that.
     """
 
     seed: int
@@ -64,6 +69,8 @@ class ComparedRuns:
     missing: dict[str, str]
     primary: PrimaryMetric = primary_metric.ANSWER_NLL
     kind: TaskKind = SHORT_ANSWERS
+    # of the baseline, chosen on dev where the composed model's were (`baseline_weight`)
+    baseline_weight: ChosenWeights | None = None
 
     @property
     def first(self) -> RunGroup:
@@ -129,7 +136,7 @@ def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: R
         seed,
         domain,
         task,
-        _baseline(config, trainer, missing, task),
+        _baseline(config, trainer, missing, domain, task),
         _made(config, trainer, missing, domain, task, seed),
     )
 
@@ -149,24 +156,28 @@ def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: R
     other_domain = trainer.domain(domain, seed) if domain else None
     stacked = task.manifest["identity"]["on"] != "base"
     other_task = trainer.task(task, seed, other_domain if stacked else None)
-    baseline = other_task if not stacked else (trainer.task(task, seed, None) if first.baseline else None)
+    baseline = None if stacked else other_task
+    if stacked and first.baseline:
+        baseline = trainer.task(other_task, seed, None, keeping=decided(other_task), documents_of=other_domain)
     return RunGroup(
         seed, other_domain, other_task, baseline, _made(config, trainer, missing, other_domain, other_task, seed)
     )
 
 
-def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], task: Run) -> Run | None:
+def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> Run | None:
     """The adapter trained on the base with the same data, steps and settings as `task`."""
     found = task.manifest["identity"]
     if found["on"] == "base":
         return task
-    run = trainer.on_base(task)
+    keeping = decided(task)
+    run = trainer.on_base(task, domain)
     if run is None and config.evaluate.controls:
-        run = trainer.task(task, int(found["seed"]), None)
+        run = trainer.task(task, int(found["seed"]), None, keeping=keeping, documents_of=domain)
     if run is None:
+        told = "" if keeping["keep_domain"] == "off" else "".join(f" --task.{k} {v}" for k, v in keeping.items())
         missing["task"] = (
             "no task adapter was trained on the base with the same settings: train it with accelerate launch "
-            "scripts/train_task_adapter.py --task.on base, or add --evaluate.controls"
+            f"scripts/train_task_adapter.py --task.on base{told}, or add --evaluate.controls"
         )
     else:
         event("the task row is the adapter trained on the base", path=run.directory)
@@ -179,16 +190,21 @@ def _made(
     """The controls of one family: nothing without the flag or without a domain adapter."""
     if not config.evaluate.controls or domain is None:
         return {}
-    stacked = task.manifest["identity"]["on"] != "base"
+    stacked, keeping = task.manifest["identity"]["on"] != "base", decided(task)
 
     def with_task(other: Run) -> tuple[Run, ...]:
-        return other, trainer.task(task, seed, other) if stacked else task
+        return other, trainer.task(task, seed, other, keeping=keeping) if stacked else task
+
+    def on_base(**how: Any) -> tuple[Run, ...]:
+        return (trainer.task(task, seed, None, documents_of=domain, **{"keeping": keeping, **how}),)
 
     found: dict[str, tuple[Run, ...]] = {}
     makers: dict[str, Callable[[], tuple[Run, ...]]] = {
         "random": lambda: with_task(trainer.random_domain(domain, seed)),
-        "rank_matched": lambda: (trainer.task(task, seed, None, rank=_rank(domain) + _rank(task)),),
+        "rank_matched": lambda: on_base(rank=_rank(domain) + _rank(task)),
     }
+    if keeping["keep_domain"] != "off":
+        makers["task_plain"] = lambda: on_base(keeping={"keep_domain": "off"})
     if not _can_be_repeated(domain):
         what = "the domain adapter comes from elsewhere, or started from another adapter"
         missing["wrong_domain"] = f"{what}: how to train another in the same way is not known"

@@ -16,7 +16,7 @@ from typing import Any
 
 from config import Config, InferenceSection, TrainSection
 from utils.adapters import adapter_files, adapter_tokenizer, inference_layers
-from utils.adapters.factors import Factors
+from utils.adapters.factors import Factors, scaled
 from utils.artifacts import resumable
 from utils.composition.methods import Recipe, compose
 from utils.data.batches import PackedDocuments
@@ -52,6 +52,8 @@ MEANING = {
     "base_retrieval": "the base model, asked with passages of the documents",
     "task_retrieval": "the task row, asked with passages",
     "composed_retrieval": "composed, asked with passages",
+    "task_at_1": "as task, at weight 1 instead of the weight that was chosen for it on dev",
+    "task_plain": "as task at weight 1, trained without what keeps the domain",
 }
 RETRIEVAL = "_retrieval"
 # answered one at a time, for what an answer takes
@@ -270,12 +272,16 @@ def _factors(cell: str, family: RunGroup, base: BaseModel, parts: ComparedRuns) 
 
     if cell == "domain":
         return load(family.domain)[0] if family.domain else None
-    if cell == "task":
-        return load(family.baseline)[0] if family.baseline else None
+    if cell in ("task", "task_at_1"):
+        chosen = parts.baseline_weight.chosen.weights[0] if parts.baseline_weight else 1.0
+        if family.baseline is None or (cell == "task_at_1" and chosen == 1.0):
+            return None
+        weight = chosen if cell == "task" else 1.0
+        return {name: scaled(factors, weight) for name, factors in load(family.baseline)[0].items()}
     if cell == "task_without_domain":
         stacked = family.domain and family.baseline is not family.task
         return load(family.task)[0] if stacked else None
-    if cell == "rank_matched":
+    if cell in ("rank_matched", "task_plain"):
         return load(*family.controls[cell])[0] if cell in family.controls else None
     if parts.composed is None or family.domain is None:
         return None

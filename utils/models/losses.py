@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from utils.models.parallel import ranks
 from utils.models.rows import row_support
 from utils.models.rows.row_support import causal
 from utils.models.structure import model_class
@@ -25,27 +26,75 @@ LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm
 
 
 class NextTokenLoss(torch.nn.Module):
-    """Sum of the NLL over the labelled positions, as a module so that distributed wrappers see the forward pass."""
+    """Sum of the NLL over the labelled positions, as a module so that distributed wrappers see the forward pass.
 
-    def __init__(self, model: PeftModel | PreTrainedModel):
+    Within `as_before()` the model predicts as it did before it was trained; positions that are kept are held to that.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel | PreTrainedModel,
+        as_before: Callable[[], AbstractContextManager[Any]] | None = None,
+    ):
         super().__init__()
-        self.model = model
+        self.model, self._as_before = model, as_before
 
     def forward(
-        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, labels_BT: torch.Tensor
+        self,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        labels_BT: torch.Tensor,
+        kept_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """The sum over labels and, with `kept_BT`, of the divergences from the predictions before, in nats."""
         how = row_support.arguments(self.model, input_ids_BT, position_ids_BT)
         labels_BT = labels_BT.reshape(how["input_ids"].shape)
         wanted = labels_BT != IGNORED
         labels_N = labels_BT[wanted]
-        if not _plain_logits(self.model):
-            logits_NV = causal(self.model)(**how).logits[wanted]
-            return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-        hidden_NH = _hidden(self.model, how)[wanted]
-        if not len(labels_N):
-            return hidden_NH.float().sum() * 0.0
-        head = causal(self.model).get_output_embeddings().weight
-        return FrozenHeadNLL.apply(hidden_NH, head, labels_N)
+        is_plain = _plain_logits(self.model)
+        found = _hidden(self.model, how) if is_plain else causal(self.model)(**how).logits
+        if not is_plain:
+            total = F.cross_entropy(found[wanted].float(), labels_N, reduction="sum")
+        elif len(labels_N):
+            head = causal(self.model).get_output_embeddings().weight
+            total = FrozenHeadNLL.apply(found[wanted], head, labels_N)
+        else:
+            total = found[wanted].float().sum() * 0.0
+        if kept_BT is None:
+            return total
+        return total + self._divergence(found, input_ids_BT, position_ids_BT, kept_BT, is_plain=is_plain)
+
+    def _divergence(
+        self,
+        found: torch.Tensor,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        kept_BT: torch.Tensor,
+        *,
+        is_plain: bool,
+    ) -> torch.Tensor:
+        """Sum of KL(before || now) over the kept positions (Li and Hoiem 2016, arXiv 1606.09282).
+
+        The same weights without what is trained are the teacher: a second pass, no second model, and only over the rows
+        that hold something. `found` is what the first pass gave: hidden states, or logits where these are not plain.
+        """
+        rows_B = kept_BT.any(-1)
+        if not rows_B.any():
+            if not ranks.is_sharded():
+                return found.new_zeros((), dtype=torch.float32)
+            rows_B = torch.arange(len(rows_B), device=rows_B.device) == 0  # ranks make their passes together
+        how = row_support.arguments(self.model, input_ids_BT[rows_B], position_ids_BT[rows_B])
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self._as_before() if self._as_before else nullcontext():
+            before = _hidden(self.model, how) if is_plain else causal(self.model)(**how).logits
+        self.model.train(was_training)
+        before = before[kept_BT[rows_B].reshape(how["input_ids"].shape)]
+        now = found[kept_BT.reshape(found.shape[:-1])]
+        if is_plain:
+            return FrozenHeadKL.apply(now, before, causal(self.model).get_output_embeddings().weight)
+        log_before, log_now = before.float().log_softmax(-1), now.float().log_softmax(-1)
+        return F.kl_div(log_now, log_before, reduction="sum", log_target=True)
 
 
 class FrozenHeadNLL(torch.autograd.Function):
@@ -68,6 +117,34 @@ class FrozenHeadNLL(torch.autograd.Function):
             total -= log_p_CV.gather(1, labels_C1).sum()
             p_CV = log_p_CV.exp_().scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
             grad_NH[here] = (p_CV.to(head_VH.dtype) @ head_VH).to(grad_NH.dtype)
+        ctx.save_for_backward(grad_NH)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_NH,) = ctx.saved_tensors
+        return grad_NH * grad, None, None
+
+
+class FrozenHeadKL(torch.autograd.Function):
+    """Summed KL(before || now) of the next token's distributions under a frozen output head, chunk by chunk.
+
+    As in `FrozenHeadNLL`: the gradient of the logits is (now - before), turned into one of the hidden states at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, now_NH: torch.Tensor, before_NH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
+        grad_NH = torch.empty_like(now_NH)
+        total = torch.zeros((), dtype=torch.float32, device=now_NH.device)
+        for at in range(0, len(now_NH), CHUNK_POSITIONS):
+            here = slice(at, at + CHUNK_POSITIONS)
+            log_q_CV, log_p_CV = (
+                torch.log_softmax(hidden_NH[here].to(head_VH.dtype) @ head_VH.t(), dim=-1, dtype=torch.float32)
+                for hidden_NH in (now_NH, before_NH)
+            )
+            p_CV = log_p_CV.exp()
+            total += (p_CV * (log_p_CV - log_q_CV)).sum()
+            grad_NH[here] = ((log_q_CV.exp_() - p_CV).to(head_VH.dtype) @ head_VH).to(grad_NH.dtype)
         ctx.save_for_backward(grad_NH)
         return total
 

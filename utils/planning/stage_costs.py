@@ -71,6 +71,8 @@ def training_seconds(way: Way, stage: str, data: PlannedData) -> tuple[float, fl
     """Of all epochs, or of `max_steps`, without loading."""
     train, (slow, fast) = getattr(way.config, stage).train, way.trainings[stage].rates
     wanted = train.max_steps * train.batch_tokens if train.max_steps else data.trained(stage) * train.epochs
+    if stage == "task" and way.config.task.keep_domain in ("auto", "replay"):  # auto at most
+        wanted /= 1 - way.config.task.replay_share
     return wanted / fast, wanted / slow
 
 

@@ -44,6 +44,8 @@ class TrainingState:
     best_dev_loss: float = float("inf")
     best_step: int = 0
     dev_losses: list[tuple[int, float]] = field(default_factory=list)
+    # what keeps the domain, once that is decided (`keep_domain.decide`)
+    keeping: dict[str, Any] | None = None
 
 
 def size_bytes(parameters: Tensors | dict[str, torch.nn.Parameter]) -> int:

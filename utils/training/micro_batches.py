@@ -26,9 +26,12 @@ def share_of(items: Sequence[Any], process: int, processes: int) -> list[tuple[A
 
 
 def batch_loss(module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Sum of the NLL of the trained tokens of a micro-batch: a scalar with a gradient."""
+    """Sum of the NLL of the trained tokens of a micro-batch, and of what is held: a scalar with a gradient."""
+    rows = [batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT]
+    if batch.kept_BT is not None:
+        rows.append(batch.kept_BT)
     with autocast(module, device):
-        return module(batch.input_ids_BT.to(device), batch.position_ids_BT.to(device), batch.labels_BT.to(device))
+        return module(*(row.to(device) for row in rows))
 
 
 @torch.no_grad()
@@ -45,3 +48,20 @@ def mean_loss(loss_module: torch.nn.Module, batches: list[Batch], accelerator: A
     sums = accelerator.reduce(sums.to(accelerator.device), "sum")
     loss_module.train(was_training)
     return float(sums[0] / sums[1])
+
+
+@torch.no_grad()
+def sums(loss_module: torch.nn.Module, batches: Sequence[Batch], accelerator: Accelerator) -> list[float]:
+    """The summed NLL of each batch, dealt to the processes; every process gets the same numbers."""
+    was_training = loss_module.training
+    loss_module.eval()
+    inner = accelerator.unwrap_model(loss_module)
+    found = torch.zeros(len(batches), dtype=torch.float64)
+    numbers = share_of(range(len(batches)), accelerator.process_index, accelerator.num_processes)
+    for number, counts in numbers:
+        loss = float(batch_loss(inner, batches[number], accelerator.device))
+        if counts:
+            found[number] = loss
+    found = accelerator.reduce(found.to(accelerator.device), "sum")
+    loss_module.train(was_training)
+    return [float(value) for value in found]

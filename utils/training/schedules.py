@@ -23,8 +23,11 @@ class AdapterSchedule:
 
     def active(self, step: int | None) -> list[str]:
         """Names of the adapters that are on in this step or, with None, while dev is measured."""
-        is_on = not self.alternates or domain_is_on(self.seed, step)
-        return [*(self.frozen if is_on else ()), self.trained]
+        return [*self.below(step), self.trained]
+
+    def below(self, step: int | None) -> list[str]:
+        """Those of them that are frozen."""
+        return list(self.frozen) if not self.alternates or domain_is_on(self.seed, step) else []
 
 
 def domain_is_on(seed: int, step: int | None) -> bool:

@@ -16,7 +16,7 @@ from utils.models import chat, turn_format
 from utils.models.base_model import BaseModel
 from utils.models.rows import row_probe
 from utils.planning import preflight
-from utils.training import trackers, training_identity, training_run
+from utils.training import keeping_data, trackers, training_identity, training_run
 from utils.training.schedules import AdapterSchedule
 from utils.training.training_identity import task_facts
 
@@ -33,7 +33,12 @@ def train_task(config: Config) -> dict[str, Any]:
     parents, frozen = [data, *filter(None, (domain, initial))], ["domain"] if domain else []
     schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
     rows = row_probe.measured(base, config.base)
-    facts = task_facts(config.task, domain) | training_identity.start_facts(initial) | rows.deciding("head")
+    config, source = keeping_data.resolved(config, base, data, domain)
+    if source and source.digest != data.digest:
+        parents.append(source)
+    deciding = rows.deciding("packing", "head") if source else rows.deciding("head")
+    facts = task_facts(config.task, domain) | training_identity.start_facts(initial) | deciding
+    facts |= training_identity.keep_facts(config.task, config.compose.domain_retention, source)
     facts |= turn_format.deciding(adapter_tokenizer.of(base)) | base.deciding_tokenizer()
     if config.task.turns == "all" and pairs.trains_earlier_turns(data.manifest["counts"]):
         facts |= {"turns": "joined"}  # how turns make rows decides which of them make a step
@@ -42,12 +47,15 @@ def train_task(config: Config) -> dict[str, Any]:
         if run.complete:
             return training_run.result(run, reused=True)
         trained, dev, counts = _pairs(config, base, data)
+        keep = None
+        if config.task.keep_domain != "off":
+            trained, keep = keeping_data.kept(config, base, data, source, trained, packs=rows.packs)
         model = training_run.load_base(config, "task", base)
         if domain:
             model = peft_model.add(model, "domain", adapter_files.load(domain.adapter, base))
         start = adapter_files.load(initial.adapter, base) if initial else None
         model = training_run.new_adapter(model, "task", config.task.lora, config.run.seed, frozen, initial=start)
-        outcome = training_run.train(run, model, trained, dev, schedule)
+        outcome = training_run.train(run, model, trained, dev, schedule, keep)
         training_run.save(run, model, outcome, system_prompt=config.task.system_prompt)
         prompt = config.task.system_prompt
         run = training_run.record(run, outcome, data=counts, system_prompt=prompt, rows=rows.to_json())

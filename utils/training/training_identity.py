@@ -106,6 +106,39 @@ def task_facts(task: TaskSection, domain: Run | None) -> dict[str, Any]:
     return found
 
 
+def keep_facts(task: TaskSection, retention: float, documents: Run | None) -> dict[str, Any]:
+    """What decides how a task adapter keeps its domain; nothing where it does not, as adapters of before have it.
+
+    `documents` is the prepared data whose documents are at hand, `retention` what `auto` asks for.
+    """
+    if task.keep_domain == "off":
+        return {}
+    found: dict[str, Any] = {"how": task.keep_domain, "share": task.replay_share}
+    if task.keep_domain == "auto":
+        found["retention"] = retention
+    elif task.keep_from_step:
+        found["from_step"] = task.keep_from_step
+    if task.keep_domain != "kl":
+        found["documents"] = documents.digest if documents else None
+    return {"keep_domain": found}
+
+
+def asked(run: Run) -> dict[str, Any]:
+    """Settings of `TaskSection` that say how a task run was told to keep its domain."""
+    said = run.manifest["identity"].get("keep_domain")
+    if not said:
+        return {"keep_domain": "off"}
+    return {"keep_domain": said["how"], "replay_share": said["share"], "keep_from_step": said.get("from_step", 0)}
+
+
+def decided(run: Run) -> dict[str, Any]:
+    """The same with what it decided for itself, as its controls have to be told."""
+    said = run.manifest.get("measured", {}).get("keeping")
+    if not said or said["how"] == "off":
+        return {"keep_domain": "off"}
+    return {"keep_domain": said["how"], "replay_share": said["share"], "keep_from_step": said["from_step"]}
+
+
 def start_facts(initial: Run | None) -> dict[str, Any]:
     """What decides an adapter that started from another; nothing for a fresh one, as adapters of before have it."""
     return {"init_from": initial.digest} if initial else {}

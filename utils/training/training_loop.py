@@ -13,9 +13,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,13 +25,15 @@ from utils.adapters import expert_factors, peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import METRICS
 from utils.data.batches import Batch, OptimiserStep, TrainingData
+from utils.data.kept_pairs import KeptPairs
 from utils.exceptions import Interrupted, Problem, is_out_of_memory
 from utils.logger import event
 from utils.models.devices import peak_memory_bytes
-from utils.models.losses import IGNORED, NextTokenLoss
+from utils.models.losses import NextTokenLoss
 from utils.models.parallel import expert_parallel, launcher, ranks, sharding
 from utils.progress import Progress
-from utils.training import checkpoints, gradients, guards, micro_batches, schedules, steps
+from utils.training import checkpoints, gradients, guards, keep_domain, micro_batches, schedules, steps
+from utils.training.keep_domain import DomainLook, KeepDomain
 from utils.training.schedules import AdapterSchedule
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class TrainingSetup:
     directory: Path
     accelerator: Accelerator
     what: str
+    # with `data` that can add to a step what keeps the domain (`KeptPairs`)
+    keep: KeepDomain | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class TrainingOutcome:
     peak_memory_bytes: int
     world_size: int
     is_dealt_out: bool
+    keeping: dict[str, Any] | None = None
 
 
 def train(setup: TrainingSetup) -> TrainingOutcome:
@@ -103,7 +108,9 @@ class _TrainingLoop:
             setup.model.enable_input_require_grads()
             setup.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = setup.model.train()
-        module = NextTokenLoss(self.model)
+        module = NextTokenLoss(
+            self.model, lambda: peft_model.switched(self.model, setup.schedule.below(self.state.step))
+        )
         self.is_dealt_out = ranks.is_sharded()
         if self.is_dealt_out:
             expert_factors.prepare(self.model)
@@ -118,7 +125,7 @@ class _TrainingLoop:
         )
         self.loss_module = module if self.is_dealt_out else self.accelerator.prepare(module)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.state = checkpoints.TrainingState()
+        self.state = checkpoints.TrainingState(keeping=setup.keep.at_start(self.total) if setup.keep else None)
         self.best: checkpoints.Tensors = {}
         self.checkpoints = setup.directory / files.SCRATCH
         self.frozen = guards.frozen_adapters(self.model)
@@ -140,6 +147,7 @@ class _TrainingLoop:
             checkpoints.put(self.parameters, current)
             self.best = {name: sharding.like(tensor, self.parameters[name]) for name, tensor in best.items()}
             event(f"{self.what}: resumed", step=self.state.step, checkpoint=newest)
+        keep_domain.say(self.what, self.state.keeping)
         ranks.first(
             lambda: checkpoints.require_space(self.checkpoints, self.parameters, self.settings.keep_checkpoints)
         )
@@ -155,6 +163,7 @@ class _TrainingLoop:
             for epoch, number, step, measures_dev in self._remaining():
                 began = time.perf_counter()
                 self._switch_adapters(state.step)
+                step = self._with_keeping(step)
                 loss, norm, stop = self._step(epoch, step, signalled)
                 state.step, state.epoch, state.step_in_epoch = state.step + 1, epoch, number + 1
                 labels, seconds = self.setup.data.num_labels(epoch, step), time.perf_counter() - began
@@ -172,6 +181,8 @@ class _TrainingLoop:
                 bar.advance(1, loss=loss, tokens_per_second=rate)
                 if measures_dev and self.setup.dev:
                     self._measure_dev(epoch)
+                if self.setup.keep and state.keeping is None and state.step == self.setup.keep.look_step(self.total):
+                    self._decide_keeping(self.setup.keep)
                 state.seconds += time.perf_counter() - began
                 if stop:
                     self._save()
@@ -202,6 +213,7 @@ class _TrainingLoop:
             peak_memory_bytes=peak_memory_bytes(),
             world_size=self.accelerator.num_processes,
             is_dealt_out=self.is_dealt_out,
+            keeping=state.keeping,
         )
 
     def _remaining(self) -> Iterator[tuple[int, int, OptimiserStep, bool]]:
@@ -266,7 +278,7 @@ class _TrainingLoop:
             batch = data.batch(epoch, rows)
             self.names += batch.names
             if not counts:  # keeps the number of backward passes equal on every process
-                batch = replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORED))
+                batch = batch.uncounted()
             with nullcontext() if at + 1 == len(mine) else accelerator.no_sync(self.loss_module):
                 loss = micro_batches.batch_loss(self.loss_module, batch, accelerator.device)
                 if not torch.isfinite(loss):  # the others have to hear of it, so this process may not stop alone
@@ -293,6 +305,27 @@ class _TrainingLoop:
         if loss < state.best_dev_loss:
             state.best_dev_loss, state.best_step = loss, state.step
             self.best = checkpoints.copy_of(self.parameters)
+
+    def _with_keeping(self, step: OptimiserStep) -> OptimiserStep:
+        """The step with what keeps the domain in it, where something does."""
+        data = self.setup.data
+        if self.setup.keep is None or not isinstance(data, KeptPairs):
+            return step
+        return data.with_keeping(step, self.state.step, keep_domain.keeping_of(self.state.keeping))
+
+    def _decide_keeping(self, settings: KeepDomain) -> None:
+        """Look at what the steps until here did to dev documents, and decide what is done from here on."""
+        state, (below, windows) = self.state, (self.setup.schedule.below(None), settings.dev)
+        found = []
+        for names in ([], below, [*below, self.setup.schedule.trained]):
+            with peft_model.switched(self.model, names):
+                found.append(micro_batches.sums(self.loss_module, windows, self.accelerator))
+        look = DomainLook(*found, tokens=sum(batch.num_labels for batch in windows))
+        state.keeping = ranks.first(lambda: keep_domain.decide(look, settings, state.step))
+        keep_domain.say(self.what, state.keeping)
+        if state.keeping["how"] != "off":
+            # the best on dev is the best answers: one of before would bring back what the domain lost
+            state.best_dev_loss, state.best_step, self.best = float("inf"), 0, {}
 
     def _save(self) -> None:
         guards.refuse_diverged(self.model, self.state.step, self.what)

@@ -29,6 +29,7 @@ from utils.models.parallel import ranks, sharding
 from utils.models.rows import row_probe, row_support
 from utils.planning import preflight
 from utils.training import checkpoints, trackers, training_loop
+from utils.training.keep_domain import KeepDomain
 from utils.training.schedules import AdapterSchedule
 from utils.training.training_loop import TrainingOutcome, TrainingSetup
 
@@ -138,7 +139,12 @@ def new_adapter(
 
 
 def train(
-    run: TrainingRun, model: PeftModel, data: TrainingData, dev: list[Batch], schedule: AdapterSchedule
+    run: TrainingRun,
+    model: PeftModel,
+    data: TrainingData,
+    dev: list[Batch],
+    schedule: AdapterSchedule,
+    keep: KeepDomain | None = None,
 ) -> TrainingOutcome:
     """Train the active adapter of `model`, which then holds the state that is kept. Raises as the loop does."""
     preflight.check_trainable(model, run.config, run.stage, run.base)
@@ -154,6 +160,7 @@ def train(
             directory=run.directory,
             accelerator=accelerator,
             what=f"{run.stage} adapter",
+            keep=keep,
         )
     )
     # not end_training(): it also takes the process group down, and the processes still have to meet

@@ -24,6 +24,9 @@ SPLITS = {
 }
 
 
+KEPT_BY = {"replay": ", documents mixed in", "kl": ", predictions on prompts held"}
+
+
 def roles(runs: Sequence[Run]) -> dict[str, str]:
     """What each run is in the comparison, by its digest."""
     data = next((run.digest for run in runs if run.manifest["kind"] == "prepared"), "")
@@ -122,6 +125,8 @@ def _role(run: Run, data: str, known: Mapping[str, str]) -> str:
         where = TRAINED_ON.get(identity["on"], f"on {identity['on']}")
         if below and not below.startswith("domain adapter"):
             where = where.replace("domain", below.partition(" ")[0])
+        how = (run.manifest.get("measured", {}).get("keeping") or {}).get("how", "off")
+        where += KEPT_BY.get(how, "")
         return f"task adapter {where}{seed}"
     return f"{kind} adapter"
 
