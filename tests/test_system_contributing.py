@@ -20,7 +20,7 @@ COPIED = ("config.py", "scripts", "utils", "tests", "pyproject.toml")
 class Recipes(unittest.TestCase):
     def test_each_recipe_works_as_it_is_written(self) -> None:
         recipes = PAGE.read_text(encoding="utf-8").split("\n### ")[1:]
-        self.assertGreaterEqual(len(recipes), 3)
+        self.assertGreaterEqual(len(recipes), 4)
         for recipe in recipes:
             with self.subTest(recipe.splitlines()[0]):
                 self.follow(recipe)
