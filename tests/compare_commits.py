@@ -35,7 +35,7 @@ BY_BYTES = {".jsonl", ".parquet", ".safetensors"}
 BY_VALUE = {"adapter_config.json", "search.json", "interference.json"}
 # what is no content: where things lie, how long they took, by which version, and sentences about numbers
 NOT_CONTENT = {
-    *("base_model_name_or_path", "_name_or_path", "tokens_per_second", "seconds"),
+    *("base_model_name_or_path", "_name_or_path", "tokens_per_second", "seconds", "answering_seconds"),
     *("peft_version", "transformers_version", "meaning", "claim", "reason", "label"),
 }
 PROVEN = ("verdict", "contrasts", "cells")

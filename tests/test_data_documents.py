@@ -114,7 +114,7 @@ class TestFormats(CorpusTest):
     def test_pdf_pages_are_joined_and_line_end_hyphens_removed(self):
         write_pdf(self.folder / "a.pdf", [["The thermo-", "meter of Graeco-", "Roman times."], ["Second page."]])
         texts, _ = self.read()
-        self.assertEqual(texts["a.pdf"], "The thermometer of Graeco-\nRoman times.\n\nSecond page.")
+        self.assertEqual(texts["a.pdf"], "The thermometer of Graeco-Roman times.\n\nSecond page.")
 
     def test_docx_gives_paragraphs_and_tables_in_order(self):
         from docx import Document

@@ -211,7 +211,7 @@ class Callers(unittest.TestCase):
             self.assertEqual(row_support.of(model).packing, "none")
         self.assertTrue(all(len(set(batch.names)) == len(batch.names) for batch in probe.document_batches()))
         item = question(30, 3)
-        on = scored_rows.Material([], [item], [], {}, [], "", 2)
+        on = scored_rows.Material([], [item], [], {}, [], False, "", 2)
         (found,) = scored_rows.score(config, base, [ModelRow("base", None)], on, temporary_directory()).values()
         alone = [float(own_nll(plain, [*item.prompt, *c])[-len(c) :][1:-1].sum()) for c in item.candidates]
         for nll, expected in zip(found["items"][0]["choice_nlls"], alone, strict=True):

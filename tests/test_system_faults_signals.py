@@ -106,7 +106,7 @@ class Training(unittest.TestCase):
     def test_a_launcher_that_is_killed_takes_its_training_with_it_after_a_checkpoint(self) -> None:
         place = trained()
         directory, pid_file = place.run_of("orphan"), place.root / "orphan.pid"
-        script = place.train("orphan", before=UnderALauncher(pid_file))
+        script = place.train("orphan", "--run.threads=1", before=UnderALauncher(pid_file))  # as the reference
         script.wait_until(lambda: (directory / "checkpoints" / "step-00000004").exists())
         script.signal(signal.SIGKILL)
         script.wait()

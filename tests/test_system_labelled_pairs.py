@@ -178,7 +178,7 @@ class Labelled(unittest.TestCase):
             run = last_json(self.place.run("train_task_adapter", *flags))
             manifest = files.read_object(Path(run["run"]) / "manifest.json")
             found[turns] = (manifest["data"]["usable"], manifest["identity"].get("turns"))
-        self.assertEqual(found, {"all": (2 * train, None), "last": (train, "last")})
+        self.assertEqual(found, {"all": (2 * train, "joined"), "last": (train, "last")})
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def prompts() -> Path:
 
 
 def without_seal(cell: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in cell.items() if key != "seal"}
+    return {key: value for key, value in cell.items() if key not in ("seal", "answering_seconds")}
 
 
 def launch_only(fault: Any, other: Any) -> list[Any]:

@@ -25,7 +25,7 @@ from tests.support import Workspace, last_json, plain_logits, relative, temporar
 from utils.adapters import adapter_files, peft_model
 from utils.adapters.factors import delta
 from utils.artifacts import files
-from utils.models import loading
+from utils.models import loading, older_spellings
 
 ALL = os.environ.get("MINIMAX_TESTS") == "all"
 REGIMES = ("base", "domain", "domain_ready")
@@ -205,7 +205,7 @@ class Serving(unittest.TestCase):
                 self.assertEqual(settings.get("quantization_config", {}).get("quant_method"), stored)
                 # everything else is as it was published
                 original = json.loads((minimax_support.checkpoint(kind) / "config.json").read_text())
-                changed = {"quantization_config", "dtype", "auto_map"}
+                changed = {"quantization_config", "dtype", "auto_map", "torch_dtype", older_spellings.LISTED}
                 self.assertEqual(
                     {k: v for k, v in settings.items() if k not in changed},
                     {k: v for k, v in original.items() if k not in changed},

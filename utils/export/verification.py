@@ -155,7 +155,8 @@ class _Lineage:
         if identity.get("tokenizer", base.get("tokenizer_digest")) != base.get("tokenizer_digest"):
             self._problem(f"{directory}: its settings name another tokenizer than its manifest", identity["tokenizer"])
         for digest in parents:
-            other = self.seen.get(digest, {}).get("base") or base
+            recorded = self.seen.get(digest, {}).get("base")
+            other = recorded if isinstance(recorded, dict) and recorded else base
             # prepared data knows no weights, only a tokenizer
             keys = ("tokenizer_digest",) if parents[digest] == "prepared" else ("digest", "tokenizer_digest")
             asserted = (manifest.get("composition") or {}).get("asserted")
