@@ -42,7 +42,7 @@ rollout-test: $(READY)
 # Every stage killed twenty times, and real launches; `make test` has the same with fewer kills.
 fault-test: $(READY)
 	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_system_faults_kill tests.test_system_faults_rest tests.test_system_faults_signals \
-	  tests.test_system_faults_disk tests.test_system_faults_numbers tests.test_system_faults_runs \
+	  tests.test_system_faults_disk tests.test_system_faults_numbers tests.test_system_faults_runs tests.test_system_arbitrary_input \
 	  tests.test_system_distributed tests.test_system_integration
 
 # 1,600 damaged documents of every format and 2,000 damaged files of pairs; `make test` has a sample of both.

@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import logging
-import os
 import shutil
 import struct
 import unittest
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from config import BaseModelSection, Config
+from tests.fault_support import LONG
 from tests.support import PRESET, temporary_directory
 from tests.whole_pipeline import Whole, whole
 from utils import cli, flags, secrets
@@ -76,9 +76,16 @@ SETTINGS = (
     *("base_model_name_or_path", "revision", "auto_mapping", "megatron_core", "task_type", "peft_type"),
     *("eva_config", "runtime_config", "modules_to_save"),
 )
+
+
+def tries(number: int) -> int:
+    """A third of them in `make test`, all in `make fault-test`."""
+    return number if LONG else number // 3
+
+
 # the same cases every time: a new one that fails belongs to who looks for it (FAULT_TESTS=long), not to a passer-by
 QUICK = {
-    "derandomize": os.environ.get("FAULT_TESTS") != "long",
+    "derandomize": not LONG,
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
@@ -104,7 +111,7 @@ class Arbitrary(unittest.TestCase):
 class Settings(Arbitrary):
     PATHS = sorted(flags.fields())
 
-    @settings(max_examples=40, **QUICK)
+    @settings(max_examples=tries(40), **QUICK)
     @given(st.lists(st.tuples(st.sampled_from([*PATHS, *flags.SHORTCUTS.values(), "x.y"]), TEXT), max_size=4), TEXT)
     @example([("run.models_dir", "\x00")], "\ud800")
     @example([("data.corpus", '["a", 1]'), ("compose.weights", "[[1]]")], "")
@@ -115,7 +122,7 @@ class Settings(Arbitrary):
             found = self.outcome(lambda given_ones=given_ones: cli.resolve(given_ones, {}))
             self.assertIsInstance(found, (Config, str))
 
-    @settings(max_examples=30, **QUICK)
+    @settings(max_examples=tries(30), **QUICK)
     @given(st.sampled_from(PATHS), TEXT | st.sampled_from(["null", "{}", "[]", "true", "1e999"]))
     def test_environment_variables(self, path: str, value: str) -> None:
         name = f"DTA_{path.replace('.', '__').upper()}"
@@ -123,7 +130,7 @@ class Settings(Arbitrary):
         if isinstance(found, Config):
             self.assertEqual(found.overrides.get(path), "environment")
 
-    @settings(max_examples=200, **QUICK)
+    @settings(max_examples=tries(200), **QUICK)
     @given(st.text(), st.text(min_size=8))
     def test_redaction_never_fails_and_never_lets_the_environment_s_value_through(self, text: str, value: str) -> None:
         found = secrets.redact(f"{text}{value}{text}", {"SOME_TOKEN": value})
@@ -164,7 +171,7 @@ class Documents(Arbitrary):
         shutil.rmtree(folder)
         return found
 
-    @settings(max_examples=150, **QUICK)
+    @settings(max_examples=tries(150), **QUICK)
     @given(st.binary(max_size=200), st.sampled_from(DOCUMENT_SUFFIXES))
     @example(b"\xef\xbb\xbf", ".txt")
     @example(b"\xff\xfeh\0i\0", ".csv")
@@ -175,7 +182,7 @@ class Documents(Arbitrary):
     def test_bytes_under_any_suffix(self, content: bytes, suffix: str) -> None:
         self.read(content, suffix)
 
-    @settings(max_examples=150, **QUICK)
+    @settings(max_examples=tries(150), **QUICK)
     @given(st.lists(JSON, max_size=4), st.sampled_from([".jsonl", ".json"]))
     @example([{"question": "q", "answers": {"text": [1, None]}}], ".jsonl")
     @example([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], ".jsonl")
@@ -187,18 +194,18 @@ class Documents(Arbitrary):
         text = "\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]"
         self.read(text.encode(), suffix)
 
-    @settings(max_examples=150, **QUICK)
+    @settings(max_examples=tries(150), **QUICK)
     @given(st.dictionaries(st.sampled_from(COLUMNS), JSON | st.lists(TURNS, max_size=3), max_size=5))
     def test_rows_that_almost_have_a_shape(self, row: dict[str, Any]) -> None:
         self.read(json.dumps(row).encode(), ".jsonl")
 
-    @settings(max_examples=60, **QUICK)
+    @settings(max_examples=tries(60), **QUICK)
     @given(st.text(alphabet='",\n\r\tab\x00é[{', max_size=60), st.sampled_from([".csv", ".tsv"]))
     def test_cells_of_any_text(self, text: str, suffix: str) -> None:
         self.read(("question,answer\n" + text).encode(), suffix)
         self.read(text.encode(), suffix)
 
-    @settings(max_examples=60, **QUICK)
+    @settings(max_examples=tries(60), **QUICK)
     @given(st.data())
     def test_a_parquet_file_with_one_changed_byte(self, data: st.DataObject) -> None:
         content = bytearray(parquet_bytes())
@@ -206,7 +213,7 @@ class Documents(Arbitrary):
         content[place] ^= data.draw(st.integers(1, 255))
         self.read(bytes(content), ".parquet")
 
-    @settings(max_examples=100, **QUICK)
+    @settings(max_examples=tries(100), **QUICK)
     @given(st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
     @example(b'{"question": "q", "answer": "a", "history": "abc"}')
     @example(b"[" * 30000)
@@ -218,7 +225,7 @@ class Documents(Arbitrary):
 
 
 class Manifests(Arbitrary):
-    @settings(max_examples=60, **QUICK)
+    @settings(max_examples=tries(60), **QUICK)
     @given(JSON | st.dictionaries(st.sampled_from(["files", "digest", "kind", "parents", "identity", "base"]), JSON))
     @example({"files": {"\x00": {"sha256": "0" * 64, "bytes": 0}}, "digest": "0" * 64})
     @example({"files": {"": {"sha256": "0" * 64, "bytes": 0}}, "digest": "0" * 64})
@@ -232,7 +239,7 @@ class Manifests(Arbitrary):
         self.assertIsInstance(self.outcome(lambda: runs.parent(root, "task", "", lambda run: "", flag="--x")), str)
         self.assertFalse(verification.verify(directory, (root,)).trusted)
 
-    @settings(max_examples=60, **QUICK)
+    @settings(max_examples=tries(60), **QUICK)
     @given(st.data())
     def test_of_ours_with_one_value_replaced_and_sealed_again(self, data: st.DataObject) -> None:
         """A forger knows the format: readers that trust the seal must not stumble over what it seals."""
@@ -259,7 +266,7 @@ class Manifests(Arbitrary):
         finally:
             shutil.copy(whole()[0][kind] / files.MANIFEST, target)
 
-    @settings(max_examples=30, **QUICK)
+    @settings(max_examples=tries(30), **QUICK)
     @given(st.binary(max_size=60) | st.sampled_from([b"[" * 50000, b"1" * 5000, b"\xff", b'{"a": NaN}', b""]))
     def test_of_any_bytes(self, content: bytes) -> None:
         directory = temporary_directory()
@@ -279,7 +286,7 @@ class Adapters(Arbitrary):
         shutil.copytree(whole()[0]["domain"] / "adapter", directory)
         return directory
 
-    @settings(max_examples=100, **QUICK)
+    @settings(max_examples=tries(100), **QUICK)
     @given(st.dictionaries(st.sampled_from(SETTINGS), JSON, min_size=1, max_size=3))
     @example({"lora_alpha": 10**400})
     @example({"target_modules": "(a+)+$"})
@@ -291,14 +298,14 @@ class Adapters(Arbitrary):
         (directory / CONFIG).write_text(json.dumps({**files.read_json(directory / CONFIG), **changes}))
         self.use(directory)
 
-    @settings(max_examples=60, **QUICK)
+    @settings(max_examples=tries(60), **QUICK)
     @given(JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60))
     def test_a_configuration_of_any_bytes(self, content: bytes) -> None:
         directory = self.folder()
         (directory / CONFIG).write_bytes(content)
         self.assertIsInstance(self.use(directory), str)
 
-    @settings(max_examples=80, **QUICK)
+    @settings(max_examples=tries(80), **QUICK)
     @given(st.data())
     def test_weights_with_one_changed_byte_in_the_header(self, data: st.DataObject) -> None:
         directory = self.folder()
@@ -316,7 +323,7 @@ class Adapters(Arbitrary):
             found = self.use(directory)
             self.assertTrue(isinstance(found, str) or name in ("BF16", "F64"), name)
 
-    @settings(max_examples=40, **QUICK)
+    @settings(max_examples=tries(40), **QUICK)
     @given(st.binary(max_size=100))
     def test_weights_of_any_bytes(self, content: bytes) -> None:
         directory = self.folder()
@@ -325,7 +332,7 @@ class Adapters(Arbitrary):
 
 
 class ModelDirectories(Arbitrary):
-    @settings(max_examples=25, **QUICK)
+    @settings(max_examples=tries(25), **QUICK)
     @given(
         st.sampled_from(["config.json", "tokenizer_config.json", "model.safetensors.index.json", "tokenizer.json"]),
         JSON | st.dictionaries(st.sampled_from(["weight_map", "fast_tokenizer_files", "model_type", "auto_map"]), JSON),
