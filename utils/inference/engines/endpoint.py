@@ -7,6 +7,7 @@ what is left out. Prompts are token ids, and the server gives back the ids that 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from utils.logger import redact
 
 # seconds before each further try of a request that a server refused for the moment, or lost
 RETRY_SECONDS: tuple[float, ...] = (0.5, 1, 2, 4, 8)
+NOTICED_SECONDS = 2.0
 READY_SECONDS, CONNECT_SECONDS, CONTROL_SECONDS, ANSWER_SECONDS = 5.0, 5.0, 600.0, 600.0
 LOAD, UNLOAD, UPDATING = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 NO_LORA = "lora is not enabled"
@@ -186,7 +188,12 @@ class Endpoint:
         """What a failure means, and what to do: a missing route, a missing adapter, LoRA switched off, a lost
         connection, and the rest."""
         said = _message(error)
-        if gone := self.alive():
+        gone, waited = self.alive(), 0.0
+        # a connection is lost before the process that watches the server has seen its end
+        while not gone and isinstance(error, openai.APIConnectionError) and waited < NOTICED_SECONDS:
+            time.sleep(0.05)
+            gone, waited = self.alive(), waited + 0.05
+        if gone:
             return EngineError(Problem(gone, self.root, "run the same command again"))
         if isinstance(error, openai.APITimeoutError):
             seconds = ANSWER_SECONDS if model else CONTROL_SECONDS
