@@ -1,4 +1,4 @@
-"""Every test file in a process of its own, as many at a time as there are cores, the longest first.
+"""Every test file in a process of its own, one more at a time than there are cores (some wait), the longest first.
 
     python -m tests.run_all                      all of them
     python -m tests.run_all tests/test_html*.py  some
@@ -38,7 +38,7 @@ def main(names: list[str]) -> int:
     running: dict[int, tuple[Path, str, float]] = {}
     failed, seconds = [], {}
     while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
+        while waiting and len(running) <= (os.cpu_count() or 1):
             path = waiting.pop(0)
             handle, log = tempfile.mkstemp(prefix="adapter-tests-")
             sys.stdout.flush()
