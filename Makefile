@@ -91,7 +91,7 @@ $(VLLM)/.ready: $(VLLM_LIST)
 serving-test: $(READY) $(VLLM)/.ready
 	SERVING_TESTS=1 $(BIN)/python -m unittest tests.test_inference_vllm
 
-# The same tests as `python -m unittest discover tests`, a file for each core at a time; its end tells where time went.
+# The same tests as `python -m unittest discover tests`, one file more at a time than cores; its end tells where time went.
 test: $(READY)
 	$(BIN)/python -m black --check .
 	$(BIN)/python -m ruff check .
