@@ -16,6 +16,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from utils.evaluation.metrics.text_overlap import longest_common_subsequence
+
 DOCUMENTS, CHARACTERS = 8, 9000
 HEADER, FOOTER = "Handbook of the Test, revision seven", "Printed copies are not controlled"
 OTHERS = {
@@ -75,25 +77,12 @@ def scores(reference: str, text: str) -> tuple[float, float, float]:
     """(recall, precision, order) of words: order is the longest common subsequence over the reference's length."""
     wanted, found = words(reference), words(text)
     shared = sum((Counter(wanted) & Counter(found)).values())
-    return shared / len(wanted), shared / max(1, len(found)), common_subsequence(wanted, found) / len(wanted)
+    return shared / len(wanted), shared / max(1, len(found)), longest_common_subsequence(wanted, found) / len(wanted)
 
 
 def words(text: str) -> list[str]:
     """Words and numbers, without case."""
     return re.findall(r"\w+", text.casefold())
-
-
-def common_subsequence(one: list[str], other: list[str]) -> int:
-    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004)."""
-    places: dict[str, int] = {}
-    for at, word in enumerate(one):
-        places[word] = places.get(word, 0) | 1 << at
-    mask = (1 << len(one)) - 1
-    bits = mask
-    for word in other:
-        met = bits & places.get(word, 0)
-        bits = ((bits + met) | (bits - met)) & mask
-    return len(one) - bits.bit_count()
 
 
 def _texts(path: Path) -> list[str]:
