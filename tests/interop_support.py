@@ -56,6 +56,7 @@ def program(name: str) -> Program:
 def install(name: str) -> None:
     """Make the environment unless it is complete. Raises CalledProcessError when pip cannot."""
     place, wanted = ENVIRONMENTS / name, PROGRAMS[name]
+    WHEELS.mkdir(parents=True, exist_ok=True)
     ready = place / ".ready"
     if ready.exists() and ready.read_text() == " ".join(wanted):
         return
@@ -71,8 +72,7 @@ def install(name: str) -> None:
 
 def _llama_cpp(place: Path, wanted: str) -> None:
     """Build the wheel, which is kept, and unpack llama.cpp's converter from the source distribution."""
-    WHEELS.mkdir(exist_ok=True)
-    _pip(place, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(WHEELS), wanted)
+    _pip(place, "download", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(WHEELS), wanted)
     (source,) = WHEELS.glob("llama_cpp_python-*.tar.gz")
     if not list(WHEELS.glob("llama_cpp_python-*.whl")):
         _pip(place, "wheel", "--no-deps", "-w", str(WHEELS), str(source))
