@@ -902,8 +902,8 @@ def _mixture_problems(stage: str, lora: LoraSection, base: BaseModelSection) -> 
         )
     if lora.experts and base.fp8 == "native":
         problems.append(
-            f"{stage}.lora.experts with base.fp8 native: the update would be added to FP8 codes without their block "
-            "factors, and get no gradient; --base.fp8 dequantise"
+            f"{stage}.lora.experts with base.fp8 native: the update would be added to FP8 values without their block "
+            "scales, and get no gradient; --base.fp8 dequantise"
         )
     if not is_minimax_m2(base.source):
         return problems

@@ -1,13 +1,13 @@
 """What can go wrong, as a small family of exceptions.
 
-A message names every problem at once, the offending value, and the command or edit that mends it.
+A message names every problem at once, the offending value, and the command or edit that fixes it.
 `utils.cli.run` turns these into text on stderr and an exit code; nothing else prints a traceback on purpose.
 
 | class              | exit code | meaning                                                        |
 |--------------------|-----------|----------------------------------------------------------------|
 | ConfigError        | 2         | a setting, flag or environment variable is wrong               |
 | DataError          | 2         | a corpus, a task file or a prompt file cannot be used          |
-| ArtefactError      | 2         | a run, adapter or model directory is missing, foreign, damaged |
+| ArtefactError      | 2         | a run, adapter or model directory is missing, damaged, unfit   |
 | EngineError        | 2         | a server of answers cannot be started, attached to, or asked   |
 | NonFiniteError     | 3         | a loss, gradient or weight became NaN or infinite              |
 | VerificationError  | 4         | a result failed its own check and was therefore not published  |
@@ -50,7 +50,7 @@ def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     return "did you mean " + " or ".join(f"{prefix}{c}" for c in close) + "?" if close else ""
 
 
-# what Python raises where values of foreign JSON are not of the kind that is expected there
+# what Python raises if values of JSON that others wrote have an unexpected type
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 

@@ -249,7 +249,7 @@ def _composition(
     given = list(weights) or [1.0] * len(parents)
     numbers, left = divmod(len(given), len(parents))
     if left:
-        raise ValueError(f"{len(given)} weights cannot be dealt to {len(parents)} adapters")
+        raise ValueError(f"{len(given)} weights do not fit {len(parents)} adapters")
     rows = [
         f"| {_named(parent)} | {', '.join(f'{w:g}' for w in given[i * numbers : (i + 1) * numbers])} |"
         for i, parent in enumerate(parents)

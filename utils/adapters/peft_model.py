@@ -203,7 +203,7 @@ def lora_layers(model: PeftModel, name: str) -> dict[str, Any]:
 
 
 def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
-    """A detached float32 copy of an adapter on the model; of one that is dealt out, every process has to ask for it."""
+    """A detached float32 copy of an adapter on the model; of a sharded one every rank has to ask for it."""
     found = {}
     for path, layer in lora_layers(model, name).items():
         sides = (sharding.whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
@@ -237,7 +237,7 @@ def _exact_names() -> Iterator[None]:
 
 
 def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
-    """PEFT adds an update to FP8 codes without their block factors, and gives it no gradient: neither with an error."""
+    """PEFT adds an update to FP8 values without their block scales, and gives it no gradient: neither with an error."""
     dtypes = {name.replace(".base_layer", ""): parameter.dtype for name, parameter in model.named_parameters()}
     codes = [name for name in fused if dtypes[name] == torch.float8_e4m3fn]
     fix = "--base.fp8 dequantise"

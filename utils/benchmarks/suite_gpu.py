@@ -58,7 +58,7 @@ from utils.training import training_loop, training_run
 from utils.training.schedules import AdapterSchedule
 from utils.training.training_loop import TrainingSetup
 
-FOREIGN = (RuntimeError, ValueError, ImportError, OSError, AssertionError, NonFiniteError, ArtefactError)
+OTHERS_FAIL = (RuntimeError, ValueError, ImportError, OSError, AssertionError, NonFiniteError, ArtefactError)
 
 
 def refuse(config: Config) -> None:
@@ -199,7 +199,7 @@ def _on_fp8(config: Config, scale: SuiteScale, scratch: Path) -> dict[str, Any]:
             )
         loading.route_outside_autocast(model.requires_grad_(False))
         return _trained(config, scale, model, layers, scale.attention, "fp8", scratch / "fp8")
-    except FOREIGN as error:  # kernels are other people's programs; the other parts need not suffer for them
+    except OTHERS_FAIL as error:  # kernels are other people's programs; the other parts need not suffer for them
         return {"skipped": f"with FP8 kernels: {(str(error).splitlines() or [type(error).__name__])[0]}"}
     finally:
         shutil.rmtree(directory, ignore_errors=True)

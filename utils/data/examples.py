@@ -103,7 +103,7 @@ def read_task_examples(
                 dropped[error.reason] += 1
                 continue
             except RowError as error:
-                # the same foreign columns in 10,000 rows are one mistake
+                # the same unknown columns in 10,000 rows are one mistake
                 if not error.of_file or (error.what, *values) not in complained:
                     problems.add(f"{place}: {error.what}", error.value, error.fix)
                 complained.add((error.what, *values))

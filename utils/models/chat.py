@@ -215,7 +215,7 @@ def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> l
     return _template_ids(tokenizer, before + text + after) if before + text + after else []
 
 
-def parted(text: str, *, opened: bool) -> tuple[str, str]:
+def split_reasoning(text: str, *, opened: bool) -> tuple[str, str]:
     """(reasoning, answer) of a generated text; `opened`: its prompt left a think block open.
 
     What a block that is never closed holds is reasoning: servers return it as such, beside an empty answer.
@@ -225,9 +225,9 @@ def parted(text: str, *, opened: bool) -> tuple[str, str]:
     return thoughts.strip().removeprefix(THINK_START).strip(), answer.strip()
 
 
-def spoken(text: str, *, opened: bool = False) -> str:
+def answer_of(text: str, *, opened: bool = False) -> str:
     """A generated text without its reasoning, as it is scored and shown."""
-    return parted(text, opened=opened)[1]
+    return split_reasoning(text, opened=opened)[1]
 
 
 def shown_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:

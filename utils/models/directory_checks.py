@@ -109,7 +109,7 @@ def _entries(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
 
 @contextmanager
 def readable(directory: Path) -> Iterator[None]:
-    """A damaged or foreign model directory is an artefact error, whichever library notices."""
+    """A damaged or unsuitable model directory is an artefact error, whichever library notices."""
     try:
         yield
     except PipelineError:
@@ -121,6 +121,6 @@ def readable(directory: Path) -> Iterator[None]:
         raise ArtefactError(
             Problem(
                 f"the model in {directory} cannot be loaded: {reason}",
-                fix="mend what the reason names, or restore the files",
+                fix="fix what the reason names, or restore the files",
             )
         ) from error

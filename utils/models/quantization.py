@@ -1,6 +1,6 @@
-"""A dense base model in bitsandbytes' 4 bits (nf4) or 8 bits (int8): what its numbers mean, and the model in its bits.
+"""A dense base model quantized by bitsandbytes to 4 bits (nf4) or 8 bits (int8), and its dequantized weights.
 
-The quantised base is written once as an ordinary model directory that holds the numbers which the bits mean. That
+The dequantized weights are written once as an ordinary model directory. That
 directory is the base model from then on: its digest is what adapters belong to, exported adapters name it, composition
 is checked on it in float32, and merging adds deltas to it. Training, evaluation and inference load it into 4 or 8 bits
 again, which loses nothing: quantising what was de-quantised gives the same bits, and that is checked at every load.
@@ -44,7 +44,7 @@ LOAD_TOLERANCE = 2**-7
 
 
 def make(base: BaseModel, kind: str, models_dir: Path, name: str) -> Path:
-    """The directory of what the quantised weights of `base` mean, written first when it is not there.
+    """The directory with the dequantized weights of `base`, written first when it is not there.
 
     Raises ArtefactError for a model that cannot be quantised, and when the disk is too small.
     """
@@ -101,7 +101,7 @@ def rounded(weights_RI: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def weights_of(module: torch.nn.Module) -> torch.Tensor:
-    """What a quantised module's bits mean (O, I)."""
+    """The dequantized weights of a quantized module (O, I)."""
     from bitsandbytes import functional, nn
 
     if isinstance(module, nn.Linear4bit):

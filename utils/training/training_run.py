@@ -171,7 +171,7 @@ def train(
 
 def save(run: TrainingRun, model: PeftModel, outcome: TrainingOutcome, *, system_prompt: str = "") -> None:
     """Write adapter/ with its card, and config.json. Raises NonFiniteError when the adapter does nothing."""
-    factors = peft_model.factors_of(model, run.stage)  # of a model that is dealt out, every process has to ask for it
+    factors = peft_model.factors_of(model, run.stage)  # of a sharded model every rank has to ask for it
     if not run.is_main:
         return
     if len(zero_modules(factors)) == len(factors):

@@ -80,7 +80,7 @@ class Judge:
                     model=self.model, messages=turns, temperature=0.0, max_tokens=MOST_TOKENS
                 )
             )
-            text = chat.spoken(str(made.choices[0].message.content or "")) if made.choices else ""
+            text = chat.answer_of(str(made.choices[0].message.content or "")) if made.choices else ""
             self._known[key] = said(text)
             resumable.append(self._remembered, {"key": key, "model": self.model, "said": self._known[key]}, self._of)
         return self._known[key]
