@@ -23,7 +23,8 @@ WORDS = {
     r"\bmisloaded\b|\bprobing\b": "load checks, dev losses",
     r"(?i)\bnobody (is )?let in\b": "security",
     r"\bstranger's text\b": "special tokens in user text are escaped",
-    r"(?i)never decides|works with and without it\b|Give it to every command|own processes and sharding": "what is meant",
+    r"(?i)never decides|works with and without it\b|Give it to every command": "what is meant",
+    r"own processes and sharding|as leaf names of its|Take 2\.6\.22": "what is meant",
 }
 # lines whose words are names on disk: what older runs recorded is read again
 RECORDED = ('"dealt out": is_dealt_out',)

@@ -31,14 +31,14 @@ def prepared_run(config: Config, base: BaseModel) -> Run:
     """
     usual = PRESETS[config.preset]().data
     changed = {f"data.{name}" for name, value in config.data if value != getattr(usual, name)}
-    said = sorted(changed | {path for path in config.overrides if path.startswith("data.")})
-    wanted = prepared_identity.identity(config.data, base, config.run.seed) if said else None
+    asked = sorted(changed | {path for path in config.overrides if path.startswith("data.")})
+    wanted = prepared_identity.identity(config.data, base, config.run.seed) if asked else None
 
     def fits(run: Run) -> str:
         if run.manifest["identity"]["tokenizer"] != base.tokenizer_digest:
             return "prepared with another tokenizer"
         if wanted and not wanted.is_of(run.manifest["identity"]):
-            return f"prepared with other settings than {', '.join('--' + path for path in said)}"
+            return f"prepared with other settings than {', '.join('--' + path for path in asked)}"
         return ""
 
     hint = "" if config.preset == "smollm2_135m" else f" --preset {config.preset}"

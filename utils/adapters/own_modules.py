@@ -133,14 +133,14 @@ def _refuse_odd_shapes(folder: Path, found: Mapping[str, torch.Tensor], base: Ba
     tables = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     sized = {homes[n] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in tables and n in homes}
     rows = {name: tensor.shape[0] for name, tensor in found.items() if name in sized}
-    odd = [
+    misfits = [
         name
         for name, tensor in found.items()
         if (tensor.shape[1:] if name in sized else tensor.shape)
         != torch.Size(checkpoint.tensor(name).shape[1:] if name in sized else checkpoint.tensor(name).shape)
     ]
-    if odd:
-        raise ArtefactError(Problem(f"{folder}: whole modules of other shapes than the base model's", odd))
+    if misfits:
+        raise ArtefactError(Problem(f"{folder}: whole modules of other shapes than the base model's", misfits))
     counts = {rows.get(name, checkpoint.tensor(name).shape[0]) for name in sized}
     if len(counts) > 1:
         what = f"{folder}: the vocabulary was resized in embeddings or output head alone"

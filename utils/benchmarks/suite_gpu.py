@@ -151,8 +151,8 @@ def _trained(
         what=f"gpu suite, {directory.name}",
     )
     outcome = training_loop.train(setup)
-    said = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
-    rate = statistics.median([row["tokens_per_second"] for row in said if "tokens_per_second" in row][1:])
+    records = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+    rate = statistics.median([row["tokens_per_second"] for row in records if "tokens_per_second" in row][1:])
     shapes, low = sizes(scale, layers), predicted(scale, layers, lora, base).total
     peak = hardware.peak_tflops(config.plan) * 1e12
 

@@ -136,8 +136,8 @@ def _bounds(metadata: Sequence[Any]) -> str:
     values = [
         (text, getattr(bound, name)) for bound in metadata for name, text in BOUNDS.items() if hasattr(bound, name)
     ]
-    said = [text.format(f"{value:g}" if isinstance(value, float) else value) for text, value in values]
-    return f" {' and '.join(said)}" if said else ""
+    bounds = [text.format(f"{value:g}" if isinstance(value, float) else value) for text, value in values]
+    return f" {' and '.join(bounds)}" if bounds else ""
 
 
 def _width() -> int:

@@ -77,8 +77,8 @@ def tokenise_pairs(
     if not turn_format.has_place_for_reasoning(tokenizer):
         refuse_reasoning(examples)
     for example in examples:
-        said, calls = example["answers"][0], example.get("tool_calls")
-        answer = chat.answer_ids(tokenizer, said, example.get("reasoning"), calls=calls)
+        text, calls = example["answers"][0], example.get("tool_calls")
+        answer = chat.answer_ids(tokenizer, text, example.get("reasoning"), calls=calls)
         prompt, was_cut = fitting_prompt(example, tokenizer, system_prompt, max_tokens - len(answer), for_training=True)
         if prompt is None:
             dropped += 1

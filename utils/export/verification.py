@@ -161,7 +161,9 @@ class _Lineage:
             keys = ("tokenizer_digest",) if parents[digest] == "prepared" else ("digest", "tokenizer_digest")
             asserted = (manifest.get("composition") or {}).get("asserted")
             if asserted and parents[digest] != "prepared":
-                self.verdict.notes += [f"{directory}: {said}" for said in asserted if said not in self.verdict.notes]
+                self.verdict.notes += [
+                    f"{directory}: {assertion}" for assertion in asserted if assertion not in self.verdict.notes
+                ]
                 keys = ("tokenizer_digest",)
             if any(other.get(key) != base.get(key) for key in keys):
                 self._problem(f"{directory} and its {parents[digest]} parent were made with different base models")

@@ -83,7 +83,7 @@ class PromptModel:
         """Answer as the tokens are made: the answer to stdout, what stands in the template's think block to stderr."""
         is_shown = ranks.index() == 0
 
-        def answered(said: Callable[[str], None]) -> GeneratedAnswer:
+        def answered(show: Callable[[str], None]) -> GeneratedAnswer:
             (given,) = generation.answer(
                 self._model,
                 self._tokenizer,
@@ -91,7 +91,7 @@ class PromptModel:
                 max_new_tokens=self._settings.max_new_tokens,
                 temperature=self._settings.temperature,
                 top_p=self._settings.top_p,
-                stream=said if is_shown else None,
+                stream=show if is_shown else None,
             )
             return given
 
@@ -157,7 +157,7 @@ class ServedPrompts:
         return _streamed(
             self._model.tokenizer,
             self._settings,
-            lambda said: self._model.stream(ids, ADAPTER, self._factors, said),
+            lambda show: self._model.stream(ids, ADAPTER, self._factors, show),
             is_shown=True,
         )
 

@@ -247,9 +247,9 @@ def _with_stand_ins(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], tools: Sequence[Any]
 ) -> tuple[list[dict[str, Any]], list[Any], dict[str, str]]:
     """Turns and tools with a character in place of each special token that stands in them, and what each stands for."""
-    pattern, said = _special_tokens(tokenizer), "\n".join(_strings([*turns, *tools]))
-    tokens = sorted({found for found in pattern.findall(said)})
-    free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in said)
+    pattern, texts = _special_tokens(tokenizer), "\n".join(_strings([*turns, *tools]))
+    tokens = sorted({found for found in pattern.findall(texts)})
+    free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in texts)
     stand_ins = dict(zip(tokens, free, strict=False))
 
     def replaced(value: Any) -> Any:

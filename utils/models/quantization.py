@@ -134,8 +134,10 @@ def check_loaded(model: torch.nn.Module, directory: Path) -> None:
     checkpoint = Checkpoint(directory)
     wanted, _ = linear_modules(directory)
     modules = {name: module for name, module in model.named_modules() if is_quantised(module)}
-    if odd := sorted(set(wanted) ^ set(modules)):
-        raise VerificationError(Problem("bitsandbytes quantised other modules than those of the base model", odd[:5]))
+    if unlike := sorted(set(wanted) ^ set(modules)):
+        raise VerificationError(
+            Problem("bitsandbytes quantised other modules than those of the base model", unlike[:5])
+        )
     for name, place in tensor_names.places(directory, checkpoint.homes).items():
         module = modules.get(place.parameter.removesuffix(".weight"))
         if module is None or not place.parameter.endswith(".weight"):
@@ -151,8 +153,8 @@ def check_loaded(model: torch.nn.Module, directory: Path) -> None:
 def _readable(checkpoint: Checkpoint, kind: str) -> Checkpoint:
     """The checkpoint, when bitsandbytes reads these weights rightly. Raises ArtefactError."""
     fix, problems = "leave out --base.quantization", []
-    if said := checkpoint.config.get("quantization_config"):
-        problems.append(Problem(f"{checkpoint.directory} is quantised already", said, fix))
+    if existing := checkpoint.config.get("quantization_config"):
+        problems.append(Problem(f"{checkpoint.directory} is quantised already", existing, fix))
     widths = {name: checkpoint.tensor(name).shape[-1:] for name in checkpoint.homes}
     for name in linear_modules(checkpoint.directory)[0] if kind == "nf4" else ():
         if widths.get(f"{name}.weight", (0,))[0] % NF4_BLOCK:

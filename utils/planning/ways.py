@@ -204,8 +204,8 @@ def _layout_reason(plan: StagePlan, others: list[StagePlan]) -> list[str]:
     for other in others:
         if other.layout.is_sharded and other.layout != plan.layout:
             is_worse = ORDER.index(other.verdict) < ORDER.index(plan.verdict)
-            said = {"no": "does not fit", "tight": "tight", "fits": "no faster"}[other.verdict if is_worse else "fits"]
-            reason += f"; {other.layout}: {said}"
+            label = {"no": "does not fit", "tight": "tight", "fits": "no faster"}[other.verdict if is_worse else "fits"]
+            reason += f"; {other.layout}: {label}"
     return [reason]
 
 

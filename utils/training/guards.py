@@ -110,9 +110,11 @@ def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
     held = {name: sharding.checksum(tensor) for name, tensor in sharding.held_whole(module)}
     ranks.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
     sums = {name: sharding.checksum(sharding.own(p)) for name, p in expert_parallel.copied_factors(module)}
-    if odd := ranks.unequal_copies(sums, expert_parallel.group_index(module)):
-        said = f"{what}, after step {step}, differs between ranks that share the same experts: {len(odd)} tensors"
-        raise VerificationError(Problem(said, odd[:5], ranks.SUSPECT))
+    if unequal := ranks.unequal_copies(sums, expert_parallel.group_index(module)):
+        difference = (
+            f"{what}, after step {step}, differs between ranks that share the same experts: {len(unequal)} tensors"
+        )
+        raise VerificationError(Problem(difference, unequal[:5], ranks.SUSPECT))
 
 
 def refuse_changed(before: str, after: str, what: str) -> None:

@@ -110,9 +110,11 @@ def _parts(content: list[Any], role: str) -> tuple[str, Turn, list[Turn]]:
         elif kind == "tool_use":
             fields.setdefault("tool_calls", []).extend(_calls([part | {"arguments": part.get("input")}]))
         elif kind == "tool_result":
-            said = part.get("content")
-            said = _parts(said, role)[0] if isinstance(said, list) else said
-            results.append({"role": "tool", "content": clean(str(said)), "tool_call_id": str(part.get("tool_use_id"))})
+            result = part.get("content")
+            result = _parts(result, role)[0] if isinstance(result, list) else result
+            results.append(
+                {"role": "tool", "content": clean(str(result)), "tool_call_id": str(part.get("tool_use_id"))}
+            )
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:

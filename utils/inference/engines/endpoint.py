@@ -187,7 +187,7 @@ class Endpoint:
     ) -> EngineError:
         """What a failure means, and what to do: a missing route, a missing adapter, LoRA switched off, a lost
         connection, and the rest."""
-        said = _message(error)
+        message = _message(error)
         gone, waited = self.alive(), 0.0
         # a connection is lost before the process that watches the server has seen its end
         while not gone and isinstance(error, openai.APIConnectionError) and waited < NOTICED_SECONDS:
@@ -201,25 +201,25 @@ class Endpoint:
         if isinstance(error, openai.APIConnectionError):
             reason = str(error.__cause__ or error)
             return EngineError(Problem(f"the connection to the server was lost ({what}): {reason}", self.root, _SEE))
-        if NO_LORA in said.lower():
+        if NO_LORA in message.lower():
             return EngineError(Problem("LoRA is switched off in this server", self.root, _start(adapter)))
         if isinstance(error, openai.NotFoundError):
-            return self._not_found(said, what, model, adapter)
+            return self._not_found(message, what, model, adapter)
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
             fix = "put its key into VLLM_API_KEY of the environment"
             return EngineError(Problem("the server wants another key", self.root, fix))
         status = f"HTTP {error.status_code}" if isinstance(error, openai.APIStatusError) else type(error).__name__
-        return EngineError(Problem(f"the server refuses ({what}): {status}: {said}", self.root, _SEE))
+        return EngineError(Problem(f"the server refuses ({what}): {status}: {message}", self.root, _SEE))
 
-    def _not_found(self, said: str, what: str, model: str, adapter: tuple[str, Path, int] | None) -> EngineError:
+    def _not_found(self, message: str, what: str, model: str, adapter: tuple[str, Path, int] | None) -> EngineError:
         if model:
             fix = "run the same command again, which loads it anew; what is answered is kept"
             return EngineError(
-                Problem(f"the server has no model or adapter {model} (any more): {said}", self.root, fix)
+                Problem(f"the server has no model or adapter {model} (any more): {message}", self.root, fix)
             )
-        if adapter and said:
+        if adapter and message:
             fix = "give the server a file system that it shares with this command"
-            what = f"the server finds no adapter in {adapter[1]}: {said}"
+            what = f"the server finds no adapter in {adapter[1]}: {message}"
             return EngineError(Problem(what, self.root, fix))
         if adapter:
             return EngineError(Problem(f"the server has no {LOAD}", self.root, _start(adapter)))

@@ -73,7 +73,7 @@ class ServerProcess:
     def is_running(self) -> bool:
         return self._guard.poll() is None
 
-    def said(self) -> str:
+    def last_output(self) -> str:
         """The last lines that it wrote, without secrets."""
         text = (self.home / LOG).read_bytes()[-TAIL_BYTES:].decode("utf-8", errors="replace")
         return redact("\n".join([line for line in text.splitlines() if line.strip()][-TAIL_LINES:]))
