@@ -187,12 +187,12 @@ class Unequal(unittest.TestCase):
 
     def test_an_adapter_that_drifts_in_one_process_is_not_written(self) -> None:
         ended = start("ddp", "drifting", before=(None, At("utils.training.schedules.learning_rate", Drift(), 1)))
-        said = r"domain adapter, after step 4, differs between process 0 and 1, in 1 of \d+ values: .*lora_A"
+        said = r"domain adapter, after step 4, differs between rank 0 and 1, in 1 of \d+ values: .*lora_A"
         self.assert_refused("drifting", ended, said)
 
     def test_a_buffer_that_changes_in_one_process_of_a_model_that_is_sharded(self) -> None:
         ended = start("fsdp", "buffer", before=(None, AfterDealing("buffer")))
-        said = r"after step 4, differs between process 0 and 1, in 1 of \d+ values: .*e_score_correction_bias"
+        said = r"after step 4, differs between rank 0 and 1, in 1 of \d+ values: .*e_score_correction_bias"
         self.assert_refused("buffer", ended, said)
 
     def test_weights_or_buffers_that_do_not_arrive(self) -> None:
@@ -206,7 +206,7 @@ class Unequal(unittest.TestCase):
 
     def test_a_model_of_another_dtype_in_one_process(self) -> None:
         ended = start("fsdp", "dtype", before=(None, At("utils.models.parallel.sharding._refuse_unlike", Halve(), 1)))
-        self.assert_refused("dtype", ended, r"the model differs between process 0 and 1, .*norm\.weight")
+        self.assert_refused("dtype", ended, r"the model differs between rank 0 and 1, .*norm\.weight")
 
 
 class Loading(unittest.TestCase):

@@ -93,7 +93,7 @@ def training_memory(
     careful: bool = False,
     whole_logits: bool = False,
 ) -> TrainingMemory:
-    """Peak of one training step. `shards` processes hold the weights and adapters together (FSDP2); 1: each holds all.
+    """Peak of one training step. `shards` ranks hold the weights and adapters together (FSDP2); 1: each holds all.
 
     `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and adapters on the
     experts find the transients of the ones before still there. `whole_logits` is for a loss that is not chunked.
@@ -130,7 +130,7 @@ def training_memory(
 
 
 def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: bool) -> int:
-    """Host memory of one node while loading: a copy for each process, or what passes where each reads its own part.
+    """Host memory of one node while loading: a copy for each rank, or what is in transit where each reads its own part.
 
     Of a sharded model that is embeddings, head and a layer in each; FP8 that stays so is read whole by the first.
     """
@@ -141,7 +141,7 @@ def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: b
 
 
 def gathered_parameters(sizes: ModelSizes) -> int:
-    """What is whole in each process of a sharded model where it is asked: embeddings, head, and the layer in turn."""
+    """What is full on each rank of a sharded model where it is asked: embeddings, head, and the layer in turn."""
     return sizes.parameters["embeddings"] + sizes.parameters["head"] + sizes.layer_parameters
 
 

@@ -35,7 +35,7 @@ HUB_SECONDS = 5
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process runs: `shards` processes hold the weights together, `local` run here; `expert` as there."""
+    """Where this process runs: `shards` ranks hold the weights together, `local` run here; `expert` as there."""
 
     shards: int
     local: int
@@ -125,7 +125,7 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
             host = max(host, machine.local * part)  # on CPUs the parts are in main memory
     places = [("main memory", host, machine.host_bytes)]
     if machine.gpu_bytes:
-        places.append(("GPU memory per process", part, machine.gpu_bytes))
+        places.append(("GPU memory per rank", part, machine.gpu_bytes))
     fix = (
         f"plan it: python scripts/plan.py {_preset(found)}--plan.gpus 8 --plan.gpu_memory_gib 80 names the launch file "
         "for your GPUs; here take a smaller model: --preset smollm2_135m, or --base.source DIRECTORY"
@@ -136,7 +136,7 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
     if found.stored == "fp8" and dtype != "fp8":
         size = plan_report.gib(estimates.weight_bytes(found, "fp8"))
         stored = f"; it is stored in FP8 ({size}) and de-quantised{f', because {why}' if why else ''}"
-    processes = f" for {machine.local} processes, each with its copy" if machine.local > 1 >= machine.shards else ""
+    processes = f" for {machine.local} ranks, each with its copy" if machine.local > 1 >= machine.shards else ""
     return [
         Problem(
             f"{found.model_type} has {found.total:,} parameters: in {dtype} its weights take {needed / GIB:,.1f} GiB "

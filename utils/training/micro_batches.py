@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def share_of(items: Sequence[Any], process: int, processes: int) -> list[tuple[Any, bool]]:
-    """This process's micro-batches, and whether each counts; short processes repeat one that does not count.
+    """This rank's micro-batches, and whether each counts; short ranks repeat one that does not count.
 
-    The passes through the model have to be as many in every process: each is a conversation between them.
+    The passes through the model have to be as many on every rank: each is a conversation between them.
     """
     mine = [(rows, True) for rows in items[process::processes]]
     missing = math.ceil(len(items) / processes) - len(mine)

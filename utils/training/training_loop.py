@@ -256,7 +256,7 @@ class _TrainingLoop:
             self.had_gradients = True
         norm = gradients.clip(self.parameters, self.settings.max_grad_norm, self.accelerator)
         if not math.isfinite(norm):
-            names = guards.from_every_process(self.accelerator, self.names)
+            names = guards.from_every_rank(self.accelerator, self.names)
             raise guards.non_finite(f"gradient norm of step {number + 1}", names)
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = schedules.learning_rate(number, self.total, self.settings)
@@ -289,7 +289,7 @@ class _TrainingLoop:
         sums[1], sums[2] = float(signalled()), float(bool(bad))
         sums = accelerator.reduce(sums.to(accelerator.device), "sum")
         if sums[2]:
-            raise guards.non_finite(f"loss of step {number + 1}", guards.from_every_process(accelerator, bad))
+            raise guards.non_finite(f"loss of step {number + 1}", guards.from_every_rank(accelerator, bad))
         return float(sums[0]) / labels, bool(sums[1])
 
     def _measure_dev(self, epoch: int) -> None:

@@ -186,7 +186,7 @@ def refuse_unequal(
     one, unlike = compared(found)
     if unlike:
         others, names = ", ".join(map(str, unlike)), next(iter(unlike.values()))[1]
-        difference = f"{what} differs between process 0 and {others}, in {len(names)} of {len(one)} values: {names[:5]}"
+        difference = f"{what} differs between rank 0 and {others}, in {len(names)} of {len(one)} values: {names[:5]}"
         raise error(Problem(difference, fix=fix))
 
 

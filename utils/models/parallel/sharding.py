@@ -39,7 +39,7 @@ _bytes_read: list[int] = []
 
 
 def load_model(base: BaseModel, section: BaseModelSection, *, native_fp8: bool = False) -> PreTrainedModel:
-    """The frozen base model to be trained on: on this process's device or, when it will be sharded, in rank
+    """The frozen base model to be trained on: on this rank's device or, when it will be sharded, in rank
     0's memory and without values on the other ranks, which read no weights. Errors as `base_model.load_model`.
     """
     if not ranks.is_sharded():
@@ -118,7 +118,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, cut as `parameter` is; nothing is sent."""
+    """This rank's shard of a full tensor, cut as `parameter` is; nothing is sent."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor) or tensor.shape != parameter.shape:
@@ -127,14 +127,14 @@ def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
+    """This rank's local shard of a tensor."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def held_whole(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What is trained and what is buffered, as far as every process has all of it: that must be equal everywhere."""
+    """What is trained and what is buffered, as far as every rank has all of it: that must be equal everywhere."""
     from torch.distributed.tensor import DTensor
 
     yield from ((n, p) for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor))
@@ -179,7 +179,7 @@ def _layer_classes(module: torch.nn.Module) -> set[str]:
 
 
 def _refuse_unlike(module: torch.nn.Module) -> None:
-    """The processes have to agree on names, shapes and dtypes before anything is sent."""
+    """The ranks have to agree on names, shapes and dtypes before anything is sent."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     whole_numbers = [n for n, p in module.named_parameters() if not p.dtype.is_floating_point]
     if whole_numbers:
@@ -198,7 +198,7 @@ def _shard_layer(
     *,
     is_whole: bool = False,
 ) -> None:
-    """Put the tensors of `parts` on the device, with the main process's values, and cut the parameters of `layer`.
+    """Put the tensors of `parts` on the device, with rank 0's values, and shard the parameters of `layer`.
 
     What `is_whole` is not cut, and `layer` only leads the layers inside it.
     """
