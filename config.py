@@ -46,6 +46,12 @@ _OWN_METRIC = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
 _SERVER = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}(/v1)?/?")
 # of an engine: a gateway may have a path of its own in front
 _ENGINE = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?")
+# former name of a setting of training -> its name; manifests keep the former one (decision_document.md, 2026-11-30)
+RENAMED = {
+    "warmup_share": "warmup_ratio",
+    "final_learning_rate_share": "min_learning_rate_ratio",
+    "sequence_tokens": "max_sequence_tokens",
+}
 # domains that need no files: what may stand for a corpus, and the labelled pairs that belong to it
 BUILT_IN_TASKS = {
     "python_docs": "python_docs",
@@ -174,13 +180,21 @@ class LoraSection(Section):
 class TrainSection(Section):
     """One training run; the domain and the task adapter share the loop and these settings."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_former_name(cls, values: Any) -> Any:
+        former = [name for name in RENAMED if name in values] if isinstance(values, Mapping) else []
+        if former:
+            raise ValueError("\n".join(f"{name} was renamed to {RENAMED[name]}" for name in former))
+        return values
+
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate of AdamW; lower it if the loss jumps."""
     epochs: Positive = 3
     """Passes over the training data."""
     max_steps: NonNegative = 0
     """Optimiser steps of the run, instead of epochs; 0 runs all epochs."""
-    sequence_tokens: NonNegative = USUAL_ROW_TOKENS
+    max_sequence_tokens: NonNegative = USUAL_ROW_TOKENS
     """Longest row in tokens: a packed row (domain) or prompt plus answer (task). 0 follows the labelled pairs: their
     95th percentile, from 256 up to 2048 on a CPU and the model's context length elsewhere."""
     batch_tokens: Positive = 2048
@@ -188,9 +202,9 @@ class TrainSection(Section):
     not."""
     micro_batch_tokens: Positive = 2048
     """Tokens per forward pass on one rank; lower it if memory runs out. Gradients accumulate up to batch_tokens."""
-    warmup_share: Share = 0.05
+    warmup_ratio: Share = 0.05
     """Share of the steps in which the learning rate grows linearly to its peak."""
-    final_learning_rate_share: Share = 0.1
+    min_learning_rate_ratio: Share = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW weight decay on the adapter's factors; raise it against overfitting."""
@@ -219,7 +233,7 @@ class DomainSection(Section):
     format with the same modules and rank. Optimiser and learning rate start from the beginning."""
     # last: documents outside the corpus are a poor judge of what was learnt from it; see decision_document.md
     train: TrainSection = TrainSection(
-        learning_rate=1e-3, sequence_tokens=0, batch_tokens=1024, micro_batch_tokens=1024, keep="last"
+        learning_rate=1e-3, max_sequence_tokens=0, batch_tokens=1024, micro_batch_tokens=1024, keep="last"
     )
 
 
@@ -236,7 +250,7 @@ class TaskSection(Section):
     format with the same modules and rank. Optimiser and learning rate start from the beginning."""
     # small steps: a few hundred short pairs would make only a dozen steps of the domain's size; one pass, because on
     # dev a second one made the stacked adapter worse and the independent one hardly better (decision_document.md)
-    train: TrainSection = TrainSection(epochs=1, sequence_tokens=0, batch_tokens=768, micro_batch_tokens=768)
+    train: TrainSection = TrainSection(epochs=1, max_sequence_tokens=0, batch_tokens=768, micro_batch_tokens=768)
     system_prompt: str = "You answer questions briefly and correctly."
     """System message of every prompt, the same in training, evaluation and inference; recorded with the adapter."""
     prompt_loss_weight: Share = 0.0
@@ -254,10 +268,10 @@ class TaskSection(Section):
     """Assistant turns of a conversation that are trained, each with the turns before it as context; only the last is
     scored."""
     retrieval: bool = False
-    """Train with passages of the corpus in the prompt (BM25, up to 3 of 128 tokens, if they fit sequence_tokens), if
-    you will serve with passages."""
+    """Train with passages of the corpus in the prompt (BM25, up to 3 of 128 tokens, if they fit max_sequence_tokens),
+    if you will serve with passages."""
     max_unusable_share: Share = 0.05
-    """Error if more than this share of the training pairs does not fit sequence_tokens or has an empty answer."""
+    """Error if more than this share of the training pairs does not fit max_sequence_tokens or has an empty answer."""
 
 
 class InputsSection(Section):
@@ -881,13 +895,15 @@ def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[
             )
         if name in _REFUSED_FOR_ALL[1:]:
             problems.append(f"{stage}.lora.target_modules {name!r}: embeddings, output head and router stay frozen")
-    if 0 < train.sequence_tokens < 16:
-        problems.append(f"{stage}.train.sequence_tokens {train.sequence_tokens}: at least 16, or 0 to follow the data")
-    row_tokens = train.sequence_tokens or USUAL_ROW_TOKENS
+    if 0 < train.max_sequence_tokens < 16:
+        problems.append(
+            f"{stage}.train.max_sequence_tokens {train.max_sequence_tokens}: at least 16, or 0 to follow the data"
+        )
+    row_tokens = train.max_sequence_tokens or USUAL_ROW_TOKENS
     if train.micro_batch_tokens < row_tokens:
         problems.append(
             f"{stage}.train.micro_batch_tokens {train.micro_batch_tokens} is below "
-            f"{stage}.train.sequence_tokens {row_tokens}: one row must fit a forward pass"
+            f"{stage}.train.max_sequence_tokens {row_tokens}: one row must fit a forward pass"
         )
     return problems
 
@@ -922,9 +938,14 @@ def with_row_tokens(config: Config, tokens: int = USUAL_ROW_TOKENS) -> Config:
     values = config.model_dump()
     for stage in ("domain", "task"):
         train = values[stage]["train"]
-        if not train["sequence_tokens"]:
-            train |= {"sequence_tokens": tokens, "micro_batch_tokens": max(tokens, train["micro_batch_tokens"])}
+        if not train["max_sequence_tokens"]:
+            train |= {"max_sequence_tokens": tokens, "micro_batch_tokens": max(tokens, train["micro_batch_tokens"])}
     return Config.model_validate(values)
+
+
+def with_today_s_names(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings of training under the names that they have now."""
+    return {RENAMED.get(name, name): value for name, value in train.items()}
 
 
 def is_minimax_m2(source: str) -> bool:
@@ -945,7 +966,12 @@ def tiny_minimax_m2() -> Config:
     lora = LoraSection(rank=4, alpha=8)
     # 2e-3: random weights need large steps for the loss to move at all within a dozen of them
     train = TrainSection(
-        epochs=1, learning_rate=2e-3, sequence_tokens=128, batch_tokens=1024, micro_batch_tokens=512, save_every_steps=4
+        epochs=1,
+        learning_rate=2e-3,
+        max_sequence_tokens=128,
+        batch_tokens=1024,
+        micro_batch_tokens=512,
+        save_every_steps=4,
     )
     return Config(
         preset="tiny_minimax_m2",
@@ -975,7 +1001,7 @@ def minimax_m2() -> Config:
     train = TrainSection(
         learning_rate=1e-4,
         epochs=2,
-        sequence_tokens=4096,
+        max_sequence_tokens=4096,
         batch_tokens=262_144,
         micro_batch_tokens=4096,
         save_every_steps=50,
@@ -1002,7 +1028,7 @@ def _sized(
     preset: str,
     *,
     learning_rate: float,
-    sequence_tokens: int,
+    max_sequence_tokens: int,
     domain_tokens: int,
     task_tokens: int,
     checkpointing: bool,
@@ -1012,9 +1038,9 @@ def _sized(
     train = TrainSection(
         learning_rate=learning_rate,
         epochs=2,
-        sequence_tokens=sequence_tokens,
+        max_sequence_tokens=max_sequence_tokens,
         batch_tokens=domain_tokens,
-        micro_batch_tokens=sequence_tokens,
+        micro_batch_tokens=max_sequence_tokens,
         save_every_steps=50,
         gradient_checkpointing=checkpointing,
     )
@@ -1035,21 +1061,21 @@ def _sized(
 def size_0_5b() -> Config:
     """Models of 0.3 to 1.2 billion parameters, --base.source required: learning rate 5e-4, because small models take
     more; rows of 1,024 tokens and steps of 16,384 (pairs: 8,192); activations are kept, they fit 16 GiB."""
-    sizes = {"sequence_tokens": 1024, "domain_tokens": 16_384, "task_tokens": 8_192}
+    sizes = {"max_sequence_tokens": 1024, "domain_tokens": 16_384, "task_tokens": 8_192}
     return _sized("size_0_5b", learning_rate=5e-4, checkpointing=False, **sizes)
 
 
 def size_2b() -> Config:
     """Models of 1.2 to 3.5 billion parameters, --base.source required: learning rate 3e-4, between the smaller and
     QLoRA's; rows of 2,048 tokens, steps of 32,768 (pairs: 16,384); activations are recomputed, to fit 16 GiB."""
-    sizes = {"sequence_tokens": 2048, "domain_tokens": 32_768, "task_tokens": 16_384}
+    sizes = {"max_sequence_tokens": 2048, "domain_tokens": 32_768, "task_tokens": 16_384}
     return _sized("size_2b", learning_rate=3e-4, checkpointing=True, **sizes)
 
 
 def size_8b() -> Config:
     """Models of 3.5 to 20 billion parameters, --base.source required: learning rate 2e-4 (QLoRA, arXiv 2305.14314);
     rows of 2,048 tokens, steps of 65,536 (pairs: 16,384); activations are recomputed, to fit 24 GiB."""
-    sizes = {"sequence_tokens": 2048, "domain_tokens": 65_536, "task_tokens": 16_384}
+    sizes = {"max_sequence_tokens": 2048, "domain_tokens": 65_536, "task_tokens": 16_384}
     return _sized("size_8b", learning_rate=2e-4, checkpointing=True, **sizes)
 
 
@@ -1057,14 +1083,14 @@ def size_30b_a3b() -> Config:
     """Mixtures of experts from 8 billion parameters, --base.source required: learning rate 2e-4, as for dense models of
     the same width; attention and dense layers are adapted, not the fused experts, which composes and serves everywhere;
     rows of 4,096 tokens, steps of 131,072 (pairs: 32,768); activations are recomputed."""
-    sizes = {"sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
+    sizes = {"max_sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
     return _sized("size_30b_a3b", learning_rate=2e-4, checkpointing=True, **sizes)
 
 
 def size_70b() -> Config:
     """Dense models from 20 billion parameters, --base.source required: learning rate 1e-4 (QLoRA, arXiv 2305.14314);
     rows of 4,096 tokens, steps of 131,072 (pairs: 32,768); activations are recomputed."""
-    sizes = {"sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
+    sizes = {"max_sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
     return _sized("size_70b", learning_rate=1e-4, checkpointing=True, **sizes)
 
 

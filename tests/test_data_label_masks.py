@@ -196,7 +196,9 @@ class Padding(unittest.TestCase):
         self.assertEqual((chat.pad_id(found), found.eos_token_id), (PAD, END))
         rows = [example(id="short"), example(id="long", answers=["A longer answer."])]
         pairs, _ = tokenise_pairs(rows, found, SYSTEM, 4096)
-        data = BucketedPairs(pairs, TrainSection(sequence_tokens=64, micro_batch_tokens=4096), 0, chat.pad_id(found))
+        data = BucketedPairs(
+            pairs, TrainSection(max_sequence_tokens=64, micro_batch_tokens=4096), 0, chat.pad_id(found)
+        )
         batch = data.batch(0, (0, 1))
         missing = len(pairs[1].ids) - len(pairs[0].ids)
         self.assertEqual(batch.input_ids_BT[0, -missing:].tolist(), [PAD] * missing)

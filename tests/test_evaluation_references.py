@@ -162,7 +162,7 @@ def scored(model: Any, tokenizer: Any, window: int = WINDOW) -> tuple[list[ItemS
     items, left_out = scoring.questions(EXAMPLES, tokenizer, SYSTEM, 400)
     assert not left_out
     packed = PackedDocuments(
-        tokenised(tokenizer), TrainSection(sequence_tokens=window, micro_batch_tokens=2 * window), 0, 2
+        tokenised(tokenizer), TrainSection(max_sequence_tokens=window, micro_batch_tokens=2 * window), 0, 2
     )
     common: dict[str, Any] = {"batch_tokens": 600, "device": CPU, "what": "test"}
     return (

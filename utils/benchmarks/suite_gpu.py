@@ -126,7 +126,7 @@ def _trained(
 
     tokens, steps = scale.sequence_tokens, config.benchmark.gpu_steps + 1
     settings = TrainSection(
-        **{"sequence_tokens": tokens, "batch_tokens": tokens, "micro_batch_tokens": tokens, "epochs": 1},
+        **{"max_sequence_tokens": tokens, "batch_tokens": tokens, "micro_batch_tokens": tokens, "epochs": 1},
         **{"max_steps": steps, "gradient_checkpointing": True, "save_every_steps": steps + 1, "learning_rate": 1e-4},
     )
     generator = Random(config.run.seed)
@@ -271,7 +271,7 @@ def _dense_base(config: Config, scale: SuiteScale, directory: Path) -> tuple[Bas
     _release()
     row, steps = scale.dense_tokens, config.benchmark.gpu_steps + 1
     lora = LoraSection(rank=16, alpha=32, target_modules=ALL_LINEAR_LLAMA)
-    train = TrainSection(sequence_tokens=row, batch_tokens=8 * row, micro_batch_tokens=4 * row)
+    train = TrainSection(max_sequence_tokens=row, batch_tokens=8 * row, micro_batch_tokens=4 * row)
     section = BaseModelSection(source=str(directory), dtype="bfloat16", attention=config.base.attention)
     benchmark = config.benchmark.model_copy(update={"training_tokens": steps * 8 * row})
     stage = {"domain": DomainSection(lora=lora, train=train), "task": TaskSection(lora=lora, train=train)}

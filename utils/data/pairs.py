@@ -157,7 +157,7 @@ def warn_of_cuts(train: PairReport, dev: PairReport, max_tokens: int) -> None:
                 pairs=total,
                 contexts_cut=found.contexts_shortened,
                 left_out=found.answer_does_not_fit,
-                instead="raise --task.train.sequence_tokens",
+                instead="raise --task.train.max_sequence_tokens",
             )
 
 
@@ -170,7 +170,7 @@ def check_usable(report: PairReport, max_unusable_share: float, max_tokens: int)
             f"{report.answer_does_not_fit} of {report.usable + report.answer_does_not_fit} training pairs do not fit "
             f"{max_tokens} tokens with their answer",
             f"{report.unusable_share:.1%}",
-            f"raise --task.train.sequence_tokens (and micro_batch_tokens), or allow it with --task.max_unusable_share "
-            f"{min(1.0, report.unusable_share + 0.01):.2f}",
+            "raise --task.train.max_sequence_tokens (and micro_batch_tokens), or allow it with "
+            f"--task.max_unusable_share {min(1.0, report.unusable_share + 0.01):.2f}",
         )
     )

@@ -345,4 +345,4 @@ def _tokenised(texts: Any, tokenizer: Any) -> Any:
 def _window(config: Config, base: BaseModel) -> TrainSection:
     size = max(WINDOW_TOKENS, config.evaluate.batch_tokens)
     window = model_class.longest_row(base.directory, WINDOW_TOKENS)
-    return TrainSection(sequence_tokens=window, micro_batch_tokens=size)
+    return TrainSection(max_sequence_tokens=window, micro_batch_tokens=size)

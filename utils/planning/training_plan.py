@@ -60,7 +60,7 @@ def adapter(lora: LoraSection, *, experts: bool | None = None) -> Adapter:
 def step(config: Config, stage: str, base: Dtype) -> TrainingStep:
     """The forward and backward pass that a stage's settings ask for."""
     section = getattr(config, stage)
-    row_tokens = section.train.sequence_tokens or USUAL_ROW_TOKENS
+    row_tokens = section.train.max_sequence_tokens or USUAL_ROW_TOKENS
     below = adapter(config.domain.lora) if stage == "task" and config.task.on != "base" else None
     return TrainingStep(
         base=base,

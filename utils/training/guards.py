@@ -63,12 +63,12 @@ def out_of_memory(what: str, step: int, settings: TrainSection, names: Sequence[
     """A step that does not fit, with what was in its batches and the setting that makes it smaller."""
     section, tokens = f"--{what.split()[0]}.train", settings.micro_batch_tokens
     less = []
-    if tokens > settings.sequence_tokens:
-        less.append(f"{section}.micro_batch_tokens {max(settings.sequence_tokens, tokens // 2)}")
+    if tokens > settings.max_sequence_tokens:
+        less.append(f"{section}.micro_batch_tokens {max(settings.max_sequence_tokens, tokens // 2)}")
     if not settings.gradient_checkpointing:
         less.append(f"{section}.gradient_checkpointing true")
     again = "the same launch with" if "LOCAL_RANK" in os.environ else flags.command()
-    fix = "a shorter sequence_tokens, a smaller model or --base.quantization is what is left"
+    fix = "a shorter max_sequence_tokens, a smaller model or --base.quantization is what is left"
     if less:
         fix = f"go on with less memory, the result stays the same: {again} {' '.join(less)}"
     return OutOfMemory(

@@ -99,8 +99,8 @@ def with_length(config: Config, data: Run) -> Config:
     found = counts.get("sequence_tokens") if isinstance(counts, dict) else None
     tokens = found if type(found) is int and found >= 16 else USUAL_ROW_TOKENS  # data of before has none
     for stage in ("domain", "task"):
-        if not getattr(config, stage).train.sequence_tokens and tokens != USUAL_ROW_TOKENS:
-            logger.event(f"{stage}.train.sequence_tokens follows the labelled pairs", tokens=tokens)
+        if not getattr(config, stage).train.max_sequence_tokens and tokens != USUAL_ROW_TOKENS:
+            logger.event(f"{stage}.train.max_sequence_tokens follows the labelled pairs", tokens=tokens)
     return with_row_tokens(config, tokens)
 
 

@@ -66,7 +66,7 @@ def prepare(
         }
     measured = token_lengths.measure(kept, tokenizer, task)
     limit = token_lengths.row_tokens(measured, base) if not is_built_in else token_lengths.USUAL
-    used = task.train.sequence_tokens or limit
+    used = task.train.max_sequence_tokens or limit
     counts["lengths"] = token_lengths.against(measured, used)
     token_lengths.warn(counts["lengths"])
     return counts | {"sequence_tokens": limit}

@@ -91,7 +91,7 @@ def warn(found: Mapping[str, Any]) -> None:
         if number > WORTH_WARNING * train["turns"]:
             warning(
                 f"{number:,} of {train['turns']:,} training {what} in rows of {found['limit']:,} tokens",
-                instead=f"--task.train.sequence_tokens {STEP * math.ceil(found['longest'] / STEP)} holds all",
+                instead=f"--task.train.max_sequence_tokens {STEP * math.ceil(found['longest'] / STEP)} holds all",
             )
 
 
