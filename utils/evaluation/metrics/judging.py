@@ -2,7 +2,7 @@
 
 Each pair is shown twice with the answers swapped, and counts as won only where both say so: models prefer a place
 (Zheng et al. 2023, arXiv:2306.05685). How often the judge agrees with people on pairs that they labelled stands beside
-it. It never decides the verdict.
+it. It does not change the verdict.
 """
 
 from __future__ import annotations
