@@ -1,6 +1,7 @@
 """The tests; what they share is in support.py."""
 
 import os
+import signal
 
 # read when the libraries are imported, so they are set before; bit-for-bit claims are made for the CPU
 os.environ.update(
@@ -12,6 +13,9 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     TOKENIZERS_PARALLELISM="false",
 )
+
+# a shell that runs the tests in the background ignores Ctrl-C for them and all that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # imported by the server that tests and scripts are forked from
 PRELOADED = "tests.preloaded"

@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -350,7 +349,6 @@ def _as_main(
         os.dup2(handle, descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     os.chdir(ROOT)
     script = ROOT / "scripts" / f"{command[0]}.py"
     sys.argv = [str(script), *command[1:]]

@@ -222,6 +222,17 @@ class OwnFunctions(unittest.TestCase):
         with self.assertRaises(ConfigError):
             text_scores.text_score(EvaluateSection(primary=f"{self.file}:raises"), [prompt.example])
 
+    def test_a_metric_that_fails_in_the_middle_of_a_rollout_is_a_lost_answer_and_not_its_end(self) -> None:
+        path, metric = self.root / "golden.jsonl", self.root / "brittle.py"
+        write_jsonl(path, [{"question": "How many?", "answers": ["7"]}])
+        metric.write_text("def count(prediction, example):\n    return -abs(int(prediction or 99) - 7)\n")
+        (prompt,) = golden.read(path, "Answer.")
+        _, quality = text_scores.text_score(EvaluateSection(primary=f"{metric}:count"), [prompt.example])
+        number, words = ServerAnswer("99", "stop"), ServerAnswer("seven", "stop")
+        self.assertEqual(golden.compare(prompt, words, number, 0.25, quality)["quality"], 1)
+        self.assertEqual(golden.compare(prompt, number, words, 0.25, quality)["quality"], -1)
+        self.assertNotIn("quality", golden.compare(prompt, words, words, 0.25, quality))
+
 
 class Cost(unittest.TestCase):
     def test_the_dry_run_says_how_many_answers_a_metric_takes(self) -> None:

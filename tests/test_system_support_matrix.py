@@ -11,8 +11,9 @@ import torch
 from tests import odd_architecture, support_matrix, toy_architectures
 from tests.programs import write_support_matrix
 from tests.support import temporary_directory
-from tests.support_matrix import COLUMNS, WORKS, WRONG, Cell
+from tests.support_matrix import COLUMNS, REFUSED, WORKS, WRONG, Cell
 from tests.test_export_model_support import verified
+from tests.toy_architectures import SPECS
 
 # one of each kind: dense, eager only, multimodal, hybrid, fused and shared experts, inputs first, other names, learned
 # positions, no masks by position, a state space
@@ -55,6 +56,16 @@ class Unknown(unittest.TestCase):
 
 
 class Table(unittest.TestCase):
+    def test_the_page_has_a_row_for_every_architecture_and_no_cell_is_wrong_or_fails_later(self) -> None:
+        page = write_support_matrix.PAGE.read_text(encoding="utf-8")
+        table = page.partition(write_support_matrix.BEGIN)[2].partition(write_support_matrix.END)[0]
+        lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+        header, rows = lines[0], {name: rest for name, *rest in lines[1:]}
+        self.assertEqual(header, ["architecture", "class", *COLUMNS])
+        self.assertEqual({name: rest[0] for name, rest in rows.items()}, {n: s[1] for n, s in SPECS.items()})
+        cells = {cell.split()[0] for _, *found in rows.values() for cell in found}
+        self.assertLessEqual(cells, {WORKS, REFUSED})
+
     def test_a_reference_that_differs_is_called_wrong(self) -> None:
         cells = {column: Cell(WORKS, 1e-7) for column in COLUMNS} | {"evaluate": Cell(WRONG, 0.3)}
         self.assertEqual(len(write_support_matrix.bad({"x": cells})), 1)

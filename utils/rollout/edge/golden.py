@@ -7,6 +7,7 @@ asked for again is no new evidence; asked again it still tells whether the serve
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from typing import Any
 
 from utils.data import answer_metrics
 from utils.data.tables import ProblemList, read_text
-from utils.exceptions import DataError, Problem
+from utils.exceptions import ConfigError, DataError, Problem
+from utils.logger import warning
 from utils.models import chat
 from utils.rollout.edge.servers import ServerAnswer, ask
 from utils.rollout.gate import Counts
@@ -79,15 +81,19 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
 def compare(
     prompt: Prompt, canary: ServerAnswer, production: ServerAnswer, tolerance: float, quality: Quality = token_f1
 ) -> dict[str, int]:
-    """Per metric +1 when the canary lost, -1 when it won, 0 when equal; a metric without meaning is absent."""
+    """Per metric +1 when the canary lost, -1 when it won, 0 when equal; a metric without meaning is absent.
+
+    So is quality where the metric fails on both answers; where it fails on one, that model has lost.
+    """
     found = {"probe_errors": _sign(bool(canary.error), bool(production.error))}
     if canary.error or production.error:
         return found
     faults = [answer_metrics.fault(answer.text, answer.finish_reason) for answer in (canary, production)]
     found["output"] = _sign(bool(faults[0]), bool(faults[1]))
     example = {**prompt.example, "answers": list(prompt.golds)}
-    scores = [quality(chat.answer_of(answer.text), example) for answer in (canary, production)]
-    found["quality"] = _sign(-scores[0], -scores[1])
+    scores = [_score(quality, chat.answer_of(answer.text), example) for answer in (canary, production)]
+    if max(scores) > -math.inf:
+        found["quality"] = _sign(-scores[0], -scores[1])
     for metric, name in (("first_token", "first_token_s"), ("per_token", "per_token_s")):
         times = [getattr(answer, name) for answer in (canary, production)]
         if all(times):
@@ -96,6 +102,16 @@ def compare(
             )
             found[metric] = _sign(times[0], times[1]) if slower else 0
     return found
+
+
+def _score(quality: Quality, text: str, example: dict[str, Any]) -> float:
+    """The score of an answer; below all others where a person's own metric fails on it: that must not end a rollout."""
+    try:
+        return quality(text, example)
+    except ConfigError as error:
+        for problem in error.problems:
+            warning(problem.what)
+        return -math.inf
 
 
 def without_times(counts: Counts) -> Counts:
