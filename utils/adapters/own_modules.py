@@ -78,8 +78,8 @@ def base_with(base: BaseModel, folders: Sequence[Path], models_dir: Path) -> Bas
                 _write(base, found, folder, directory)
     event("an adapter's own modules replace the base model's; this directory is the base model then", path=target)
     event("later commands take it with --base.source", names=sorted(found), source=target)
-    made = identify(target, str(target), "", models_dir / "base" / ".digests")
-    return replace(made, made_from=base.digest)
+    model = identify(target, str(target), "", models_dir / "base" / ".digests")
+    return replace(model, made_from=base.digest)
 
 
 def _homes(base: BaseModel) -> dict[str, str]:

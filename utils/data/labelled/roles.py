@@ -92,9 +92,7 @@ class Row:
                 raise RowError("two columns have the same name but for case", key, "rename one", of_file=True)
             if key not in self.values or not is_missing(value):
                 self.values[key] = value
-        self._spoken_for = {
-            c for columns in self.column_map.columns.values() for c in columns
-        } | self.column_map.ignored
+        self._claimed = {c for columns in self.column_map.columns.values() for c in columns} | self.column_map.ignored
 
     def has(self, *names: str) -> bool:
         """Whether any of these columns is filled and free."""
@@ -102,7 +100,7 @@ class Row:
 
     def peek(self, name: str) -> Any:
         """A column's value without using it; None for one that the person gave another role."""
-        return None if name in self._spoken_for else self.values.get(name)
+        return None if name in self._claimed else self.values.get(name)
 
     def take(self, name: str, role: str) -> Any:
         """A column's value, used as this role; None where it is not there."""

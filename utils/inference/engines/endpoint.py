@@ -121,8 +121,10 @@ class Endpoint:
         """One completion's choice, tried again while the server cannot answer for the moment. Raises EngineError."""
         for number, pause in enumerate([*RETRY_SECONDS, None]):
             try:
-                made = await client.completions.create(model=model, prompt=list(prompt), **sampling.body(), **more)
-                return _checked(made, prompt, self.root)
+                completion = await client.completions.create(
+                    model=model, prompt=list(prompt), **sampling.body(), **more
+                )
+                return _checked(completion, prompt, self.root)
             except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
                 # one that was silent for so long is not asked the same again
                 if pause is None or isinstance(error, openai.APITimeoutError) or self.alive():
@@ -249,11 +251,11 @@ def _length(entry: dict[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _checked(made: Any, prompt: Sequence[int], server: str) -> Any:
+def _checked(completion: Any, prompt: Sequence[int], server: str) -> Any:
     """The choice of a completion, its `token_ids` with it. Raises EngineError for one of another prompt."""
-    if not getattr(made, "choices", None):
+    if not getattr(completion, "choices", None):
         raise EngineError(Problem("the server gave an answer without choices", server, _SEE))
-    choice = made.choices[0]
+    choice = completion.choices[0]
     extra = choice.model_extra or {}
     _refuse_other_prompt(extra, prompt, server)
     return choice

@@ -213,12 +213,12 @@ def factor(tensor: torch.Tensor, mesh: DeviceMesh, rank: int | None = None) -> t
     from torch.distributed.tensor.placement_types import _StridedShard
 
     place = Shard(0) if rank is None else _StridedShard(1, split_factor=rank)
-    made = distribute_tensor(tensor.detach(), mesh, [Replicate(), place], src_data_rank=None)
-    local = made.to_local().clone()  # a slice would hold on to the whole
-    made = DTensor.from_local(
-        local, mesh, made.placements, run_check=False, shape=tensor.shape, stride=tensor.contiguous().stride()
+    shard = distribute_tensor(tensor.detach(), mesh, [Replicate(), place], src_data_rank=None)
+    local = shard.to_local().clone()  # a slice would hold on to the whole
+    shard = DTensor.from_local(
+        local, mesh, shard.placements, run_check=False, shape=tensor.shape, stride=tensor.contiguous().stride()
     )
-    return torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return torch.nn.Parameter(shard, requires_grad=tensor.requires_grad)
 
 
 def rows_by_rank() -> list[int]:

@@ -236,9 +236,9 @@ def _fill(owners: Owners, source: Source, read: dict[Source, tuple[int, torch.Te
     old = module._parameters[key]
     rows = source.reader.rows(source.name, 0, old.shape[0], old.dtype).view(old.shape).to(devices.device())
     read[source] = 0, rows
-    made = torch.nn.Parameter(rows, requires_grad=False)
+    parameter = torch.nn.Parameter(rows, requires_grad=False)
     for _, module, key in owners:
-        module._parameters[key] = made
+        module._parameters[key] = parameter
 
 
 def _local(owners: Owners, source: Source, read: dict[Source, tuple[int, torch.Tensor]]) -> torch.nn.Parameter:
@@ -256,10 +256,10 @@ def _local(owners: Owners, source: Source, read: dict[Source, tuple[int, torch.T
     read[source] = first, rows
     if not isinstance(cut, DTensor):
         return torch.nn.Parameter(rows, requires_grad=False)
-    made = DTensor.from_local(
+    local_shard = DTensor.from_local(
         rows, cut.device_mesh, cut.placements, run_check=False, shape=cut.shape, stride=cut.stride()
     )
-    return torch.nn.Parameter(made, requires_grad=False)
+    return torch.nn.Parameter(local_shard, requires_grad=False)
 
 
 def _check_read(read: Mapping[Source, tuple[int, torch.Tensor]]) -> None:
