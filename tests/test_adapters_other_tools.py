@@ -143,7 +143,7 @@ def settings_for(models: Path) -> Config:
 
 
 def foreign(base: BaseModel, path: Path) -> Run:
-    return find.foreign_run(settings_for(temporary_directory()), base, "domain", path)
+    return find.external_run(settings_for(temporary_directory()), base, "domain", path)
 
 
 class Refusals(unittest.TestCase):
@@ -639,7 +639,7 @@ class Bases(Refusals):
                 run = foreign(base_of(LLAMA), source)
             self.assertIn("cannot be verified", logged.output[0])
             self.assertEqual(logged.records[0].facts["made_for"], named or "not said")
-            self.assertEqual(run.manifest["identity"]["on"], find.ELSEWHERE)
+            self.assertEqual(run.manifest["identity"]["on"], find.EXTERNAL)
 
     def test_hub_id_on_a_base_from_the_hub_has_to_be_that_one_at_that_commit(self) -> None:
         base = replace(base_of(LLAMA), source="org/model", revision="a" * 40)

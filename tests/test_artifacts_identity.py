@@ -10,7 +10,7 @@ from unittest import mock
 from config import ComposeSection, DataSection, EvaluateSection, LoraSection, TaskSection, TrainSection, smollm2_135m
 from tests.support import saved_model, temporary_directory
 from utils.artifacts import files, identity, runs
-from utils.artifacts.identity import MARK, METHOD, Identity
+from utils.artifacts.identity import MARK, METHOD, Identity, settings_of
 from utils.artifacts.runs import Run
 from utils.benchmarks import benchmark_identity
 from utils.composition import composed_identity
@@ -106,6 +106,13 @@ class Trained(unittest.TestCase):
             self.assertEqual(len(self.now(stage).differences(self.old(stage, seed=1))), 1)
             changed = getattr(smollm2_135m(), stage).train.learning_rate * 2
             self.assertEqual(len(self.now(stage, learning_rate=changed).differences(self.old(stage))), 1)
+
+    def test_settings_that_were_renamed_since_are_read_under_their_names_of_today(self) -> None:
+        for manifest in ({"settings": {"train": OLD_TRAIN}}, {"identity": {"train": OLD_TRAIN}}):
+            train = TrainSection.model_validate(settings_of(manifest)["train"])
+            self.assertEqual(
+                (train.warmup_ratio, train.min_learning_rate_ratio, train.max_sequence_tokens), (0.05, 0.1, 256)
+            )
 
     def test_what_decides_nothing_or_trades_memory_for_time_is_outside(self) -> None:
         for stage in ("domain", "task"):

@@ -122,7 +122,7 @@ class Training(unittest.TestCase):
     def test_a_document_that_continues_in_the_next_row_starts_at_position_0(self) -> None:
         positions = torch.cat([torch.arange(20), torch.arange(28)])
         stream = inputs.TokenStream(torch.arange(48), positions, "")
-        train = TrainSection(sequence_tokens=16, batch_tokens=32, micro_batch_tokens=16)
+        train = TrainSection(max_sequence_tokens=16, batch_tokens=32, micro_batch_tokens=16)
         rows = suite_training.make_rows(stream, train)
         self.assertEqual(rows.positions_NT[1].tolist(), [*range(4), *range(12)])
         self.assertEqual(rows.positions_NT[2].tolist(), list(range(16)))

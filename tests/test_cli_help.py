@@ -10,6 +10,7 @@ import sys
 import unittest
 from typing import Any
 
+from config import TrainSection
 from tests.support import ROOT, clean_environment, run_script
 from utils import flags
 from utils.cli import help_text
@@ -60,6 +61,10 @@ class Page(unittest.TestCase):
 
     def test_a_section_a_part_of_one_and_a_setting_can_be_asked_for(self) -> None:
         self.assertEqual(len(re.findall(r"(?m)^  --", unfolded("task.lora"))), 6)
+        self.assertEqual(
+            len(re.findall(r"(?m)^  --task\.train\.", unfolded("task.train"))), len(TrainSection.model_fields)
+        )
+        self.assertNotIn("--task.lora", unfolded("task.train"))
         self.assertIn("--weights NUMBER", unfolded("weights"))
         self.assertNotIn("--run.seed", unfolded("compose"))
         with self.assertRaisesRegex(ConfigError, "did you mean compose"):
@@ -89,7 +94,7 @@ class Page(unittest.TestCase):
 
     def test_a_script_shows_it(self) -> None:
         shown = run_script("train_task_adapter", "--help", "task").stdout
-        self.assertIn("--task.lora.rank INTEGER >= 1  [default: 16]\n      Rank r of the update B A.\n", shown)
+        self.assertIn("--task.lora.rank INTEGER >= 1  [default: 16]\n      Rank r of the update B A; raise it", shown)
         self.assertNotIn("--base.dtype", run_script("train_task_adapter", "--help").stdout)
 
 

@@ -10,7 +10,9 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from config import PRESETS, Config
+from pydantic import ValidationError
+
+from config import PRESETS, Config, TrainSection
 from utils import cli, flags
 from utils.cli import settings_files
 from utils.exceptions import ConfigError
@@ -107,6 +109,26 @@ class SettingsFiles(unittest.TestCase):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = cli.resolve(["--config", self.file("printed.yaml", done.stdout)], {})
         self.assertEqual(found.compose.weights, (1.0, 0.5))
+
+    def test_a_former_name_says_what_it_was_renamed_to_wherever_it_is_typed(self) -> None:
+        self.assertEqual(len(flags.RENAMED), 6)
+        for former, name in flags.RENAMED.items():
+            self.assertIn(name, flags.fields())
+            self.assertNotIn(former, flags.fields())
+            field = former.rpartition(".")[2]
+            section, value = former.split(".")[0], "64" if "tokens" in former else "0.5"
+            nested = json.dumps({section: {"train": {field: float(value)}}})
+            for arguments, environment, said in (
+                ([f"--{former}", value], {}, f"--{former} was renamed to --{name}"),
+                ([], {flags.variable(former): value}, f"was renamed to {flags.variable(name)}"),
+                (["--config", self.file("dotted.yaml", f"{former}: {value}")], {}, f"{former} was renamed to {name}"),
+                (["--config", self.file("nested.json", nested)], {}, f"{former} was renamed to {name}"),
+            ):
+                with self.subTest(former, arguments=arguments), self.assertRaises(ConfigError) as caught:
+                    cli.resolve(arguments, environment)
+                self.assertIn(said, str(caught.exception))
+            with self.assertRaisesRegex(ValidationError, f"{field} was renamed to {name.rpartition('.')[2]}"):
+                TrainSection.model_validate({field: float(value)})
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ class ProbeOnAModel(unittest.TestCase):
                 for i, (t, x) in enumerate(zip(texts, ids, strict=True))
             ]
         )
-        rows = TrainSection(sequence_tokens=256, batch_tokens=512, micro_batch_tokens=512)
+        rows = TrainSection(max_sequence_tokens=256, batch_tokens=512, micro_batch_tokens=512)
         pad = chat.pad_id(tokenizer)
         pairs, _ = tokenise_pairs(examples, tokenizer, "s", 400)
         questions, _ = scoring.questions(examples, tokenizer, "s", 400)

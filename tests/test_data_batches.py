@@ -22,7 +22,7 @@ from utils.models import chat
 from utils.models.losses import IGNORED, NextTokenLoss
 
 ROW = 32
-TRAIN = TrainSection(sequence_tokens=ROW, micro_batch_tokens=2 * ROW, batch_tokens=4 * ROW)
+TRAIN = TrainSection(max_sequence_tokens=ROW, micro_batch_tokens=2 * ROW, batch_tokens=4 * ROW)
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=150)
 
 
@@ -296,7 +296,7 @@ class Grouping(unittest.TestCase):
         batch=st.integers(32, 400),
     )
     def test_groups_keep_the_order_and_both_budgets(self, lengths: list[int], micro: int, batch: int) -> None:
-        train = TrainSection(sequence_tokens=32, micro_batch_tokens=micro, batch_tokens=batch)
+        train = TrainSection(max_sequence_tokens=32, micro_batch_tokens=micro, batch_tokens=batch)
         steps = group(list(range(len(lengths))), lengths, train)
         self.assertEqual([row for step in steps for rows in step for row in rows], list(range(len(lengths))))
         for step in steps:
@@ -310,12 +310,12 @@ class Grouping(unittest.TestCase):
             (step,) = group(
                 range(len(lengths)),
                 lengths,
-                TrainSection(sequence_tokens=32, micro_batch_tokens=micro, batch_tokens=32),
+                TrainSection(max_sequence_tokens=32, micro_batch_tokens=micro, batch_tokens=32),
             )
             self.assertLessEqual(sum(max(lengths[row] for row in rows) * len(rows) for rows in step), 32)
 
     def test_a_row_longer_than_the_budget_stands_alone(self) -> None:
-        train = TrainSection(sequence_tokens=32, micro_batch_tokens=32, batch_tokens=16)
+        train = TrainSection(max_sequence_tokens=32, micro_batch_tokens=32, batch_tokens=16)
         self.assertEqual(group([0, 1], [32, 32], train), [[(0,)], [(1,)]])
 
 

@@ -196,7 +196,9 @@ class Padding(unittest.TestCase):
         self.assertEqual((chat.pad_id(found), found.eos_token_id), (PAD, END))
         rows = [example(id="short"), example(id="long", answers=["A longer answer."])]
         pairs, _ = tokenise_pairs(rows, found, SYSTEM, 4096)
-        data = BucketedPairs(pairs, TrainSection(sequence_tokens=64, micro_batch_tokens=4096), 0, chat.pad_id(found))
+        data = BucketedPairs(
+            pairs, TrainSection(max_sequence_tokens=64, micro_batch_tokens=4096), 0, chat.pad_id(found)
+        )
         batch = data.batch(0, (0, 1))
         missing = len(pairs[1].ids) - len(pairs[0].ids)
         self.assertEqual(batch.input_ids_BT[0, -missing:].tolist(), [PAD] * missing)
@@ -254,7 +256,7 @@ class Answers(unittest.TestCase):
         using = tokenizer(marks_are_special=special, template=template)
         thoughts: list[str] = []
         shown: list[str] = []
-        parting = generation.Parting(thoughts.append, shown.append, opened=chat.opens_thinking(using))
+        parting = generation.ThinkSplitter(thoughts.append, shown.append, opened=chat.opens_thinking(using))
         prompt = chat.prompt_ids(using, example(), SYSTEM)
         (found,) = generation.answer(Saying(tokens), using, [prompt], max_new_tokens=len(tokens), stream=parting)
         parting.end()
@@ -265,24 +267,24 @@ class Answers(unittest.TestCase):
             for words in ("It is.", ""):
                 tokens = ids(words, "\n", THOUGHT, "\n\nSo it is.", END)
                 found, thoughts, shown = self.made(tokens, special=special)
-                self.assertEqual((found.spoken, found.reasoning, found.ended), ("So it is.", words, True))
+                self.assertEqual((found.answer, found.reasoning, found.ended), ("So it is.", words, True))
                 self.assertEqual((thoughts.strip(), shown.strip()), (words, "So it is."))
 
     def test_what_runs_out_while_thinking_is_no_answer(self) -> None:
         for special in (False, True):
             found, thoughts, shown = self.made(ids("It is so"), special=special)
-            self.assertEqual((found.spoken, found.reasoning, found.ended), ("", "It is so", False))
+            self.assertEqual((found.answer, found.reasoning, found.ended), ("", "It is so", False))
             self.assertEqual((thoughts, shown), ("It is so", ""))
 
     def test_without_a_think_block_everything_is_the_answer(self) -> None:
         found, thoughts, shown = self.made(ids("So it is.", END), special=False, template=PLAIN_TEMPLATE)
-        self.assertEqual((found.spoken, found.reasoning, thoughts, shown), ("So it is.", "", "", "So it is."))
+        self.assertEqual((found.answer, found.reasoning, thoughts, shown), ("So it is.", "", "", "So it is."))
 
     def test_a_mark_that_comes_in_pieces_is_found(self) -> None:
         for cut in range(1, len(chat.THINK_END)):
             thoughts: list[str] = []
             shown: list[str] = []
-            parting = generation.Parting(thoughts.append, shown.append, opened=True)
+            parting = generation.ThinkSplitter(thoughts.append, shown.append, opened=True)
             for piece in ("a < b", chat.THINK_END[:cut], chat.THINK_END[cut:] + "\n\n", "c </think>"):
                 parting(piece)
             parting.end()

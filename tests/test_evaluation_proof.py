@@ -310,7 +310,7 @@ class Rows(unittest.TestCase):
         self.assertEqual(files.read_json(Path(other["run"]) / "results.json")["retrieval"]["how"], "theirs.jsonl")
 
     def test_a_task_adapter_trained_with_passages_is_another_run_with_other_pairs(self) -> None:
-        step = ["--task.train.max_steps", "1", "--task.train.sequence_tokens", "256"]
+        step = ["--task.train.max_steps", "1", "--task.train.max_sequence_tokens", "256"]
         completed = [self.place.run("train_task_adapter", *step, *more) for more in ([], ["--task.retrieval", "true"])]
         runs = [last_json(one) for one in completed]
         without, trained_with = (files.read_manifest(Path(run["run"]))["identity"] for run in runs)
@@ -393,7 +393,7 @@ class Documents(unittest.TestCase):
         for limit, is_said in ((5, True), (6, False), (0, False)):
             config = cli.resolve(["--evaluate.max_heldout_documents", str(limit)], {})
             with mock.patch.object(scored_rows, "warning") as said:
-                found = scored_rows._document_sets(config, TrainSection(sequence_tokens=1024), source, 0)["heldout"]
+                found = scored_rows._document_sets(config, TrainSection(max_sequence_tokens=1024), source, 0)["heldout"]
             self.assertEqual(len(found.lengths), limit or 8)
             self.assertEqual(said.called, is_said, limit)
 

@@ -162,7 +162,7 @@ def scored(model: Any, tokenizer: Any, window: int = WINDOW) -> tuple[list[ItemS
     items, left_out = scoring.questions(EXAMPLES, tokenizer, SYSTEM, 400)
     assert not left_out
     packed = PackedDocuments(
-        tokenised(tokenizer), TrainSection(sequence_tokens=window, micro_batch_tokens=2 * window), 0, 2
+        tokenised(tokenizer), TrainSection(max_sequence_tokens=window, micro_batch_tokens=2 * window), 0, 2
     )
     common: dict[str, Any] = {"batch_tokens": 600, "device": CPU, "what": "test"}
     return (
@@ -301,7 +301,7 @@ class Harness(unittest.TestCase):
         model = inference_layers.attach(model, {"x": factors})
         inference_layers.select(model, {"x": 1.0})
         given = generation.answer_all(model, tokenizer, EXAMPLES, SYSTEM, InferenceSection(max_new_tokens=6))
-        said = [answer.spoken for answer in given]
+        said = [one.answer for one in given]
         # half of the answers become what the model says, so that not everything it generates is wrong
         examples = [{**e, "answers": [*e["answers"], said[i] if i % 2 else "."]} for i, e in enumerate(EXAMPLES)]
         counts = lm_eval_tasks.write(

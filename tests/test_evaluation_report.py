@@ -231,7 +231,7 @@ class Absent(unittest.TestCase):
 
     def test_what_was_not_tested_comes_with_the_command_that_tests_it(self) -> None:
         found = evaluation(FOUR, (3,))
-        found["missing"] = {"wrong_domain": "the domain adapter comes from elsewhere"}
+        found["missing"] = {"wrong_domain": "the domain adapter is external"}
         page = soup(evaluation_report.page("x", found, [], None))
         listed = {text_of(item) for item in page.select(".untested li")}
         command = f"python {found['command']}"
@@ -239,7 +239,7 @@ class Absent(unittest.TestCase):
             item = next(item for item in listed if item.startswith(claim))
             self.assertTrue(item.endswith(f"{command} {flag}"), item)
         self.assertIn(CLAIMS["H4"], " ".join(listed))
-        self.assertTrue(any("comes from elsewhere" in item for item in listed))
+        self.assertTrue(any("is external" in item for item in listed))
         self.assertEqual(soup(whole()[1]).select(".untested"), [])
 
     def test_a_flag_that_was_given_is_not_given_twice(self) -> None:

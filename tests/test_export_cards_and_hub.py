@@ -156,8 +156,8 @@ class Method(unittest.TestCase):
         self.assertIn("| task `task-run` | 0.25, 2 |", gated)
         self.assertIn("| task `task-run` | 1 |", self.card(weights=()))
 
-    def test_weights_that_cannot_be_dealt_are_refused(self) -> None:
-        with self.assertRaisesRegex(ValueError, "3 weights cannot be dealt to 2 adapters"):
+    def test_weights_that_do_not_fit_the_adapters_are_refused(self) -> None:
+        with self.assertRaisesRegex(ValueError, "3 weights do not fit 2 adapters"):
             self.card(weights=(1.0, 1.0, 1.0))
 
     def test_exact_and_approximate_searched_and_not_are_told_apart(self) -> None:

@@ -73,7 +73,7 @@ class Chat(unittest.TestCase):
             "": "",
         }
         for text, spoken in expected.items():
-            self.assertEqual(chat.spoken(text), spoken)
+            self.assertEqual(chat.answer_of(text), spoken)
 
     def test_document_is_its_text_between_bos_and_eos(self) -> None:
         ids = chat.document_ids(self.thinking, ["A text."])[0]

@@ -138,7 +138,7 @@ class Memory(unittest.TestCase):
         with hardware((9, 0)):
             self.checked(node, "task")
             for flags in (["--base.fp8=dequantise"], ["--task.lora.experts=true"]):
-                with self.subTest(flags), self.assertRaisesRegex(ArtefactError, f"{said} per process"):
+                with self.subTest(flags), self.assertRaisesRegex(ArtefactError, f"{said} per rank"):
                     self.checked(node, "task", *flags)
             with self.assertRaisesRegex(ArtefactError, "only training can keep it FP8"):
                 self.checked(node, "")

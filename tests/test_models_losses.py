@@ -169,7 +169,7 @@ class Documents(unittest.TestCase):
                 "utf8_bytes": [3 * n for n in lengths],
             }
         )
-        packed = PackedDocuments(data, TrainSection(sequence_tokens=window, micro_batch_tokens=64), 0, 2)
+        packed = PackedDocuments(data, TrainSection(max_sequence_tokens=window, micro_batch_tokens=64), 0, 2)
         for architecture, build in ARCHITECTURES.items():
             model = build()[0].eval().requires_grad_(False)
             found = scoring.score_documents(model, packed, batch_tokens=70, device=CPU, what="test")

@@ -197,7 +197,7 @@ class Refusals(unittest.TestCase):
         machine = preflight.Machine(shards=8, local=8, gpu_bytes=2**36, host_bytes=2**40)
         with mock.patch.object(preflight.Machine, "here", return_value=machine), self.assertRaises(ArtefactError) as no:
             preflight.check(wanted)
-        self.assertIn("FSDP does not deal out", str(no.exception))
+        self.assertIn("FSDP does not shard", str(no.exception))
 
     def test_a_mixture_of_experts_is_refused_before_anything_is_loaded_or_written(self) -> None:
         base = saved_model("minimax_m2")

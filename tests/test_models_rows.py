@@ -108,7 +108,7 @@ def question(prompt: int, seed: int) -> scoring.Question:
 def documents(packs: bool) -> PackedDocuments:
     texts = [some(count, 50 + count) for count in (30, 61, 9, 44, 90)]
     rows = [{"id": f"d{i}", "input_ids": t, "num_tokens": len(t), "utf8_bytes": 1} for i, t in enumerate(texts)]
-    train = TrainSection(sequence_tokens=96, batch_tokens=192, micro_batch_tokens=192)
+    train = TrainSection(max_sequence_tokens=96, batch_tokens=192, micro_batch_tokens=192)
     return PackedDocuments(Dataset.from_list(rows), train, 3, 2, packs=packs)
 
 

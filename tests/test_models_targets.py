@@ -156,9 +156,9 @@ class Refused(unittest.TestCase):
 
     def test_rows_longer_than_position_table_are_refused_before_training(self) -> None:
         base = base_of("gpt2")
-        config = cli.resolve(["--base.source", str(base.directory), "--task.train.sequence_tokens", "600"], {})
+        config = cli.resolve(["--base.source", str(base.directory), "--task.train.max_sequence_tokens", "600"], {})
         config = config.model_copy(update={"task": config.task})
-        with self.assertRaisesRegex(ArtefactError, "task.train.sequence_tokens(.|\n)*512"):
+        with self.assertRaisesRegex(ArtefactError, "task.train.max_sequence_tokens(.|\n)*512"):
             base_checks.check(config, base, ("task",))
         self.assertEqual(model_class.longest_row(base.directory, 4096), 512)
         self.assertEqual(model_class.longest_row(base_of("llama").directory, 4096), 4096)

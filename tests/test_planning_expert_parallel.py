@@ -78,7 +78,7 @@ class Figures(unittest.TestCase):
         self.assertEqual((shared.weights, shared.expert_weights), (gathered.weights, 0))
         self.assertLess(shared.gathered, gathered.gathered - 6 * GIB)
         self.assertEqual(shared.adapters, gathered.adapters)
-        self.assertGreater(memory(2.0).passing, 1.5 * shared.passing)
+        self.assertGreater(memory(2.0).workspace, 1.5 * shared.workspace)
         own = 2 * M2.parameters["experts"] // M2.num_layers // 8
         self.assertAlmostEqual(memory(shards=16).gathered - shared.gathered, own, delta=8)
 

@@ -128,7 +128,7 @@ class Refusals(unittest.TestCase):
         node = {"local": 8, "host_bytes": 2048 * GIB}
         sharded = Machine(shards=8, gpu_bytes=79 * GIB, **node)
         cases = {
-            "fits, dealt out to 8 GPUs": (sharded, []),
+            "fits, sharded over 8 GPUs": (sharded, []),
             "each of 8 GPUs holds all": (Machine(shards=1, gpu_bytes=79 * GIB, **node), ["main memory for 8", "GPU"]),
             "one GPU of 141 GB": (Machine(shards=1, local=1, gpu_bytes=140 * GIB, host_bytes=2048 * GIB), ["GPU"]),
             "4 GPUs": (Machine(shards=4, local=4, gpu_bytes=79 * GIB, host_bytes=2048 * GIB), ["GPU"]),

@@ -120,7 +120,7 @@ class BySize(unittest.TestCase):
     def test_the_laptop_s_values_are_kept(self) -> None:
         found = Config().domain.train
         # 0: the row length is the one that prepare_data chose, 256 for the demo
-        self.assertEqual((found.learning_rate, found.batch_tokens, found.sequence_tokens), (1e-3, 1024, 0))
+        self.assertEqual((found.learning_rate, found.batch_tokens, found.max_sequence_tokens), (1e-3, 1024, 0))
 
     def test_the_revision_of_a_preset_is_not_taken_for_another_repository(self) -> None:
         self.assertEqual(len(cli.resolve(["--preset=minimax_m2"], {}).base.revision), 40)

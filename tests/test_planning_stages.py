@@ -245,7 +245,11 @@ class FindsAWay(unittest.TestCase):
         return [
             f"--{stage}.train.{name}={value}"
             for stage in ("domain", "task")
-            for name, value in (("sequence_tokens", tokens), ("micro_batch_tokens", tokens), ("batch_tokens", 16_384))
+            for name, value in (
+                ("max_sequence_tokens", tokens),
+                ("micro_batch_tokens", tokens),
+                ("batch_tokens", 16_384),
+            )
         ]
 
     def test_what_costs_the_result_nothing_comes_first(self) -> None:
@@ -253,7 +257,7 @@ class FindsAWay(unittest.TestCase):
             way = ways.find(cli.resolve([*self.rows(), "--plan.gpus=1", f"--plan.gpu_memory_gib={gib}"], {}), DENSE_8B)
             self.assertEqual(way.form.trained, form, gib)
             self.assertNotEqual(way.verdict, "no")
-            rows = {getattr(way.config, stage).train.sequence_tokens for stage in ("domain", "task")}
+            rows = {getattr(way.config, stage).train.max_sequence_tokens for stage in ("domain", "task")}
             self.assertEqual(rows, {2048})  # what is learnt is the same
 
     def test_shorter_rows_only_where_no_form_helps_and_then_it_is_said(self) -> None:
@@ -261,7 +265,7 @@ class FindsAWay(unittest.TestCase):
         for room in (14, 9, 8, 7.5, 7, 6.5):
             flags = [*self.rows(8192), "--plan.gpus=1", f"--plan.gpu_memory_gib={room}", "--plan.headroom_gib=1"]
             way = ways.find(cli.resolve(flags, {}), DENSE_8B)
-            rows.append(way.config.domain.train.sequence_tokens if way.verdict != "no" else 0)
+            rows.append(way.config.domain.train.max_sequence_tokens if way.verdict != "no" else 0)
             said.append(any("rows of" in reason for reason in way.why))
         self.assertEqual(rows, sorted(rows, reverse=True))
         self.assertEqual((rows[0], rows[-1]), (8192, 0))

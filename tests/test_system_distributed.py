@@ -1,5 +1,5 @@
-"""Several processes: a model that is dealt out (FSDP2) or whole in each (DDP) trains what one process trains, goes on
-with any number of processes, and stops when the processes no longer hold the same."""
+"""Several ranks: a model that is sharded (FSDP2) or whole on each rank (DDP) trains what one process trains, goes on
+with any number of ranks, and stops when the ranks no longer hold the same."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class SameAsOneProcess(unittest.TestCase):
         for name, factors in alone.items():
             self.assertLess(max(relative(both[name].a_rI, factors.a_rI), relative(both[name].b_Or, factors.b_Or)), 1e-3)
 
-    def test_launched_as_the_readme_says_the_model_is_dealt_out_and_the_adapter_is_the_same(self) -> None:
+    def test_launched_as_the_readme_says_the_model_is_sharded_and_the_adapter_is_the_same(self) -> None:
         place, run = reference(), reference().run_of("launched")
         (done,) = launched("launched", [])
         self.assertEqual(last_json(done)["run"], str(run))
@@ -77,10 +77,10 @@ class SameAsOneProcess(unittest.TestCase):
         measured = files.read_manifest(run)["measured"]
         self.assertEqual((measured["world_size"], measured["is_dealt_out"]), (2, True))
         lines = [json.loads(line) for line in (run / "run.log").read_text().splitlines()]
-        (dealt,) = [line for line in lines if line["event"] == "the model is dealt out"]
+        (sharded,) = [line for line in lines if line["event"] == "the model is sharded"]
         model = sum(path.stat().st_size for path in (place.models / "base" / "tiny-minimax-m2").glob("*.safetensors"))
-        self.assertEqual(dealt["layers"], 2)
-        self.assertLess(dealt["part_gib"] * 2**30, 0.6 * model, "a process holds more than its part")
+        self.assertEqual(sharded["layers"], 2)
+        self.assertLess(sharded["part_gib"] * 2**30, 0.6 * model, "a process holds more than its part")
 
     @unittest.skipUnless(LONG, "another real launch: FAULT_TESTS=long")
     def test_launched_as_the_readme_says_with_the_model_whole_in_both(self) -> None:
@@ -98,7 +98,7 @@ class SameAsOneProcess(unittest.TestCase):
         # one process of the four has no micro-batch of its own
         self.assert_same(reference().run_of("nodes"), reference().run_of("reference"))
 
-    def test_a_run_that_is_stopped_goes_on_with_any_number_of_processes_dealt_out_or_not(self) -> None:
+    def test_a_run_that_is_stopped_goes_on_with_any_number_of_processes_sharded_or_not(self) -> None:
         for name, ways in (("fewer", ("ddp", "fsdp", "one")), ("more", ("one", "fsdp", "ddp"))):
             for part, way in enumerate(ways):
                 stop = (
@@ -122,7 +122,7 @@ class SameAsOneProcess(unittest.TestCase):
         place.run("train_task_adapter", "--run.name", "one", *TASK)
         ended = together(place, "train_task_adapter", "--run.name", "two", *TASK)
         self.assertEqual([done.returncode for done in ended], [0, 0], ended[0].stderr)
-        self.assertIn("the model is dealt out", ended[0].stderr)
+        self.assertIn("the model is sharded", ended[0].stderr)
         self.assert_same(place.run_of("two", "task"), place.run_of("one", "task"))
 
     @unittest.skipUnless(LONG, "a task adapter in one process and in two, both ways: FAULT_TESTS=long")
@@ -157,10 +157,10 @@ class SameAsOneProcess(unittest.TestCase):
 
 
 class Lost(unittest.TestCase):
-    def test_a_process_killed_while_the_model_is_dealt_out_or_saved_ends_the_other_and_the_run_goes_on(self) -> None:
+    def test_a_process_killed_while_the_model_is_sharded_or_saved_ends_the_other_and_the_run_goes_on(self) -> None:
         place = reference()
         for name, where, call in (
-            ("dealing", "utils.models.parallel.sharding._from_main", 9),
+            ("sharding", "utils.models.parallel.sharding._from_main", 9),
             ("saving", "utils.training.checkpoints.whole", 4),
         ):
             with self.subTest(name):
@@ -187,12 +187,12 @@ class Unequal(unittest.TestCase):
 
     def test_an_adapter_that_drifts_in_one_process_is_not_written(self) -> None:
         ended = start("ddp", "drifting", before=(None, At("utils.training.schedules.learning_rate", Drift(), 1)))
-        said = r"domain adapter, after step 4, differs between process 0 and 1, in 1 of \d+ values: .*lora_A"
+        said = r"domain adapter, after step 4, differs between rank 0 and 1, in 1 of \d+ values: .*lora_A"
         self.assert_refused("drifting", ended, said)
 
-    def test_a_buffer_that_changes_in_one_process_of_a_model_that_is_dealt_out(self) -> None:
+    def test_a_buffer_that_changes_in_one_process_of_a_model_that_is_sharded(self) -> None:
         ended = start("fsdp", "buffer", before=(None, AfterDealing("buffer")))
-        said = r"after step 4, differs between process 0 and 1, in 1 of \d+ values: .*e_score_correction_bias"
+        said = r"after step 4, differs between rank 0 and 1, in 1 of \d+ values: .*e_score_correction_bias"
         self.assert_refused("buffer", ended, said)
 
     def test_weights_or_buffers_that_do_not_arrive(self) -> None:
@@ -202,11 +202,11 @@ class Unequal(unittest.TestCase):
         ):
             with self.subTest(name):
                 ended = start("fsdp", name, before=(FirstReads(), All((FirstReads(), Deaf(size)))))
-                self.assert_refused(name, ended, f"the model, while it was dealt out, differs .*{said}")
+                self.assert_refused(name, ended, f"the model, while it was sharded, differs .*{said}")
 
     def test_a_model_of_another_dtype_in_one_process(self) -> None:
         ended = start("fsdp", "dtype", before=(None, At("utils.models.parallel.sharding._refuse_unlike", Halve(), 1)))
-        self.assert_refused("dtype", ended, r"the model differs between process 0 and 1, .*norm\.weight")
+        self.assert_refused("dtype", ended, r"the model differs between rank 0 and 1, .*norm\.weight")
 
 
 class Loading(unittest.TestCase):
@@ -236,7 +236,7 @@ class Asked(unittest.TestCase):
                 replicate = copies.get(path.name, 1 if path in [*SHARDED, FSDP_FILE] else count)
                 self.assertEqual(launcher.read(os.environ), ProcessLayout(replicate, count // replicate))
         with self.told("--config_file", str(FSDP_FILE), WORLD_SIZE="1"):
-            self.assertEqual(launcher.read(os.environ), ProcessLayout(), "there is nobody to deal out to")
+            self.assertEqual(launcher.read(os.environ), ProcessLayout(), "there is no other rank")
 
     def test_what_would_be_ignored_is_refused_all_at_once(self) -> None:
         more = {"FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
@@ -249,7 +249,7 @@ class Asked(unittest.TestCase):
     def test_quantised_weights_are_refused(self) -> None:
         model = torch.nn.Linear(4, 4)
         model.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
-        with self.assertRaisesRegex(ConfigError, r"quantised weights cannot be dealt out \(got \['weight'\]\)"):
+        with self.assertRaisesRegex(ConfigError, r"quantised weights cannot be sharded \(got \['weight'\]\)"):
             sharding._refuse_unlike(model)
 
     def test_a_layer_that_the_model_does_not_have_is_refused_before_weights_are_read(self) -> None:
@@ -351,18 +351,18 @@ class Halve:
 
 @dataclass(frozen=True)
 class AfterDealing:
-    """A routing bias changes after the model was dealt out."""
+    """A routing bias changes after the model was sharded."""
 
     what: str
 
     def __call__(self) -> None:
-        deal_out = sharding.deal_out
+        shard = sharding.shard
 
         def and_change(module: torch.nn.Module) -> None:
-            deal_out(module)
+            shard(module)
             next(b for name, b in module.named_buffers() if "e_score" in name).add_(1e-3)
 
-        sharding.deal_out = and_change
+        sharding.shard = and_change
 
 
 @dataclass(frozen=True)

@@ -128,16 +128,16 @@ class Changed(unittest.TestCase):
 
     def test_a_run_that_starts_anew_beside_an_unfinished_one_says_what_differs(self) -> None:
         place = trained()
-        flags = ["--domain.train.max_steps=6", "--domain.train.warmup_share=0.25"]
+        flags = ["--domain.train.max_steps=6", "--domain.train.warmup_ratio=0.25"]
         stop = At("utils.training.micro_batches.batch_loss", Send(signal.SIGTERM), 5)
         self.assertEqual(place.start("train_domain_adapter", *flags, before=stop).wait().returncode, 75)
-        done = place.run("train_domain_adapter", flags[0], "--domain.train.warmup_share=0.5")
+        done = place.run("train_domain_adapter", flags[0], "--domain.train.warmup_ratio=0.5")
         self.assertIn("starting anew: the unfinished run that is most like this one", done.stderr)
         self.assertIn("train.warmup_share was 0.25, now 0.5", done.stderr)
 
     def test_a_stopped_run_goes_on_with_other_memory_settings_and_says_so(self) -> None:
         place = trained()
-        flags = ["--domain.train.max_steps=7", "--domain.train.warmup_share=0.3"]
+        flags = ["--domain.train.max_steps=7", "--domain.train.warmup_ratio=0.3"]
         stop = At("utils.training.micro_batches.batch_loss", Send(signal.SIGTERM), 5)
         self.assertEqual(place.start("train_domain_adapter", *flags, before=stop).wait().returncode, 75)
         smaller = ["--domain.train.micro_batch_tokens=128", "--domain.train.gradient_checkpointing=true"]

@@ -16,13 +16,20 @@ from tests.support import embedded_models, forked, last_json, temporary_director
 
 DATA = ("--data.invented_towns", "40", "--data.invented_attributes", "1", "--data.test_share", "0.4")
 DOMAIN = (
-    *("--domain.train.epochs", "6", "--domain.train.learning_rate", "2e-3", "--domain.train.sequence_tokens", "128"),
+    *(
+        "--domain.train.epochs",
+        "6",
+        "--domain.train.learning_rate",
+        "2e-3",
+        "--domain.train.max_sequence_tokens",
+        "128",
+    ),
     *("--domain.train.batch_tokens", "128", "--domain.train.micro_batch_tokens", "128"),
-    *("--domain.train.warmup_share", "0.1"),
+    *("--domain.train.warmup_ratio", "0.1"),
 )
 TASK = (
-    *("--task.train.epochs", "5", "--task.train.learning_rate", "1e-3", "--task.train.sequence_tokens", "128"),
-    *("--task.train.batch_tokens", "192", "--task.train.micro_batch_tokens", "192", "--task.train.warmup_share", "0.1"),
+    *("--task.train.epochs", "5", "--task.train.learning_rate", "1e-3", "--task.train.max_sequence_tokens", "128"),
+    *("--task.train.batch_tokens", "192", "--task.train.micro_batch_tokens", "192", "--task.train.warmup_ratio", "0.1"),
     *("--task.system_prompt", "Answer."),  # a third of a pair's tokens would be the default sentence
 )
 CHANCE = math.log(8)  # NLL of a guess among eight equally frequent values

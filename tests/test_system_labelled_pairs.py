@@ -144,7 +144,7 @@ class Labelled(unittest.TestCase):
             for n in range(40)
         ]
         rows += [{"question": f"Why {n}?", "answer": "word " * 400} for n in range(2)]
-        open_length = ["--task.train.sequence_tokens", "0", "--domain.train.sequence_tokens", "0"]
+        open_length = ["--task.train.max_sequence_tokens", "0", "--domain.train.max_sequence_tokens", "0"]
         corpus = ["--data.corpus", str(self.place.corpus)]
         result, screen = self.prepare(rows, *open_length, *corpus)
         lengths, chosen = result["examples"]["lengths"], result["sequence_tokens"]

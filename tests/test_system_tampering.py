@@ -1,4 +1,4 @@
-"""Nobody is let in: damaged, foreign and hostile artefacts are refused by name, before anything is made from them."""
+"""Security: damaged, external and hostile artefacts are refused by name, before anything is made from them."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ class ForeignAdapter(Tampering):
         return directory
 
     def use(self, directory: Path) -> None:
-        find.foreign_run(config_for(whole()[0]), toy_base(), "domain", directory)
+        find.external_run(config_for(whole()[0]), toy_base(), "domain", directory)
 
     def test_settings_that_do_not_fit_the_factors_are_refused(self) -> None:
         for settings, parts in (

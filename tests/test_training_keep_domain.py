@@ -50,7 +50,7 @@ def documents(*lengths: int) -> Dataset:
 def pairs(count: int, prompt: int = 30, answer: int = 4, **train: Any) -> BucketedPairs:
     made = [Pair(f"q{i}", tuple(range(prompt + i % 5 + answer)), answer) for i in range(count)]
     return BucketedPairs(
-        made, TrainSection(batch_tokens=384, micro_batch_tokens=128, sequence_tokens=64, **train), 3, 0
+        made, TrainSection(batch_tokens=384, micro_batch_tokens=128, max_sequence_tokens=64, **train), 3, 0
     )
 
 

@@ -44,7 +44,7 @@ WEIGHTS, MANIFEST = "adapter_model.safetensors", "manifest.json"
 
 class LearningRate(unittest.TestCase):
     def test_learning_rate_is_a_linear_warm_up_then_a_cosine_to_its_floor(self) -> None:
-        settings = TrainSection(learning_rate=0.5, warmup_share=0.1, final_learning_rate_share=0.2)
+        settings = TrainSection(learning_rate=0.5, warmup_ratio=0.1, min_learning_rate_ratio=0.2)
         total, warmup = 100, 10
         for step in range(total):
             if step < warmup:
@@ -163,7 +163,7 @@ class Numbers(Runs):
     def test_first_loss_is_the_mean_nll_per_predicted_token_of_the_documents(self) -> None:
         manifest = files.read_json(self.reference / "manifest.json")
         data = Prepared(Path(manifest["parents"][0]["path"]))
-        settings = TrainSection(**SETTINGS, sequence_tokens=128)
+        settings = TrainSection(**SETTINGS, max_sequence_tokens=128)
         packed = PackedDocuments(data.documents("corpus"), settings, 0, 0)
         model = self.base()
         total = count = 0
@@ -239,7 +239,7 @@ class Numbers(Runs):
             self.assertLess(best, measured["steps"], "the last is the best: this run tells nothing")
             self.assertEqual(measured["kept_step"], best if keep == "best" else measured["steps"])
             data = Prepared(Path(manifest["parents"][0]["path"])).documents("dev_documents")
-            packed = PackedDocuments(data, TrainSection(**SETTINGS, sequence_tokens=128), 0, 0)
+            packed = PackedDocuments(data, TrainSection(**SETTINGS, max_sequence_tokens=128), 0, 0)
             model = peft_model.add(self.base(), "domain", adapter_files.load(Path(result["adapter"]))).eval()
             scores = score_documents(model, packed, batch_tokens=128, device=torch.device("cpu"), what="dev")
             found = sum(score.nll for score in scores) / sum(score.tokens for score in scores)

@@ -1,13 +1,13 @@
 """What can go wrong, as a small family of exceptions.
 
-A message names every problem at once, the offending value, and the command or edit that mends it.
+A message names every problem at once, the offending value, and the command or edit that fixes it.
 `utils.cli.run` turns these into text on stderr and an exit code; nothing else prints a traceback on purpose.
 
 | class              | exit code | meaning                                                        |
 |--------------------|-----------|----------------------------------------------------------------|
 | ConfigError        | 2         | a setting, flag or environment variable is wrong               |
 | DataError          | 2         | a corpus, a task file or a prompt file cannot be used          |
-| ArtefactError      | 2         | a run, adapter or model directory is missing, foreign, damaged |
+| ArtefactError      | 2         | a run, adapter or model directory is missing, damaged, unfit   |
 | EngineError        | 2         | a server of answers cannot be started, attached to, or asked   |
 | NonFiniteError     | 3         | a loss, gradient or weight became NaN or infinite              |
 | VerificationError  | 4         | a result failed its own check and was therefore not published  |
@@ -50,7 +50,7 @@ def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     return "did you mean " + " or ".join(f"{prefix}{c}" for c in close) + "?" if close else ""
 
 
-# what Python raises where values of foreign JSON are not of the kind that is expected there
+# what Python raises if values of JSON that others wrote have an unexpected type
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
@@ -120,11 +120,11 @@ class OutOfMemory(PipelineError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """MemoryError (numpy's and Arrow's too), torch's OutOfMemoryError, and the bare RuntimeErrors of its CPU side."""
-    said = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "failed to map segment")
+    phrases = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "failed to map segment")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in said))
+        or (isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in phrases))
     )
 
 
@@ -136,12 +136,12 @@ def is_lost_process(error: BaseException) -> bool:
 
 def explained(error: Exception, rank: int = 0) -> PipelineError | None:
     """What no stage foresaw about memory, a file or another process, as an error of ours; None for anything else."""
-    said = (str(error).splitlines() or [""])[0] or type(error).__name__
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     if is_out_of_memory(error):
-        problem = Problem(f"{said}; what was complete before is as it was", fix="use a machine with more memory")
+        problem = Problem(f"{reason}; what was complete before is as it was", fix="use a machine with more memory")
         return OutOfMemory(problem)
     if is_lost_process(error):
-        what = f"another process of this run ended or cannot be reached: {said}"
+        what = f"another process of this run ended or cannot be reached: {reason}"
         return Interrupted(Problem(what, f"process {rank}", "see what it said; run the same command again"))
     if isinstance(error, OSError):
         return ArtefactError(Problem(f"cannot use {error.filename or 'a file'}: {error.strerror or error}"))

@@ -44,6 +44,12 @@ REMOVED = {
     "evaluate.launcher": "launch the evaluation itself, which trains its controls in the same ranks: accelerate launch "
     "--config_file FILE scripts/evaluate.py"
 }
+# former path of a setting -> its path
+RENAMED = {
+    f"{stage}.train.{former}": f"{stage}.train.{name}"
+    for stage in ("domain", "task")
+    for former, name in settings.RENAMED.items()
+}
 
 
 @functools.cache

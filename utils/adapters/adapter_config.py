@@ -169,7 +169,7 @@ def _config(
 
     kinds = [(f.rank, f.scale) for f in factors.values()]
     common = max(set(kinds), key=lambda kind: (kinds.count(kind), kind))
-    odd = {name: f for name, f in factors.items() if (f.rank, f.scale) != common}
+    exceptions = {name: f for name, f in factors.items() if (f.rank, f.scale) != common}
 
     def patterns(values: dict[str, Any]) -> dict[str, Any]:
         keyed = {name: value for name, value in values.items() if name not in others}
@@ -181,8 +181,8 @@ def _config(
         task_type="CAUSAL_LM",
         r=common[0],
         lora_alpha=tidy(common[0] * common[1]),
-        rank_pattern=patterns({name: f.rank for name, f in odd.items()}),
-        alpha_pattern=patterns({name: tidy(f.rank * f.scale) for name, f in odd.items()}),
+        rank_pattern=patterns({name: f.rank for name, f in exceptions.items()}),
+        alpha_pattern=patterns({name: tidy(f.rank * f.scale) for name, f in exceptions.items()}),
         target_modules=target_modules,
         target_parameters=target_parameters,
         use_rslora=False,

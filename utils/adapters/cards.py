@@ -237,8 +237,8 @@ def _request(system_prompt: str) -> list[str]:
     """The body of a request to a server: without the system message that was trained with, answers are others."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     body = {"model": "NAME", "messages": [*system, {"role": "user", "content": "Your question"}], "temperature": 0}
-    said = "Behind a server with OpenAI's HTTP API, send what it was trained with, the system message first:"
-    return ["", said, "", "```json", json.dumps(body, ensure_ascii=False), "```"]
+    intro = "Behind a server with OpenAI's HTTP API, send what it was trained with, the system message first:"
+    return ["", intro, "", "```json", json.dumps(body, ensure_ascii=False), "```"]
 
 
 def _composition(
@@ -249,13 +249,13 @@ def _composition(
     given = list(weights) or [1.0] * len(parents)
     numbers, left = divmod(len(given), len(parents))
     if left:
-        raise ValueError(f"{len(given)} weights cannot be dealt to {len(parents)} adapters")
+        raise ValueError(f"{len(given)} weights do not fit {len(parents)} adapters")
     rows = [
         f"| {_named(parent)} | {', '.join(f'{w:g}' for w in given[i * numbers : (i + 1) * numbers])} |"
         for i, parent in enumerate(parents)
     ]
-    said = [f"`{method}`: {source}.", "", f"{kind} {choice}"]
-    return ["", "## Method", "", *said, "", "| adapter | weight |", "|---|---|", *rows]
+    lines = [f"`{method}`: {source}.", "", f"{kind} {choice}"]
+    return ["", "## Method", "", *lines, "", "| adapter | weight |", "|---|---|", *rows]
 
 
 def _self_check(check: str) -> list[str]:

@@ -17,7 +17,8 @@ from utils.models import sources
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
 
-ELSEWHERE = "elsewhere"
+# of another tool; the recorded word
+EXTERNAL = "elsewhere"
 SAME_BASE = "if it is the same in other files, say --inputs.same_base true"
 # adapters trained here are at 0.3 to 4% of the weights (median over modules); lora_alpha times 100 is far above
 UNUSUAL_SIZE = 0.25
@@ -30,14 +31,14 @@ def prepared_run(config: Config, base: BaseModel) -> Run:
     """
     usual = PRESETS[config.preset]().data
     changed = {f"data.{name}" for name, value in config.data if value != getattr(usual, name)}
-    said = sorted(changed | {path for path in config.overrides if path.startswith("data.")})
-    wanted = prepared_identity.identity(config.data, base, config.run.seed) if said else None
+    asked = sorted(changed | {path for path in config.overrides if path.startswith("data.")})
+    wanted = prepared_identity.identity(config.data, base, config.run.seed) if asked else None
 
     def fits(run: Run) -> str:
         if run.manifest["identity"]["tokenizer"] != base.tokenizer_digest:
             return "prepared with another tokenizer"
         if wanted and not wanted.is_of(run.manifest["identity"]):
-            return f"prepared with other settings than {', '.join('--' + path for path in said)}"
+            return f"prepared with other settings than {', '.join('--' + path for path in asked)}"
         return ""
 
     hint = "" if config.preset == "smollm2_135m" else f" --preset {config.preset}"
@@ -49,7 +50,7 @@ def domain_run(config: Config, base: BaseModel) -> Run:
     """The domain adapter: pinned (any folder in PEFT's format), or the newest run for this base model."""
     pinned = config.inputs.domain_adapter
     if pinned and not (own := own_run(Path(pinned))):
-        return foreign_run(config, base, "domain", Path(pinned))
+        return external_run(config, base, "domain", Path(pinned))
     return runs.parent(
         config.run.models_dir,
         "domain",
@@ -64,7 +65,7 @@ def task_run(config: Config, base: BaseModel) -> Run:
     """The task adapter: pinned (any folder in PEFT's format), or the newest run that was trained on `task.on`."""
     pinned, wanted, right_base = config.inputs.task_adapter, config.task.on, for_base(config, base)
     if pinned and not (own := own_run(Path(pinned))):
-        return foreign_run(config, base, "task", Path(pinned))
+        return external_run(config, base, "task", Path(pinned))
 
     def fits(run: Run) -> str:
         trained_on = run.manifest["identity"]["on"]
@@ -100,13 +101,13 @@ def further_runs(config: Config, base: BaseModel) -> list[Run]:
 def any_run(config: Config, base: BaseModel, path: Path, *, flag: str) -> Run:
     """An adapter of ours or of another tool at a path. Raises ArtefactError when it belongs to another base model."""
     own = own_run(path)
-    run = Run(own, files.verify(own)) if own else foreign_run(config, base, "further", path)
+    run = Run(own, files.verify(own)) if own else external_run(config, base, "further", path)
     if reason := for_base(config, base)(run):
         raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", str(path)))
     return run
 
 
-def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
+def external_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
     """An adapter that another tool made, as a run: identified by its files' digests, checked against the base model."""
     directory = adapter_files.find(path)
     if (directory.parent / "identity.json").exists() and not (directory.parent / files.MANIFEST).exists():
@@ -152,7 +153,7 @@ def foreign_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run:
             "files": adapter_files.digests(directory),
             "base": base.record(),
             "parents": [],
-            "identity": {"stage": stage, "on": ELSEWHERE},
+            "identity": {"stage": stage, "on": EXTERNAL},
             "system_prompt": config.task.system_prompt,
             "adapter": ".",
             **adapter_tokenizer.choose(directory, base, config.inputs),

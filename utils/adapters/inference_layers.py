@@ -275,10 +275,10 @@ def sharing_weights(model: torch.nn.Module) -> Any:
 def _is_plain_experts(module: torch.nn.Module) -> bool:
     """Experts whose forward pass is the one repeated here: gated, (E, O, I), without biases or a gate of their own."""
     fused = all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in tensor_names.FUSED)
-    odd = [name for name in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(module, name, False)]
+    unusual = [name for name in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(module, name, False)]
     usual = [name for name in ("has_gate", "is_concatenated") if getattr(module, name, True)]
     gate = getattr(type(module), "_apply_gate", None)
-    return fused and not odd and len(usual) == 2 and getattr(gate, "__name__", "") == "_default_apply_gate"
+    return fused and not unusual and len(usual) == 2 and getattr(gate, "__name__", "") == "_default_apply_gate"
 
 
 @functools.cache

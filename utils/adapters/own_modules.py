@@ -78,8 +78,8 @@ def base_with(base: BaseModel, folders: Sequence[Path], models_dir: Path) -> Bas
                 _write(base, found, folder, directory)
     event("an adapter's own modules replace the base model's; this directory is the base model then", path=target)
     event("later commands take it with --base.source", names=sorted(found), source=target)
-    made = identify(target, str(target), "", models_dir / "base" / ".digests")
-    return replace(made, made_from=base.digest)
+    model = identify(target, str(target), "", models_dir / "base" / ".digests")
+    return replace(model, made_from=base.digest)
 
 
 def _homes(base: BaseModel) -> dict[str, str]:
@@ -133,14 +133,14 @@ def _refuse_odd_shapes(folder: Path, found: Mapping[str, torch.Tensor], base: Ba
     tables = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     sized = {homes[n] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in tables and n in homes}
     rows = {name: tensor.shape[0] for name, tensor in found.items() if name in sized}
-    odd = [
+    misfits = [
         name
         for name, tensor in found.items()
         if (tensor.shape[1:] if name in sized else tensor.shape)
         != torch.Size(checkpoint.tensor(name).shape[1:] if name in sized else checkpoint.tensor(name).shape)
     ]
-    if odd:
-        raise ArtefactError(Problem(f"{folder}: whole modules of other shapes than the base model's", odd))
+    if misfits:
+        raise ArtefactError(Problem(f"{folder}: whole modules of other shapes than the base model's", misfits))
     counts = {rows.get(name, checkpoint.tensor(name).shape[0]) for name in sized}
     if len(counts) > 1:
         what = f"{folder}: the vocabulary was resized in embeddings or output head alone"

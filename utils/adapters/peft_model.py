@@ -58,8 +58,8 @@ def attach(model: PreTrainedModel | PeftModel, name: str, lora: LoraSection) -> 
             model.add_adapter(name, peft_config)
         else:
             model = get_peft_model(model, peft_config, adapter_name=name)
-    if odd := sorted(set(lora_layers(model, name)) ^ {*modules, *fused}):
-        raise ArtefactError(Problem("PEFT adapted other modules than asked", odd[:5]))
+    if unlike := sorted(set(lora_layers(model, name)) ^ {*modules, *fused}):
+        raise ArtefactError(Problem("PEFT adapted other modules than asked", unlike[:5]))
     return model
 
 
@@ -100,9 +100,9 @@ def start_from(model: PeftModel, name: str, factors: Factors) -> None:
     """
     layers = lora_layers(model, name)
     problems = []
-    if odd := sorted(set(layers) ^ set(factors)):
-        what = f"the adapter to start from adapts other modules than this run: {len(odd)} differ"
-        problems.append(Problem(what, odd[:3], "give the run the same lora.target_modules and lora.experts"))
+    if differing := sorted(set(layers) ^ set(factors)):
+        what = f"the adapter to start from adapts other modules than this run: {len(differing)} differ"
+        problems.append(Problem(what, differing[:3], "give the run the same lora.target_modules and lora.experts"))
     ranks = {factors[module].rank for module in layers if module in factors}
     own = {int(layer.r[name]) for layer in layers.values()}
     if ranks - own:
@@ -169,11 +169,11 @@ def refuse_other_state(model: PeftModel, active: Sequence[str], *, trainable: st
         if isinstance(layer, LoraLayer):
             on = set() if layer.disable_adapters else set(layer.active_adapters) & set(layer.lora_A)
             for name in on ^ (set(active) & set(layer.lora_A)):
-                said = f"{name} is {'on' if name in on else 'off'} and should not be"
-                wrong[said] = wrong.get(said, 0) + 1
+                state = f"{name} is {'on' if name in on else 'off'} and should not be"
+                wrong[state] = wrong.get(state, 0) + 1
             for name in layer.merged_adapters:
                 wrong[f"{name} is merged into the weights"] = wrong.get(f"{name} is merged into the weights", 0) + 1
-    problems += [Problem(f"adapter {said}, in {count} modules") for said, count in wrong.items()]
+    problems += [Problem(f"adapter {state}, in {count} modules") for state, count in wrong.items()]
     trained = set(trainable_parameters(model))
     own = {name for name, _ in model.named_parameters() if "lora_" in name and f".{trainable}." in name}
     if others := sorted(trained - own):
@@ -203,7 +203,7 @@ def lora_layers(model: PeftModel, name: str) -> dict[str, Any]:
 
 
 def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
-    """A detached float32 copy of an adapter on the model; of one that is dealt out, every process has to ask for it."""
+    """A detached float32 copy of an adapter on the model; of a sharded one every rank has to ask for it."""
     found = {}
     for path, layer in lora_layers(model, name).items():
         sides = (sharding.whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
@@ -237,7 +237,7 @@ def _exact_names() -> Iterator[None]:
 
 
 def _on_fp8(model: torch.nn.Module, fused: Sequence[str]) -> list[Problem]:
-    """PEFT adds an update to FP8 codes without their block factors, and gives it no gradient: neither with an error."""
+    """PEFT adds an update to FP8 values without their block scales, and gives it no gradient: neither with an error."""
     dtypes = {name.replace(".base_layer", ""): parameter.dtype for name, parameter in model.named_parameters()}
     codes = [name for name in fused if dtypes[name] == torch.float8_e4m3fn]
     fix = "--base.fp8 dequantise"
@@ -259,8 +259,8 @@ def refuse_misfits(model: torch.nn.Module, factors: Factors) -> None:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     shapes |= {name: (m.out_features, m.in_features) for name, m in linear.items()}  # in 4 bits a weight is packed
     shapes = {name.replace(".base_layer", ""): shape for name, shape in shapes.items()}
-    odd = [name for name, f in factors.items() if shapes.get(name) != f.shape][:5]
-    if odd:
+    misfits = [name for name, f in factors.items() if shapes.get(name) != f.shape][:5]
+    if misfits:
         raise ArtefactError(
-            Problem("the adapter does not fit this base model", odd, "it was made for another architecture")
+            Problem("the adapter does not fit this base model", misfits, "it was made for another architecture")
         )

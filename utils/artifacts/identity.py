@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from config import with_today_s_names
 from utils.artifacts import files
 
 # raised when the same settings give another result than before: runs that were made the old way are then made anew
@@ -66,8 +67,14 @@ class Identity:
 
 
 def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings a run was made with, also those that decide nothing; earlier manifests have them in `identity`."""
-    return dict(manifest.get("settings") or manifest["identity"])
+    """The settings a run was made with, also those that decide nothing, under today's names.
+
+    Earlier manifests have them in `identity`.
+    """
+    recorded = dict(manifest.get("settings") or manifest["identity"])
+    if isinstance(recorded.get("train"), Mapping):
+        recorded["train"] = with_today_s_names(recorded["train"])
+    return recorded
 
 
 def chosen(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from config import Config, LoraSection
+from config import Config, LoraSection, with_today_s_names
 from utils.artifacts.identity import Identity, chosen, same_names
 from utils.artifacts.runs import Run
 from utils.models import devices, loading
@@ -22,9 +22,8 @@ MEASURED = same_names(
 )
 RECIPE = same_names("method", "weights", "rank", "density")
 LORA = same_names("rank", "alpha", "dropout", "use_rslora", "target_modules", "experts")
-TRAIN = same_names(
-    *("learning_rate", "sequence_tokens", "batch_tokens", "micro_batch_tokens", "weight_decay", "max_grad_norm"),
-    "gradient_checkpointing",
+TRAIN = {"sequence_tokens": "max_sequence_tokens"} | same_names(
+    *("learning_rate", "batch_tokens", "micro_batch_tokens", "weight_decay", "max_grad_norm", "gradient_checkpointing")
 )
 MACHINE = same_names("dtype", "attention", "device", "gpu_tflops", "threads", "torch", "evaluate_batch_tokens", "seed")
 
@@ -65,7 +64,7 @@ def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": chosen(recorded["compose"], RECIPE),
         "domain": {
             "lora": chosen(recorded["domain"]["lora"], LORA),
-            "train": chosen(recorded["domain"]["train"], TRAIN),
+            "train": chosen(with_today_s_names(recorded["domain"]["train"]), TRAIN),
         },
         "task": {"lora": chosen(recorded["task_lora"], LORA)},
         **chosen(recorded, MACHINE),

@@ -78,7 +78,7 @@ def most_layers(scale: SuiteScale, lora: LoraSection, free_bytes: float) -> int:
 
 
 def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
-    """The whole MiniMax-M2 on eight GPUs (FSDP2, weights dealt out) from what its first layers reached on one.
+    """The whole MiniMax-M2 on eight GPUs (FSDP2, weights sharded) from what its first layers reached on one.
 
     A layer is assumed to run as fast there, and embeddings and head as efficiently as the layers; the weights of each
     layer are gathered once forward and once backward, either hidden behind the arithmetic or not at all.

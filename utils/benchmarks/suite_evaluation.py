@@ -128,7 +128,7 @@ def _our_documents(model: Any, tokenizer: Any, part: list[dict[str, Any]], budge
     ids = chat.document_ids(tokenizer, texts)
     sizes = {"num_tokens": [len(row) for row in ids], "utf8_bytes": [len(text.encode()) for text in texts]}
     data = Dataset.from_dict({"id": [row["id"] for row in part], "input_ids": ids, **sizes})
-    settings = TrainSection(sequence_tokens=WINDOW_TOKENS, micro_batch_tokens=max(WINDOW_TOKENS, budget))
+    settings = TrainSection(max_sequence_tokens=WINDOW_TOKENS, micro_batch_tokens=max(WINDOW_TOKENS, budget))
     packed = PackedDocuments(data, settings, 0, chat.pad_id(tokenizer))
     scores = scoring.score_documents(model, packed, batch_tokens=budget, device=model.device, what="held-out documents")
     # in the last window of a longer document lm-eval shows more of what came before

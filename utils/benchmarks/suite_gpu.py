@@ -58,7 +58,7 @@ from utils.training import training_loop, training_run
 from utils.training.schedules import AdapterSchedule
 from utils.training.training_loop import TrainingSetup
 
-FOREIGN = (RuntimeError, ValueError, ImportError, OSError, AssertionError, NonFiniteError, ArtefactError)
+OTHERS_FAIL = (RuntimeError, ValueError, ImportError, OSError, AssertionError, NonFiniteError, ArtefactError)
 
 
 def refuse(config: Config) -> None:
@@ -126,7 +126,7 @@ def _trained(
 
     tokens, steps = scale.sequence_tokens, config.benchmark.gpu_steps + 1
     settings = TrainSection(
-        **{"sequence_tokens": tokens, "batch_tokens": tokens, "micro_batch_tokens": tokens, "epochs": 1},
+        **{"max_sequence_tokens": tokens, "batch_tokens": tokens, "micro_batch_tokens": tokens, "epochs": 1},
         **{"max_steps": steps, "gradient_checkpointing": True, "save_every_steps": steps + 1, "learning_rate": 1e-4},
     )
     generator = Random(config.run.seed)
@@ -151,8 +151,8 @@ def _trained(
         what=f"gpu suite, {directory.name}",
     )
     outcome = training_loop.train(setup)
-    said = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
-    rate = statistics.median([row["tokens_per_second"] for row in said if "tokens_per_second" in row][1:])
+    records = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+    rate = statistics.median([row["tokens_per_second"] for row in records if "tokens_per_second" in row][1:])
     shapes, low = sizes(scale, layers), predicted(scale, layers, lora, base).total
     peak = hardware.peak_tflops(config.plan) * 1e12
 
@@ -199,7 +199,7 @@ def _on_fp8(config: Config, scale: SuiteScale, scratch: Path) -> dict[str, Any]:
             )
         loading.route_outside_autocast(model.requires_grad_(False))
         return _trained(config, scale, model, layers, scale.attention, "fp8", scratch / "fp8")
-    except FOREIGN as error:  # kernels are other people's programs; the other parts need not suffer for them
+    except OTHERS_FAIL as error:  # kernels are other people's programs; the other parts need not suffer for them
         return {"skipped": f"with FP8 kernels: {(str(error).splitlines() or [type(error).__name__])[0]}"}
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -271,7 +271,7 @@ def _dense_base(config: Config, scale: SuiteScale, directory: Path) -> tuple[Bas
     _release()
     row, steps = scale.dense_tokens, config.benchmark.gpu_steps + 1
     lora = LoraSection(rank=16, alpha=32, target_modules=ALL_LINEAR_LLAMA)
-    train = TrainSection(sequence_tokens=row, batch_tokens=8 * row, micro_batch_tokens=4 * row)
+    train = TrainSection(max_sequence_tokens=row, batch_tokens=8 * row, micro_batch_tokens=4 * row)
     section = BaseModelSection(source=str(directory), dtype="bfloat16", attention=config.base.attention)
     benchmark = config.benchmark.model_copy(update={"training_tokens": steps * 8 * row})
     stage = {"domain": DomainSection(lora=lora, train=train), "task": TaskSection(lora=lora, train=train)}

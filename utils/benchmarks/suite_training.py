@@ -118,7 +118,7 @@ def measure(config: Config, base: BaseModel, stream: TokenStream) -> dict[str, A
 
 def make_rows(stream: TokenStream, train: TrainSection) -> Rows:
     """Rows, and how many make a step and a forward pass, as the domain stage would group them."""
-    length = train.sequence_tokens
+    length = train.max_sequence_tokens
     count = len(stream.ids) // length
     starts = torch.arange(count)[:, None] * length
     offsets = torch.arange(length).expand(count, -1)

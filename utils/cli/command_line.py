@@ -107,9 +107,7 @@ def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[
             words.append(waiting.pop(0))
         path = paths.get(name)
         if path is None:
-            fix = did_you_mean(name, paths, "--") or "see --help all for every setting"
-            gone = flags.REMOVED.get(name)
-            problems.append(Problem("a setting that is gone" if gone else "unknown setting", f"--{name}", gone or fix))
+            problems.append(_unknown_flag(name, paths))
         elif words or (path != PRESET and flags.is_switch(path)):
             found[path] = words or ["true"]
         else:
@@ -117,13 +115,25 @@ def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[
     return found
 
 
+def _unknown_flag(name: str, paths: Iterable[str]) -> Problem:
+    if new := flags.RENAMED.get(name):
+        return Problem(f"--{name} was renamed to --{new}", fix=f"write --{new} VALUE")
+    if gone := flags.REMOVED.get(name):
+        return Problem("a setting that is gone", f"--{name}", gone)
+    fix = did_you_mean(name, paths, "--") or "see --help all for every setting"
+    return Problem("unknown setting", f"--{name}", fix)
+
+
 def _variables(environment: Mapping[str, str], problems: list[Problem]) -> dict[str, list[str]]:
     """Setting -> its environment variable's text, as one word."""
     paths = {flags.variable(path): path for path in (PRESET, *flags.fields())}
     gone = {flags.variable(path): fix for path, fix in flags.REMOVED.items()}
+    renamed = {flags.variable(path): flags.variable(new) for path, new in flags.RENAMED.items()}
     ours = {name: value for name, value in environment.items() if name.upper().startswith(flags.ENV_PREFIX)}
     for name in ours:
-        if name.upper() not in paths:
+        if new := renamed.get(name.upper()):
+            problems.append(Problem(f"{name} was renamed to {new}", fix=f"set {new}"))
+        elif name.upper() not in paths:
             fix = gone.get(name.upper()) or did_you_mean(name.upper(), paths) or "see --help all for every setting"
             problems.append(Problem("unknown environment variable", name, fix))
     return {paths[name.upper()]: [value] for name, value in ours.items() if name.upper() in paths}

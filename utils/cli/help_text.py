@@ -17,9 +17,9 @@ from utils.exceptions import ConfigError, Problem, did_you_mean
 USAGE = """\
   --config FILE            settings from a YAML, JSON or TOML file, also a run's config.json; of several the last wins
   --print-config           write such a file, with these settings, to standard output
-  --dry-run                print the resolved settings, where each came from and what would be done; do nothing
+  --dry-run                print all settings, where each came from and what would be done; do nothing
   -q, -v                   only warnings and results; or what transformers says too
-  --help                   this page; --help SECTION or --help SECTION.FIELD one part, --help all every setting
+  --help                   this page; --help SECTION (or task.train, or task.lora.rank) one part, --help all everything
   --SECTION.FIELD VALUE    any setting; lists are written a,b,c
 Environment: {prefix}SECTION__FIELD=VALUE, for example {example}=32. Flags win over it, it wins over files."""
 FLAGS = ("--help", "-h")
@@ -136,8 +136,8 @@ def _bounds(metadata: Sequence[Any]) -> str:
     values = [
         (text, getattr(bound, name)) for bound in metadata for name, text in BOUNDS.items() if hasattr(bound, name)
     ]
-    said = [text.format(f"{value:g}" if isinstance(value, float) else value) for text, value in values]
-    return f" {' and '.join(said)}" if said else ""
+    bounds = [text.format(f"{value:g}" if isinstance(value, float) else value) for text, value in values]
+    return f" {' and '.join(bounds)}" if bounds else ""
 
 
 def _width() -> int:

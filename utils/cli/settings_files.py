@@ -80,6 +80,8 @@ def _settings(name: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
     for key, value in _flat({k: v for k, v in content.items() if k not in _NO_SETTING}):
         if key in known or key == PRESET:
             yield key, value
+        elif new := flags.RENAMED.get(key):
+            problems.append(Problem(f"{name}: {key} was renamed to {new}", fix=f"write {new} there"))
         else:
             fix = did_you_mean(key, [*known, PRESET]) or "see --help all for every setting"
             if any(path.startswith(f"{key}.") for path in known):

@@ -46,9 +46,9 @@ def check(composed: Factors, adapters: Sequence[Factors], recipe: Recipe) -> Fac
     problems = [
         f"{name} error {error:.2g} is above {EXACT:g}" for name, error in found.items() if exact and not error <= EXACT
     ]
-    odd = [n for n, f in composed.items() if not (torch.isfinite(f.a_rI).all() and torch.isfinite(f.b_Or).all())]
-    if odd:
-        problems.append(f"{', '.join(odd[:3])}: not finite")
+    not_finite = [n for n, f in composed.items() if not (torch.isfinite(f.a_rI).all() and torch.isfinite(f.b_Or).all())]
+    if not_finite:
+        problems.append(f"{', '.join(not_finite[:3])}: not finite")
     if len(zero_modules(composed)) == len(composed):
         problems.append("the composed update is zero everywhere")
     return FactorCheck(

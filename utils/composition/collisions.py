@@ -1,4 +1,4 @@
-"""Where two adapters collide, from their factors alone: explains, never decides.
+"""Where two adapters collide, from their factors alone; an explanation, which neither search nor verdict uses.
 
 Per module: how large each update is beside the other, the angle between them, how far their input and output subspaces
 overlap, and how much of the smaller update meets the opposite sign in the larger one.

@@ -281,7 +281,7 @@ class DevProbe:
 
 def _rows(tokens: int) -> TrainSection:
     size = min(tokens, ROW_TOKENS)
-    return TrainSection(sequence_tokens=size, batch_tokens=max(tokens, size), micro_batch_tokens=max(tokens, size))
+    return TrainSection(max_sequence_tokens=size, batch_tokens=max(tokens, size), micro_batch_tokens=max(tokens, size))
 
 
 def _some(examples: list[dict[str, Any]], limit: int, seed: int) -> list[dict[str, Any]]:

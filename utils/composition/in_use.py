@@ -66,7 +66,7 @@ def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
 
 def parts_of(config: Config, base: BaseModel, composed: Run) -> list[Run]:
     """The adapters a composed run was made of, found by digest. Raises ArtefactError when one is gone or changed."""
-    if composed.manifest["identity"].get("on") == find.ELSEWHERE:
+    if composed.manifest["identity"].get("on") == find.EXTERNAL:
         what = "the adapters that this composed adapter was made of are not known"
         raise ArtefactError(Problem(what, str(composed.directory), "name a composed run of ours"))
     by_digest = {parent["digest"]: parent for parent in composed.manifest["parents"]}
@@ -84,7 +84,7 @@ def _part(config: Config, base: BaseModel, composed: Run, parent: dict[str, str]
         own = find.own_run(path)
         inputs = adapter_tokenizer.as_composed(config.inputs, composed)
         asked = config.model_copy(update={"inputs": inputs})
-        run = Run(own, files.verify(own)) if own else find.foreign_run(asked, base, kind, path)
+        run = Run(own, files.verify(own)) if own else find.external_run(asked, base, kind, path)
         if run.digest == parent["digest"]:
             return run
     what = f"{composed.directory} was made from the {kind} adapter {path}, which is gone or was changed"
@@ -109,7 +109,7 @@ def _chosen(config: Config, base: BaseModel) -> Run | None:
     if named:
         raise ConfigError(Problem("--composed brings its own adapters", pinned, f"leave out {', '.join(named)}"))
     own = find.own_run(Path(pinned))
-    run = Run(own, files.verify(own)) if own else find.foreign_run(config, base, STAGE, Path(pinned))
+    run = Run(own, files.verify(own)) if own else find.external_run(config, base, STAGE, Path(pinned))
     if run.manifest["kind"] != STAGE:
         fix = f"name a folder of {config.run.models_dir / STAGE}"
         raise ArtefactError(Problem(f"--composed: this is a {run.manifest['kind']} run", pinned, fix))

@@ -1,8 +1,8 @@
 """Where two adapters collide on a model: per layer how much each moves it and what that does to each loss.
 
 The headline is the derivative of each loss in each adapter's weight at the weights that are used: a positive derivative
-of the answer loss in the domain's weight says that more of the domain would hurt the task there. It explains and never
-decides; a search decides.
+of the answer loss in the domain's weight says that more of the domain would hurt the task there. It is an
+explanation; weights are chosen by a search.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from utils.html.charts import Series, chart
 Found = Mapping[str, Any]
 
 NO_DOMAIN_LOSS = "No dev documents: the domain loss was not measured, so what one loss costs the other is not known."
-EXPLAINS = "It explains and never decides: derivatives are those at the weights that are used."
+EXPLAINS = "The figures explain a result: neither search nor verdict uses them. Derivatives are at the weights in use."
 ACTIVATION_SIZES = ("activation_first_to_base", "activation_second_to_base")
 UPDATE_SIZES = ("first_norm", "second_norm")
 # key, name, style, line

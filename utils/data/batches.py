@@ -75,7 +75,7 @@ class Piece:
 
 
 class PackedDocuments:
-    """Documents packed into rows of `sequence_tokens`; a long one continues in another row, no token is lost.
+    """Documents packed into rows of `max_sequence_tokens`; a long one continues in another row, no token is lost.
 
     Without `packs` each piece is a row of its own, and rows of similar length make a step: for models that do not
     honour borders within a row (`row_support`).
@@ -91,13 +91,13 @@ class PackedDocuments:
         if self._packed[0] != epoch:
             arrange = pack if self.packs else one_piece_each
             generator = random.Random(f"{self.seed}:{epoch}")
-            self._packed = (epoch, arrange(self.lengths, self.train.sequence_tokens, generator))
+            self._packed = (epoch, arrange(self.lengths, self.train.max_sequence_tokens, generator))
         return self._packed[1]
 
     def row_lengths(self, epoch: int) -> list[int]:
         """Tokens of each row, padding included where rows are packed."""
         if self.packs:
-            return [self.train.sequence_tokens] * len(self.rows(epoch))
+            return [self.train.max_sequence_tokens] * len(self.rows(epoch))
         return [piece.end - piece.start for (piece,) in self.rows(epoch)]
 
     def unpacked(self) -> PackedDocuments:

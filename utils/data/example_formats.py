@@ -54,19 +54,19 @@ class Read:
     label: bool | None = None
 
 
-def to_common(row: Mapping[str, Any], said: ColumnMap | None = None) -> tuple[str, Columns]:
+def to_common(row: Mapping[str, Any], column_map: ColumnMap | None = None) -> tuple[str, Columns]:
     """The name of the row's shape and its common fields without `id` and `document`; raises as `read_row` does."""
-    found = read_row(row, said)
+    found = read_row(row, column_map)
     return found.shape, found.fields
 
 
-def read_row(columns: Mapping[str, Any], said: ColumnMap | None = None) -> Read:
+def read_row(columns: Mapping[str, Any], column_map: ColumnMap | None = None) -> Read:
     """Read one row by its own columns, or by what the person said of them.
 
     Raises RowError (unknown shape, no question, no or empty answers, bad choices or index, contradicting marks),
     LeftOutError (marked as not to be trained, a picture) or UnanswerableError.
     """
-    row = Row(columns, said)
+    row = Row(columns, column_map)
     label = marks.check_row(row, has_choices=choices.are_there(row))
     unsure = None
     if turns := _turns_of(row):
@@ -163,7 +163,7 @@ def _from_turns(row: Row, turns: list[Turn]) -> Columns:
     last = trained[-1]
     if any(turn["content"] or turn.get("tool_calls") for turn in turns[last + 1 :]):
         row.notes.append("turns after the last answer that is trained: cut")
-    said = [turn["content"] for turn in turns[: last + 1] if turn["role"] == "system"]
+    system_texts = [turn["content"] for turn in turns[: last + 1] if turn["role"] == "system"]
     before = [turn for turn in turns[:last] if turn["role"] != "system"]
     question = max((i for i, turn in enumerate(before) if turn["role"] == "user"), default=None)
     if question is None or before[-1]["role"] == "assistant":
@@ -181,7 +181,7 @@ def _from_turns(row: Row, turns: list[Turn]) -> Columns:
         calls=answer.get("tool_calls"),
     )
     own = fields["system"]
-    fields["system"] = "\n\n".join(dict.fromkeys([*([own] if own else []), *said])) or None
+    fields["system"] = "\n\n".join(dict.fromkeys([*([own] if own else []), *system_texts])) or None
     fields["history"] = [*fields["history"], *before[:question]]
     if before[question + 1 :]:
         fields["tool_turns"] = before[question + 1 :]
@@ -199,7 +199,7 @@ def _from_pair(row: Row) -> tuple[str, Columns, Unsure | None]:
     answers = values.accepted(row, answers, names[0] if names else "")
     if texts is None:
         for name in ("answer_index", "answer_number"):
-            if name in row.said.columns or row.has(name):
+            if name in row.column_map.columns or row.has(name):
                 value = row.peek(name) if row.has(name) else row.value(name)
                 raise RowError(f"{name} without choices", value, f"give `choices`, or leave {name} out")
         if wrong and answers:

@@ -82,7 +82,7 @@ def read_task_examples(
     file and line: a source that does not exist or is not a table, a malformed line, an unknown shape (with the columns
     found and the flag that maps them), a row without question or answer, bad choices, a file that gives no examples.
     """
-    problems, said = ProblemList(), ColumnMap(columns)
+    problems, column_map = ProblemList(), ColumnMap(columns)
     dropped, notes, seen = Counter[str](), Counter[str](), Counter[str]()
     kept: list[_Kept] = []
     complained: set[tuple[str, ...]] = set()
@@ -96,14 +96,14 @@ def read_task_examples(
                 dropped["blank row"] += 1
                 continue
             try:
-                read = read_row(_parse_cells(values, is_text_table(source)), said)
+                read = read_row(_parse_cells(values, is_text_table(source)), column_map)
                 if (size := len(json.dumps(read.fields, ensure_ascii=False))) > LONGEST_DOCUMENT:
                     raise RowError(f"an example of {size:,} characters", fix="no model reads that much: shorten it")
             except LeftOutError as error:
                 dropped[error.reason] += 1
                 continue
             except RowError as error:
-                # the same foreign columns in 10,000 rows are one mistake
+                # the same unknown columns in 10,000 rows are one mistake
                 if not error.of_file or (error.what, *values) not in complained:
                     problems.add(f"{place}: {error.what}", error.value, error.fix)
                 complained.add((error.what, *values))
@@ -112,10 +112,14 @@ def read_task_examples(
             if controls := sum(len(CONTROLS.findall(text)) for text in _texts(values)):
                 notes["control character taken out, or read as the cp1252 character it was"] += controls
             names = {column_name(name): text for name, value in values.items() if (text := _name(value))}
-            wanted = (*groups.CANDIDATES, *said.columns.get("document", ()), *said.columns.get("source", ()))
-            identity = names.get(said.columns.get("id", ["id"])[0])
+            wanted = (
+                *groups.CANDIDATES,
+                *column_map.columns.get("document", ()),
+                *column_map.columns.get("source", ()),
+            )
+            identity = names.get(column_map.columns.get("id", ["id"])[0])
             kept.append(_Kept(place, number, identity, {n: names[n] for n in wanted if n in names}, read))
-    if rows and (missing := said.missing(seen)):
+    if rows and (missing := column_map.missing(seen)):
         fix = f"its columns are {', '.join(seen)}"
         problems.add(f"{source}: --data.columns names a column that is in no row", missing, fix)
     kept = _by_label(kept, dropped)
@@ -127,31 +131,33 @@ def read_task_examples(
         [one.names for _, one in examples],
         [example["document"] for example, _ in examples],
         [example["context"] for example, _ in examples],
-        said,
+        column_map,
     )
-    column, sources = groups.find_sources([one.names for _, one in examples], said, corpus)
-    made = []
+    column, sources = groups.find_sources([one.names for _, one in examples], column_map, corpus)
+    labelled = []
     for (example, _), document, file in zip(examples, found.documents, sources, strict=True):
         own = {"source": file} if file and file != document else {}
-        made.append({**example, "document": document, **own})
-    if not made:
+        labelled.append({**example, "document": document, **own})
+    if not labelled:
         left = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items()) or "nothing"
         raise DataError(Problem(f"{source}: no examples: {rows} rows read, dropped: {left}", fix=_FIX_EMPTY))
     facts = found.to_json() | ({"most": found.most} if found.most else {})
     if column:
-        facts |= {"source": column, "why_source": "named by --data.columns" if "source" in said.columns else _WHY}
+        facts |= {"source": column, "why_source": "named by --data.columns" if "source" in column_map.columns else _WHY}
     report = TaskReport(
         rows,
-        len(made),
+        len(labelled),
         dict(dropped),
         " + ".join(dict.fromkeys(one.read.shape for _, one in examples)),
         found.without,
-        *_columns([(one, taken | {column or ""}) for (_, one), taken in zip(examples, found.taken, strict=True)], said),
+        *_columns(
+            [(one, taken | {column or ""}) for (_, one), taken in zip(examples, found.taken, strict=True)], column_map
+        ),
         dict(notes),
         facts,
-        _turns(made),
+        _turns(labelled),
     )
-    return made, report
+    return labelled, report
 
 
 _FIX_EMPTY = "write one labelled question per row"
@@ -239,16 +245,18 @@ def _said(fields: dict[str, Any]) -> list[str]:
     return [fields["question"], *fields["answers"]]
 
 
-def _columns(kept: list[tuple[_Kept, set[str]]], said: ColumnMap) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+def _columns(
+    kept: list[tuple[_Kept, set[str]]], column_map: ColumnMap
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     """Role -> column -> rows, and column -> rows of what was not read; each row with its document's columns."""
     roles: dict[str, Counter[str]] = {}
     unused = Counter[str]()
     for one, taken in kept:
         for column, role in one.read.used.items():
             roles.setdefault(role, Counter())[column] += 1
-        own = {*taken, *said.ignored, *([said.columns.get("id", ["id"])[0]] if one.id else [])}
+        own = {*taken, *column_map.ignored, *([column_map.columns.get("id", ["id"])[0]] if one.id else [])}
         unused.update(c for c in one.read.unused if c not in own and c not in one.read.used)
-    ignored = {column: sum(column in one.read.unused for one, _ in kept) for column in sorted(said.ignored)}
+    ignored = {column: sum(column in one.read.unused for one, _ in kept) for column in sorted(column_map.ignored)}
     found = {role: dict(columns) for role, columns in roles.items()}
     return found | ({"ignored": ignored} if ignored else {}), dict(unused)
 

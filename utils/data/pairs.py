@@ -77,8 +77,8 @@ def tokenise_pairs(
     if not turn_format.has_place_for_reasoning(tokenizer):
         refuse_reasoning(examples)
     for example in examples:
-        said, calls = example["answers"][0], example.get("tool_calls")
-        answer = chat.answer_ids(tokenizer, said, example.get("reasoning"), calls=calls)
+        text, calls = example["answers"][0], example.get("tool_calls")
+        answer = chat.answer_ids(tokenizer, text, example.get("reasoning"), calls=calls)
         prompt, was_cut = fitting_prompt(example, tokenizer, system_prompt, max_tokens - len(answer), for_training=True)
         if prompt is None:
             dropped += 1
@@ -157,7 +157,7 @@ def warn_of_cuts(train: PairReport, dev: PairReport, max_tokens: int) -> None:
                 pairs=total,
                 contexts_cut=found.contexts_shortened,
                 left_out=found.answer_does_not_fit,
-                instead="raise --task.train.sequence_tokens",
+                instead="raise --task.train.max_sequence_tokens",
             )
 
 
@@ -170,7 +170,7 @@ def check_usable(report: PairReport, max_unusable_share: float, max_tokens: int)
             f"{report.answer_does_not_fit} of {report.usable + report.answer_does_not_fit} training pairs do not fit "
             f"{max_tokens} tokens with their answer",
             f"{report.unusable_share:.1%}",
-            f"raise --task.train.sequence_tokens (and micro_batch_tokens), or allow it with --task.max_unusable_share "
-            f"{min(1.0, report.unusable_share + 0.01):.2f}",
+            "raise --task.train.max_sequence_tokens (and micro_batch_tokens), or allow it with "
+            f"--task.max_unusable_share {min(1.0, report.unusable_share + 0.01):.2f}",
         )
     )

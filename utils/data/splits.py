@@ -74,13 +74,13 @@ def _keys(example: Example) -> Iterator[tuple[Any, ...]]:
     system = _normal(example.get("system") or "")
     asked = {"role": "user", "content": example["question"]}
     turns = [*(example.get("history") or []), asked, *(example.get("tool_turns") or [])]
-    said = [(turn["role"], _normal(turn["content"]), _calls(turn)) for turn in turns]
+    contents = [(turn["role"], _normal(turn["content"]), _calls(turn)) for turn in turns]
     for at, turn in enumerate(turns):
         if at and turn["role"] == "assistant" and turns[at - 1]["role"] != "assistant" and not turn.get("untrained"):
-            yield system, tuple(said[:at]), "", (said[at][1],), said[at][2], ()
+            yield system, tuple(contents[:at]), "", (contents[at][1],), contents[at][2], ()
     answers = tuple(sorted(_normal(answer) for answer in example["answers"]))
     choices = tuple(sorted(_normal(choice) for choice in example.get("choices") or []))
-    yield system, tuple(said), _normal(example.get("context") or ""), answers, _calls(example), choices
+    yield system, tuple(contents), _normal(example.get("context") or ""), answers, _calls(example), choices
 
 
 def _calls(turn: Example) -> str:

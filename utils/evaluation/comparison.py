@@ -119,7 +119,7 @@ def _answered(
     with served_rows.ServedRows(config, base, rows, on, directory) as engine:
 
         def served(shown: Sequence[ModelRow], examples: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-            return {row.cell: [answer.spoken for answer in engine.answers(row, examples)] for row in shown}
+            return {row.cell: [one.answer for one in engine.answers(row, examples)] for row in shown}
 
         scored = engine.scores(raw)
         return scored, _examples(config, rows, scored, on, primary, directory, served)

@@ -123,8 +123,8 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
 
 def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> RunGroup:
     """The adapters that were asked for, with their baseline and controls."""
-    if task.manifest["identity"]["on"] == find.ELSEWHERE:
-        missing["task"] = "the adapter comes from elsewhere: the settings of a fair baseline are not known"
+    if task.manifest["identity"]["on"] == find.EXTERNAL:
+        missing["task"] = "the adapter is external: the settings of a fair baseline are not known"
         return RunGroup(config.run.seed, domain, task, None)
     if "init_from" in task.manifest["identity"] and task.manifest["identity"]["on"] != "base":
         missing["task"] = (
@@ -144,12 +144,12 @@ def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: R
 def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: RunGroup, seed: int) -> RunGroup:
     """The same family with another seed."""
     domain, task = first.domain, first.task
-    foreign = [run for run in (domain, task) if run and not _can_be_repeated(run)]
-    if foreign:
+    external = [run for run in (domain, task) if run and not _can_be_repeated(run)]
+    if external:
         raise ArtefactError(
             Problem(
-                "evaluate.seeds: an adapter from elsewhere, or one that started from another, cannot be trained anew",
-                str(foreign[0].directory),
+                "evaluate.seeds: an external adapter, or one that started from another, cannot be trained anew",
+                str(external[0].directory),
                 "leave out --evaluate.seeds",
             )
         )
@@ -206,7 +206,7 @@ def _made(
     if keeping["keep_domain"] != "off":
         makers["task_plain"] = lambda: on_base(keeping={"keep_domain": "off"})
     if not _can_be_repeated(domain):
-        what = "the domain adapter comes from elsewhere, or started from another adapter"
+        what = "the domain adapter is external, or started from another adapter"
         missing["wrong_domain"] = f"{what}: how to train another in the same way is not known"
     else:
         data = find.parent_by_digest(domain, "prepared", (config.run.data_dir, config.run.data_dir / "controls"))
@@ -219,7 +219,7 @@ def _made(
 def _can_be_repeated(run: Run) -> bool:
     """Whether the settings of a run say all of how it was trained."""
     identity = run.manifest["identity"]
-    return identity.get("on") != find.ELSEWHERE and "init_from" not in identity
+    return identity.get("on") != find.EXTERNAL and "init_from" not in identity
 
 
 def _rank(run: Run) -> int:

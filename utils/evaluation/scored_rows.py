@@ -242,7 +242,7 @@ class ScoredModel:
         self._select(row)
         how = InferenceSection(max_new_tokens=self._settings.max_new_tokens)
         given = generation.answer_all(self._model, self._tokenizer, examples, self._on.system_prompt, how)
-        return [answer.spoken for answer in given]
+        return [one.answer for one in given]
 
     def _select(self, row: str) -> None:
         inference_layers.select(self._model, {row: 1.0} if row in self._adapters else {})
@@ -345,4 +345,4 @@ def _tokenised(texts: Any, tokenizer: Any) -> Any:
 def _window(config: Config, base: BaseModel) -> TrainSection:
     size = max(WINDOW_TOKENS, config.evaluate.batch_tokens)
     window = model_class.longest_row(base.directory, WINDOW_TOKENS)
-    return TrainSection(sequence_tokens=window, micro_batch_tokens=size)
+    return TrainSection(max_sequence_tokens=window, micro_batch_tokens=size)

@@ -116,9 +116,9 @@ def _run(run: list[str], by_hand: list[str]) -> None:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     reason = redact(lines[-1]) if lines else f"exit code {done.returncode} and not a word on standard error"
     missing = re.search(r"No module named '([A-Za-z0-9_]+)", reason)
-    mend = f"pip install {missing[1]}" if missing else "see what llama.cpp's converter supports"
+    fix = f"pip install {missing[1]}" if missing else "see what llama.cpp's converter supports"
     # the whole command would refuse the merged model that is already there
-    raise ArtefactError(Problem(f"the GGUF converter failed: {reason}", fix=f"{mend}; then run: {shlex.join(by_hand)}"))
+    raise ArtefactError(Problem(f"the GGUF converter failed: {reason}", fix=f"{fix}; then run: {shlex.join(by_hand)}"))
 
 
 def _check_file(path: Path, directory: Path) -> None:

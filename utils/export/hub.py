@@ -130,8 +130,8 @@ def _ask(api: HfApi | None, what: str, call: Callable[[], Answer]) -> Answer:
 
 
 def _problem(what: str, error: Exception, token: str) -> Problem:
-    said = getattr(error, "server_message", None) or str(error)
-    reason = next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
+    message = getattr(error, "server_message", None) or str(error)
+    reason = next((line.strip() for line in message.splitlines() if line.strip()), type(error).__name__)
     if token:
         reason = reason.replace(token, "<token>")
     status = getattr(getattr(error, "response", None), "status_code", None)

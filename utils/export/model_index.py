@@ -44,10 +44,10 @@ def eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """The composed row of a results.json."""
     from huggingface_hub import EvalResult
 
-    said, cell = results.get("dataset") or {}, results["cells"]["composed"]
+    dataset, cell = results.get("dataset") or {}, results["cells"]["composed"]
     datasets = {
-        "test": _dataset(said.get("task"), said.get("task_revision"), "test"),
-        "heldout": _dataset(said.get("corpus"), said.get("corpus_revision"), "heldout"),
+        "test": _dataset(dataset.get("task"), dataset.get("task_revision"), "test"),
+        "heldout": _dataset(dataset.get("corpus"), dataset.get("corpus_revision"), "heldout"),
         "general": {"dataset_type": "text", "dataset_name": "general text"},
     }
     return [

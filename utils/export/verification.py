@@ -61,7 +61,7 @@ def verify(path: Path, roots: Sequence[Path]) -> Verification:
             verdict.notes.append("it has no manifest: nothing says what its files were when they were made")
         else:
             verdict.kind = "adapter of another tool"
-            _foreign(verdict, adapter_files.find(directory))
+            _external(verdict, adapter_files.find(directory))
     return verdict
 
 
@@ -116,11 +116,11 @@ class _Lineage:
                         self.run(path.parent)
                         self._is_known(child, recorded)
                         return None
-        foreign = Path(recorded["path"])
-        if not (foreign / files.MANIFEST).exists() and (foreign / adapter_config.CONFIG).is_file():
+        external = Path(recorded["path"])
+        if not (external / files.MANIFEST).exists() and (external / adapter_config.CONFIG).is_file():
             with _collected(self.verdict):
-                if _foreign(self.verdict, foreign) != recorded["digest"]:
-                    self._problem(f"{foreign}, an adapter of another tool, was changed after {child} was made from it")
+                if _external(self.verdict, external) != recorded["digest"]:
+                    self._problem(f"{external}, an adapter of another tool, was changed after {child} was made from it")
             return None
         places = ", ".join(str(root / recorded["kind"]) for root in dict.fromkeys(self.roots))
         fix = "say where it is with --run.data_dir and --run.models_dir, or restore it"
@@ -161,7 +161,9 @@ class _Lineage:
             keys = ("tokenizer_digest",) if parents[digest] == "prepared" else ("digest", "tokenizer_digest")
             asserted = (manifest.get("composition") or {}).get("asserted")
             if asserted and parents[digest] != "prepared":
-                self.verdict.notes += [f"{directory}: {said}" for said in asserted if said not in self.verdict.notes]
+                self.verdict.notes += [
+                    f"{directory}: {assertion}" for assertion in asserted if assertion not in self.verdict.notes
+                ]
                 keys = ("tokenizer_digest",)
             if any(other.get(key) != base.get(key) for key in keys):
                 self._problem(f"{directory} and its {parents[digest]} parent were made with different base models")
@@ -219,7 +221,7 @@ def _model(verdict: Verification, directory: Path, *, is_new: bool = True) -> No
     Checkpoint(directory)
 
 
-def _foreign(verdict: Verification, directory: Path) -> str:
+def _external(verdict: Verification, directory: Path) -> str:
     """An adapter of another tool: what it says is scale * B * A, and what it holds is that. Returns its digest."""
     verdict.checked.append(str(directory))
     settings = adapter_config.read(directory)

@@ -38,15 +38,15 @@ class GeneratedAnswer:
     @property
     def reasoning(self) -> str:
         """What stands in the think block."""
-        return chat.parted(self.text, opened=self.opened)[0]
+        return chat.split_reasoning(self.text, opened=self.opened)[0]
 
     @property
-    def spoken(self) -> str:
+    def answer(self) -> str:
         """The answer without its reasoning; empty when the tokens ran out in it."""
-        return chat.spoken(self.text, opened=self.opened)
+        return chat.answer_of(self.text, opened=self.opened)
 
 
-class Parting:
+class ThinkSplitter:
     """A text that is streamed: what stands in the think block goes to one place, the answer to another."""
 
     def __init__(self, thoughts: Callable[[str], None], answer: Callable[[str], None], *, opened: bool):

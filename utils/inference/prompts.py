@@ -83,7 +83,7 @@ class PromptModel:
         """Answer as the tokens are made: the answer to stdout, what stands in the template's think block to stderr."""
         is_shown = ranks.index() == 0
 
-        def answered(said: Callable[[str], None]) -> GeneratedAnswer:
+        def answered(show: Callable[[str], None]) -> GeneratedAnswer:
             (given,) = generation.answer(
                 self._model,
                 self._tokenizer,
@@ -91,7 +91,7 @@ class PromptModel:
                 max_new_tokens=self._settings.max_new_tokens,
                 temperature=self._settings.temperature,
                 top_p=self._settings.top_p,
-                stream=said if is_shown else None,
+                stream=show if is_shown else None,
             )
             return given
 
@@ -157,7 +157,7 @@ class ServedPrompts:
         return _streamed(
             self._model.tokenizer,
             self._settings,
-            lambda said: self._model.stream(ids, ADAPTER, self._factors, said),
+            lambda show: self._model.stream(ids, ADAPTER, self._factors, show),
             is_shown=True,
         )
 
@@ -235,18 +235,18 @@ def _streamed(
     is_shown: bool,
 ) -> dict[str, str]:
     """Show an answer as it is made: the answer on stdout, what stands in the template's think block on stderr."""
-    parting = generation.Parting(
+    splitter = generation.ThinkSplitter(
         lambda text: print(text, end="", flush=True, file=sys.stderr),
         lambda text: print(text, end="", flush=True),
         opened=chat.opens_thinking(tokenizer),
     )
-    given = answered(parting)
+    given = answered(splitter)
     if is_shown:
-        parting.end()
+        splitter.end()
         print(flush=True)
     if given.opened and is_shown:
         print(file=sys.stderr)
-        if not given.ended and not given.spoken:
+        if not given.ended and not given.answer:
             tokens = settings.max_new_tokens
             warning("cut while still thinking: raise --inference.max_new_tokens", max_new_tokens=tokens)
     return _parts(given)
@@ -254,4 +254,4 @@ def _streamed(
 
 def _parts(given: GeneratedAnswer) -> dict[str, str]:
     """The answer, and its reasoning where the template has a place for it."""
-    return {"answer": given.spoken} | ({"reasoning": given.reasoning} if given.opened else {})
+    return {"answer": given.answer} | ({"reasoning": given.reasoning} if given.opened else {})

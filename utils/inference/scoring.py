@@ -204,7 +204,7 @@ def judged(
     thinks = turn_format.writes_thinking(tokenizer)
     found = []
     for example, answer in zip(examples, given, strict=True):
-        text = answer.spoken
+        text = answer.answer
         left_over = "<think>" in text or (chat.THINK_END in answer.text) != thinks
         found.append(
             {

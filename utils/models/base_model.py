@@ -48,7 +48,7 @@ class BaseModel:
     digest: str
     tokenizer_digest: str
     quantization: str = PLAIN
-    """Into what the directory's weights are loaded; they are what these bits mean."""
+    """How the directory's weights are loaded: quantized to these bits, from their dequantized values."""
     tokenizer_from: Path | None = None
     """The folder of an adapter whose tokenizer was chosen over the directory's (`adapter_tokenizer`)."""
     tokenizer_choice: str = ""

@@ -193,8 +193,8 @@ def answer_ids(
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of what a person wrote: no special token comes out, whatever stands in it."""
     # one call for all: the tokenizer then works on every core; its advice about length is ours to follow
-    made = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return [list(ids) for ids in made["input_ids"]]
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> int:
@@ -215,7 +215,7 @@ def _closing_ids(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> l
     return _template_ids(tokenizer, before + text + after) if before + text + after else []
 
 
-def parted(text: str, *, opened: bool) -> tuple[str, str]:
+def split_reasoning(text: str, *, opened: bool) -> tuple[str, str]:
     """(reasoning, answer) of a generated text; `opened`: its prompt left a think block open.
 
     What a block that is never closed holds is reasoning: servers return it as such, beside an empty answer.
@@ -225,9 +225,9 @@ def parted(text: str, *, opened: bool) -> tuple[str, str]:
     return thoughts.strip().removeprefix(THINK_START).strip(), answer.strip()
 
 
-def spoken(text: str, *, opened: bool = False) -> str:
+def answer_of(text: str, *, opened: bool = False) -> str:
     """A generated text without its reasoning, as it is scored and shown."""
-    return parted(text, opened=opened)[1]
+    return split_reasoning(text, opened=opened)[1]
 
 
 def shown_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
@@ -247,9 +247,9 @@ def _with_stand_ins(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], tools: Sequence[Any]
 ) -> tuple[list[dict[str, Any]], list[Any], dict[str, str]]:
     """Turns and tools with a character in place of each special token that stands in them, and what each stands for."""
-    pattern, said = _special_tokens(tokenizer), "\n".join(_strings([*turns, *tools]))
-    tokens = sorted({found for found in pattern.findall(said)})
-    free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in said)
+    pattern, texts = _special_tokens(tokenizer), "\n".join(_strings([*turns, *tools]))
+    tokens = sorted({found for found in pattern.findall(texts)})
+    free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in texts)
     stand_ins = dict(zip(tokens, free, strict=False))
 
     def replaced(value: Any) -> Any:

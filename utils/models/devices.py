@@ -92,11 +92,11 @@ def _on_cpu_by_wish() -> bool:
 
 def _threads_are_chosen(environment: Mapping[str, str]) -> bool:
     """Whether a person said how many threads there are. Python without a launcher takes what OpenMP takes."""
-    said = environment.get("OMP_NUM_THREADS")
+    threads = environment.get("OMP_NUM_THREADS")
     if "ACCELERATE_MIXED_PRECISION" not in environment:
         return True
-    if said != "1":
-        return said is not None
+    if threads != "1":
+        return threads is not None
     try:  # the launcher is the parent: what it was started with says whether the 1 is its own
         launcher = PROC / str(os.getppid())
         variables, words = (launcher / "environ").read_bytes(), (launcher / "cmdline").read_bytes()

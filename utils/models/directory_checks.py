@@ -37,20 +37,20 @@ def problems(directory: Path) -> list[Problem]:
         if leads_out(path, directory)
     ]
     settings = files.read_object(directory / CONFIG) if not found else {}
-    said = [*_named_code(directory), *_named_paths(directory), *_unsaid(directory)] if not found else []
-    return found or [*said, *quantised(settings, directory)]
+    others = [*_named_code(directory), *_named_paths(directory), *_unsaid(directory)] if not found else []
+    return found or [*others, *quantised(settings, directory)]
 
 
 def quantised(settings: dict[str, Any], place: object) -> list[Problem]:
     """Why the weights that a config.json describes cannot be adapted: they are in bits of another tool already."""
-    said = settings.get("quantization_config") or text_part(settings).get("quantization_config")
-    method = said.get("quant_method") if isinstance(said, dict) else said
-    if not said or method == "fp8":
+    recorded = settings.get("quantization_config") or text_part(settings).get("quantization_config")
+    method = recorded.get("quant_method") if isinstance(recorded, dict) else recorded
+    if not recorded or method == "fp8":
         return []
-    in_bits = isinstance(said, dict) and (
-        method == "bitsandbytes" or said.get("load_in_4bit") or said.get("load_in_8bit")
+    in_bits = isinstance(recorded, dict) and (
+        method == "bitsandbytes" or recorded.get("load_in_4bit") or recorded.get("load_in_8bit")
     )
-    kind = "int8" if in_bits and said.get("load_in_8bit") else "nf4"
+    kind = "int8" if in_bits and recorded.get("load_in_8bit") else "nf4"
     also = f" with --base.quantization {kind}" if in_bits else ""
     how = method or "bitsandbytes"
     what = f"{place} is quantised already ({how}): no adapter is trained on, or merged into, such bits"
@@ -109,7 +109,7 @@ def _entries(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
 
 @contextmanager
 def readable(directory: Path) -> Iterator[None]:
-    """A damaged or foreign model directory is an artefact error, whichever library notices."""
+    """A damaged or unsuitable model directory is an artefact error, whichever library notices."""
     try:
         yield
     except PipelineError:
@@ -121,6 +121,6 @@ def readable(directory: Path) -> Iterator[None]:
         raise ArtefactError(
             Problem(
                 f"the model in {directory} cannot be loaded: {reason}",
-                fix="mend what the reason names, or restore the files",
+                fix="fix what the reason names, or restore the files",
             )
         ) from error

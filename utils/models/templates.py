@@ -69,8 +69,8 @@ _FORMS: dict[str, TemplateForm] = {}
 
 def _found_form(tokenizer: PreTrainedTokenizerBase) -> TemplateForm:
     def shows(roles: Sequence[str], *, parts: bool) -> bool:
-        said = [[{"type": "text", "text": text}] if parts else text for text in (_FIRST, _SECOND)]
-        turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+        contents = [[{"type": "text", "text": text}] if parts else text for text in (_FIRST, _SECOND)]
+        turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
         try:
             text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except Exception:  # noqa: BLE001  whatever the template's author chose

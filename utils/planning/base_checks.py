@@ -41,10 +41,10 @@ def check(config: Config, base: BaseModel, stages: Sequence[str]) -> None:
             what = f"{base.directory} keeps these weights in another form than the model, so no adapter can be merged"
             found.append(Problem(what, lost[:3], f"leave them out of --{stage}.lora.target_modules"))
         longest = model_class.position_table(model)
-        tokens = getattr(config, stage).train.sequence_tokens
+        tokens = getattr(config, stage).train.max_sequence_tokens
         if longest and tokens > longest:
-            what = f"{stage}.train.sequence_tokens: the base model has {longest} positions"
-            found.append(Problem(what, tokens, f"--{stage}.train.sequence_tokens {longest}"))
+            what = f"{stage}.train.max_sequence_tokens: the base model has {longest} positions"
+            found.append(Problem(what, tokens, f"--{stage}.train.max_sequence_tokens {longest}"))
         problems += found
     if problems:
         raise ArtefactError(list({str(problem): problem for problem in problems}.values()))

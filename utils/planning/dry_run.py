@@ -1,4 +1,4 @@
-"""What `--dry-run` says about size and time per script, from config.json or by heart: no torch, no hub."""
+"""What `--dry-run` says about size and time per script, from config.json or built-in constants: no torch, no hub."""
 
 from __future__ import annotations
 

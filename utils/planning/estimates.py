@@ -35,18 +35,18 @@ TWO_EXPERT_ADAPTERS, ONE_EXPERT_ADAPTER = 3.67, 1.41
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Peak bytes on one GPU (or of one CPU process). `kept` is for the backward pass; `passing` comes and goes."""
+    """Peak bytes on one GPU, or of one CPU process. `activations` are saved for the backward pass."""
 
     weights: int
     gathered: int
     adapters: int
-    kept: int
-    passing: int
+    activations: int
+    workspace: int
     expert_weights: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gathered + self.adapters + self.kept + self.passing + self.expert_weights
+        return self.weights + self.gathered + self.adapters + self.activations + self.workspace + self.expert_weights
 
 
 Fit = Literal["fits", "tight", "no"]
@@ -93,7 +93,7 @@ def training_memory(
     careful: bool = False,
     whole_logits: bool = False,
 ) -> TrainingMemory:
-    """Peak of one training step. `shards` processes hold the weights and adapters together (FSDP2); 1: each holds all.
+    """Peak of one training step. `shards` ranks hold the weights and adapters together (FSDP2); 1: each holds all.
 
     `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and adapters on the
     experts find the transients of the ones before still there. `whole_logits` is for a loss that is not chunked.
@@ -117,20 +117,20 @@ def training_memory(
     # autocast keeps the factors in bfloat16 too
     casts = share(2 * trained, shards) + share(2 * apart[0], expert_ranks) if step.base != "float32" else 0
     held = share(TRAINED_BYTES * trained + 4 * frozen, shards)
-    passing = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
-    passing += _dequantised(sizes, step.base)
+    workspace = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
+    workspace += _dequantised(sizes, step.base)
     return TrainingMemory(
         weights=share(weight_bytes(sizes, step.base), shards),
         gathered=layer * (2 if careful else 1) + outside if shards > 1 else 0,
         adapters=held + share(TRAINED_BYTES * apart[0] + 4 * apart[1], expert_ranks),
-        kept=kept + casts,
-        passing=max(_loss(sizes, step, whole_logits), passing),
+        activations=kept + casts,
+        workspace=max(_loss(sizes, step, whole_logits), workspace),
         expert_weights=_expert_weights(sizes, step, careful) if expert_ranks == 1 else 0,
     )
 
 
 def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: bool) -> int:
-    """Host memory of one node while loading: a copy for each process, or what passes where each reads its own part.
+    """Host memory of one node while loading: a copy for each rank, or what is in transit where each reads its own part.
 
     Of a sharded model that is embeddings, head and a layer in each; FP8 that stays so is read whole by the first.
     """
@@ -141,7 +141,7 @@ def loading_bytes(sizes: ModelSizes, dtype: Dtype, *, processes: int, sharded: b
 
 
 def gathered_parameters(sizes: ModelSizes) -> int:
-    """What is whole in each process of a sharded model where it is asked: embeddings, head, and the layer in turn."""
+    """What is full on each rank of a sharded model where it is asked: embeddings, head, and the layer in turn."""
     return sizes.parameters["embeddings"] + sizes.parameters["head"] + sizes.layer_parameters
 
 
@@ -159,11 +159,11 @@ class InferenceMemory:
     gathered: int
     adapters: int
     cache: int
-    passing: int
+    workspace: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gathered + self.adapters + self.cache + self.passing
+        return self.weights + self.gathered + self.adapters + self.cache + self.workspace
 
 
 def scoring_memory(
@@ -186,8 +186,8 @@ def scoring_memory(
     chunk = min(LOSS_POSITIONS, tokens) * sizes.vocabulary * 8
     mask = tokens * row_tokens * e
     rows = forward_activations(sizes, e, imbalance, is_shared=expert_ranks > 1)
-    passing = mask + max(tokens * rows, tokens * 3 * e * hidden + chunk) + _dequantised(sizes, base)
-    return _inference(sizes, base, adapters, 0, passing, shards, expert_ranks, careful)
+    workspace = mask + max(tokens * rows, tokens * 3 * e * hidden + chunk) + _dequantised(sizes, base)
+    return _inference(sizes, base, adapters, 0, workspace, shards, expert_ranks, careful)
 
 
 def answering_memory(
@@ -207,9 +207,9 @@ def answering_memory(
     e = width_of(base)
     per_layer = rows * (prompt_tokens + new_tokens) * 2 * sizes.key * e
     token = forward_activations(sizes, e, imbalance, is_shared=expert_ranks > 1) + e * prompt_tokens
-    passing = max(rows * prompt_tokens * token, rows * sizes.vocabulary * 8) + _dequantised(sizes, base)
+    workspace = max(rows * prompt_tokens * token, rows * sizes.vocabulary * 8) + _dequantised(sizes, base)
     cache = per_layer * (sizes.num_layers + 1)
-    return _inference(sizes, base, adapters, cache, passing, shards, expert_ranks, careful)
+    return _inference(sizes, base, adapters, cache, workspace, shards, expert_ranks, careful)
 
 
 def _inference(
@@ -217,7 +217,7 @@ def _inference(
     base: Dtype,
     adapters: Sequence[Adapter],
     cache: int,
-    passing: int,
+    workspace: int,
     shards: int,
     expert_ranks: int,
     careful: bool,
@@ -234,7 +234,7 @@ def _inference(
         # each adapter, and the selected ones side by side
         adapters=2 * e * factors,
         cache=cache,
-        passing=passing,
+        workspace=workspace,
     )
 
 

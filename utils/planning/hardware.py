@@ -84,21 +84,21 @@ class Hardware:
         return tuple(found)
 
     def exchange_rate(self, layout: ProcessLayout) -> float:
-        """Bytes that a process receives per second while tokens go to the ranks that have their experts."""
+        """Bytes that a rank receives per second while tokens go to the ranks that have their experts."""
         return self.node_rate if layout.expert <= self.gpus else min(self.node_rate, self.network_rate)
 
     def copies_rate(self, layout: ProcessLayout) -> float:
-        """Bytes per second between processes that hold the same experts."""
+        """Bytes per second between ranks that hold the same experts."""
         return self.network_rate if layout.expert >= self.gpus else self.node_rate
 
     def gather_rate(self, layout: ProcessLayout) -> float:
-        """Bytes that a process receives per second while the parts of a layer are put together."""
+        """Bytes that a rank receives per second while the shards of a layer are put together."""
         if layout.shard <= self.gpus:
             return self.node_rate
         return min(self.node_rate, self.gpus * self.network_rate)
 
     def replica_rate(self, layout: ProcessLayout) -> float:
-        """Bytes per second between processes that hold the same part."""
+        """Bytes per second between ranks that hold the same part."""
         return self.network_rate if self.nodes > 1 and layout.shard >= self.gpus else self._between_all()
 
     def _between_all(self) -> float:

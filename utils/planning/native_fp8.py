@@ -2,8 +2,8 @@
 
 Native FP8 halves the memory of the frozen weights. It takes a GPU that multiplies FP8 (compute capability 8.9 or more)
 and kernels that transformers fetches with the `kernels` package, and carries adapters on the attention alone: an update
-of FP8 experts would be added to the codes without their block factors, and get no gradient (transformers 5.23, peft
-0.21; tests/test_models_silent_failures.py). Everything else computes in what the codes stand for, which takes
+of FP8 experts would be added to the FP8 values without their block scales, and get no gradient (transformers 5.23, peft
+0.21; tests/test_models_silent_failures.py). Everything else computes with dequantized weights, which takes
 twice the bytes.
 """
 

@@ -2,12 +2,12 @@
 
 The one model of time: training, scoring and answering are passes of it. A pass takes at least the longest of its parts
 and at most all of them one after the other, as sending is hidden behind arithmetic or not; both are given, and which
-part bounds it. Not counted: loading, checkpoints, waiting for the slowest process, kernels slower than the assumed
+part bounds it. Not counted: loading, checkpoints, waiting for the slowest rank, kernels slower than the assumed
 share of the peak. So real times are longer.
 
 Operations: 2 per parameter and token forward, 2 for the inputs' gradients, 2 to recompute; frozen weights need no
 gradient of their own. Sharded weights (FSDP2) are gathered before they are used, once forward and once backward, and
-each process receives (n - 1) / n of them; gradients of the factors are reduced in every pass.
+each rank receives (n - 1) / n of them; gradients of the factors are reduced in every pass.
 
 Where ranks share experts only the rest is gathered; what experts take in and give is sent instead, once there and once
 back for each token and expert, forward, backward and to recompute. Experts' arithmetic and what is sent are those of
@@ -32,7 +32,7 @@ _DEQUANTISED_BYTES = {"nf4": 0.5625 + 4, "int8": 1 + 4}
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of one pass over `tokens` tokens on each process: what one GPU does, and what is sent meanwhile."""
+    """Seconds of one pass over `tokens` tokens on each rank: what one GPU does, and what is sent meanwhile."""
 
     tokens: int
     own: dict[str, float]
@@ -55,7 +55,7 @@ class PassTime:
         return max(parts, key=lambda name: parts[name])
 
     def rates(self, processes: int) -> tuple[float, float]:
-        """Tokens per second of all processes together, at least and at most."""
+        """Tokens per second of all ranks together, at least and at most."""
         return processes * self.tokens / self.most, processes * self.tokens / self.least
 
 
@@ -80,7 +80,7 @@ def expert_lora_flops(sizes: ModelSizes, adapter: Adapter, *, checkpointing: boo
 def training_pass(
     sizes: ModelSizes, step: TrainingStep, layout: ProcessLayout, hardware: Hardware, *, passes_per_step: int = 1
 ) -> PassTime:
-    """One forward and backward pass of every process. Whole models exchange gradients once a step."""
+    """One forward and backward pass of every rank. Whole models exchange gradients once a step."""
     passes, below = 3 if step.checkpointing else 2, [step.below] if step.below else []
     flops = flops_per_token(sizes, row_tokens=step.row_tokens, checkpointing=step.checkpointing) * step.tokens
     trained, frozen = _factors(sizes, [step.adapter]), _factors(sizes, below)
@@ -118,7 +118,7 @@ def training_pass(
 def scoring_pass(
     sizes: ModelSizes, base: Dtype, tokens: int, row_tokens: int, layout: ProcessLayout, hardware: Hardware
 ) -> PassTime:
-    """One forward pass of every process; frozen adapters are whole everywhere and not gathered."""
+    """One forward pass of every rank; frozen adapters are whole everywhere and not gathered."""
     flops = forward_flops(sizes, row_tokens) + (_busiest_flops(sizes, hardware) if layout.expert > 1 else 0)
     return PassTime(
         tokens,
@@ -137,10 +137,10 @@ def scoring_pass(
 def decoding_step(
     sizes: ModelSizes, base: Dtype, rows: int, context: int, layout: ProcessLayout, hardware: Hardware
 ) -> PassTime:
-    """One new token for each of `rows` rows of every process, after `context` tokens of each.
+    """One new token for each of `rows` rows of every rank, after `context` tokens of each.
 
     The weights that the rows visit are read once, keys and values of every row too; sharded weights are gathered whole.
-    Of shared experts each process reads those of its own that the rows of all of them visit.
+    Of shared experts each rank reads those of its own that the rows of all of them visit.
     """
     read = visited_bytes(sizes, base, rows, layout.expert) + rows * context * cache_bytes_per_token(sizes, base)
     return PassTime(
@@ -197,7 +197,7 @@ def cache_bytes_per_token(sizes: ModelSizes, base: Dtype) -> int:
 
 
 def _gathering(sizes: ModelSizes, base: Dtype, factors: int, layout: ProcessLayout, hardware: Hardware) -> float:
-    """Seconds in which every process receives the parts of all weights and `factors` bytes that it does not hold.
+    """Seconds in which every rank receives the parts of all weights and `factors` bytes that it does not hold.
 
     Of experts that ranks share, those of its group's part that others of its shard hold.
     """

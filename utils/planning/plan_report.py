@@ -24,7 +24,7 @@ BOTH_ON_EXPERTS = (
     "--merge_path DIR, then --base.source DIR --task.on base) it takes no memory of its own"
 )
 NOT_COUNTED = (
-    "not counted: checkpoints, waiting for the slowest process, kernels below that share of the peak (mixtures of "
+    "not counted: checkpoints, waiting for the slowest rank, kernels below that share of the peak (mixtures of "
     "experts); real times are longer"
 )
 
@@ -148,7 +148,7 @@ def loading(way: Way, sizes: ModelSizes) -> list[str]:
     needed = estimates.loading_bytes(
         sizes, way.form.scored, processes=min(plan.gpus, layout.processes), sharded=layout.is_sharded
     )
-    how = "each process reads its part" if layout.is_sharded else "a copy for each process"
+    how = "each rank reads its shard" if layout.is_sharded else "a copy for each rank"
     enough = "fits" if needed <= plan.host_memory_gib * GIB else "does NOT fit"
     return [f"host memory while loading: {gib(needed)} of {plan.host_memory_gib:g} a node ({how}): {enough}"]
 
@@ -264,7 +264,7 @@ def _counted(config: Config, data: PlannedData) -> str:
 
 
 def _table(found: list[StagePlan]) -> list[str]:
-    titles = ("weights", "gathered", "adapters", "kept", "passing", "experts", "peak GiB")
+    titles = ("weights", "gathered", "adapters", "saved act.", "workspace", "experts", "peak GiB")
     lines = [" " * 42 + "".join(f"{title:>12}" for title in titles)]
     for one in found:
         low, high = asdict(one.low), asdict(one.high)

@@ -35,7 +35,7 @@ HUB_SECONDS = 5
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process runs: `shards` processes hold the weights together, `local` run here; `expert` as there."""
+    """Where this process runs: `shards` ranks hold the weights together, `local` run here; `expert` as there."""
 
     shards: int
     local: int
@@ -59,7 +59,7 @@ class Machine:
 def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     """Say what is about to be loaded, and refuse (ArtefactError) what this machine cannot hold; nothing is fetched yet.
 
-    `stage` is the adapter that will be trained. Models whose shapes are not known before they are here (wheels, foreign
+    `stage` is the adapter that will be trained. Models whose shapes are not known before they are here (wheels, other
     hub ids offline) pass.
     """
     found = _quick(config.base, config.run.models_dir)
@@ -69,8 +69,8 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
         size_class.refuse_small_settings(config.preset, found, stage)
     dtype, why = loaded_dtype(config.base), ""
     if config.base.quantization != PLAIN:
-        dealt_out = loads_model and Machine.here().shards > 1
-        if cannot := quantization_refusals(found, dtype, dealt_out=dealt_out):
+        sharded = loads_model and Machine.here().shards > 1
+        if cannot := quantization_refusals(found, dtype, sharded=sharded):
             raise ArtefactError(cannot)
     if found.stored == "fp8":
         choice = keep_fp8(config, stage) if stage else Fp8Choice(False, "only training can keep it FP8")
@@ -113,7 +113,7 @@ def form(config: Config, stage: str, base: BaseModel) -> Fp8Choice:
 
 
 def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -> list[Problem]:
-    """Why these weights cannot be loaded on this machine, with the numbers and what mends it.
+    """Why these weights cannot be loaded on this machine, with the numbers and the fix.
 
     `why` is the reason for which an FP8 checkpoint is de-quantised.
     """
@@ -125,7 +125,7 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
             host = max(host, machine.local * part)  # on CPUs the parts are in main memory
     places = [("main memory", host, machine.host_bytes)]
     if machine.gpu_bytes:
-        places.append(("GPU memory per process", part, machine.gpu_bytes))
+        places.append(("GPU memory per rank", part, machine.gpu_bytes))
     fix = (
         f"plan it: python scripts/plan.py {_preset(found)}--plan.gpus 8 --plan.gpu_memory_gib 80 names the launch file "
         "for your GPUs; here take a smaller model: --preset smollm2_135m, or --base.source DIRECTORY"
@@ -136,7 +136,7 @@ def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -
     if found.stored == "fp8" and dtype != "fp8":
         size = plan_report.gib(estimates.weight_bytes(found, "fp8"))
         stored = f"; it is stored in FP8 ({size}) and de-quantised{f', because {why}' if why else ''}"
-    processes = f" for {machine.local} processes, each with its copy" if machine.local > 1 >= machine.shards else ""
+    processes = f" for {machine.local} ranks, each with its copy" if machine.local > 1 >= machine.shards else ""
     return [
         Problem(
             f"{found.model_type} has {found.total:,} parameters: in {dtype} its weights take {needed / GIB:,.1f} GiB "
@@ -193,7 +193,7 @@ def check_trainable(model: PeftModel, config: Config, stage: str, base: BaseMode
 def exact(section: BaseModelSection, models_dir: Path) -> ModelSizes:
     """The shapes counted on the meta device, from config.json alone: of a directory, the hub, or what is built here.
 
-    Some are known by heart where the hub cannot be reached. Raises ArtefactError for what cannot be counted.
+    Some are built in, for when the hub cannot be reached. Raises ArtefactError for what cannot be counted.
     """
     try:
         settings = _settings(section, models_dir, ask_hub=True)
@@ -325,14 +325,14 @@ def _ready(config: Config) -> BaseModel:
     return base
 
 
-def quantization_refusals(found: ModelSizes, kind: Dtype, *, dealt_out: bool = False) -> list[Problem]:
+def quantization_refusals(found: ModelSizes, kind: Dtype, *, sharded: bool = False) -> list[Problem]:
     """Why a model of these shapes cannot be quantised, with the numbers; empty for one that can.
 
-    `dealt_out`: the launcher would have FSDP deal the weights out to its processes.
+    `sharded`: the launcher would have FSDP shard the weights over its ranks.
     """
     fix = "leave out --base.quantization"
-    if dealt_out:  # accelerate leaves bytes out of sharding, so each process would hold all of them
-        what = "FSDP does not deal out weights in 4 or 8 bits"
+    if sharded:  # accelerate leaves bytes out of sharding, so each rank would hold all of them
+        what = "FSDP does not shard weights in 4 or 8 bits"
         return [Problem(what, kind, f"{fix}, or launch with scripts/launch/one_gpu.yaml")]
     if found.experts:
         whole, kept = estimates.weight_bytes(found, "bfloat16") / GIB, estimates.weight_bytes(found, kind) / GIB

@@ -286,7 +286,7 @@ def _decoding(way: Way, sizes: ModelSizes, machine: Hardware) -> PassTime:
 
 
 def _answered(way: Way, sizes: ModelSizes, machine: Hardware, answers: int, new_tokens: int) -> tuple[float, float]:
-    """Batches one after the other on every process: the prompts' pass, then a step for each new token."""
+    """Batches one after the other on every rank: the prompts' pass, then a step for each new token."""
     step, rows = _decoding(way, sizes, machine), ANSWERS_AT_ONCE * way.config.plan.item_tokens
     prompts = pass_times.scoring_pass(
         sizes, way.form.scored, rows, way.config.plan.item_tokens, way.answering.layout, machine

@@ -60,7 +60,7 @@ def adapter(lora: LoraSection, *, experts: bool | None = None) -> Adapter:
 def step(config: Config, stage: str, base: Dtype) -> TrainingStep:
     """The forward and backward pass that a stage's settings ask for."""
     section = getattr(config, stage)
-    row_tokens = section.train.sequence_tokens or USUAL_ROW_TOKENS
+    row_tokens = section.train.max_sequence_tokens or USUAL_ROW_TOKENS
     below = adapter(config.domain.lora) if stage == "task" and config.task.on != "base" else None
     return TrainingStep(
         base=base,
@@ -149,7 +149,7 @@ def _best(plans: list[StagePlan]) -> StagePlan:
 
 
 def _pass_tokens(what: TrainingStep, batch_tokens: int, processes: int) -> list[int]:
-    """Rows of this length in powers of two, up to what a step has for each process."""
+    """Rows of this length in powers of two, up to what a step has for each rank."""
     most = min(MOST_PASS_TOKENS, max(what.row_tokens, batch_tokens // processes))
     rows = [what.row_tokens * 2**power for power in range(16)]
     return sorted({tokens for tokens in rows if tokens <= most})

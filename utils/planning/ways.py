@@ -151,9 +151,9 @@ def _learning(config: Config, sizes: ModelSizes) -> Iterator[tuple[dict[str, Any
     """Changes of what is learnt, none first: (settings, what they cost)."""
     yield {}, ""
     for tokens in SHORTER_ROWS:
-        stages = [stage for stage in STAGES if tokens < getattr(config, stage).train.sequence_tokens]
+        stages = [stage for stage in STAGES if tokens < getattr(config, stage).train.max_sequence_tokens]
         if stages:
-            names = ("sequence_tokens", "micro_batch_tokens")
+            names = ("max_sequence_tokens", "micro_batch_tokens")
             settings = {f"{stage}.train.{name}": tokens for stage in stages for name in names}
             yield settings, f"rows of {tokens:,} tokens: longer documents are cut, longer pairs left out"
     on_experts = [stage for stage in STAGES if getattr(config, stage).lora.experts]
@@ -204,8 +204,8 @@ def _layout_reason(plan: StagePlan, others: list[StagePlan]) -> list[str]:
     for other in others:
         if other.layout.is_sharded and other.layout != plan.layout:
             is_worse = ORDER.index(other.verdict) < ORDER.index(plan.verdict)
-            said = {"no": "does not fit", "tight": "tight", "fits": "no faster"}[other.verdict if is_worse else "fits"]
-            reason += f"; {other.layout}: {said}"
+            label = {"no": "does not fit", "tight": "tight", "fits": "no faster"}[other.verdict if is_worse else "fits"]
+            reason += f"; {other.layout}: {label}"
     return [reason]
 
 
@@ -224,7 +224,7 @@ def _scoring(
     config: Config, sizes: ModelSizes, machine: Hardware, form: Form, adapters: list[estimates.Adapter]
 ) -> ScoringPlan:
     """Scoring with the configured tokens a pass, or with half as many as often as it takes to fit."""
-    row = max(getattr(config, stage).train.sequence_tokens or USUAL_ROW_TOKENS for stage in STAGES)
+    row = max(getattr(config, stage).train.max_sequence_tokens or USUAL_ROW_TOKENS for stage in STAGES)
     found, tokens = [], config.evaluate.batch_tokens
     while True:
         fitting = []

@@ -101,7 +101,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 def whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> Tensors:
     """The tensors, whole, in main memory; nothing where they are not to be kept.
 
-    Of a model that is dealt out, every process has to call it: they make one tensor whole after the other.
+    Of a sharded model every rank has to call it: they gather one full tensor after the other.
     """
     named = ((name, sharding.whole(tensor)) for name, tensor in tensors.items())
     return {name: tensor.detach().cpu().contiguous() for name, tensor in named if keep}
@@ -125,7 +125,7 @@ def conditions(train: TrainSection, *, processes: int, is_dealt_out: bool, exper
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processes": processes,
-        "dealt out": is_dealt_out,
+        "dealt out": is_dealt_out,  # the recorded name of "sharded"
         "ranks that share experts": expert_ranks,
         "micro_batch_tokens": train.micro_batch_tokens,
         "gradient_checkpointing": train.gradient_checkpointing,

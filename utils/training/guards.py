@@ -1,6 +1,6 @@
 """What is watched while an adapter is trained: numbers that must be finite, frozen adapters that must stay, metrics.
 
-A non-finite number stops every process within one step, also when only one of them met it, and names the batch.
+A non-finite number stops every rank within one step, also when only one of them met it, and names the batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def refuse_without_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> Non
     """After the first backward: every trained tensor has a finite gradient, and every B one that is not zero.
 
     A tensor without a gradient would silently stay as it is (FP8 experts do that). A's gradient is zero while B is.
-    Every process has to call it. Raises NonFiniteError that names the tensors.
+    Every rank has to call it. Raises NonFiniteError that names the tensors.
     """
     gradients = {name: sharding.whole(p.grad) for name, p in parameters.items() if p.grad is not None}
     faults = {
@@ -63,12 +63,12 @@ def out_of_memory(what: str, step: int, settings: TrainSection, names: Sequence[
     """A step that does not fit, with what was in its batches and the setting that makes it smaller."""
     section, tokens = f"--{what.split()[0]}.train", settings.micro_batch_tokens
     less = []
-    if tokens > settings.sequence_tokens:
-        less.append(f"{section}.micro_batch_tokens {max(settings.sequence_tokens, tokens // 2)}")
+    if tokens > settings.max_sequence_tokens:
+        less.append(f"{section}.micro_batch_tokens {max(settings.max_sequence_tokens, tokens // 2)}")
     if not settings.gradient_checkpointing:
         less.append(f"{section}.gradient_checkpointing true")
     again = "the same launch with" if "LOCAL_RANK" in os.environ else flags.command()
-    fix = "a shorter sequence_tokens, a smaller model or --base.quantization is what is left"
+    fix = "a shorter max_sequence_tokens, a smaller model or --base.quantization is what is left"
     if less:
         fix = f"go on with less memory, the result stays the same: {again} {' '.join(less)}"
     return OutOfMemory(
@@ -78,8 +78,8 @@ def out_of_memory(what: str, step: int, settings: TrainSection, names: Sequence[
     )
 
 
-def from_every_process(accelerator: Accelerator, names: list[str]) -> list[str]:
-    """The names of all processes, on each of them."""
+def from_every_rank(accelerator: Accelerator, names: list[str]) -> list[str]:
+    """The names of all ranks, on each of them."""
     if accelerator.num_processes == 1:
         return names
     from accelerate.utils import gather_object
@@ -99,20 +99,22 @@ def frozen_adapters(model: torch.nn.Module) -> str:
 
 
 def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
-    """Raises VerificationError, in every process, when what several of them hold is no longer the same in each.
+    """Raises VerificationError, on every rank, when what several of them hold is no longer the same in each.
 
     An average of gradients keeps adapters equal only as long as nothing else touches one of them; what is published is
-    the first process's, so the others would have trained for nothing, or it on gradients of something else. Factors of
-    shared experts are compared among the processes that have the same experts.
+    rank 0's, so the others would have trained for nothing, or it on gradients of something else. Factors of
+    shared experts are compared among the ranks that have the same experts.
     """
     if ranks.size() == 1:
         return
     held = {name: sharding.checksum(tensor) for name, tensor in sharding.held_whole(module)}
     ranks.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
     sums = {name: sharding.checksum(sharding.own(p)) for name, p in expert_parallel.copied_factors(module)}
-    if odd := ranks.unequal_copies(sums, expert_parallel.group_index(module)):
-        said = f"{what}, after step {step}, differs between ranks that share the same experts: {len(odd)} tensors"
-        raise VerificationError(Problem(said, odd[:5], ranks.SUSPECT))
+    if unequal := ranks.unequal_copies(sums, expert_parallel.group_index(module)):
+        difference = (
+            f"{what}, after step {step}, differs between ranks that share the same experts: {len(unequal)} tensors"
+        )
+        raise VerificationError(Problem(difference, unequal[:5], ranks.SUSPECT))
 
 
 def refuse_changed(before: str, after: str, what: str) -> None:

@@ -15,7 +15,7 @@ from utils.data.batches import Batch
 from utils.data.kept_pairs import DomainKeeping, How
 from utils.logger import event
 
-# of the run's steps: late enough to have passed the warm-up, early enough to mend what was lost
+# of the run's steps: late enough to have passed the warm-up, early enough to win back what was lost
 LOOK_SHARE = 0.25
 # of the tokens of the pairs: three passes over them are 3% of a training, which costs two passes over every token
 LOOK_TOKENS_SHARE = 1 / 50

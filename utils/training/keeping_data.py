@@ -73,7 +73,7 @@ def kept(
     """The pairs with what may be added to their steps, and what decides about it; not for `task.keep_domain off`."""
     task, settings = config.task, config.task.train
     pad = chat.pad_id(adapter_tokenizer.of(base))
-    size = min(WINDOW_TOKENS, settings.sequence_tokens)
+    size = min(WINDOW_TOKENS, settings.max_sequence_tokens)
 
     def windows(documents: Dataset, seed: int) -> DocumentWindows:
         return DocumentWindows(documents, size, seed, pad, packs=packs)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def share_of(items: Sequence[Any], process: int, processes: int) -> list[tuple[Any, bool]]:
-    """This process's micro-batches, and whether each counts; short processes repeat one that does not count.
+    """This rank's micro-batches, and whether each counts; short ranks repeat one that does not count.
 
-    The passes through the model have to be as many in every process: each is a conversation between them.
+    The passes through the model have to be as many on every rank: each is a conversation between them.
     """
     mine = [(rows, True) for rows in items[process::processes]]
     missing = math.ceil(len(items) / processes) - len(mine)
@@ -36,7 +36,7 @@ def batch_loss(module: torch.nn.Module, batch: Batch, device: torch.device) -> t
 
 @torch.no_grad()
 def mean_loss(loss_module: torch.nn.Module, batches: list[Batch], accelerator: Accelerator) -> float:
-    """Mean NLL per trained token over batches, dealt to the processes; every process gets the same number."""
+    """Mean NLL per trained token over batches that are split over the ranks; every rank gets the same number."""
     was_training = loss_module.training
     loss_module.eval()
     inner = accelerator.unwrap_model(loss_module)
@@ -52,7 +52,7 @@ def mean_loss(loss_module: torch.nn.Module, batches: list[Batch], accelerator: A
 
 @torch.no_grad()
 def sums(loss_module: torch.nn.Module, batches: Sequence[Batch], accelerator: Accelerator) -> list[float]:
-    """The summed NLL of each batch, dealt to the processes; every process gets the same numbers."""
+    """The summed NLL of each batch, split over the ranks; every rank gets the same numbers."""
     was_training = loss_module.training
     loss_module.eval()
     inner = accelerator.unwrap_model(loss_module)

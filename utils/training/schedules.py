@@ -39,10 +39,10 @@ def domain_is_on(seed: int, step: int | None) -> bool:
 
 
 def learning_rate(step: int, total: int, settings: TrainSection) -> float:
-    """Linear warm-up, then a cosine to final_learning_rate_share of the peak; a pure function of the step."""
-    warmup = max(1, round(settings.warmup_share * total))
+    """Linear warm-up, then a cosine to min_learning_rate_ratio of the peak; a pure function of the step."""
+    warmup = max(1, round(settings.warmup_ratio * total))
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
     share = (step - warmup) / max(1, total - warmup)
-    floor = settings.final_learning_rate_share
+    floor = settings.min_learning_rate_ratio
     return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))

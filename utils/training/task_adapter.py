@@ -66,7 +66,7 @@ def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, l
     """The pairs that are trained on, the dev batches, and how many pairs could be used and how."""
     prepared, task, settings = Prepared(data.directory), config.task, config.task.train
     tokenizer = adapter_tokenizer.of(base)
-    pad, longest = chat.pad_id(tokenizer), settings.sequence_tokens
+    pad, longest = chat.pad_id(tokenizer), settings.max_sequence_tokens
     examples, dev, turns = prepared.examples("train"), prepared.examples("dev"), task.turns == "all"
     if task.retrieval:
         splits = (examples, dev)

@@ -56,7 +56,7 @@ def start(accelerator: Accelerator, project: str, settings: dict[str, Any], dire
     except Exception as error:  # each of a dozen libraries raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = f"run.trackers: a tracker cannot start: {reason}"
-        raise ConfigError(Problem(what, fix="mend it, or --run.trackers none")) from error
+        raise ConfigError(Problem(what, fix="fix what it names, or --run.trackers none")) from error
 
 
 def flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:

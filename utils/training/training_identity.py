@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from config import USUAL_ROW_TOKENS, Config, LoraSection, TaskSection, TrainSection
+from config import RENAMED, USUAL_ROW_TOKENS, Config, LoraSection, TaskSection, TrainSection, with_today_s_names
 from utils.artifacts.identity import MARK, Identity, chosen, same_names
 from utils.artifacts.runs import Run
 from utils.data.retrieval.retrieved_prompts import TRAINED_PASSAGES, TRAINED_TOKENS
@@ -19,9 +19,8 @@ from utils.planning import preflight
 
 # recorded name -> setting
 LORA = same_names("rank", "alpha", "dropout", "use_rslora")
-TRAIN = same_names(
-    *("learning_rate", "epochs", "max_steps", "sequence_tokens", "batch_tokens", "warmup_share"),
-    *("final_learning_rate_share", "weight_decay", "max_grad_norm", "keep"),
+TRAIN = RENAMED | same_names(
+    *("learning_rate", "epochs", "max_steps", "batch_tokens", "weight_decay", "max_grad_norm", "keep")
 )
 # what the adapter that is kept is chosen by; the last one is not chosen
 CHOICE = same_names("evals_per_epoch", "max_dev_tokens")
@@ -164,6 +163,7 @@ def _decided_lora(lora: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
 
 
 def _decided_train(train: Mapping[str, Any]) -> dict[str, Any]:
+    train = with_today_s_names(train)
     found = chosen(train, TRAIN)
     if train["max_steps"]:
         found.pop("epochs")  # as in the field, so many steps are made in as many passes as they take

@@ -2,7 +2,7 @@
 
 What it promises: the same adapter bit for bit when killed anywhere and started again (CPU, one process); the loss is
 the mean over the trained tokens of the whole step, whatever the number of processes and micro-batches, and whether the
-model is whole in each process or dealt out to them; only the named adapter changes; a non-finite number stops the run
+model is whole on each rank or sharded over them; only the named adapter changes; a non-finite number stops the run
 within one step; the adapter that is kept is the best on dev, or the last where that is asked for.
 """
 
@@ -114,7 +114,7 @@ class _TrainingLoop:
         self.is_dealt_out = ranks.is_sharded()
         if self.is_dealt_out:
             expert_factors.prepare(self.model)
-            sharding.deal_out(module)  # the parameters are others after it
+            sharding.shard(module)  # the parameters are others after it
         self.shares_experts = any(expert_parallel.shared_in(self.model))
         self.parameters = peft_model.trainable_parameters(self.model)
         optimizer = torch.optim.AdamW(
@@ -256,7 +256,7 @@ class _TrainingLoop:
             self.had_gradients = True
         norm = gradients.clip(self.parameters, self.settings.max_grad_norm, self.accelerator)
         if not math.isfinite(norm):
-            names = guards.from_every_process(self.accelerator, self.names)
+            names = guards.from_every_rank(self.accelerator, self.names)
             raise guards.non_finite(f"gradient norm of step {number + 1}", names)
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = schedules.learning_rate(number, self.total, self.settings)
@@ -289,7 +289,7 @@ class _TrainingLoop:
         sums[1], sums[2] = float(signalled()), float(bool(bad))
         sums = accelerator.reduce(sums.to(accelerator.device), "sum")
         if sums[2]:
-            raise guards.non_finite(f"loss of step {number + 1}", guards.from_every_process(accelerator, bad))
+            raise guards.non_finite(f"loss of step {number + 1}", guards.from_every_rank(accelerator, bad))
         return float(sums[0]) / labels, bool(sums[1])
 
     def _measure_dev(self, epoch: int) -> None:
@@ -330,7 +330,7 @@ class _TrainingLoop:
     def _save(self) -> None:
         guards.refuse_diverged(self.model, self.state.step, self.what)
         is_main = self.accelerator.is_main_process
-        # of a model that is dealt out, all have to take part in making a tensor whole, one at a time
+        # of a sharded model all ranks have to take part in gathering a full tensor, one at a time
         adapter, best, optimizer = (
             checkpoints.whole(tensors, keep=is_main)
             for tensors in (self.parameters, self.best, checkpoints.optimizer_tensors(self.optimizer.optimizer))

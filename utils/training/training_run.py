@@ -99,8 +99,8 @@ def with_length(config: Config, data: Run) -> Config:
     found = counts.get("sequence_tokens") if isinstance(counts, dict) else None
     tokens = found if type(found) is int and found >= 16 else USUAL_ROW_TOKENS  # data of before has none
     for stage in ("domain", "task"):
-        if not getattr(config, stage).train.sequence_tokens and tokens != USUAL_ROW_TOKENS:
-            logger.event(f"{stage}.train.sequence_tokens follows the labelled pairs", tokens=tokens)
+        if not getattr(config, stage).train.max_sequence_tokens and tokens != USUAL_ROW_TOKENS:
+            logger.event(f"{stage}.train.max_sequence_tokens follows the labelled pairs", tokens=tokens)
     return with_row_tokens(config, tokens)
 
 
@@ -171,7 +171,7 @@ def train(
 
 def save(run: TrainingRun, model: PeftModel, outcome: TrainingOutcome, *, system_prompt: str = "") -> None:
     """Write adapter/ with its card, and config.json. Raises NonFiniteError when the adapter does nothing."""
-    factors = peft_model.factors_of(model, run.stage)  # of a model that is dealt out, every process has to ask for it
+    factors = peft_model.factors_of(model, run.stage)  # of a sharded model every rank has to ask for it
     if not run.is_main:
         return
     if len(zero_modules(factors)) == len(factors):

@@ -6,7 +6,7 @@ towns than dev and test pairs, but with the same values. So the base model knows
 cannot answer in that form, a task adapter knows the form and the values but not whose they are, and only both together
 can be right: the positive control.
 
-In the shuffled twin the facts are dealt to the wrong towns in the documents, never to the right one, while the
+In the shuffled twin the facts are assigned to the wrong towns in the documents, never to the right one, while the
 questions keep the true answers: the same words, wordings and counts, and knowledge that is wrong. What helps there is
 not knowledge.
 

@@ -21,12 +21,12 @@ Unsure = tuple[int, int]
 
 def are_there(row: Row) -> bool:
     """Whether the row has choices, by its columns' names or by what the person said."""
-    return "choices" in row.said.columns or any(row.has(name) for name in LISTS) or bool(_series(row))
+    return "choices" in row.column_map.columns or any(row.has(name) for name in LISTS) or bool(_series(row))
 
 
 def read_choices(row: Row) -> tuple[list[str] | None, list[str], str]:
     """(texts, labels, columns) of the row's choices; (None, [], "") for a row without any."""
-    if "choices" in row.said.columns:
+    if "choices" in row.column_map.columns:
         names = row.filled("choices")
         value = row.value("choices")
         texts, labels = _listed(value) if isinstance(value, (list, dict)) else (value, [])
@@ -51,9 +51,9 @@ def right_choice(
     """
     found: dict[str, int] = {}
     unsure, from_column = None, False
-    numbered = columns in LISTS or "choices" in row.said.columns
+    numbered = columns in LISTS or "choices" in row.column_map.columns
     for name, base in (("answer_index", 0), ("answer_number", 1)):
-        if name in row.said.columns and not is_missing(value := row.value(name)):
+        if name in row.column_map.columns and not is_missing(value := row.value(name)):
             found[name] = _in_range(value, texts, base)
     for name in KEYS:
         if not row.has(name):

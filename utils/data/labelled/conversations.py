@@ -60,14 +60,14 @@ def _read_turn(kind: str, role: str, turn: Turn, notes: list[str]) -> list[Turn]
     if kind != "assistant" and any(turn.get(name) not in (None, False) for name in ("train", "trainable", "training")):
         notes.append(f"a {role} turn marked to be trained: only assistant turns are")
     content = next((turn[key] for key in _TEXT_KEYS if not is_missing(turn.get(key))), "")
-    made: Turn = {"role": kind}
+    message: Turn = {"role": kind}
     extra: list[Turn] = []
     if kind == "call":  # LLaMA-Factory: the call itself is the text
-        made = {"role": "assistant", "tool_calls": _calls(content)}
+        message = {"role": "assistant", "tool_calls": _calls(content)}
         content = ""
     elif isinstance(content, list):
         content, parts, extra = _parts(content, role)
-        made |= parts
+        message |= parts
     elif kind == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
@@ -78,20 +78,20 @@ def _read_turn(kind: str, role: str, turn: Turn, notes: list[str]) -> list[Turn]
     )
     if thoughts is not None and not isinstance(thoughts, str):
         raise RowError(f"the reasoning of a {role} turn is not text", thoughts, "write a string")
-    if made["role"] == "assistant":
+    if message["role"] == "assistant":
         calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
         thought, content = split_thinking(content)
-        if reasoning := only_thoughts(clean(thoughts or "")) or made.get("reasoning_content") or thought:
-            made["reasoning_content"] = reasoning
+        if reasoning := only_thoughts(clean(thoughts or "")) or message.get("reasoning_content") or thought:
+            message["reasoning_content"] = reasoning
         if calls:
-            made["tool_calls"] = _calls(calls)
+            message["tool_calls"] = _calls(calls)
         if marks.is_untrained(turn):
-            made["untrained"] = True
+            message["untrained"] = True
     if kind == "tool":
-        made |= {key: str(turn[key]) for key in ("tool_call_id", "name") if not is_missing(turn.get(key))}
-    made["content"] = content
+        message |= {key: str(turn[key]) for key in ("tool_call_id", "name") if not is_missing(turn.get(key))}
+    message["content"] = content
     # what a user's turn brings back of tools stands before what the user says
-    return [*extra, made] if content or made.get("tool_calls") or not extra else extra
+    return [*extra, message] if content or message.get("tool_calls") or not extra else extra
 
 
 def _parts(content: list[Any], role: str) -> tuple[str, Turn, list[Turn]]:
@@ -110,9 +110,11 @@ def _parts(content: list[Any], role: str) -> tuple[str, Turn, list[Turn]]:
         elif kind == "tool_use":
             fields.setdefault("tool_calls", []).extend(_calls([part | {"arguments": part.get("input")}]))
         elif kind == "tool_result":
-            said = part.get("content")
-            said = _parts(said, role)[0] if isinstance(said, list) else said
-            results.append({"role": "tool", "content": clean(str(said)), "tool_call_id": str(part.get("tool_use_id"))})
+            result = part.get("content")
+            result = _parts(result, role)[0] if isinstance(result, list) else result
+            results.append(
+                {"role": "tool", "content": clean(str(result)), "tool_call_id": str(part.get("tool_use_id"))}
+            )
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:

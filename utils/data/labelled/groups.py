@@ -46,10 +46,10 @@ class Groups:
         return {"document": self.columns, "not_document": self.refused, "pairs_without_document": self.without}
 
 
-def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | None], said: ColumnMap) -> Groups:
+def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | None], column_map: ColumnMap) -> Groups:
     """The document of each pair: its column's value, else that of the first pair with the same context, else its id."""
     found = Groups()
-    wanted = said.columns.get("document", [])
+    wanted = column_map.columns.get("document", [])
     for column in wanted or NAMED:
         values = Counter(names[column] for names in pairs if names.get(column))
         if not values:
@@ -86,13 +86,13 @@ def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | N
 
 
 def find_sources(
-    pairs: Sequence[Names], said: ColumnMap, corpus: Callable[[Collection[str]], set[str]] | None
+    pairs: Sequence[Names], column_map: ColumnMap, corpus: Callable[[Collection[str]], set[str]] | None
 ) -> tuple[str | None, list[str | None]]:
     """(column, its value for each pair) that names the files of the corpus; (None, ...) where no column does.
 
     `corpus` tells which of some names are documents of the corpus; None where there is none to look in.
     """
-    wanted = said.columns.get("source")
+    wanted = column_map.columns.get("source")
     best: tuple[int, str | None] = (0, wanted[0] if wanted else None)
     values = {names[column] for column in wanted or SOURCES for names in pairs if names.get(column)}
     known = corpus({spelled for value in values for spelled in spellings(value)}) if corpus and values else set()

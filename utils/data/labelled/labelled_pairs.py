@@ -66,7 +66,7 @@ def prepare(
         }
     measured = token_lengths.measure(kept, tokenizer, task)
     limit = token_lengths.row_tokens(measured, base) if not is_built_in else token_lengths.USUAL
-    used = task.train.sequence_tokens or limit
+    used = task.train.max_sequence_tokens or limit
     counts["lengths"] = token_lengths.against(measured, used)
     token_lengths.warn(counts["lengths"])
     return counts | {"sequence_tokens": limit}
@@ -81,8 +81,8 @@ def _thoughts(example: dict[str, Any], task: TaskSection) -> Iterator[dict[str, 
 
 
 def _answer_tokens(tokenizer: Any, example: dict[str, Any]) -> int:
-    said, calls = example["answers"][0], example.get("tool_calls")
-    return len(chat.answer_ids(tokenizer, said, example.get("reasoning"), calls=calls))
+    text, calls = example["answers"][0], example.get("tool_calls")
+    return len(chat.answer_ids(tokenizer, text, example.get("reasoning"), calls=calls))
 
 
 def _read_splits(
@@ -123,8 +123,10 @@ def _read_splits(
         try:
             splits = split_by_document(given["train"], dev_share=data.dev_share, test_share=data.test_share, seed=seed)
         except DataError as error:
-            said = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
-            raise DataError([*error.problems, *([Problem(f"left out before: {said}")] if said else [])]) from error
+            reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
+            raise DataError(
+                [*error.problems, *([Problem(f"left out before: {reasons}")] if reasons else [])]
+            ) from error
     elif set(given) == set(SPLITS):
         splits = given
     else:
@@ -142,8 +144,8 @@ def _read_splits(
 
 
 def _refuse_empty(empty: Sequence[str], dropped: dict[str, int]) -> None:
-    said = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
-    what = f"no labelled pairs left for {' and '.join(empty)}{f'; left out: {said}' if said else ''}"
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
+    what = f"no labelled pairs left for {' and '.join(empty)}{f'; left out: {reasons}' if reasons else ''}"
     raise DataError(Problem(what, fix="give more, or separate files"))
 
 

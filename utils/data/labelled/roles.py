@@ -61,10 +61,10 @@ def column_name(name: object) -> str:
 class ColumnMap:
     """`--data.columns` of one run: role -> the columns that have it, and the columns that are to be ignored."""
 
-    def __init__(self, said: Sequence[str] = ()):
+    def __init__(self, entries: Sequence[str] = ()):
         self.columns: dict[str, list[str]] = {}
         self.ignored: set[str] = set()
-        for item in said:
+        for item in entries:
             role, _, column = item.partition("=")
             role = ALIASES.get(role.strip(), role.strip())
             if role == "ignore":
@@ -81,8 +81,8 @@ class ColumnMap:
 class Row:
     """The columns of one row; `used` is column -> role of those that were read."""
 
-    def __init__(self, values: Mapping[str, Any], said: ColumnMap | None = None):
-        self.said = said or ColumnMap()
+    def __init__(self, values: Mapping[str, Any], column_map: ColumnMap | None = None):
+        self.column_map = column_map or ColumnMap()
         self.values: dict[str, Any] = {}
         self.used: dict[str, str] = {}
         self.notes: list[str] = []
@@ -92,7 +92,7 @@ class Row:
                 raise RowError("two columns have the same name but for case", key, "rename one", of_file=True)
             if key not in self.values or not is_missing(value):
                 self.values[key] = value
-        self._spoken_for = {c for columns in self.said.columns.values() for c in columns} | self.said.ignored
+        self._claimed = {c for columns in self.column_map.columns.values() for c in columns} | self.column_map.ignored
 
     def has(self, *names: str) -> bool:
         """Whether any of these columns is filled and free."""
@@ -100,7 +100,7 @@ class Row:
 
     def peek(self, name: str) -> Any:
         """A column's value without using it; None for one that the person gave another role."""
-        return None if name in self._spoken_for else self.values.get(name)
+        return None if name in self._claimed else self.values.get(name)
 
     def take(self, name: str, role: str) -> Any:
         """A column's value, used as this role; None where it is not there."""
@@ -111,8 +111,8 @@ class Row:
 
     def filled(self, role: str) -> list[str]:
         """The columns that could have this role: those the person named, else the first filled one of each family."""
-        if role in self.said.columns:
-            return [column for column in self.said.columns[role] if not is_missing(self.values.get(column))]
+        if role in self.column_map.columns:
+            return [column for column in self.column_map.columns[role] if not is_missing(self.values.get(column))]
         for families in (STRONG.get(role, ()), WEAK.get(role, ())):
             firsts = [next((n for n in family if self.has(n) and self._may_be(role, n)), None) for family in families]
             if found := [name for name in firsts if name is not None]:
@@ -130,12 +130,12 @@ class Row:
     def is_named(self, role: str) -> bool:
         """Whether a column of this role is there, filled or not."""
         families = (*STRONG.get(role, ()), *WEAK.get(role, ()))
-        names = self.said.columns.get(role) or [n for family in families for n in family]
+        names = self.column_map.columns.get(role) or [n for family in families for n in family]
         return any(name in self.values for name in names)
 
     def role_of(self, name: str) -> str | None:
         """The role that a column has by its name or by what the person said; None for any other."""
-        for role, columns in self.said.columns.items():
+        for role, columns in self.column_map.columns.items():
             if name in columns:
                 return role
         known = {**STRONG, **{role: (*STRONG[role], *families) for role, families in WEAK.items()}}
@@ -146,7 +146,7 @@ class Row:
         names = self.filled(role)
         for name in names:
             self.used[name] = role
-        if role in self.said.columns:
+        if role in self.column_map.columns:
             if role in JOINED and len(names) > 1:
                 return [self.values[name] for name in names]
             return self.values[names[0]] if names else None

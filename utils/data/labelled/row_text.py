@@ -1,4 +1,4 @@
-"""The texts of a labelled row: cleaned, reasoning parted from the answer, and how two of them are compared. Pure."""
+"""The texts of a labelled row: cleaned, reasoning split from the answer, and how two of them are compared. Pure."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def warn(found: Mapping[str, Any]) -> None:
         if number > WORTH_WARNING * train["turns"]:
             warning(
                 f"{number:,} of {train['turns']:,} training {what} in rows of {found['limit']:,} tokens",
-                instead=f"--task.train.sequence_tokens {STEP * math.ceil(found['longest'] / STEP)} holds all",
+                instead=f"--task.train.max_sequence_tokens {STEP * math.ceil(found['longest'] / STEP)} holds all",
             )
 
 
@@ -113,11 +113,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _length(split: str, turn: dict[str, Any], tokenizer: Any, system_prompt: str) -> PairLength:
-    said, context = turn["answers"][0], turn.get("context") or ""
-    answer = chat.answer_ids(tokenizer, said, turn.get("reasoning"), calls=turn.get("tool_calls"))
+    text, context = turn["answers"][0], turn.get("context") or ""
+    answer = chat.answer_ids(tokenizer, text, turn.get("reasoning"), calls=turn.get("tool_calls"))
     prompt = chat.prompt_ids(tokenizer, turn, system_prompt)
     inside = len(chat.text_ids(tokenizer, [context])[0]) if context else 0
-    return PairLength(split, len(prompt) + len(answer), inside, said in context)
+    return PairLength(split, len(prompt) + len(answer), inside, text in context)
 
 
 def _positions(settings: Mapping[str, Any]) -> int | None:

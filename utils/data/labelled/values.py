@@ -15,7 +15,7 @@ _IMPOSSIBLE = {"is_impossible": True, "unanswerable": True, "answerable": False,
 
 def question_of(row: Row) -> tuple[str, Any]:
     """(shape, question); an instruction beside a question stands before it, an input beside one is its context."""
-    if "question" in row.said.columns:
+    if "question" in row.column_map.columns:
         value = row.value("question")
         return "question", "\n\n".join(text_of(v, "question") for v in value) if isinstance(value, list) else value
     names = row.filled("question")

@@ -79,13 +79,13 @@ def for_training(
     found, counts = [], []
     for examples in splits:
         texts = found_in_corpus(index, examples, tokenizer, TRAINED_PASSAGES)
-        made = []
+        lengthened = []
         for example, passages in zip(examples, texts, strict=True):
             answer = chat.answer_ids(tokenizer, example["answers"][0], example.get("reasoning"))
             longer, used = with_passages(example, passages, tokenizer, system_prompt, longest - len(answer))
-            made.append(longer)
+            lengthened.append(longer)
             counts.append(used)
-        found.append(made)
+        found.append(lengthened)
     mean = sum(counts) / max(1, len(counts))
     event("pairs have passages of the corpus", passages_a_pair=round(mean, 2), tokens_each=TRAINED_TOKENS)
     return found

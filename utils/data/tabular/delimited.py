@@ -25,8 +25,8 @@ def delimited_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
     texts = (piece for _, text in lines(path, complain) for piece in _LONE_RETURN.split(text) if piece)
     sample = list(itertools.islice(texts, _SAMPLE))
     skipped = 0
-    if sample and (said := _SEPARATOR.fullmatch(sample[0])):
-        delimiter, sample, skipped = said["mark"], sample[1:], 1
+    if sample and (separator := _SEPARATOR.fullmatch(sample[0])):
+        delimiter, sample, skipped = separator["mark"], sample[1:], 1
     else:
         delimiter = "\t" if ".tsv" in path.suffixes else _delimiter(sample)
     reader = csv.reader(itertools.chain(sample, texts), delimiter=delimiter, strict=True)

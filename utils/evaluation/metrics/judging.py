@@ -2,7 +2,7 @@
 
 Each pair is shown twice with the answers swapped, and counts as won only where both say so: models prefer a place
 (Zheng et al. 2023, arXiv:2306.05685). How often the judge agrees with people on pairs that they labelled stands beside
-it. It never decides the verdict.
+it. It does not change the verdict.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Judge:
                     model=self.model, messages=turns, temperature=0.0, max_tokens=MOST_TOKENS
                 )
             )
-            text = chat.spoken(str(made.choices[0].message.content or "")) if made.choices else ""
+            text = chat.answer_of(str(made.choices[0].message.content or "")) if made.choices else ""
             self._known[key] = said(text)
             resumable.append(self._remembered, {"key": key, "model": self.model, "said": self._known[key]}, self._of)
         return self._known[key]

@@ -114,7 +114,7 @@ def _role(run: Run, data: str, known: Mapping[str, str]) -> str:
     seed = f", seed {identity['seed']}" if "seed" in identity else ""
     if kind == "prepared":
         return "data"
-    if identity.get("on") == find.ELSEWHERE:
+    if identity.get("on") == find.EXTERNAL:
         return f"{kind} adapter of another tool"
     if kind == "domain" and identity.get("control"):
         return f"{identity['control']} adapter in the domain adapter's place{seed}"

@@ -28,7 +28,7 @@ TRAINED_ON = {
     "domain": "Composed's task adapter was trained on the domain adapter.",
     "base": "Composed's task adapter was trained on the base.",
     "domain_ready": "Composed's task adapter was trained on the base, with the domain adapter on in half of the steps.",
-    "elsewhere": "Composed's task adapter comes from elsewhere.",
+    "elsewhere": "Composed's task adapter is external.",
 }
 
 

@@ -121,8 +121,10 @@ class Endpoint:
         """One completion's choice, tried again while the server cannot answer for the moment. Raises EngineError."""
         for number, pause in enumerate([*RETRY_SECONDS, None]):
             try:
-                made = await client.completions.create(model=model, prompt=list(prompt), **sampling.body(), **more)
-                return _checked(made, prompt, self.root)
+                completion = await client.completions.create(
+                    model=model, prompt=list(prompt), **sampling.body(), **more
+                )
+                return _checked(completion, prompt, self.root)
             except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
                 # one that was silent for so long is not asked the same again
                 if pause is None or isinstance(error, openai.APITimeoutError) or self.alive():
@@ -187,7 +189,7 @@ class Endpoint:
     ) -> EngineError:
         """What a failure means, and what to do: a missing route, a missing adapter, LoRA switched off, a lost
         connection, and the rest."""
-        said = _message(error)
+        message = _message(error)
         gone, waited = self.alive(), 0.0
         # a connection is lost before the process that watches the server has seen its end
         while not gone and isinstance(error, openai.APIConnectionError) and waited < NOTICED_SECONDS:
@@ -201,25 +203,25 @@ class Endpoint:
         if isinstance(error, openai.APIConnectionError):
             reason = str(error.__cause__ or error)
             return EngineError(Problem(f"the connection to the server was lost ({what}): {reason}", self.root, _SEE))
-        if NO_LORA in said.lower():
+        if NO_LORA in message.lower():
             return EngineError(Problem("LoRA is switched off in this server", self.root, _start(adapter)))
         if isinstance(error, openai.NotFoundError):
-            return self._not_found(said, what, model, adapter)
+            return self._not_found(message, what, model, adapter)
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
             fix = "put its key into VLLM_API_KEY of the environment"
             return EngineError(Problem("the server wants another key", self.root, fix))
         status = f"HTTP {error.status_code}" if isinstance(error, openai.APIStatusError) else type(error).__name__
-        return EngineError(Problem(f"the server refuses ({what}): {status}: {said}", self.root, _SEE))
+        return EngineError(Problem(f"the server refuses ({what}): {status}: {message}", self.root, _SEE))
 
-    def _not_found(self, said: str, what: str, model: str, adapter: tuple[str, Path, int] | None) -> EngineError:
+    def _not_found(self, message: str, what: str, model: str, adapter: tuple[str, Path, int] | None) -> EngineError:
         if model:
             fix = "run the same command again, which loads it anew; what is answered is kept"
             return EngineError(
-                Problem(f"the server has no model or adapter {model} (any more): {said}", self.root, fix)
+                Problem(f"the server has no model or adapter {model} (any more): {message}", self.root, fix)
             )
-        if adapter and said:
+        if adapter and message:
             fix = "give the server a file system that it shares with this command"
-            what = f"the server finds no adapter in {adapter[1]}: {said}"
+            what = f"the server finds no adapter in {adapter[1]}: {message}"
             return EngineError(Problem(what, self.root, fix))
         if adapter:
             return EngineError(Problem(f"the server has no {LOAD}", self.root, _start(adapter)))
@@ -249,11 +251,11 @@ def _length(entry: dict[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _checked(made: Any, prompt: Sequence[int], server: str) -> Any:
+def _checked(completion: Any, prompt: Sequence[int], server: str) -> Any:
     """The choice of a completion, its `token_ids` with it. Raises EngineError for one of another prompt."""
-    if not getattr(made, "choices", None):
+    if not getattr(completion, "choices", None):
         raise EngineError(Problem("the server gave an answer without choices", server, _SEE))
-    choice = made.choices[0]
+    choice = completion.choices[0]
     extra = choice.model_extra or {}
     _refuse_other_prompt(extra, prompt, server)
     return choice

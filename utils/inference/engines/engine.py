@@ -139,7 +139,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------ start, attach
 
     def _started(self) -> Endpoint:
-        key, said = secrets.token_hex(16), ""
+        key, last_output = secrets.token_hex(16), ""
         for _ in range(PORT_TRIES):
             port = server_process.free_port()
             words = vllm_command.words(self._python, self._base, self._section, self._needs, port)
@@ -148,11 +148,11 @@ class Engine:
             if self._waited(Endpoint(self._process.address, key)):
                 event("vLLM is ready", port=port)
                 return Endpoint(self._process.address, key, self._why_gone)
-            said = self._process.said()
+            last_output = self._process.last_output()
             self._process.stop()
-            if "address already in use" not in said.lower():
+            if "address already in use" not in last_output.lower():
                 break
-        what = f"the server ended before it answered. It said last:\n{said}"
+        what = f"the server ended before it answered. It said last:\n{last_output}"
         raise EngineError(Problem(what, fix="see its own words above; --inference.engine local answers without it"))
 
     def _waited(self, server: Endpoint) -> bool:

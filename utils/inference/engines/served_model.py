@@ -95,13 +95,13 @@ class ServedModel:
         return [self._read(known[key]) for key in keys]
 
     def stream(
-        self, prompt: Sequence[int], label: str, factors: Factors | None, said: Callable[[str], None]
+        self, prompt: Sequence[int], label: str, factors: Factors | None, show: Callable[[str], None]
     ) -> GeneratedAnswer:
-        """One answer; `said` gets its text as it comes."""
+        """One answer; `show` gets its text as it comes."""
         adapter = self._engine.load(label, factors, prompt) if factors else ""
         ids: list[int] = []
         for text in self._texts(self._engine.stream(prompt, self._sampling_of(0), adapter), ids):
-            said(text)
+            show(text)
         return self._read(ids)
 
     def _ask(

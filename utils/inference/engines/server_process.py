@@ -37,11 +37,11 @@ LOOK_SECONDS = 0.2
 def folder(models_dir: Path) -> Iterator[Path]:
     """A locked folder for one server, gone afterwards; what killed commands left is ended and removed first."""
     end_leftovers(models_dir)
-    made = models_dir / f"{PREFIX}{secrets.token_hex(6)}@{socket.gethostname()}"
+    folder = models_dir / f"{PREFIX}{secrets.token_hex(6)}@{socket.gethostname()}"
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, made, ignore_errors=True)
-        stack.enter_context(locks.locked(made, "the folder of an engine"))
-        yield made
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.enter_context(locks.locked(folder, "the folder of an engine"))
+        yield folder
 
 
 def end_leftovers(models_dir: Path) -> None:
@@ -73,7 +73,7 @@ class ServerProcess:
     def is_running(self) -> bool:
         return self._guard.poll() is None
 
-    def said(self) -> str:
+    def last_output(self) -> str:
         """The last lines that it wrote, without secrets."""
         text = (self.home / LOG).read_bytes()[-TAIL_BYTES:].decode("utf-8", errors="replace")
         return redact("\n".join([line for line in text.splitlines() if line.strip()][-TAIL_LINES:]))

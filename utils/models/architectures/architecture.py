@@ -20,7 +20,7 @@ def nothing_unsaid(settings: Settings, place: str) -> list[Problem]:
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model known by heart, for answers where its config.json cannot be fetched.
+    """A model whose shapes are built in, for when its config.json cannot be fetched.
 
     `is_named` says whether a base model's source is this one; `preset` has the settings that train it.
     """

@@ -1,4 +1,4 @@
-"""MiniMax-M2: shapes by heart, routers in float32, half of each head rotated, a pad token that nothing names.
+"""MiniMax-M2: built-in shapes, routers in float32, half of each head rotated, a pad token that nothing names.
 
 `PUBLISHED` is the shape part of the config.json of MiniMaxAI/MiniMax-M2 as it was published at the revision that
 config.py pins (rotary_dim 64 of head_dim 128; checkpoint in FP8 with blocks of 128). The real classes are counted on

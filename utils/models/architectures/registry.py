@@ -18,6 +18,6 @@ def of(model_type: object) -> Architecture:
 
 
 def published(source: str) -> PublishedModel | None:
-    """The model known by heart that a base model's source names; None for every other."""
+    """The model with built-in shapes that a base model's source names; None for every other."""
     found = (architecture.published for architecture in KNOWN.values())
     return next((model for model in found if model and model.is_named(source)), None)

@@ -23,7 +23,7 @@ from utils.signals import Terminated
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-ERROR, SAID = "error", "said"
+ERROR, REPORTED = "error", "said"
 BEAT_SECONDS = 1.0
 # a rank that gave no sign of life for so long is lost: its machine has ended, or it hangs; the end of a process of this
 # machine is seen at the next look
@@ -148,7 +148,7 @@ class Watch(threading.Thread):
         if self._rank == 0:
             print(printable(str(error_of(told))), file=sys.stderr, flush=True)
             with suppress(RuntimeError):
-                self._store.set(SAID, "said")
+                self._store.set(REPORTED, "said")
             time.sleep(2 * self.beat_seconds)  # for those who wait for it: this may be the rank that holds the store
         os._exit(int(told["exit_code"]))
 

@@ -97,24 +97,24 @@ def problems(model: torch.nn.Module, layout: ProcessLayout) -> list[Problem]:
     """Why the experts of this model cannot be shared as `layout` says; all reasons at once."""
     asked, found = layout.expert, modules(model)
     fix = "--run.expert_parallel off"
-    said = []
+    problems = []
     if not layout.is_sharded:
         what = "run.expert_parallel: experts are shared by ranks that share the model, and here each has all of it"
-        said.append(Problem(what, asked, f"launch it with a file that asks for FSDP (scripts/launch/), or {fix}"))
+        problems.append(Problem(what, asked, f"launch it with a file that asks for FSDP (scripts/launch/), or {fix}"))
     elif layout.shard % asked:
         what = f"run.expert_parallel: the {layout.shard} ranks that share the model are no whole number of groups"
-        said.append(Problem(what, asked, f"a divisor of {layout.shard}, or {fix}"))
+        problems.append(Problem(what, asked, f"a divisor of {layout.shard}, or {fix}"))
     if not found:
         what = f"run.expert_parallel: transformers has no expert plan for {type(model).__name__}"
-        said.append(Problem(what, asked, f"{fix}: layers are gathered (FSDP2)"))
+        problems.append(Problem(what, asked, f"{fix}: layers are gathered (FSDP2)"))
     counts = {module._parameters[names[0]].shape[0] for module, names in found.values() if names}
-    if odd := sorted(count for count in counts if count % asked):
-        what = f"run.expert_parallel: {odd[0]} experts cannot be divided among {asked} ranks"
-        said.append(Problem(what, asked, f"a divisor of {odd[0]}, or {fix}"))
+    if indivisible := sorted(count for count in counts if count % asked):
+        what = f"run.expert_parallel: {indivisible[0]} experts cannot be divided among {asked} ranks"
+        problems.append(Problem(what, asked, f"a divisor of {indivisible[0]}, or {fix}"))
     if unlike := [path for path, (module, names) in found.items() if not _is_known(module, names)]:
         what = f"run.expert_parallel: the forward pass of {type(found[unlike[0]][0]).__name__} is one of its own"
-        said.append(Problem(what, unlike[:3], f"{fix}: layers are gathered (FSDP2)"))
-    return said
+        problems.append(Problem(what, unlike[:3], f"{fix}: layers are gathered (FSDP2)"))
+    return problems
 
 
 def mark(model: torch.nn.Module) -> bool:
@@ -213,12 +213,12 @@ def factor(tensor: torch.Tensor, mesh: DeviceMesh, rank: int | None = None) -> t
     from torch.distributed.tensor.placement_types import _StridedShard
 
     place = Shard(0) if rank is None else _StridedShard(1, split_factor=rank)
-    made = distribute_tensor(tensor.detach(), mesh, [Replicate(), place], src_data_rank=None)
-    local = made.to_local().clone()  # a slice would hold on to the whole
-    made = DTensor.from_local(
-        local, mesh, made.placements, run_check=False, shape=tensor.shape, stride=tensor.contiguous().stride()
+    shard = distribute_tensor(tensor.detach(), mesh, [Replicate(), place], src_data_rank=None)
+    local = shard.to_local().clone()  # a slice would hold on to the whole
+    shard = DTensor.from_local(
+        local, mesh, shard.placements, run_check=False, shape=tensor.shape, stride=tensor.contiguous().stride()
     )
-    return torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return torch.nn.Parameter(shard, requires_grad=tensor.requires_grad)
 
 
 def rows_by_rank() -> list[int]:

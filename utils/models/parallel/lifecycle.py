@@ -17,7 +17,7 @@ from utils.exceptions import ConfigError, Interrupted, PipelineError, Problem, i
 from utils.flags import arguments
 from utils.models import devices
 from utils.models.parallel import ranks
-from utils.models.parallel.errors import SAID, Elsewhere, Watch, error_of, post
+from utils.models.parallel.errors import REPORTED, Elsewhere, Watch, error_of, post
 from utils.models.parallel.ranks import Team
 
 # of one collective; all ranks are there when it begins
@@ -64,7 +64,7 @@ def leave() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one rank has ended
         with suppress(RuntimeError):  # the store is gone
             if team.rank == 0:
-                team.store.set(SAID, "said")
+                team.store.set(REPORTED, "said")
             team.store.add("farewell", 1)
         if team.rank == 0:
             told = team.watch.error or {}
@@ -128,7 +128,7 @@ def _ended_by(team: Team, error: BaseException) -> BaseException:
         return error
     if team.rank:
         waits = LOST_FAREWELL_SECONDS if heard["exit_code"] == Interrupted.exit_code else FAREWELL_SECONDS
-        if _until(lambda: team.store.check([SAID]), waits):
+        if _until(lambda: team.store.check([REPORTED]), waits):
             return Elsewhere(heard)
         # rank 0 cannot say it any more
         return dist.DistNetworkError("the first rank") if team.watch.is_without_first() else Elsewhere(heard)

@@ -186,18 +186,18 @@ def refuse_unequal(
     one, unlike = compared(found)
     if unlike:
         others, names = ", ".join(map(str, unlike)), next(iter(unlike.values()))[1]
-        said = f"{what} differs between process 0 and {others}, in {len(names)} of {len(one)} values: {names[:5]}"
-        raise error(Problem(said, fix=fix))
+        difference = f"{what} differs between rank 0 and {others}, in {len(names)} of {len(one)} values: {names[:5]}"
+        raise error(Problem(difference, fix=fix))
 
 
 def unequal_copies(found: Mapping[str, Any], copy_of: int) -> list[str]:
     """Names whose values differ among the ranks that are copies of the same part, on every rank."""
     one: dict[int, Mapping[str, Any]] = {}
-    odd: set[str] = set()
+    unequal: set[str] = set()
     for part, values in gathered((copy_of, dict(found))):
         known = one.setdefault(part, values)
-        odd |= {name for name in {*known, *values} if known.get(name) != values.get(name)}
-    return sorted(odd)
+        unequal |= {name for name in {*known, *values} if known.get(name) != values.get(name)}
+    return sorted(unequal)
 
 
 # ------------------------------------------------------------------------------------------------ inside

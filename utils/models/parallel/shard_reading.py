@@ -157,11 +157,11 @@ def reader(base: BaseModel, model: PreTrainedModel) -> ShardReader | None:
 def as_placeholders(model: PreTrainedModel, reading: ShardReader) -> bool:
     """Put placeholders in place of a meta model's parameters, values in its buffers; whether all of them are known."""
     for module in model.modules():
-        made = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
-        for name, buffer in made.items():
+        buffers = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
+        for name, buffer in buffers.items():
             value = float("nan") if buffer.is_floating_point() else 0
             module._buffers[name] = torch.full(buffer.shape, value, dtype=buffer.dtype)
-        if made:
+        if buffers:
             with torch.no_grad():
                 model._init_weights(module)  # transformers' own way to make what no file holds
     for name, buffer in model.named_buffers():

@@ -39,20 +39,20 @@ _bytes_read: list[int] = []
 
 
 def load_model(base: BaseModel, section: BaseModelSection, *, native_fp8: bool = False) -> PreTrainedModel:
-    """The frozen base model to be trained on: on this process's device or, when it will be dealt out, in the main
-    process's memory and without values in the others, which read no weights. Errors as `base_model.load_model`.
+    """The frozen base model to be trained on: on this rank's device or, when it will be sharded, in rank
+    0's memory and without values on the other ranks, which read no weights. Errors as `base_model.load_model`.
     """
     if not ranks.is_sharded():
         return loading.load_model(base, section, native_fp8=native_fp8)
     if base.quantization != PLAIN:
-        fix = "launch it with a file that deals nothing out, or leave out --base.quantization"
-        raise ConfigError(Problem("a base in 4 or 8 bits cannot be dealt out", base.quantization, fix))
+        fix = "launch it with a file that does not shard, or leave out --base.quantization"
+        raise ConfigError(Problem("a base in 4 or 8 bits cannot be sharded", base.quantization, fix))
     _layer_classes(loading.skeleton(base))  # a wrong name is found before the weights are read
     if not native_fp8 and (model := _placeholders(base, section)) is not None:
         event("each rank reads what it keeps", processes=ranks.size())
     else:
         if ranks.index() == 0:
-            event("reading the weights in one process, to deal them out", processes=ranks.size())
+            event("reading the weights on one rank, to shard them", processes=ranks.size())
         place = torch.device("meta" if ranks.index() else "cpu")
         model = loading.load_model(base, section, native_fp8=native_fp8, place=place)
     if not native_fp8 and expert_parallel.mark(model):
@@ -75,17 +75,17 @@ def ready_model(base: BaseModel, section: BaseModelSection) -> PreTrainedModel:
     """
     model = load_model(base, section)
     if ranks.is_sharded():
-        deal_out(model, root=model.get_decoder())
+        shard(model, root=model.get_decoder())
     return model
 
 
-def deal_out(module: torch.nn.Module, root: torch.nn.Module | None = None) -> None:
-    """Cut every parameter of `module` (loss and model) into the processes' parts, in place; buffers stay whole.
+def shard(module: torch.nn.Module, root: torch.nn.Module | None = None) -> None:
+    """Shard every parameter of `module` (loss and model) over the ranks, in place; buffers stay whole.
 
-    With a `root` only the decoder layers are cut, and the module whose forward pass begins a pass is `root`.
+    With a `root` only the decoder layers are sharded, and the module whose forward pass begins a pass is `root`.
 
-    Before, the main process has the values and the others have them or not. Afterwards parameters are DTensors outside
-    of a forward or backward pass, so optimisers are made after this. Raises VerificationError when the processes built
+    Before, rank 0 has the values and the others have them or not. Afterwards parameters are DTensors outside
+    of a forward or backward pass, so optimisers are made after this. Raises VerificationError when the ranks built
     different models, or do not get the same bytes.
     """
     _refuse_unlike(module)
@@ -97,19 +97,19 @@ def deal_out(module: torch.nn.Module, root: torch.nn.Module | None = None) -> No
     rest = {name: part for name, part in module.named_modules() if id(part) not in inside}
     sums: dict[str, int] = {}
     read: dict[Source, tuple[int, torch.Tensor]] = {}
-    with Progress("dealing out the model", total=len(layers) + 1, unit="layer") as bar:
+    with Progress("sharding the model", total=len(layers) + 1, unit="layer") as bar:
         for name, layer in layers.items():
-            _deal(layer, dict(layer.named_modules(prefix=name)), mesh, sums, read, meshes)
+            _shard_layer(layer, dict(layer.named_modules(prefix=name)), mesh, sums, read, meshes)
             bar.advance(1)
-        _deal(root or module, rest, mesh, sums, read, is_whole=root is not None)
+        _shard_layer(root or module, rest, mesh, sums, read, is_whole=root is not None)
     _check_read(read)
-    ranks.refuse_unequal(sums, "the model, while it was dealt out,")
+    ranks.refuse_unequal(sums, "the model, while it was sharded,")
     parts = sum(own(p).nbytes for p in module.parameters())
-    event("the model is dealt out", layers=len(layers), processes=ranks.size(), part_gib=parts / 2**30)
+    event("the model is sharded", layers=len(layers), processes=ranks.size(), part_gib=parts / 2**30)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, in main memory if it was dealt out; then every process has to call this for it."""
+    """The full tensor, in main memory if it was sharded; then every rank has to call this for it."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(tensor, DTensor):
@@ -118,7 +118,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, cut as `parameter` is; nothing is sent."""
+    """This rank's shard of a full tensor, cut as `parameter` is; nothing is sent."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor) or tensor.shape != parameter.shape:
@@ -127,14 +127,14 @@ def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
+    """This rank's local shard of a tensor."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def held_whole(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What is trained and what is buffered, as far as every process has all of it: that must be equal everywhere."""
+    """What is trained and what is buffered, as far as every rank has all of it: that must be equal everywhere."""
     from torch.distributed.tensor import DTensor
 
     yield from ((n, p) for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor))
@@ -173,22 +173,22 @@ def _layer_classes(module: torch.nn.Module) -> set[str]:
         classes, fix = classes & there, "name it in the launch file as fsdp_transformer_layer_cls_to_wrap"
     if not classes or classes - there:
         layers = sorted(name for name in there if name.endswith(("Layer", "Block")))
-        what = f"the model has no layer of class {given or 'that transformers names'} to deal out; it has {layers}"
+        what = f"the model has no layer of class {given or 'that transformers names'} to shard; it has {layers}"
         raise ConfigError(Problem(what, fix=fix))
     return classes
 
 
 def _refuse_unlike(module: torch.nn.Module) -> None:
-    """The processes have to agree on names, shapes and dtypes before anything is sent."""
+    """The ranks have to agree on names, shapes and dtypes before anything is sent."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     whole_numbers = [n for n, p in module.named_parameters() if not p.dtype.is_floating_point]
     if whole_numbers:
-        fix = "launch it with a file that deals nothing out, or load a base that is not quantised to 4 or 8 bits"
-        raise ConfigError(Problem("quantised weights cannot be dealt out", whole_numbers[:3], fix))
+        fix = "launch it with a file that does not shard, or load a base that is not quantised to 4 or 8 bits"
+        raise ConfigError(Problem("quantised weights cannot be sharded", whole_numbers[:3], fix))
     ranks.refuse_unequal({name: (tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors}, "the model")
 
 
-def _deal(
+def _shard_layer(
     layer: torch.nn.Module,
     parts: Mapping[str, torch.nn.Module],
     mesh: DeviceMesh,
@@ -198,7 +198,7 @@ def _deal(
     *,
     is_whole: bool = False,
 ) -> None:
-    """Put the tensors of `parts` on the device, with the main process's values, and cut the parameters of `layer`.
+    """Put the tensors of `parts` on the device, with rank 0's values, and shard the parameters of `layer`.
 
     What `is_whole` is not cut, and `layer` only leads the layers inside it.
     """
@@ -236,9 +236,9 @@ def _fill(owners: Owners, source: Source, read: dict[Source, tuple[int, torch.Te
     old = module._parameters[key]
     rows = source.reader.rows(source.name, 0, old.shape[0], old.dtype).view(old.shape).to(devices.device())
     read[source] = 0, rows
-    made = torch.nn.Parameter(rows, requires_grad=False)
+    parameter = torch.nn.Parameter(rows, requires_grad=False)
     for _, module, key in owners:
-        module._parameters[key] = made
+        module._parameters[key] = parameter
 
 
 def _local(owners: Owners, source: Source, read: dict[Source, tuple[int, torch.Tensor]]) -> torch.nn.Parameter:
@@ -256,10 +256,10 @@ def _local(owners: Owners, source: Source, read: dict[Source, tuple[int, torch.T
     read[source] = first, rows
     if not isinstance(cut, DTensor):
         return torch.nn.Parameter(rows, requires_grad=False)
-    made = DTensor.from_local(
+    local_shard = DTensor.from_local(
         rows, cut.device_mesh, cut.placements, run_check=False, shape=cut.shape, stride=cut.stride()
     )
-    return torch.nn.Parameter(made, requires_grad=False)
+    return torch.nn.Parameter(local_shard, requires_grad=False)
 
 
 def _check_read(read: Mapping[Source, tuple[int, torch.Tensor]]) -> None:

@@ -130,17 +130,17 @@ def pads_left(model: Any, texts: _Texts, limit: float, found: dict[str, float]) 
     prompts = [prompt for prompt, _ in texts.items]
     longest, pad = max(map(len, prompts)), texts.rows[0][0][0]
 
-    def said(rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
+    def last_logits(rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
         ids = torch.tensor(rows, device=model.device)
         mask = torch.tensor([[0] * (len(rows[0]) - n) + [1] * n for n in lengths], device=model.device)
         how = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False, "pad_token_id": pad}
-        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, **how)
-        return torch.log_softmax(made.logits[0].float(), dim=-1)
+        generated = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, **how)
+        return torch.log_softmax(generated.logits[0].float(), dim=-1)
 
     try:
-        alone = torch.cat([said([prompt], [len(prompt)]) for prompt in prompts])
+        alone = torch.cat([last_logits([prompt], [len(prompt)]) for prompt in prompts])
         padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
-        found["left padding"] = _difference(said(padded, [len(prompt) for prompt in prompts]), alone)
+        found["left padding"] = _difference(last_logits(padded, [len(prompt) for prompt in prompts]), alone)
     except _NO_SUCH:
         return False
     return found["left padding"] <= 10 * limit  # of all tokens, also of unlikely ones

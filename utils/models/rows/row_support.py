@@ -57,12 +57,12 @@ class RowSupport:
     def deciding(self, *names: str) -> dict[str, Any]:
         """What of these makes a result another one than that of a plain decoder, for an identity; empty for one."""
         usual, found = asdict(PLAIN_ROWS), asdict(self)
-        odd = {
+        differing = {
             name: found[name]
             for name in names or ("packing", "candidates", "head", "pads_left")
             if found[name] != usual[name]
         }
-        return {"rows": odd} if odd else {}
+        return {"rows": differing} if differing else {}
 
 
 PLAIN_ROWS = RowSupport()

@@ -61,6 +61,6 @@ def _wrong_format(model: PreTrainedModel, directory: Path, *, native_fp8: bool) 
         what = f"{directory}: its weights were to stay FP8, and transformers de-quantised them"
         return [Problem(what, fix="--base.fp8 dequantise, where the memory is there")]
     if codes and not native_fp8:
-        what = f"{directory}: {len(codes)} weights are FP8 codes and were to be de-quantised"
+        what = f"{directory}: {len(codes)} weights are FP8 values and should be dequantized"
         return [Problem(what, codes[:NAMED], "use the transformers of requirements.txt")]
     return []

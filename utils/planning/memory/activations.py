@@ -1,6 +1,6 @@
-"""What a layer's activations take: kept for the backward pass, and passing. Numbers in, numbers out; bytes.
+"""What a layer's activations take: saved for the backward pass, and workspace. Numbers in, numbers out; bytes.
 
-What the training step keeps was read off autograd, tensor by tensor.
+What a training step saves was read off autograd, tensor by tensor.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def compare(
     faults = [answer_metrics.fault(answer.text, answer.finish_reason) for answer in (canary, production)]
     found["output"] = _sign(bool(faults[0]), bool(faults[1]))
     example = {**prompt.example, "answers": list(prompt.golds)}
-    scores = [_score(quality, chat.spoken(answer.text), example) for answer in (canary, production)]
+    scores = [_score(quality, chat.answer_of(answer.text), example) for answer in (canary, production)]
     if max(scores) > -math.inf:
         found["quality"] = _sign(-scores[0], -scores[1])
     for metric, name in (("first_token", "first_token_s"), ("per_token", "per_token_s")):

@@ -114,7 +114,7 @@ def open_side(given: str, digest: str, *, slots: Path, slot: str, known: Side | 
     """
     if given.startswith(("http://", "https://")):
         if given.startswith("https://"):
-            raise ConfigError(Problem("model servers are spoken to in plain HTTP inside your network", given))
+            raise ConfigError(Problem("model servers are asked over plain HTTP inside your network", given))
         address = given.removeprefix("http://").rstrip("/").removesuffix("/v1")  # people type what their clients use
         return Side(address, digest or servers.served_digest(address))
     directory = Path(given)

@@ -118,10 +118,10 @@ def parse(markup: str) -> Element | None:
         if any("memory" in entry.message.lower() for entry in parser.error_log) or "memory" in str(error).lower():
             raise MemoryError from error
         raise NoTextError("the page has no visible text") from error
-    said = [entry.message.lower() for entry in parser.error_log]
-    if any("memory alloc" in message for message in said):
+    messages = [entry.message.lower() for entry in parser.error_log]
+    if any("memory alloc" in message for message in messages):
         raise MemoryError
-    return None if any("depth" in message for message in said) else root
+    return None if any("depth" in message for message in messages) else root
 
 
 def page_text(root: Element, parts: PageParts | None) -> Extracted:

@@ -286,7 +286,7 @@ class Balancer:
         return {(row["pxname"], row["svname"]): row for row in csv.DictReader(text.splitlines())}
 
     def _port_is_free(self) -> bool:
-        """HAProxy would share it with another HAProxy, and the kernel would deal users out to both."""
+        """HAProxy would share it with another HAProxy, and the kernel would divide users between both."""
         try:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
