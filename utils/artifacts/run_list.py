@@ -18,7 +18,7 @@ from utils.exceptions import ArtefactError, ConfigError, Problem, did_you_mean
 PREPARED = "prepared"
 CONTROLS = "controls/"
 # from the best on; what an evaluation says of a composition
-VERDICTS = ("helps", "coexists", "undecided", "interferes")
+VERDICTS = ("helps", "coexists", "undecided", "interferes", "hurts")
 # recorded in an identity, and said in columns of their own or of no use to a reader
 _NOT_SHOWN = ("stage", "method", "base", "data", "tokenizer", "adapters", "runs", "domain_adapter", "models")
 

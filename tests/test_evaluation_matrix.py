@@ -1,0 +1,172 @@
+"""Several domains and tasks: which pairs are judged, what is said of the others, and that all pairs are one family."""
+
+from __future__ import annotations
+
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from tests.support import Workspace, write_jsonl
+from tests.test_evaluation_one_adapter import typed
+from utils.artifacts import files
+from utils.evaluation import verdict
+from utils.evaluation.matrix import matrix, matrix_report
+from utils.evaluation.matrix.matrix_runs import AdapterPair, MatrixRuns
+from utils.evaluation.matrix.matrix_scores import DOCUMENTS, QUESTIONS, Scored, name_of, questions_of, wanted
+from utils.exceptions import PipelineError
+
+
+class Matrix(unittest.TestCase):
+    """Two domains; a task adapter stacked on the first, one on the base, one ready for any."""
+
+    place: Workspace
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.place = place = Workspace(documents=30)
+        other = place.root / "boats.jsonl"
+        rows = [{"id": f"o{i}", "text": f"The {i}th boat sailed on a {i * 7}-mile river at dawn."} for i in range(40)]
+        write_jsonl(other, rows)
+        share = ("--data.heldout_share", "0.3")
+        typed(place, "prepare_data", "--data.corpus", str(other), "--data.task", "none", *share)
+        typed(place, "train_domain_adapter", "--run.name", "boats")
+        typed(place, "prepare_data", *place.sources, *share)
+        typed(place, "train_domain_adapter", "--run.name", "functions")
+        typed(place, "train_task_adapter", "--run.name", "stacked")
+        typed(place, "train_task_adapter", "--run.name", "alone", "--task.on", "base")
+        typed(place, "train_task_adapter", "--run.name", "ready", "--task.on", "domain_ready")
+
+    def pairs(self, found: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+        return {(pair["task"], pair["domain"]): pair for pair in found["pairs"]}
+
+    def test_every_pair_is_judged_or_says_why_not(self) -> None:
+        found, _ = typed(self.place, "evaluate", "--evaluate.matrix")
+        pairs = self.pairs(found)
+        self.assertEqual(len(pairs), 6)
+        empty = {pair for pair, one in pairs.items() if one["why_empty"]}
+        self.assertEqual(empty, {("stacked", "boats")})
+        self.assertIn("trained on functions", pairs["stacked", "boats"]["why_empty"])
+        for pair, one in pairs.items():
+            if pair not in empty:
+                self.assertIn(one["verdict"], ("coexists", "interferes", "undecided"))
+                self.assertIsNotNone(one["gain"], pair)
+        # documents are those of the pair's own domain
+        clusters = {pair: (one.get("contrasts", {}).get("H1") or {}).get("clusters") for pair, one in pairs.items()}
+        self.assertEqual(len({clusters[task, "boats"] for task in ("alone", "ready")} - {None}) <= 1, True)
+        page = (Path(found["run"]) / "report.html").read_text(encoding="utf-8")
+        for said in ("Heat map", "trained on functions and works on that one alone", "--s:"):
+            self.assertIn(said, page)
+        results = files.read_json(Path(found["run"]) / "results.json")
+        self.assertIn("the best of them looks better than it is", " ".join(results["cautions"]))
+        self.assertEqual(results["reads"]["models"], 5)
+        again, _ = typed(self.place, "evaluate", "--evaluate.matrix")
+        self.assertTrue(again["reused"])
+
+    def test_named_adapters_and_the_same_numbers_as_the_evaluation_of_the_pair(self) -> None:
+        models = self.place.models
+        named = ("--evaluate.matrix_domain", str(models / "domain/functions"))
+        found, _ = typed(self.place, "evaluate", *named, "--evaluate.matrix_task", str(models / "task/alone"))
+        ((_, one),) = self.pairs(found).items()
+        alone, _ = typed(
+            self.place,
+            "evaluate",
+            "--task_adapter",
+            str(models / "task/alone"),
+            "--domain_adapter",
+            str(models / "domain/functions"),
+            "--evaluate.generated_answers",
+            "0",
+        )
+        for claim in ("H2", "H3"):
+            self.assertAlmostEqual(one["contrasts"][claim]["estimate"], alone["contrasts"][claim]["estimate"], places=5)
+
+    def test_what_cannot_take_part_is_refused_all_at_once(self) -> None:
+        for flags, said in (
+            (
+                ("--evaluate.matrix_domain", f"{self.place.models / 'task/alone'},nowhere"),
+                ("this is a task run", "nowhere"),
+            ),
+            (
+                ("--evaluate.matrix", "--evaluate.controls", "--evaluate.seeds", "3"),
+                ("--evaluate.controls", "--evaluate.seeds"),
+            ),
+        ):
+            with self.assertRaises(PipelineError) as caught:
+                typed(self.place, "evaluate", *flags)
+            self.assertEqual(caught.exception.exit_code, 2)
+            for part in said:
+                self.assertIn(part, str(caught.exception))
+
+
+def run(name: str, kind: str, on: str = "base") -> Any:
+    one = mock.Mock(digest=name.rjust(8, "0"), directory=Path(f"/{name}"))
+    one.manifest = {"kind": kind, "identity": {"on": on, "seed": 0}, "parents": []}
+    return one
+
+
+class Family(unittest.TestCase):
+    """Pairs in which nothing was gained: at most 5% of matrices call any of them more than undecided by H3."""
+
+    def test_pairs_share_one_level(self) -> None:
+        domains, tasks = [run(f"d{i}", "domain") for i in range(3)], [run(f"t{i}", "task") for i in range(3)]
+        data = {one.digest: run("data", "prepared") for one in (*domains, *tasks)}
+        pairs = tuple(AdapterPair(d, t) for d in domains for t in tasks)
+        found = MatrixRuns(tuple(domains), tuple(tasks), pairs, data, {t.digest: t for t in tasks})
+        config = mock.Mock()
+        config.evaluate.resamples, config.evaluate.margin, config.run.seed = 300, 0.05, 0
+        wrong = alone = 0
+        for draw in range(60):
+            raw = self.nothing_gained(found, np.random.default_rng(draw))
+            judged = matrix._judged(config, found, raw)
+            wrong += any(one.holds("H3") for one in judged.values())
+            alone += any(one.contrasts["H3"].p < verdict.LEVEL for one in judged.values())
+        self.assertLessEqual(wrong, 6)
+        self.assertGreater(alone, 8)  # each on its own level would be wrong far more often
+
+    def nothing_gained(self, found: MatrixRuns, generator: np.random.Generator) -> dict[Scored, list[dict[str, Any]]]:
+        raw = {}
+        for pair in found.pairs:
+            asked = questions_of(pair.task, found.data[pair.task.digest])
+            for row in ("base", name_of(pair.task), name_of(pair)):
+                losses = 20 + generator.normal(0, 2, 24)
+                raw.setdefault(
+                    Scored(row, QUESTIONS, asked),
+                    [{"answer_nll": loss, "answer_tokens": 8, "document": f"m{i}"} for i, loss in enumerate(losses)],
+                )
+        return raw
+
+    def test_each_row_is_wanted_once(self) -> None:
+        domains, tasks = [run(f"d{i}", "domain") for i in range(2)], [run(f"t{i}", "task") for i in range(2)]
+        data = {one.digest: run("data", "prepared") for one in (*domains, *tasks)}
+        pairs = (
+            *(AdapterPair(d, t) for d in domains for t in tasks[:1]),
+            AdapterPair(domains[0], tasks[1], why_empty="no"),
+        )
+        found = MatrixRuns(tuple(domains), tuple(tasks), pairs, data, {t.digest: t for t in tasks})
+        rows = [one.row for one in wanted(found) if one.what == QUESTIONS]
+        self.assertEqual(sorted(rows), sorted(["base", name_of(tasks[0]), name_of(pairs[0]), name_of(pairs[1])]))
+        self.assertFalse([one for one in wanted(found) if one.what == DOCUMENTS])
+
+
+class Page(unittest.TestCase):
+    def test_hostile_names_are_escaped_and_a_gap_says_why(self) -> None:
+        gain = {"estimate": 0.2, "low": 0.1, "high": 0.3}
+        pair = {"domain": "<b>d", "task": "t", "why_empty": "", "verdict": "coexists", "sentence": "s", "gain": gain}
+        pair |= {"retention": None, "weights": [1.0, 1.0], "contrasts": {}}
+        gap = {"domain": "e", "task": "t", "why_empty": "it <i>works</i> elsewhere"}
+        one = {"name": "t", "on": "base", "path": "/t", "digest": "0" * 64, "alone": "itself"}
+        domains = [{**one, "name": name} for name in ("<b>d", "e")]
+        results = {"matrix": {"domains": domains, "tasks": [one], "pairs": [pair, gap], "margin": 0.05}}
+        results |= {"cautions": [], "command": "python x"}
+        page = matrix_report.page("run", results)
+        self.assertNotIn("<b>d", page)
+        self.assertIn("it &lt;i&gt;works", page)
+        self.assertIn("--s:60%", page)
+        self.assertIn("it <i>works</i> elsewhere", matrix.table(results))
+
+
+if __name__ == "__main__":
+    unittest.main()
