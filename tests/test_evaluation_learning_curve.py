@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from tests.support import Workspace
 from tests.test_evaluation_one_adapter import typed
@@ -73,6 +74,23 @@ class Coverage(unittest.TestCase):
             with self.subTest(name):
                 _, said = self.shares(curve_of, FIVE, 0.003)
                 self.assertGreaterEqual(said, 0.93)
+
+    def test_shares_of_right_answers_are_covered(self) -> None:
+        """An accuracy, whose values tie: a question is learnt at some size and stays so."""
+        for curve_of in (lambda n: 0.8 * (n / 25) ** -0.15, lambda n: 0.5, lambda n: 0.02):
+            truth = curve_of(400) - curve_of(800)
+            holds = 0
+            for draw in range(DRAWS):
+                generator = np.random.default_rng(draw)
+                names = np.repeat(np.arange(ABOUT), QUESTIONS // ABOUT)
+                # uniform over all questions, and alike within a document
+                shared, own = generator.normal(0, 0.2**0.5, ABOUT)[names], generator.normal(0, 0.8**0.5, QUESTIONS)
+                wrong = np.array([stats.norm.cdf(shared + own) < curve_of(size) for size in FIVE], dtype=float)
+                clusters = [str(n) for n in names]
+                how = {"resamples": 300, "seed": draw, "unseen": 1.0}
+                found = one_doubling(FIVE, wrong, [1.0] * QUESTIONS, clusters, **how)
+                holds += found.low <= truth <= found.high
+            self.assertGreaterEqual(holds / DRAWS, 0.93, curve_of(400))
 
     def test_an_interval_without_the_bend_would_miss_a_floor(self) -> None:
         """The check above can fail: the line alone does not hold the truth."""

@@ -13,9 +13,10 @@ from tests.support import Workspace, write_jsonl
 from tests.test_evaluation_one_adapter import typed
 from utils.artifacts import files
 from utils.evaluation import verdict
-from utils.evaluation.matrix import matrix, matrix_report
+from utils.evaluation.matrix import matrix, matrix_report, matrix_scores
 from utils.evaluation.matrix.matrix_runs import AdapterPair, MatrixRuns
 from utils.evaluation.matrix.matrix_scores import DOCUMENTS, QUESTIONS, Scored, name_of, questions_of, wanted
+from utils.evaluation.metrics.primary import ANSWER_NLL
 from utils.exceptions import PipelineError
 
 
@@ -90,9 +91,10 @@ class Matrix(unittest.TestCase):
                 ("this is a task run", "nowhere"),
             ),
             (
-                ("--evaluate.matrix", "--evaluate.controls", "--evaluate.seeds", "3"),
-                ("--evaluate.controls", "--evaluate.seeds"),
+                ("--evaluate.matrix", "--evaluate.controls", "--evaluate.seeds", "3", "--evaluate.retrieval", "bm25"),
+                ("--evaluate.controls", "--evaluate.seeds", "--evaluate.retrieval"),
             ),
+            (("--evaluate.matrix", "--evaluate.primary", "choice_accuracy"), ("no test question has choices",)),
         ):
             with self.assertRaises(PipelineError) as caught:
                 typed(self.place, "evaluate", *flags)
@@ -120,22 +122,23 @@ class Family(unittest.TestCase):
         wrong = alone = 0
         for draw in range(60):
             raw = self.nothing_gained(found, np.random.default_rng(draw))
-            judged = matrix._judged(config, found, raw)
+            judged = matrix._judged(config, found, raw, {})
             wrong += any(one.holds("H3") for one in judged.values())
             alone += any(one.contrasts["H3"].p < verdict.LEVEL for one in judged.values())
         self.assertLessEqual(wrong, 6)
         self.assertGreater(alone, 8)  # each on its own level would be wrong far more often
 
-    def nothing_gained(self, found: MatrixRuns, generator: np.random.Generator) -> dict[Scored, list[dict[str, Any]]]:
+    def nothing_gained(self, found: MatrixRuns, generator: np.random.Generator) -> dict[Scored, dict[str, Any]]:
         raw = {}
         for pair in found.pairs:
             asked = questions_of(pair.task, found.data[pair.task.digest])
             for row in ("base", name_of(pair.task), name_of(pair)):
                 losses = 20 + generator.normal(0, 2, 24)
-                raw.setdefault(
-                    Scored(row, QUESTIONS, asked),
-                    [{"answer_nll": loss, "answer_tokens": 8, "document": f"m{i}"} for i, loss in enumerate(losses)],
-                )
+                items = [
+                    {"name": f"q{i}", "answer_nll": loss, "answer_tokens": 8, "document": f"m{i}"}
+                    for i, loss in enumerate(losses)
+                ]
+                raw.setdefault(Scored(row, QUESTIONS, asked), {"items": items})
         return raw
 
     def test_each_row_is_wanted_once(self) -> None:
@@ -146,9 +149,36 @@ class Family(unittest.TestCase):
             AdapterPair(domains[0], tasks[1], why_empty="no"),
         )
         found = MatrixRuns(tuple(domains), tuple(tasks), pairs, data, {t.digest: t for t in tasks})
-        rows = [one.row for one in wanted(found) if one.what == QUESTIONS]
+        rows = [one.row for one in wanted(found, {}) if one.what == QUESTIONS]
         self.assertEqual(sorted(rows), sorted(["base", name_of(tasks[0]), name_of(pairs[0]), name_of(pairs[1])]))
-        self.assertFalse([one for one in wanted(found) if one.what == DOCUMENTS])
+        self.assertFalse([one for one in wanted(found, {}) if one.what == DOCUMENTS])
+
+    def test_a_baseline_has_the_weight_that_was_chosen_for_its_pair(self) -> None:
+        domains, tasks = [run(f"d{i}", "domain") for i in range(2)], [run("t", "task")]
+        data = {one.digest: run("data", "prepared") for one in (*domains, *tasks)}
+        pairs = tuple(AdapterPair(d, tasks[0]) for d in domains)
+        found = MatrixRuns(tuple(domains), tuple(tasks), pairs, data, {tasks[0].digest: tasks[0]})
+        weights = {name_of(pairs[1]): 0.5}
+        task = name_of(tasks[0])
+        self.assertIn(f"{task}@0.5", [one.row for one in wanted(found, weights)])
+        on = matrix_scores.states(found, weights)
+        self.assertEqual((on[task], on[f"{task}@0.5"]), ({task: 1.0}, {task: 0.5}))
+        # the first pair is worse than its baseline at weight 1, the second better than its own at 0.5
+        values = {task: 1.0, f"{task}@0.5": 3.0, name_of(pairs[0]): 2.0, name_of(pairs[1]): 2.0, "base": 4.0}
+        asked = questions_of(tasks[0], data[tasks[0].digest])
+        raw = {
+            Scored(row, QUESTIONS, asked): {
+                "items": [
+                    {"name": f"q{i}", "answer_nll": loss, "answer_tokens": 1, "document": f"m{i}"} for i in range(12)
+                ]
+            }
+            for row, loss in values.items()
+        }
+        config = mock.Mock()
+        config.evaluate.resamples, config.run.seed = 100, 0
+        judged = matrix._judged(config, found, raw, weights)
+        gains = [judged[name_of(pair)].contrasts["H3"].estimate for pair in pairs]
+        self.assertEqual(gains, [-1.0, 1.0])
 
 
 class Page(unittest.TestCase):
@@ -159,7 +189,8 @@ class Page(unittest.TestCase):
         gap = {"domain": "e", "task": "t", "why_empty": "it <i>works</i> elsewhere"}
         one = {"name": "t", "on": "base", "path": "/t", "digest": "0" * 64, "alone": "itself"}
         domains = [{**one, "name": name} for name in ("<b>d", "e")]
-        results = {"matrix": {"domains": domains, "tasks": [one], "pairs": [pair, gap], "margin": 0.05}}
+        shown = {"domains": domains, "tasks": [one], "pairs": [pair, gap], "primary": ANSWER_NLL.to_json()}
+        results = {"matrix": shown}
         results |= {"cautions": [], "command": "python x"}
         page = matrix_report.page("run", results)
         self.assertNotIn("<b>d", page)

@@ -87,7 +87,7 @@ class Alone:
         results = files.read_json(Path(found["run"]) / "results.json")
         self.assertEqual(results["alone"], self.only)
         page = (Path(found["run"]) / "report.html").read_text(encoding="utf-8")
-        self.assertIn("What it changed against the base model", page)
+        self.assertIn("What else it changed", page)
         return results
 
 
@@ -103,6 +103,14 @@ class TaskAlone(Alone, unittest.TestCase):
     def test_training_on_what_is_missing_says_how_to_do_without(self) -> None:
         self.assertIn("--task.on base", self.refused("train_task_adapter"))
         self.assertIn("--data.corpus", self.refused("train_domain_adapter"))
+
+    def test_another_metric_decides_and_a_judge_is_refused(self) -> None:
+        results = self.evaluated("--evaluate.primary", "f1", "--evaluate.max_new_tokens", "4")
+        cells = results["cells"]
+        self.assertAlmostEqual(results["changes"]["answers"]["estimate"], cells["task"]["f1"] - cells["base"]["f1"])
+        self.assertEqual(results["primary"]["name"], "f1")
+        said = self.refused("evaluate", "--evaluate.judge", "http://127.0.0.1:1")
+        self.assertIn("there is only a task adapter", said)
 
     def test_its_answers_are_compared_with_those_of_the_base(self) -> None:
         results = self.evaluated("--evaluate.controls")
@@ -126,6 +134,11 @@ class DomainAlone(Alone, unittest.TestCase):
 
     def test_training_a_task_adapter_on_no_pairs_says_so(self) -> None:
         self.assertIn("--data.task", self.refused("train_task_adapter"))
+
+    def test_what_is_about_answers_is_refused_in_one_list(self) -> None:
+        said = self.refused("evaluate", "--evaluate.primary", "f1", "--evaluate.retrieval", "bm25")
+        for flag in ("--evaluate.primary", "--evaluate.retrieval"):
+            self.assertIn(f"{flag} scores answers", said)
 
     def test_documents_are_compared_and_no_question_is_read(self) -> None:
         results = self.evaluated("--evaluate.seeds", "5")
@@ -161,10 +174,10 @@ class Words(unittest.TestCase):
             for what in (self.about(which), "plain prose")
         }
         moved = {
-            what: Scores(one.nll_SN - 10 * shift + generator.normal(0, 0.5, (1, documents)), tokens, names)
+            what: Scores(one.loss_SN - 10 * shift + generator.normal(0, 0.5, (1, documents)), tokens, names)
             for what, one in base.items()
         }
-        found = one_adapter.judge(which, one_adapter.changes(base, moved, resamples=2000, seed=0), base)
+        found = one_adapter.judge(which, one_adapter.changes(base, moved, resamples=2000, seed=0), base, moved)
         return found.verdict, found.sentence
 
     def about(self, which: str) -> str:
@@ -184,6 +197,19 @@ class Words(unittest.TestCase):
         self.assertIn("it forgets", self.word("domain", -0.3)[1])
         self.assertIn("too few", self.word("task", 0.3, documents=5)[1])
 
+    def test_equal_values_of_another_metric_tell_nothing_and_its_unit_is_said(self) -> None:
+        names = [f"d{i}" for i in range(40)]
+
+        def scored(right: Any) -> dict[str, Scores]:
+            return {one_adapter.ANSWERS: Scores(-np.array([right], float), [1.0] * 40, names, 1.0, ties=True)}
+
+        base, better = scored([0] * 40), scored([1] * 30 + [0] * 10)
+        for ours, word, said in ((base, "undecided", "has the same value"), (better, "helps", "+0.750 exact match")):
+            changed = one_adapter.changes(base, ours, resamples=500, seed=0)
+            found = one_adapter.judge("task", changed, base, ours, unit="exact match")
+            self.assertEqual(found.verdict, word)
+            self.assertIn(said, found.sentence)
+
     def test_nothing_gained_is_rarely_called_help(self) -> None:
         generator, helps = np.random.default_rng(7), 0
         names, tokens = [f"d{i}" for i in range(20)], [10.0] * 20
@@ -191,10 +217,10 @@ class Words(unittest.TestCase):
             base = {one_adapter.ANSWERS: Scores(generator.gamma(2, 8, (1, 20)), tokens, names)}
             ours = {
                 one_adapter.ANSWERS: Scores(
-                    base[one_adapter.ANSWERS].nll_SN + generator.standard_t(3, (1, 20)), tokens, names
+                    base[one_adapter.ANSWERS].loss_SN + generator.standard_t(3, (1, 20)), tokens, names
                 )
             }
-            found = one_adapter.judge("task", one_adapter.changes(base, ours, resamples=300, seed=1), base)
+            found = one_adapter.judge("task", one_adapter.changes(base, ours, resamples=300, seed=1), base, ours)
             helps += found.verdict == "helps"
         self.assertLessEqual(helps, 10)
 

@@ -76,7 +76,8 @@ def baseline_weights(config: Config, base: BaseModel, found: MatrixRuns, directo
         of, baseline = (None, None) if pair.why_empty else (found.search_of(pair), found.baselines[pair.task.digest])
         if of is not None and baseline is not None:
             remembered = directory / f"baseline_{name_of(pair)}.jsonl"
-            prompt, data = pair.task.manifest["system_prompt"], found.data[pair.task.digest]
+            prompt = pair.task.manifest.get("system_prompt", config.task.system_prompt)
+            data = found.data[pair.task.digest]
             chosen = searched_alone(config, base, of, baseline, data, prompt, remembered)
             weights[name_of(pair)] = chosen.chosen.weights[0]
     return weights
