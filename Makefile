@@ -8,7 +8,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
 READY  := $(VENV)/.ready
 
 .PHONY: demo rollout-demo rollout-test fault-test documents-test minimax-test launch-test models-test proof-test serving-test \
-  interop-test calibration-test curve-test test format
+  interop-test calibration-test walks-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -63,9 +63,10 @@ proof-test: $(READY)
 calibration-test: $(READY)
 	CALIBRATION=long $(BIN)/python -m unittest tests.test_evaluation_primary tests.test_evaluation_verdict
 
-# Learning curves of known form, 500 draws each; `make test` has 80: a few minutes.
-curve-test: $(READY)
-	EVERY_DRAW=1 $(BIN)/python -m unittest tests.test_evaluation_learning_curve.Coverage
+# One adapter alone, learning curves, matrices, longer runs: every toy walk, and 500 draws of each curve of known form;
+# `make test` has a sample of both. MINUTES.
+walks-test: $(READY)
+	WALKS=all $(BIN)/python -m unittest tests.test_evaluation_learning_curve tests.test_evaluation_matrix tests.test_evaluation_one_adapter tests.test_system_going_on
 
 # Every script under every launch file of docs/multi_gpu.md, bad launches, lost ranks: a quarter of an hour.
 launch-test: $(READY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import unittest
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +10,19 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from tests.support import Workspace
+from tests.support import WALKS, Workspace, long_walk
 from tests.test_evaluation_one_adapter import typed
 from utils.artifacts import files
 from utils.data.prepared import Prepared
 from utils.evaluation.learning_curve import curve, curve_sizes
 from utils.evaluation.learning_curve.curve_sizes import DOCUMENTS, PAIRS
 from utils.evaluation.learning_curve.power_law import OneDoubling, one_doubling
+from utils.exceptions import PipelineError
 
 FIVE, THREE = (25, 50, 100, 200, 400), (100, 200, 400)
 QUESTIONS, ABOUT = 200, 40
-# the sample that is in the suite, and what EVERY_DRAW=1 runs (make curve-test)
-DRAWS = 500 if os.environ.get("EVERY_DRAW") else 80
+# a sample in the suite
+DRAWS = 500 if WALKS else 80
 
 
 def scored(curve_of: Callable[[float], float], sizes: tuple[int, ...], draw: int, *, runs: float) -> OneDoubling:
@@ -132,6 +132,7 @@ class Sizes(unittest.TestCase):
         self.assertEqual(curve_sizes.too_few(PAIRS, [25, 50, 100, 200], 400), "")
 
 
+@long_walk
 class Whole(unittest.TestCase):
     """On the toy preset, with a stacked task adapter."""
 
@@ -185,6 +186,39 @@ class Whole(unittest.TestCase):
         done = self.place.run("evaluate", "--evaluate.learning_curve", "--dry-run")
         self.assertIn("4 task adapters on 1/16, 1/8, 1/4 and 1/2 of the pairs", done.stdout)
         self.assertIn("minutes of training at the pace of the newest runs", done.stdout)
+
+    def test_another_metric_is_followed_and_an_own_function_is_refused(self) -> None:
+        metric = ("--evaluate.primary", "choice_accuracy", "--evaluate.generated_answers", "0")
+        found, _ = typed(self.place, "evaluate", "--evaluate.learning_curve", *metric)
+        for one in found["learning_curve"]["kinds"].values():
+            self.assertAlmostEqual(one["losses"][-1], 1 - found["cells"]["composed"]["choice_accuracy"], places=9)
+        page = (Path(found["run"]) / "report.html").read_text(encoding="utf-8")
+        self.assertIn("1 - choice accuracy", page)
+        own = self.place.root / "own.py"
+        own.write_text("def same(prediction, example):\n    return float(prediction in example['answers'])\n")
+        with self.assertRaises(PipelineError) as caught:
+            typed(self.place, "evaluate", "--evaluate.learning_curve", "--evaluate.primary", f"{own}:same")
+        self.assertEqual(caught.exception.exit_code, 2)
+        self.assertIn("--evaluate.primary answer_nll", str(caught.exception))
+
+
+class Sample(unittest.TestCase):
+    """Pairs alone, so that four small trainings are all."""
+
+    def test_the_curve_of_pairs_and_what_it_costs(self) -> None:
+        place = Workspace(documents=48)
+        limits = ("--data.max_train_examples", "0", "--data.corpus", "none", "--data.task", str(place.task))
+        typed(place, "prepare_data", *limits)
+        typed(place, "train_task_adapter", "--task.on", "base")
+        done = place.run("evaluate", "--evaluate.learning_curve", "--dry-run")
+        self.assertIn("4 task adapters on 1/16, 1/8, 1/4 and 1/2 of the pairs", done.stdout)
+        self.assertIn("minutes of training at the pace of the newest runs", done.stdout)
+        self.assertNotIn("documents", done.stdout.split("learning curve")[1].splitlines()[0])
+        found, _ = typed(place, "evaluate", "--evaluate.learning_curve", "--evaluate.generated_answers", "0")
+        (one,) = found["learning_curve"]["kinds"].values()
+        self.assertEqual(len(one["sizes"]), 5)
+        self.assertAlmostEqual(one["losses"][-1], found["cells"]["task"]["answer_nll"], places=9)
+        self.assertIn("twice the pairs", found["learning_curve"]["sentence"])
 
 
 if __name__ == "__main__":

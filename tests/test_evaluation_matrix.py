@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 
-from tests.support import Workspace, write_jsonl
+from tests.support import Workspace, long_walk, write_jsonl
 from tests.test_evaluation_one_adapter import typed
 from utils.artifacts import files
 from utils.evaluation import verdict
@@ -20,6 +20,25 @@ from utils.evaluation.metrics.primary import ANSWER_NLL
 from utils.exceptions import PipelineError
 
 
+class OnePair(unittest.TestCase):
+    """The sample that is in the suite: a domain adapter and a task adapter on the base."""
+
+    def test_a_pair_that_was_composed_has_its_weights(self) -> None:
+        place = Workspace(documents=30)
+        typed(place, "prepare_data", *place.sources, "--data.heldout_share", "0.3")
+        typed(place, "train_domain_adapter")
+        typed(place, "train_task_adapter", "--task.on", "base")
+        typed(place, "compose", "--task.on", "base", "--weights", "0.5,0.75")
+        found, _ = typed(place, "evaluate", "--evaluate.matrix", "--evaluate.primary", "choice_accuracy")
+        (pair,) = found["pairs"]
+        self.assertEqual((pair["weights"], pair["baseline_weight"]), ([0.5, 0.75], 1.0))
+        self.assertEqual(pair["contrasts"]["H1"]["claim"], verdict.CLAIMS["H1"])
+        self.assertEqual(pair["gain"]["clusters"], pair["contrasts"]["H2"]["clusters"])
+        page = (Path(found["run"]) / "report.html").read_text(encoding="utf-8")
+        self.assertIn("choice accuracy, accuracy", page)
+
+
+@long_walk
 class Matrix(unittest.TestCase):
     """Two domains; a task adapter stacked on the first, one on the base, one ready for any."""
 
@@ -94,7 +113,7 @@ class Matrix(unittest.TestCase):
                 ("--evaluate.matrix", "--evaluate.controls", "--evaluate.seeds", "3", "--evaluate.retrieval", "bm25"),
                 ("--evaluate.controls", "--evaluate.seeds", "--evaluate.retrieval"),
             ),
-            (("--evaluate.matrix", "--evaluate.primary", "choice_accuracy"), ("no test question has choices",)),
+            (("--evaluate.matrix", "--evaluate.primary", "field_f1"), ("no expected answer is a JSON object",)),
         ):
             with self.assertRaises(PipelineError) as caught:
                 typed(self.place, "evaluate", *flags)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.support import Workspace, last_json, relative, temporary_directory
+from tests.support import Workspace, last_json, long_walk, relative, temporary_directory
 from tests.test_evaluation_one_adapter import typed
 from utils.adapters import adapter_files
 from utils.adapters.factors import delta
@@ -107,6 +107,21 @@ class LongerRun(unittest.TestCase):
         self.assertIn(self.first["digest"], [parent["digest"] for parent in manifest["parents"]])
         self.assertTrue(self.longer("--domain.train.epochs", "2")["reused"])
         files.verify(Path(self.first["run"]))  # it stays as it was
+
+    @long_walk
+    def test_a_task_adapter_that_keeps_its_domain_is_the_longer_run_too(self) -> None:
+        constant = [flag.replace("--domain.", "--task.") for flag in self.CONSTANT]
+        keep = (*constant, "--task.keep_domain", "replay", "--domain_adapter", self.first["run"])
+        short, _ = typed(self.place, "train_task_adapter", *keep, "--task.train.epochs", "1")
+        whole, _ = typed(self.place, "train_task_adapter", *keep, "--task.train.epochs", "2")
+        longer = ("--task.continue_from", short["run"], "--task.train.epochs", "2")
+        found, _ = typed(self.place, "train_task_adapter", *longer)
+        ours, theirs = (adapter_files.load(Path(one["adapter"])) for one in (found, whole))
+        for module, factors in ours.items():
+            self.assertTrue(torch.equal(factors.b_Or, theirs[module].b_Or), module)
+        with self.assertRaises(PipelineError) as caught:
+            typed(self.place, "train_task_adapter", *longer, "--task.keep_domain", "kl")
+        self.assertIn("--task.keep_domain (flag) differs", str(caught.exception))
 
     def test_what_is_no_longer_run_is_refused_and_leaves_nothing(self) -> None:
         before = sorted((self.place.models / "domain").iterdir())

@@ -41,7 +41,7 @@ def train_domain(config: Config) -> dict[str, Any]:
         model = training_run.load_base(config, "domain", base)
         start = adapter_files.load(initial.adapter, base) if initial else None
         model = training_run.new_adapter(model, "domain", config.domain.lora, config.run.seed, initial=start)
-        outcome = training_run.train(run, model, documents, dev, AdapterSchedule("domain"), finished)
+        outcome = training_run.train(run, model, documents, dev, AdapterSchedule("domain"), finished=finished)
         training_run.save(run, model, outcome)
         counts = data.manifest["counts"].get("documents", {})
         run = training_run.record(run, outcome, data=counts, rows=rows.to_json())

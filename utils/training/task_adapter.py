@@ -64,7 +64,7 @@ def train_task(config: Config) -> dict[str, Any]:
             model = peft_model.add(model, "domain", adapter_files.load(domain.adapter, base))
         start = adapter_files.load(initial.adapter, base) if initial else None
         model = training_run.new_adapter(model, "task", config.task.lora, config.run.seed, frozen, initial=start)
-        outcome = training_run.train(run, model, trained, dev, schedule, keep, finished)
+        outcome = training_run.train(run, model, trained, dev, schedule, keep, finished=finished)
         training_run.save(run, model, outcome, system_prompt=config.task.system_prompt)
         prompt = config.task.system_prompt
         run = training_run.record(run, outcome, data=counts, system_prompt=prompt, rows=rows.to_json())

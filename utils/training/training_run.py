@@ -146,6 +146,7 @@ def train(
     dev: list[Batch],
     schedule: AdapterSchedule,
     keep: KeepDomain | None = None,
+    *,
     finished: Run | None = None,
 ) -> TrainingOutcome:
     """Train the active adapter of `model`, which then holds the state that is kept; from the state of `finished` on.
