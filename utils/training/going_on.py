@@ -88,7 +88,7 @@ def settings_of(config: Config, stage: str, run: Run) -> Config:
     if f"{stage}.train.epochs" in config.overrides and f"{stage}.train.max_steps" not in config.overrides:
         more["max_steps"] = 0
     update = {"train": before.train.model_copy(update=more), "init_from": "", "continue_from": own.continue_from}
-    changed = {"run": config.run.model_copy(update={"seed": theirs.run.seed})}
+    changed: dict[str, Any] = {"run": config.run.model_copy(update={"seed": theirs.run.seed})}
     if stage == "task":
         update |= training_identity.asked(run)
         # whose documents are mixed in, and how much of the domain has to be left

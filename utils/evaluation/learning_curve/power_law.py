@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -85,7 +86,11 @@ def one_doubling(
     with np.errstate(divide="ignore", invalid="ignore"):
         log_RK = np.log((counts_RC @ loss_KC.T) / (counts_RC @ weight_C)[:, None])
         log_K = np.log(loss_K)
-    facts = {"sizes": tuple(map(float, sizes)), "losses": tuple(map(float, loss_K)), "items": len(clusters)}
+    facts: dict[str, Any] = {
+        "sizes": tuple(map(float, sizes)),
+        "losses": tuple(map(float, loss_K)),
+        "items": len(clusters),
+    }
     if count < MIN_CLUSTERS or not (np.isfinite(log_RK).all() and np.isfinite(log_K).all()):
         return OneDoubling(np.nan, -np.inf, np.inf, np.nan, False, fitted=(), clusters=count, **facts)
     line, bow = (_Fit.of(x_K, log_K, log_RK, degree, count) for degree in (1, 2))
