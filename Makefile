@@ -7,7 +7,8 @@ CORES  := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file scripts/launch/cpu.yaml
 READY  := $(VENV)/.ready
 
-.PHONY: demo rollout-demo rollout-test fault-test documents-test minimax-test launch-test models-test proof-test serving-test interop-test calibration-test test format
+.PHONY: demo rollout-demo rollout-test fault-test documents-test minimax-test launch-test models-test proof-test serving-test \
+  interop-test calibration-test walks-test test format
 .DELETE_ON_ERROR:
 
 $(READY): requirements.txt
@@ -61,6 +62,11 @@ proof-test: $(READY)
 # 1,000 nulls for every primary metric: at most 5% may be called helpful; `make test` has 60 of each. Five minutes.
 calibration-test: $(READY)
 	CALIBRATION=long $(BIN)/python -m unittest tests.test_evaluation_primary tests.test_evaluation_verdict
+
+# One adapter alone, learning curves, matrices, longer runs: every toy walk, and 500 draws of each curve of known form;
+# `make test` has a sample of both. MINUTES.
+walks-test: $(READY)
+	WALKS=all $(BIN)/python -m unittest tests.test_evaluation_learning_curve tests.test_evaluation_matrix tests.test_evaluation_one_adapter tests.test_system_going_on
 
 # Every script under every launch file of docs/multi_gpu.md, bad launches, lost ranks: a quarter of an hour.
 launch-test: $(READY)

@@ -231,6 +231,9 @@ class DomainSection(Section):
     init_from: str = ""
     """Adapter to start from instead of a new one, to train it on more or other documents: a run, or a folder in PEFT's
     format with the same modules and rank. Optimiser and learning rate start from the beginning."""
+    continue_from: str = ""
+    """Finished run to continue with more epochs or max_steps, with its optimiser's state, data and settings. From its
+    last step on, the learning rate is that of a run of the new length."""
     # last: documents outside the corpus are a poor judge of what was learnt from it; see decision_document.md
     train: TrainSection = TrainSection(
         learning_rate=1e-3, max_sequence_tokens=0, batch_tokens=1024, micro_batch_tokens=1024, keep="last"
@@ -248,6 +251,9 @@ class TaskSection(Section):
     init_from: str = ""
     """Adapter to start from instead of a new one, to train it on more or other pairs: a run, or a folder in PEFT's
     format with the same modules and rank. Optimiser and learning rate start from the beginning."""
+    continue_from: str = ""
+    """Finished run to continue with more epochs or max_steps, with its optimiser's state, data and settings. From its
+    last step on, the learning rate is that of a run of the new length."""
     # small steps: a few hundred short pairs would make only a dozen steps of the domain's size; one pass, because on
     # dev a second one made the stacked adapter worse and the independent one hardly better (decision_document.md)
     train: TrainSection = TrainSection(epochs=1, max_sequence_tokens=0, batch_tokens=768, micro_batch_tokens=768)
@@ -392,6 +398,17 @@ class EvaluateSection(Section):
     seeds: tuple[NonNegative, ...] = ()
     """Further training seeds, for example 1,2: every trained row is trained with these too, so that intervals include
     the variation between seeds."""
+    learning_curve: bool = False
+    """Also train on parts of the data (five sizes of the pairs, three of the documents), to learn what twice the data
+    would bring; --dry-run says what it costs."""
+    matrix: bool = False
+    """Judge every pair of the complete domain and task runs of this base instead of one, to learn which of them
+    compose."""
+    matrix_domain: tuple[str, ...] = ()
+    """Domain adapters of the matrix (runs or folders in PEFT's format); empty: every complete run of this base."""
+    matrix_task: tuple[str, ...] = ()
+    """Task adapters of the matrix; empty: every complete run of this base. One trained on a domain adapter is paired
+    with that one alone."""
     also: tuple[str, ...] = ()
     """Further rows: adapter folders, task runs (with their domain adapter), or merged models of the same tokenizer."""
     wrong_corpus: tuple[str, ...] = ()
@@ -699,6 +716,8 @@ class Config(Section):
         if self.preset not in PRESETS:
             problems.append(f"preset {self.preset!r}: presets are {', '.join(PRESETS)}")
         for stage in ("domain", "task"):
+            if getattr(self, stage).init_from and getattr(self, stage).continue_from:
+                problems.append(f"{stage}.init_from and {stage}.continue_from exclude each other: give one")
             problems += _stage_problems(stage, getattr(self, stage).lora, getattr(self, stage).train)
             problems += _mixture_problems(stage, getattr(self, stage).lora, self.base)
         problems += _task_problems(self.task)
@@ -946,6 +965,15 @@ def with_row_tokens(config: Config, tokens: int = USUAL_ROW_TOKENS) -> Config:
 def with_today_s_names(train: Mapping[str, Any]) -> dict[str, Any]:
     """Recorded settings of training under the names that they have now."""
     return {RENAMED.get(name, name): value for name, value in train.items()}
+
+
+def run_label(config: Config) -> str:
+    """What runs are named after where nobody names them: the preset, or a base model that is not the preset's."""
+    usual, source = PRESETS[config.preset]().base, config.base.source
+    # a base that was made here is its directory by then
+    if source == usual.source or Path(source).name == usual.name:
+        return config.preset
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name)[:60].strip("-.") or config.preset
 
 
 def is_minimax_m2(source: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, with_row_tokens
+from config import Config, run_label, with_row_tokens
 from utils import cli
 
 SECTIONS = ("benchmark", "compose", "domain", "inputs", "base", "plan", "run")
@@ -44,7 +44,7 @@ def main(config: Config) -> dict[str, Any]:
     base = preflight.start(config)
     pair = inputs.adapter_runs(config, base) if "inference" in config.benchmark.suite else None
     identity = benchmark_identity(config, base, pair)
-    directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, config.preset, identity)
+    directory = runs.directory_for(config.run.models_dir, "benchmark", config.run.name, run_label(config), identity)
 
     def fill() -> dict[str, Any]:
         results = suites.measure(config, base, pair, directory)
@@ -81,7 +81,7 @@ def plan(config: Config) -> list[str]:
         "gpu": "train as many layers of a random MiniMax-M2 as fit, with attention and with expert adapters, then "
         "train, compose, merge and ask a random dense model" + (" (at toy size)" if wanted.gpu_toy else ""),
     }
-    target = config.run.models_dir / "benchmark" / (config.run.name or f"{config.preset}-<fingerprint>")
+    target = config.run.models_dir / "benchmark" / (config.run.name or f"{run_label(config)}-<fingerprint>")
     size = dry_run.lines(config, "benchmark")
     return [*size, *(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
 

@@ -1,9 +1,9 @@
 """Compose adapters into one: exact by default, checked before it is saved, its weights searched on dev if asked for.
 
-Reads the newest domain and task runs, or any folders in PEFT's format (--domain_adapter, --task_adapter, further ones
-with --compose.also); writes models/composed/<run>/ with adapter/ (one ordinary PEFT adapter), what the checks found,
-where the adapters collide, and, with --compose.search, the weights chosen on the dev split. `inference`, `evaluate` and
-`--merge_path` then use it.
+Reads the newest domain and task runs (the one that was trained, where there is only one), or any folders in PEFT's
+format (--domain_adapter, --task_adapter, further ones with --compose.also); writes models/composed/<run>/ with adapter/
+(one ordinary PEFT adapter), what the checks found, where the adapters collide, and, with --compose.search, the weights
+chosen on the dev split. `inference`, `evaluate` and `--merge_path` then use it.
 
     python scripts/compose.py --compose.search
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config
+from config import Config, run_label
 from utils import cli
 
 SECTIONS = ("compose", "inputs", "hub", "base", "run")
@@ -40,6 +40,8 @@ def main(config: Config) -> dict[str, Any]:
     composed_adapter.refuse_models_inside(config)  # before anything is fetched or built there
     base = preflight.start(config, loads_model=False, shards=config.compose.search)
     found = find.adapter_runs(config, base)
+    if len(found) == 1:
+        config = composed_adapter.for_one(config, found[0])
     base = adapter_tokenizer.with_chosen(base, found)
     data = find.data_of(config, base, found)
     parts = composed_adapter.load(found, base)
@@ -53,7 +55,7 @@ def main(config: Config) -> dict[str, Any]:
         # what a search reads its losses by
         rows=row_probe.measured(base, config.base).deciding() if config.compose.search else {},
     )
-    directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, config.preset, identity)
+    directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, run_label(config), identity)
     composed_adapter.refuse_inside(directory, base, found)
     # what is refused leaves no half-made run behind
     composed_adapter.refuse_recipe(composed_adapter.recipe_of(config), parts)
@@ -101,7 +103,7 @@ def plan(config: Config) -> list[str]:
 
     section, recipe = config.compose, methods.recipe_of(config.compose, config.run.seed)
     weights = "weights chosen on the dev split" if section.search else f"weights {recipe.weights or 'of 1'}"
-    target = config.run.models_dir / "composed" / (config.run.name or f"{config.preset}-<fingerprint>")
+    target = config.run.models_dir / "composed" / (config.run.name or f"{run_label(config)}-<fingerprint>")
     return [
         *dry_run.lines(config, "compose"),
         f"load the domain and the task adapter{' and ' + ', '.join(section.also) if section.also else ''}",

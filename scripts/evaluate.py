@@ -2,7 +2,8 @@
 
 The task row is always an adapter trained on the base with the same data and settings, whatever the composed model's
 task adapter was trained on. Four contrasts are tested (keeps the domain, no worse, better, better than with a wrong
-domain); the fourth needs --evaluate.controls, which trains them. Reads the newest composed run and what it was made of,
+domain); the fourth needs --evaluate.controls, which trains them. A task or a domain adapter alone is judged against
+the base model; --evaluate.matrix judges every pair of several. Reads the newest composed run and what it was made of,
 or the newest task run and the runs it belongs to, and their test data; writes models/evaluation/<run>/ with
 report.html, results.json and every item's scores. Interrupted, it goes on.
 
@@ -17,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config
+from config import Config, run_label
 from utils import cli
 
 SECTIONS = ("evaluate", "compose", "inference", "inputs", "base", "run")
@@ -25,6 +26,8 @@ MOST_USED = (
     "evaluate.controls",
     "evaluate.seeds",
     "evaluate.primary",
+    "evaluate.learning_curve",
+    "evaluate.matrix",
     "evaluate.also",
     "compose.weights",
     "inference.engine",
@@ -38,28 +41,39 @@ def main(config: Config) -> dict[str, Any]:
     from utils.artifacts import files, runs
     from utils.evaluation import comparison, run_groups, scored_rows
     from utils.evaluation.evaluation_identity import evaluation_identity
+    from utils.evaluation.learning_curve import curve_runs
+    from utils.evaluation.matrix import matrix_runs
     from utils.evaluation.report import evaluation_report
     from utils.evaluation.report.summary_table import table
     from utils.models import turn_format
     from utils.models.parallel import sharding
     from utils.planning import preflight
 
+    if matrix_runs.is_asked(config):
+        return _matrix(config)
     base = preflight.start(config)
     parts = run_groups.gather(config, base)
     base = adapter_tokenizer.with_chosen(base, parts.runs())
     supports = scored_rows.row_supports(config, base, parts)
-    identity = evaluation_identity(config, base, parts, supports, turn_format.deciding(adapter_tokenizer.of(base)))
-    directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, config.preset, identity)
+    curve = curve_runs.gather(config, base, parts) if config.evaluate.learning_curve else None
+    turn = turn_format.deciding(adapter_tokenizer.of(base))
+    identity = evaluation_identity(config, base, parts, supports, turn, curve)
+    directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, run_label(config), identity)
 
     def fill() -> dict[str, Any]:
-        results = comparison.compare(config, base, parts, directory)
+        results = comparison.compare(config, base, parts, directory, curve)
         files.write_json(directory / "results.json", results)
         files.write_text(directory / "summary.txt", table(results) + "\n")
         evaluation_report.write(directory, results, parts.runs(), parts.composed.run if parts.composed else None)
         facts = {"measured": results["measured"], "test": results["reads"]["test"]}
         facts["rows"] = {name: support.to_json() for name, support in supports.items()}
         return runs.manifest(
-            "evaluation", identity, base=base.record(), parents=parts.runs(), **facts, **sharding.loaded()
+            "evaluation",
+            identity,
+            base=base.record(),
+            parents=[*parts.runs(), *(curve.runs() if curve else [])],
+            **facts,
+            **sharding.loaded(),
         )
 
     _, is_there = runs.make(directory, identity, "the evaluation", fill)
@@ -68,7 +82,8 @@ def main(config: Config) -> dict[str, Any]:
     results = files.read_json(directory / "results.json")
     runs.mark_latest(config.run.models_dir, "evaluation", directory)
     print(table(results))
-    shown = ("verdict", "sentence", "primary", "contrasts", "untested", "composition", "test_items", "left_out")
+    shown = ("verdict", "sentence", "primary", "contrasts", "untested", "composition", "learning_curve", "test_items")
+    shown = (*shown, "left_out")
     return {
         "report": str(directory / "report.html"),
         "run": str(directory),
@@ -81,13 +96,59 @@ def main(config: Config) -> dict[str, Any]:
     }
 
 
+def _matrix(config: Config) -> dict[str, Any]:
+    """Every pair of several domain and task adapters."""
+    from utils import logger
+    from utils.adapters import adapter_tokenizer
+    from utils.artifacts import files, runs
+    from utils.evaluation.matrix import matrix, matrix_report, matrix_runs
+    from utils.models import turn_format
+    from utils.models.parallel import sharding
+    from utils.planning import preflight
+
+    matrix_runs.refuse_flags(config)
+    base = preflight.start(config)
+    found = matrix_runs.gather(config, base)
+    base = adapter_tokenizer.with_chosen(base, found.runs())
+    identity = matrix.identity_of(config, base, found, turn_format.deciding(adapter_tokenizer.of(base)))
+    directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, run_label(config), identity)
+
+    def fill() -> dict[str, Any]:
+        results = matrix.compare(config, base, found, directory)
+        files.write_json(directory / "results.json", results)
+        files.write_text(directory / "summary.txt", matrix.table(results) + "\n")
+        matrix_report.write(directory, results)
+        facts = {"measured": results["measured"], "test": results["reads"]["test"]}
+        return runs.manifest(
+            "evaluation", identity, base=base.record(), parents=found.runs(), **facts, **sharding.loaded()
+        )
+
+    _, is_there = runs.make(directory, identity, "the matrix", fill)
+    if is_there:
+        logger.event("this matrix is already complete", path=directory)
+    results = files.read_json(directory / "results.json")
+    print(matrix.table(results))
+    page = str(directory / "report.html")
+    return {"report": page, "run": str(directory), "reused": is_there, "pairs": results["matrix"]["pairs"]}
+
+
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils.evaluation.learning_curve import curve_cost
     from utils.evaluation.metrics import answering_cost
     from utils.planning import dry_run
 
-    name = config.run.name or config.preset + "-<fingerprint>"
+    name = config.run.name or run_label(config) + "-<fingerprint>"
     settings = config.evaluate
+    if settings.matrix or settings.matrix_domain or settings.matrix_task:
+        named = {"domain": settings.matrix_domain, "task": settings.matrix_task}
+        taken = " and ".join(f"{', '.join(named[kind]) or f'every complete {kind} run'}" for kind in named)
+        return [
+            *dry_run.lines(config, "evaluate"),
+            f"load {config.base.source} once with the adapters of {taken}",
+            "score the base, each adapter and each pair that can be composed on the pair's own test data",
+            f"write {config.run.models_dir / 'evaluation' / name}/report.html with a heat map, and results.json",
+        ]
     made = [f"train what is missing for seeds {', '.join(map(str, settings.seeds))}"] if settings.seeds else []
     if settings.controls:
         made.append(
@@ -99,6 +160,8 @@ def plan(config: Config) -> list[str]:
     answering = (
         [f"free that memory, {server}, and ask {count} test questions of every cell"] if engine != "local" else []
     )
+    if settings.learning_curve:
+        made += curve_cost.lines(config.run, settings.primary)
     return [
         *dry_run.lines(config, "evaluate"),
         *made,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, with_row_tokens
+from config import Config, run_label, with_row_tokens
 from utils import cli
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def main(config: Config) -> dict[str, Any]:
     base, prompt = preflight.start(config, loads_model=False), config.task.system_prompt
     base_checks.check(config, base, ("domain", "task"))
     identity = prepared_identity.identity(config.data, base, config.run.seed)
-    directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, config.preset, identity)
+    directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, run_label(config), identity)
     has_task = config.data.task != prepared.NONE
 
     def harness_tasks(temporary: Path, counts: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
     from utils.planning import dry_run
 
-    name = config.run.name or config.preset + "-<fingerprint>"
+    name = config.run.name or run_label(config) + "-<fingerprint>"
     return [
         *dry_run.lines(config, "prepare_data"),
         f"read documents from {', '.join(config.data.corpus)} and labelled pairs from {config.data.task}",

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config
+from config import Config, run_label
 from utils import cli
 
 SECTIONS = ("domain", "base", "inputs", "run")
@@ -49,7 +49,7 @@ def plan(config: Config) -> list[str]:
         f"train LoRA rank {lora.rank} on {dry_run.targets(config, 'domain')} for {train.epochs} epochs of packed "
         f"rows of {train.max_sequence_tokens or 'as many as prepare_data chose'} tokens, "
         f"{train.batch_tokens:,} tokens a step over all processes",
-        f"write {config.run.models_dir / 'domain'}/{config.run.name or config.preset + '-<fingerprint>'}/adapter",
+        f"write {config.run.models_dir / 'domain'}/{config.run.name or run_label(config) + '-<fingerprint>'}/adapter",
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config
+from config import Config, run_label
 from utils import cli
 
 SECTIONS = ("task", "base", "inputs", "run")
@@ -63,7 +63,7 @@ def plan(config: Config) -> list[str]:
         f"train LoRA rank {lora.rank} on {dry_run.targets(config, 'task')} on {below}, for {train.epochs} epochs, "
         f"answers only, at most {train.max_sequence_tokens or 'as many as prepare_data chose'} tokens a pair",
         *kept,
-        f"write {config.run.models_dir / 'task'}/{config.run.name or config.preset + '-<fingerprint>'}/adapter",
+        f"write {config.run.models_dir / 'task'}/{config.run.name or run_label(config) + '-<fingerprint>'}/adapter",
     ]
 
 

@@ -174,6 +174,11 @@ def last_json(completed: Completed[str]) -> dict[str, Any]:
     return json.loads(completed.stdout.strip().splitlines()[-1])
 
 
+WALKS = os.environ.get("WALKS") == "all"
+# of scripts on the toy preset that take long; a sample of each is in the suite
+long_walk = unittest.skipUnless(WALKS, "WALKS=all: make walks-test")
+
+
 class Workspace:
     """A place with data/, models/, the toy base model and a small corpus, for scripts run on the toy preset."""
 

@@ -722,7 +722,7 @@ class Scripts(unittest.TestCase):
         cases: dict[str, tuple[Path, list[str], tuple[str, ...]]] = {
             "the same folder twice": (self.task, [], ("the same adapter is given twice", str(self.task))),
             "the same adapter in a copy": (changed(self.task / "legal"), [], ("the same adapter is given twice",)),
-            "too few weights": (self.domain, ["--weights", "1"], ("compose.weights has 1 numbers", "takes 2")),
+            "too few weights": (self.domain, ["--weights", "1"], ("sum of 2 adapters takes 2 weights, got 1",)),
             "too many weights": (self.domain, ["--weights", "1,1,1"], ("compose.weights has 3 numbers", "takes 2")),
             "too few weights per layer": (
                 self.domain,

@@ -139,7 +139,7 @@ class Trained(unittest.TestCase):
         self.assertEqual(
             set(TaskSection.model_fields),
             {"on", "lora", "train", "system_prompt", "prompt_loss_weight", "max_unusable_share", "turns", "init_from"}
-            | {"retrieval"}
+            | {"retrieval", "continue_from"}
             | {"keep_domain", "replay_share", "keep_from_step"},
         )
 
@@ -281,7 +281,8 @@ class Others(unittest.TestCase):
         self.assertEqual(set(ComposeSection.model_fields), named)
 
     def test_every_evaluation_setting_decides_or_is_known_by_the_runs_that_take_part(self) -> None:
-        by_runs = {"controls", "seeds", "also", "wrong_corpus"}
+        by_runs = {"controls", "seeds", "also", "wrong_corpus", "learning_curve"}
+        by_runs |= {"matrix", "matrix_domain", "matrix_task"}
         named = {*evaluation_identity.SCORED.values(), *evaluation_identity.ANSWERED.values()}
         named |= {"general_text", "primary", "retrieval", "json_schema", "judge", "judge_labels"}  # by their contents
         self.assertEqual(set(EvaluateSection.model_fields), named | by_runs)

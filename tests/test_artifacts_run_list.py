@@ -14,7 +14,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import files, locks, runs
+from utils.artifacts import files, locks, run_list, runs
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 
@@ -104,6 +104,19 @@ class Runs(unittest.TestCase):
         self.assertEqual(
             {b["name"] for b in found["best"]}, {"domain/second", "task/legal", "composed/both", "evaluation/proof"}
         )
+
+    def test_a_matrix_hides_no_verdict_and_one_adapter_is_ranked_by_its_own_gain(self) -> None:
+        made(self.root, "evaluation", "matrix", (self.composed, self.task), results={"matrix": {"pairs": []}})
+        for name, gain in (("little", 0.1), ("much", 0.4)):
+            results = {"verdict": "helps", "alone": "task", "contrasts": {"T1": {"estimate": gain}}}
+            made(self.root, "evaluation", name, (self.data, self.task), results=results)
+        listed = run_list.entries(self.root / "data", self.root / "models")
+        self.assertEqual({one.name: one.verdict for one in listed}["composed/both"], "helps")
+        best = {one.name: why for one, why in run_list.best(listed) if one.stage in ("composed", "evaluation")}
+        gained = "gain {} nats per token".format
+        self.assertEqual(set(best), {"composed/both", "evaluation/proof", "evaluation/much"})
+        self.assertIn(gained("+0.500"), best["composed/both"])
+        self.assertIn(gained("+0.400"), best["evaluation/much"])
 
     def test_names_that_are_none_or_several_are_refused_together(self) -> None:
         made(self.root, "task", "first")

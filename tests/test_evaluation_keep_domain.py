@@ -17,7 +17,7 @@ from utils.artifacts import files
 from utils.composition import search
 from utils.composition.search import Point
 from utils.evaluation import baseline_weight, scored_rows
-from utils.training import keep_domain
+from utils.training.keeping import keep_domain
 
 FEW = ["--evaluate.generated_answers", "0", "--evaluate.resamples", "100", "--evaluate.max_heldout_documents", "6"]
 ASKED = ["--compose.max_dev_items", "12", "--compose.max_dev_documents", "6", "--compose.search_methods", "sum"]

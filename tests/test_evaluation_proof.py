@@ -37,7 +37,8 @@ from tests.support import (
 from utils import cli, flags
 from utils.adapters.factors import ModuleFactors, norm, random_like
 from utils.artifacts import files
-from utils.evaluation import comparison, measures, scored_rows, test_reads
+from utils.evaluation import comparison, measures, test_reads
+from utils.evaluation.documents import document_sets
 from utils.exceptions import ConfigError
 from utils.export import hub
 from utils.models.architectures import toy
@@ -392,8 +393,11 @@ class Documents(unittest.TestCase):
         source = mock.Mock(directory=directory, documents=lambda which: Dataset.from_list(rows))
         for limit, is_said in ((5, True), (6, False), (0, False)):
             config = cli.resolve(["--evaluate.max_heldout_documents", str(limit)], {})
-            with mock.patch.object(scored_rows, "warning") as said:
-                found = scored_rows._document_sets(config, TrainSection(max_sequence_tokens=1024), source, 0)["heldout"]
+            with (
+                mock.patch.object(document_sets, "warning") as said,
+                mock.patch.object(document_sets, "_window", return_value=TrainSection(max_sequence_tokens=1024)),
+            ):
+                found = document_sets.of_data(config.evaluate, 0, mock.Mock(), source, 0)["heldout"]
             self.assertEqual(len(found.lengths), limit or 8)
             self.assertEqual(said.called, is_said, limit)
 

@@ -9,7 +9,7 @@ import time
 import unittest
 from pathlib import Path
 
-from config import PRESETS, Config
+from config import PRESETS, BaseModelSection, Config, run_label
 from tests.support import ROOT, clean_environment, run_script
 from utils import cli, flags
 from utils.exceptions import ConfigError
@@ -136,7 +136,7 @@ class Problems(unittest.TestCase):
             "--data.dev_share": ("1.5",),
             "--task.lora.use_rslora": ("maybe",),
             "--base.dtype": ("float16",),
-            "--compose.weights": ("a,b", "1,2,3", "1", "[1"),
+            "--compose.weights": ("a,b", "1,1,1", "[1"),
             "--run.name": ("../up", ".hidden", "a/b", "x" * 101),
             "--run.seed": ("-1", "2147483648"),
         }
@@ -194,6 +194,16 @@ class Presets(unittest.TestCase):
         self.assertRegex(found.base.revision, r"^[0-9a-f]{40}$")
         for section in (found.domain, found.task):
             self.assertEqual(section.lora.target_modules, ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+    def test_runs_are_named_after_the_preset_or_an_own_base(self) -> None:
+        def label(**base: str) -> str:
+            return run_label(Config(base=BaseModelSection(**base)))
+
+        self.assertEqual(label(), "smollm2_135m")
+        self.assertEqual(label(source="/m/models/base/smollm2-135m-instruct-from-q4_1"), "smollm2_135m")
+        self.assertEqual(label(source="Qwen/Qwen3-0.6B", revision="0" * 40), "Qwen3-0.6B")
+        self.assertEqual(label(source="/home/me/my model (2)"), "my-model-2")
+        self.assertEqual(run_label(PRESETS["size_8b"]()), "size_8b")
 
     def test_every_setting_says_what_it_is(self) -> None:
         for path, field in flags.fields().items():

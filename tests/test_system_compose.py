@@ -218,7 +218,7 @@ class OnTheModel(unittest.TestCase):
         asked: list[tuple[float, ...]] = []
 
         class Asked:
-            data, parts = mock.Mock(questions=["q"]), self.parts
+            data, parts = mock.Mock(questions=["q"], documents=None), self.parts
 
             def point(self, method: str, weights: tuple[float, ...]) -> Point:
                 asked.append(weights)

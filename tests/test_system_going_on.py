@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import unittest
 from pathlib import Path
 from typing import Any
 
-from tests.support import Workspace, last_json, relative, temporary_directory
+import torch
+
+from tests.support import Workspace, last_json, long_walk, relative, temporary_directory
+from tests.test_evaluation_one_adapter import typed
 from utils.adapters import adapter_files
 from utils.adapters.factors import delta
 from utils.artifacts import files
+from utils.exceptions import PipelineError
 
 STILL = ("--domain.train.learning_rate", "1e-9", "--domain.train.max_steps", "1")
 
@@ -69,6 +74,72 @@ class StartingFrom(unittest.TestCase):
         ignored = self.place.run("train_domain_adapter", "--domain_adapter", self.first["run"])
         self.assertEqual(ignored.returncode, 2)
         self.assertIn("--domain.init_from PATH", ignored.stderr)
+        self.assertEqual(sorted((self.place.models / "domain").iterdir()), before)
+
+
+class LongerRun(unittest.TestCase):
+    """More epochs of a finished run. With a constant learning rate that is the longer run itself, bit for bit."""
+
+    CONSTANT = ("--domain.train.warmup_share", "0", "--domain.train.final_learning_rate_share", "1")
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.place = Workspace()
+        typed(cls.place, "prepare_data", *cls.place.sources)
+        cls.first, _ = typed(cls.place, "train_domain_adapter", *cls.CONSTANT, "--domain.train.epochs", "1")
+
+    def longer(self, *flags: str) -> dict[str, Any]:
+        found, _ = typed(self.place, "train_domain_adapter", "--domain.continue_from", self.first["run"], *flags)
+        return found
+
+    def test_it_is_the_longer_run(self) -> None:
+        whole, _ = typed(self.place, "train_domain_adapter", *self.CONSTANT, "--domain.train.epochs", "2")
+        found = self.longer("--domain.train.epochs", "2")
+        self.assertNotEqual(found["run"], whole["run"])
+        self.assertEqual(found["steps"], whole["steps"])
+        self.assertGreater(found["steps"], self.first["steps"])
+        ours, theirs = (adapter_files.load(Path(one["adapter"])) for one in (found, whole))
+        before = adapter_files.load(Path(self.first["adapter"]))
+        for module, factors in ours.items():
+            self.assertTrue(torch.equal(factors.b_Or, theirs[module].b_Or), module)
+            self.assertFalse(torch.equal(factors.b_Or, before[module].b_Or), module)
+        manifest = files.verify(Path(found["run"]))
+        self.assertIn(self.first["digest"], [parent["digest"] for parent in manifest["parents"]])
+        self.assertTrue(self.longer("--domain.train.epochs", "2")["reused"])
+        files.verify(Path(self.first["run"]))  # it stays as it was
+
+    @long_walk
+    def test_a_task_adapter_that_keeps_its_domain_is_the_longer_run_too(self) -> None:
+        constant = [flag.replace("--domain.", "--task.") for flag in self.CONSTANT]
+        keep = (*constant, "--task.keep_domain", "replay", "--domain_adapter", self.first["run"])
+        short, _ = typed(self.place, "train_task_adapter", *keep, "--task.train.epochs", "1")
+        whole, _ = typed(self.place, "train_task_adapter", *keep, "--task.train.epochs", "2")
+        longer = ("--task.continue_from", short["run"], "--task.train.epochs", "2")
+        found, _ = typed(self.place, "train_task_adapter", *longer)
+        ours, theirs = (adapter_files.load(Path(one["adapter"])) for one in (found, whole))
+        for module, factors in ours.items():
+            self.assertTrue(torch.equal(factors.b_Or, theirs[module].b_Or), module)
+        with self.assertRaises(PipelineError) as caught:
+            typed(self.place, "train_task_adapter", *longer, "--task.keep_domain", "kl")
+        self.assertIn("--task.keep_domain (flag) differs", str(caught.exception))
+
+    def test_what_is_no_longer_run_is_refused_and_leaves_nothing(self) -> None:
+        before = sorted((self.place.models / "domain").iterdir())
+        for flags, said in (
+            (("--domain.train.epochs", "1"), "ask for more"),
+            (("--domain.train.epochs", "2", "--domain.lora.rank", "3"), "--domain.lora.rank (flag) differs"),
+            (("--domain.train.epochs", "2", "--domain.init_from", self.first["run"]), "exclude each other"),
+        ):
+            with self.assertRaises(PipelineError) as caught:
+                self.longer(*flags)
+            self.assertEqual(caught.exception.exit_code, 2)
+            self.assertIn(said, str(caught.exception))
+        other = Path(self.first["run"]).with_name("copied")
+        shutil.copytree(self.first["run"], other, ignore=shutil.ignore_patterns(".last_state"))
+        with self.assertRaises(PipelineError) as caught:
+            typed(self.place, "train_domain_adapter", "--domain.continue_from", str(other))
+        shutil.rmtree(other)
+        self.assertIn("--domain.init_from", str(caught.exception))
         self.assertEqual(sorted((self.place.models / "domain").iterdir()), before)
 
 

@@ -24,8 +24,8 @@ from utils.models.architectures import toy
 from utils.models.losses import IGNORED, NextTokenLoss
 from utils.models.rows import row_support
 from utils.models.rows.row_support import RowSupport
-from utils.training import keep_domain
-from utils.training.keep_domain import DomainLook, KeepDomain
+from utils.training.keeping import keep_domain
+from utils.training.keeping.keep_domain import DomainLook, KeepDomain
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 TRAIN = [

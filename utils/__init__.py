@@ -43,10 +43,12 @@ PURE = (
     *("data.splits", "data.answer_metrics", "data.ngram_overlap", "data.domains.built_in", "data.domains.invented"),
     *("data.labelled.row_text", "data.labelled.roles", "data.labelled.marks", "data.labelled.choices"),
     *("data.labelled.conversations", "data.labelled.values", "data.labelled.groups", "data.labelled.headings"),
+    "data.early_warnings",
     *("adapters.factors", "planning.estimates", "planning.native_fp8", "planning.hardware", "planning.pass_times"),
     "planning.memory.activations",
     *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),
     *("composition.search", "composition.collisions", "evaluation.intervals", "evaluation.verdict"),
+    *("evaluation.one_adapter", "evaluation.learning_curve.power_law", "evaluation.learning_curve.curve_sizes"),
     *("rollout.e_process", "rollout.policy", "rollout.gate", "rollout.controller", "rollout.simulation"),
 )
 
@@ -65,8 +67,9 @@ TAKES_CONFIG = (
     *("planning.planned_data", "planning.training_plan", "planning.ways", "planning.stage_costs"),
     *(
         "training.domain_adapter",
+        "training.going_on",
         "training.task_adapter",
-        "training.keeping_data",
+        "training.keeping.keeping_data",
         "training.training_run",
         "training.training_identity",
         "composition.in_use",
@@ -77,6 +80,8 @@ TAKES_CONFIG = (
     *("evaluation.evaluation_identity", "benchmarks.benchmark_identity"),
     *("evaluation.comparison", "evaluation.run_groups", "evaluation.controls", "evaluation.scored_rows"),
     *("evaluation.served_rows", "evaluation.retrieved_rows", "evaluation.baseline_weight"),
+    *("evaluation.learning_curve.curve_runs", "evaluation.learning_curve.curve"),
+    *("evaluation.matrix.matrix_runs", "evaluation.matrix.matrix_scores", "evaluation.matrix.matrix"),
     *("benchmarks.inputs", "benchmarks.suite_inference", "benchmarks.suite_training", "benchmarks.suite_data"),
     *("benchmarks.suite_merge", "benchmarks.suite_evaluation", "benchmarks.suite_gpu", "benchmarks.suites"),
     "export.model_support",

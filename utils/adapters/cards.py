@@ -54,7 +54,7 @@ def composed_card(
 ) -> str:
     """Card of several adapters composed into one; `source` is the method's paper, `weights` as many for each parent."""
     lines = [
-        f"{len(parents)} adapters as one LoRA adapter.",
+        f"{len(parents)} adapters as one LoRA adapter." if len(parents) > 1 else "One adapter with its weight in it.",
         *_usage(_adapter_snippet("composed", base, _system_prompt(parents))),
         *_composition(parents, method, source, weights, exact=exact, searched=searched),
         *_self_check(check),

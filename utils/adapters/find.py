@@ -46,8 +46,11 @@ def prepared_run(config: Config, base: BaseModel) -> Run:
     return runs.parent(root, "prepared", config.inputs.prepared, fits, flag="--inputs.prepared", hint=hint)
 
 
-def domain_run(config: Config, base: BaseModel) -> Run:
-    """The domain adapter: pinned (any folder in PEFT's format), or the newest run for this base model."""
+def domain_run(config: Config, base: BaseModel, *, below: bool = False) -> Run:
+    """The domain adapter: pinned (any folder in PEFT's format), or the newest run for this base model.
+
+    `below`: a task adapter is to be trained on it, so that the error of a missing one says how to do without.
+    """
     pinned = config.inputs.domain_adapter
     if pinned and not (own := own_run(Path(pinned))):
         return external_run(config, base, "domain", Path(pinned))
@@ -57,13 +60,18 @@ def domain_run(config: Config, base: BaseModel) -> Run:
         str(own) if pinned else "",
         for_base(config, base),
         flag="--domain_adapter",
-        hint=_preset(config),
+        hint=_preset(config) + (" or train the task adapter without one: --task.on base" if below else ""),
     )
 
 
 def task_run(config: Config, base: BaseModel) -> Run:
-    """The task adapter: pinned (any folder in PEFT's format), or the newest run that was trained on `task.on`."""
+    """The task adapter: pinned (any folder in PEFT's format), or the newest run that was trained on `task.on`.
+
+    Where no setting says on what, and there is neither a domain adapter nor one trained on it, on the base.
+    """
     pinned, wanted, right_base = config.inputs.task_adapter, config.task.on, for_base(config, base)
+    if not (names_task_on(config) or config.inputs.domain_adapter or is_there(config, base, "domain")):
+        wanted = wanted if is_there(config, base, "task", on=wanted) else "base"
     if pinned and not (own := own_run(Path(pinned))):
         return external_run(config, base, "task", Path(pinned))
 
@@ -81,6 +89,17 @@ def task_run(config: Config, base: BaseModel) -> Run:
         flag="--task_adapter",
         hint=_preset(config) + ("" if wanted == "domain" else f" --task.on {wanted}"),
     )
+
+
+def names_task_on(config: Config) -> bool:
+    """Whether a setting, and not the preset, says what the task adapter was trained on."""
+    return "task.on" in config.overrides or config.task.on != PRESETS[config.preset]().task.on
+
+
+def is_there(config: Config, base: BaseModel, stage: str, *, on: str = "") -> bool:
+    """Whether a complete run of this stage fits the base model; `on`: only one that was trained on that."""
+    fits, listed = for_base(config, base), runs.complete_runs(config.run.models_dir, stage)
+    return any(not fits(run) for run in listed if on in ("", run.manifest["identity"].get("on")))
 
 
 def initial_run(config: Config, base: BaseModel, stage: str) -> Run | None:
@@ -165,14 +184,17 @@ def external_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run
 def adapter_runs(config: Config, base: BaseModel, which: str = "both") -> list[Run]:
     """The adapters that are put together, domain before task, then the further ones; `which` as in inference.
 
-    Raises ArtefactError when one is missing, belongs to another base or domain adapter, or is given twice.
+    One of the two where only that one was made or named. Raises ArtefactError when none is there, and when one belongs
+    to another base or domain adapter, or is given twice.
     """
     if which == "domain":
         return [domain_run(config, base)]
     domain, task = pair(config, base)
     if which == "task":
-        return [task]
-    found = [domain or domain_run(config, base), task, *further_runs(config, base)]  # domain_run says what is missing
+        return [task or task_run(config, base)]  # which says what is missing
+    found = [*filter(None, (domain, task)), *further_runs(config, base)]
+    if len(found) == 1:
+        say_alone(found[0])
     for i, run in enumerate(found):
         if any(run.digest == other.digest for other in found[:i]):
             raise ArtefactError(
@@ -216,8 +238,16 @@ def data_of(config: Config, base: BaseModel, found: Sequence[Run]) -> Run | None
     return None
 
 
-def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
-    """(domain run, task run) that belong together: a stacked task adapter fixes its domain adapter by digest."""
+def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run | None]:
+    """(domain run, task run) that belong together: a stacked task adapter fixes its domain adapter by digest.
+
+    One of them is None where only the other was made, or named. Raises ArtefactError when there is neither.
+    """
+    inputs = config.inputs
+    if not inputs.task_adapter and not names_task_on(config) and not is_there(config, base, "task"):
+        if inputs.domain_adapter or is_there(config, base, "domain"):
+            return domain_run(config, base), None
+        raise ArtefactError(_nothing_there(config))
     task = task_run(config, base)
     stacked_on = next((p["digest"] for p in task.manifest["parents"] if p["kind"] == "domain"), None)
     if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
@@ -236,6 +266,14 @@ def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
     with suppress(ArtefactError):
         return domain_run(config, base), task
     return None, task
+
+
+def say_alone(run: Run) -> None:
+    """One line where only one half is in use: which, and the command that makes the other."""
+    kind = run.manifest["kind"]
+    other = {"domain": "task", "task": "domain"}.get(kind)
+    if other and run.manifest["identity"].get("on") != EXTERNAL:
+        event(f"the {kind} adapter is used alone: there is no {other} adapter", to_train_one=runs.STAGES[other])
 
 
 def is_model(named: str) -> bool:
@@ -280,6 +318,15 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
         return ""
 
     return fits
+
+
+def _nothing_there(config: Config) -> list[Problem]:
+    where, hint = config.run.models_dir, _preset(config)
+    made = {"domain": f"{runs.STAGES['domain']}{hint}", "task": f"{runs.STAGES['task']}{hint} --task.on base"}
+    return [
+        Problem(f"no complete domain or task run that fits under {where}"),
+        *(Problem(f"a {stage} adapter, which can be used alone", fix=command) for stage, command in made.items()),
+    ]
 
 
 def _preset(config: Config) -> str:

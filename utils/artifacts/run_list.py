@@ -18,7 +18,7 @@ from utils.exceptions import ArtefactError, ConfigError, Problem, did_you_mean
 PREPARED = "prepared"
 CONTROLS = "controls/"
 # from the best on; what an evaluation says of a composition
-VERDICTS = ("helps", "coexists", "undecided", "interferes")
+VERDICTS = ("helps", "coexists", "undecided", "interferes", "hurts")
 # recorded in an identity, and said in columns of their own or of no use to a reader
 _NOT_SHOWN = ("stage", "method", "base", "data", "tokenizer", "adapters", "runs", "domain_adapter", "models")
 
@@ -78,8 +78,14 @@ class Entry:
                 return ""
         if self.stage != "composed":
             return ""
-        judged = [child for child in self.children if child.stage == "evaluation"]
-        return max(judged, key=lambda child: child.changed_at).verdict if judged else ""
+        judging = self.judging
+        return judging.verdict if judging else ""
+
+    @property
+    def judging(self) -> Entry | None:
+        """The newest evaluation of this composition alone; a matrix judges each of its pairs, and has no verdict."""
+        judged = [child for child in self.children if child.stage == "evaluation" and child.verdict]
+        return max(judged, key=lambda child: child.changed_at, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """What one line of JSON says of it."""
@@ -159,10 +165,10 @@ def best(listed: Sequence[Entry]) -> list[tuple[Entry, str]]:
             # a control on the base is another thing than a stacked adapter
             key = (entry.stage, entry.base, entry.data, str(entry.settings.get("on", "")))
         elif entry.verdict in VERDICTS:
-            gain, unit = _gain(entry)
+            gain, unit, alone = _gain(entry)
             rank, why = (VERDICTS.index(entry.verdict), -gain), f"{entry.verdict}, gain {gain:+.3f} {unit}"
-            # gains in two metrics do not compare
-            key = (entry.stage, entry.base, entry.data, unit)
+            # gains in two metrics, or of one adapter and of a composition, do not compare
+            key = (entry.stage, entry.base, entry.data, unit, alone)
         else:
             continue
         if key not in chosen or rank < chosen[key][0]:
@@ -216,12 +222,12 @@ def _last_change(directory: Path) -> float:
     return max((path.lstat().st_mtime for path in [directory, *directory.rglob("*")]), default=0.0)
 
 
-def _gain(entry: Entry) -> tuple[float, str]:
-    """H3 of the evaluation: what composing gained over the task adapter alone, and in what it is counted."""
-    of = entry
-    if entry.stage != "evaluation":
-        of = max((c for c in entry.children if c.stage == "evaluation"), key=lambda c: c.changed_at)
+def _gain(entry: Entry) -> tuple[float, str, str]:
+    """(gain of the evaluation, in what it is counted, the adapter that was judged alone): H3, what composing gained
+    over the task adapter alone; of one adapter what it gained over the base model."""
+    of = entry if entry.stage == "evaluation" else entry.judging or entry
     results = files.read_object(of.directory / "results.json")
-    gain = results.get("contrasts", {}).get("H3", {}).get("estimate")
+    contrasts = results.get("contrasts", {})
+    gain = next((contrasts[name] for name in ("H3", "T1", "D1") if name in contrasts), {}).get("estimate")
     unit = str((results.get("primary") or {}).get("unit", "nats per token"))
-    return float(gain) if isinstance(gain, (int, float)) else 0.0, unit
+    return float(gain) if isinstance(gain, (int, float)) else 0.0, unit, str(results.get("alone", ""))

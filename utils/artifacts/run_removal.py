@@ -18,7 +18,8 @@ from utils.artifacts.run_list import Entry
 from utils.exceptions import ArtefactError
 from utils.logger import event
 
-CHECKPOINTS = "checkpoints"
+# beside a complete run: what a kill left, and what a longer run could go on from (`utils/training/checkpoints.py`)
+CHECKPOINTS = {"checkpoints": "checkpoints of a complete run", ".last_state": "the optimiser's state of a complete run"}
 
 
 @dataclass
@@ -63,9 +64,10 @@ def of_leftovers(listed: Sequence[Entry], *, older_than_days: float) -> list[Rem
         if entry.state == "unfinished" and entry.changed_at <= before:
             found.append(Removal(f"unfinished {entry.stage} run", entry.directory, entry.size_bytes))
             continue
-        checkpoints = entry.directory / CHECKPOINTS
-        if entry.manifest and checkpoints.is_dir() and _touched(checkpoints) <= before:
-            found.append(Removal("checkpoints of a complete run", checkpoints, run_list.size(checkpoints)))
+        for name, what in CHECKPOINTS.items():
+            beside = entry.directory / name
+            if entry.manifest and beside.is_dir() and _touched(beside) <= before:
+                found.append(Removal(what, beside, run_list.size(beside)))
     return found
 
 
@@ -91,7 +93,7 @@ def remove(removals: Sequence[Removal]) -> None:
 
 
 def _run_of(path: Path) -> Path:
-    return path.parent if path.name == CHECKPOINTS else path
+    return path.parent if path.name in CHECKPOINTS else path
 
 
 def _touched(directory: Path) -> float:

@@ -56,7 +56,7 @@ from utils.planning import estimates, hardware, pass_times, training_plan
 from utils.planning.native_fp8 import LEAST_CAPABILITY
 from utils.training import training_loop, training_run
 from utils.training.schedules import AdapterSchedule
-from utils.training.training_loop import TrainingSetup
+from utils.training.training_setup import TrainingSetup
 
 OTHERS_FAIL = (RuntimeError, ValueError, ImportError, OSError, AssertionError, NonFiniteError, ArtefactError)
 

@@ -67,12 +67,11 @@ def composition(config: Config, base: BaseModel, which: str = "both") -> Composi
     parts = load(found, base)
     if chosen.is_alone:
         return made(parts, found, Recipe(weights=(1.0,)), searched=False, run=chosen.composed)
-    if len(found) == 1:
-        asked = recipe_of(config)
-        given = asked.weights if asked.method == SUM else ()
-        return made(parts, found, Recipe(weights=(given[which == "task"] if given else 1.0,)), searched=False)
     if chosen.composed is None or asks_for_itself:
-        return made(parts, found, recipe_of(config), searched=False)
+        recipe = recipe_of(config if len(found) > 1 else for_one(config, found[0]))
+        if len(found) == 1 and recipe.method != SUM:
+            recipe = Recipe(weights=(1.0,))
+        return made(parts, found, recipe, searched=False)
     run = chosen.composed
     files.verify(run.directory)
     recorded = run.manifest["composition"]
@@ -101,6 +100,18 @@ def made(
 def recipe_of(config: Config) -> Recipe:
     """What the settings ask for. Raises ConfigError, for those that no command line has checked."""
     return methods.recipe_of(config.compose, config.run.seed)
+
+
+def for_one(config: Config, only: Run) -> Config:
+    """The settings as they apply to one adapter: of the weights its own, and nothing to search."""
+    section = config.compose
+    if section.search:
+        event("one adapter has nothing to be weighed against: no weights are searched", adapter=only.directory)
+    weights = section.weights or (1.0,)
+    if len(weights) == 2:
+        weights = (weights[only.manifest["kind"] == "task"],)
+    asked = section.model_copy(update={"weights": weights, "search": False})
+    return config.model_copy(update={"compose": asked})
 
 
 def record(found: Composition, base: BaseModel) -> dict[str, Any]:

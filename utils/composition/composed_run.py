@@ -27,17 +27,21 @@ def write(
 ) -> dict[str, Any]:
     """Write everything but the manifest into `directory`; returns the manifest's facts.
 
-    `found` are the adapters' runs, domain and task first, `parts` their factors, `data` the prepared data that they
-    share, if any. Raises ArtefactError when the recipe does not fit, VerificationError when a check fails.
+    `found` are the adapters' runs, domain and task first (or one of them alone), `parts` their factors, `data` the
+    prepared data that they share, if any. Raises ArtefactError when the recipe does not fit, VerificationError when a
+    check fails.
     """
-    prompt = found[1].manifest["system_prompt"]
-    probe = _probe(config, base, parts, data, prompt)
+    is_alone = len(found) == 1
+    # a domain adapter alone was trained with none
+    prompt = found[:2][-1].manifest.get("system_prompt", config.task.system_prompt)
+    probe = None if is_alone else _probe(config, base, parts, data, prompt)
     recipe, is_searched = composed_adapter.recipe_of(config), config.compose.search
     if is_searched:
         recipe = _searched(config, probe, recipe, directory)
     made = composed_adapter.made(parts, found, recipe, searched=is_searched)
     composed_adapter.say(made)
-    _explain(probe, recipe, directory)
+    if not is_alone:
+        _explain(probe, recipe, directory)
     rows = row_support.of(probe.model).to_json() if probe else None
     if probe is not None:
         probe.free()  # before the check loads a model in float32

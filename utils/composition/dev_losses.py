@@ -36,7 +36,8 @@ from utils.models.parallel import ranks, work
 from utils.models.rows import row_probe, row_support
 from utils.models.structure import model_class
 from utils.models.weights.tensor_names import layer_of
-from utils.progress import Progress
+from utils.planning.stage_costs import SEARCHED_POINTS
+from utils.progress import Progress, Whole
 
 ROW_TOKENS = 1024
 FIT_STEPS, FIT_RATE = 8, 0.1
@@ -89,14 +90,22 @@ def search(probe: DevProbe | ranks.Held | None, section: ComposeSection, remembe
                 fix="prepare data with --data.task FILE, on a machine that holds the model; or set --weights",
             )
         )
-    evaluate = measuring(probe, remembered)
-    return weight_search.search(
-        evaluate,
-        len(probe.parts),
-        section.search_methods,
-        retention=section.domain_retention,
-        fit_per_layer=lambda start, documents: probe.fit_per_layer(start, documents),
+    least, most = SEARCHED_POINTS
+    documents = len(probe.data.documents.documents) if probe.data.documents is not None else 0
+    event(
+        f"weight search of {', '.join(section.search_methods)}: {least} to {most} points",
+        questions=len(probe.data.questions),
+        documents=documents,
     )
+    evaluate = measuring(probe, remembered)
+    with Whole("weight search, at most", total=most, unit="point", counts_steps=True):
+        return weight_search.search(
+            evaluate,
+            len(probe.parts),
+            section.search_methods,
+            retention=section.domain_retention,
+            fit_per_layer=lambda start, documents: probe.fit_per_layer(start, documents),
+        )
 
 
 def measuring(probe: DevProbe | ranks.Held, remembered: Path) -> weight_search.Evaluate:
@@ -105,6 +114,7 @@ def measuring(probe: DevProbe | ranks.Held, remembered: Path) -> weight_search.E
     known = {(point.method, point.weights): point for point in _points(remembered, of)}
     if known:
         event("the weight search goes on", measured=len(known))
+    asked: set[tuple[str, tuple[float, ...]]] = set()
 
     def evaluate(method: str, weights: tuple[float, ...]) -> Point:
         if (method, weights) not in known:
@@ -112,6 +122,10 @@ def measuring(probe: DevProbe | ranks.Held, remembered: Path) -> weight_search.E
             resumable.append(remembered, asdict(point), of)
             shown = ", ".join(f"{w:g}" for w in weights[:6])
             event(f"{method} ({shown})", answer_loss=point.answer_nll, domain_loss=point.domain_nll, number=len(known))
+        if (method, weights) not in asked:
+            asked.add((method, weights))
+            if Whole.running is not None:
+                Whole.running.step(method)
         return known[method, weights]
 
     return evaluate

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import PRESETS, Config
+from config import Config
 from utils.adapters import adapter_tokenizer, find
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
@@ -47,21 +47,23 @@ def in_use(config: Config, base: BaseModel, which: str = "both", *, needs_parts:
     if (chosen := _chosen(config, base)) is not None:
         return _with_parts(config, base, chosen, which, needs_parts)
     adapters = find.adapter_runs(config, base, which)
-    if which == "both" and (run := _made_of(config, base, adapters)):
+    if which == "both" and (run := made_of(config, base, adapters)):
         event("using the newest composed run of these adapters", path=run.directory)
         return InUse(tuple(adapters), run)
     return InUse(tuple(adapters))
 
 
-def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run]:
-    """(domain run, task run) of what is in use; the domain run is None when there is none. Raises as `in_use`."""
+def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run | None]:
+    """(domain run, task run) of what is in use; one is None where only the other is. Raises as `in_use`."""
     chosen = _chosen(config, base)
     if chosen is None:
         return find.pair(config, base)
-    domain, task, *_ = parts = parts_of(config, base, chosen)
+    parts = parts_of(config, base, chosen)
     if not config.inputs.composed:
         _refuse_newer(config, base, chosen, parts, "both")
-    return domain, task
+    if len(parts) > 1:
+        return parts[0], parts[1]
+    return (None, parts[0]) if parts[0].manifest["kind"] == "task" else (parts[0], None)
 
 
 def parts_of(config: Config, base: BaseModel, composed: Run) -> list[Run]:
@@ -98,7 +100,7 @@ def _chosen(config: Config, base: BaseModel) -> Run | None:
         "--domain_adapter": inputs.domain_adapter,
         "--task_adapter": inputs.task_adapter,
         "--compose.also": config.compose.also,
-        "--task.on": "task.on" in config.overrides or config.task.on != PRESETS[config.preset]().task.on,
+        "--task.on": find.names_task_on(config),
     }
     named = [flag for flag, is_given in given.items() if is_given]
     fits = find.for_base(config, base)
@@ -131,10 +133,16 @@ def _with_parts(config: Config, base: BaseModel, chosen: Run, which: str, needs_
         return InUse((chosen,), chosen, is_alone=True)
     if not config.inputs.composed:
         _refuse_newer(config, base, chosen, parts, which)
-    return InUse(tuple(parts), chosen) if which == "both" else InUse((parts[which == "task"],))
+    if which == "both":
+        return InUse(tuple(parts), chosen)
+    one = parts[which == "task"] if len(parts) > 1 else parts[0]
+    if one.manifest["kind"] != which and len(parts) == 1:
+        what = f"{chosen.directory} was made of a {one.manifest['kind']} adapter alone"
+        raise ArtefactError(Problem(what, which, f"--{which}_adapter PATH names another"))
+    return InUse((one,))
 
 
-def _made_of(config: Config, base: BaseModel, adapters: Sequence[Run]) -> Run | None:
+def made_of(config: Config, base: BaseModel, adapters: Sequence[Run]) -> Run | None:
     """The newest composed run of exactly these adapters in this order."""
     wanted = [run.digest for run in adapters]
     for run in runs.complete_runs(config.run.models_dir, STAGE):

@@ -182,7 +182,9 @@ def problems(section: ComposeSection) -> list[Problem]:
         return [_no_choice("compose.method: no such method", name, names), *found]
     method, adapters = METHODS[name], 2 + len(section.also)
     # a weight per layer is checked where the number of layers is known
-    if section.weights and method.per_adapter and len(section.weights) != (takes := adapters * method.per_adapter):
+    # and one adapter, where only that one is there, takes its own
+    takes, alone = adapters * method.per_adapter, method.per_adapter if adapters == 2 else 0
+    if section.weights and takes and len(section.weights) not in (takes, alone):
         given = len(section.weights)
         found.append(Problem(f"compose.weights has {given} numbers, {name} of {adapters} adapters takes {takes}"))
     if method.needs_weights and not section.weights and not section.search:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,15 @@ from config import DataSection, TaskSection
 from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
-from utils.data.corpus.prepared_documents import prepare_documents
+from utils.data import early_warnings
+from utils.data.corpus import prepared_documents
 from utils.data.domains.built_in import BuiltIn
 from utils.data.domains.invented import invented_domain
 from utils.data.domains.python_demo import other_modules, python_demo
 from utils.data.labelled import labelled_pairs
 from utils.data.splits import SPLITS as SPLITS
-from utils.exceptions import ArtefactError, Problem
-from utils.logger import event
+from utils.exceptions import ArtefactError, ConfigError, DataError, Problem
+from utils.logger import event, warning
 from utils.models.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -103,18 +105,41 @@ def prepare(
     """
     cache = directory / ".reading"
     domain = built_in_domain(data, seed)
+    parts: dict[str, Dataset] = {}
+    problems: list[Problem] = []
     try:
         counts: dict[str, Any] = {}
+        # pairs are read before the documents are tokenised: what is wrong with either is said in minutes, and at once
         if data.corpus != (NONE,):
-            counts["documents"] = prepare_documents(data, domain, base, seed, directory, cache)
+            with _collected(problems):
+                parts, counts["documents"] = prepared_documents.read(data, domain, base, seed, cache)
         if data.task != NONE:
-            found = labelled_pairs.prepare(data, domain, base, seed, directory, cache, task or TaskSection())
-            counts["sequence_tokens"], counts["examples"] = found.pop("sequence_tokens"), found
+            with _collected(problems):
+                found = labelled_pairs.prepare(data, domain, base, seed, directory, cache, task or TaskSection(), parts)
+                counts["sequence_tokens"], counts["examples"] = found.pop("sequence_tokens"), found
+        if problems:
+            raise DataError(problems)
+        said = early_warnings.labelled(counts.get("examples", {}))
+        if parts:
+            said += early_warnings.held_out(data, {name: len(part) for name, part in parts.items()})
+        for sentence in said:
+            warning(sentence)
+        if parts:
+            counts["documents"] |= prepared_documents.write(parts, data, base, directory, cache)
         if domain:
             counts["groups"] = domain.groups
         return counts
     finally:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+@contextmanager
+def _collected(problems: list[Problem]) -> Iterator[None]:
+    """What is wrong with the sources, kept until all of them were looked at."""
+    try:
+        yield
+    except (ConfigError, DataError, ArtefactError) as error:
+        problems += error.problems
 
 
 def built_in_domain(data: DataSection, seed: int) -> BuiltIn | None:

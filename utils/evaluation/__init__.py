@@ -7,7 +7,10 @@ scored_rows      each row as an adapter on one loaded base; scoring it
 served_rows      generated answers from an engine, where there is one
 measures         from per-item scores to numbers with intervals, contrasts, examples
 intervals        paired intervals over documents and seeds       verdict   four contrasts and the word that follows
+one_adapter      the same where there is only a task or only a domain adapter
 test_reads       how often a test split has been read            comparison   all of it, as `evaluate` runs it
+learning_curve/  what twice the data would bring, from runs on parts of it
+matrix/          several domain and task adapters: which pairs compose
 report/          report.html and the table for a terminal        lm_eval/  the same test split in another program
 find_evaluation  the evaluation of a composed model, for its card
 """

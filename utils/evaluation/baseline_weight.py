@@ -13,6 +13,7 @@ from typing import Any
 
 from config import Config
 from utils.adapters import adapter_files
+from utils.artifacts.runs import Run
 from utils.composition import dev_losses, search
 from utils.composition.dev_losses import DevProbe
 from utils.composition.search import ChosenWeights
@@ -26,11 +27,16 @@ POINTS = "baseline_points.jsonl"
 
 def search_of(parts: ComparedRuns) -> dict[str, Any] | None:
     """What decides the search: which dev questions the composed model's weights were chosen on; None without one."""
-    if parts.composed is None or parts.composed.run is None or not parts.composed.searched:
+    if parts.composed is None or not parts.composed.searched or parts.first.baseline is None:
         return None
-    if parts.first.baseline is None:
+    return search_behind(parts.composed.run)
+
+
+def search_behind(composed: Run | None) -> dict[str, Any] | None:
+    """The same of a composed run; None where its weights were not searched."""
+    if composed is None or not composed.manifest["composition"]["searched"]:
         return None
-    recorded = parts.composed.run.manifest["identity"]
+    recorded = composed.manifest["identity"]
     searched = recorded.get("search") or recorded["compose"]  # the whole section, until 2026-11-30
     return {"max_dev_items": searched["max_dev_items"], "seed": recorded["seed"], "data": recorded["data"]}
 
@@ -43,11 +49,25 @@ def chosen(config: Config, base: BaseModel, parts: ComparedRuns, directory: Path
     of, baseline = search_of(parts), parts.first.baseline
     if of is None or baseline is None:
         return None
+    prompt = parts.first.task.manifest["system_prompt"]
+    return searched_alone(config, base, of, baseline, parts.data, prompt, directory / POINTS)
+
+
+def searched_alone(
+    config: Config,
+    base: BaseModel,
+    of: dict[str, Any],
+    baseline: Run,
+    data: Run,
+    system_prompt: str,
+    remembered: Path,
+) -> ChosenWeights:
+    """The weight of one adapter, searched as `of` says on the dev questions of `data`."""
     compose = config.compose.model_copy(update={"max_dev_items": of["max_dev_items"]})
     asked = config.model_copy(update={"compose": compose, "run": config.run.model_copy(update={"seed": of["seed"]})})
-    dev = dev_losses.dev_data(asked, base, parts.data.directory, parts.first.task.manifest["system_prompt"])
+    dev = dev_losses.dev_data(asked, base, data.directory, system_prompt)
     adapter = adapter_files.load(baseline.adapter, base)
     with ranks.Held(DevProbe.on, base, config.base, [adapter], replace(dev, documents=None)) as probe:
-        found = search.search_alone(dev_losses.measuring(probe, directory / POINTS))
+        found = search.search_alone(dev_losses.measuring(probe, remembered))
     event("the baseline's weight chosen on dev", weight=found.chosen.weights[0], reason=found.reason)
     return found

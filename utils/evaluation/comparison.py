@@ -18,6 +18,8 @@ from utils.composition import composed_adapter, search
 from utils.data import contamination
 from utils.data.prepared import Prepared
 from utils.evaluation import baseline_weight, measures, retrieved_rows, scored_rows, served_rows, test_reads
+from utils.evaluation.learning_curve import curve
+from utils.evaluation.learning_curve.curve_runs import CurveRuns
 from utils.evaluation.metrics import classification, judging, task_kinds
 from utils.evaluation.metrics.primary import PrimaryMetric
 from utils.evaluation.run_groups import ComparedRuns
@@ -30,11 +32,16 @@ FEW_DOCUMENTS = 12
 NEVER_ENDS = 0.5
 
 
-def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Path) -> dict[str, Any]:
-    """Score every row on the same tokens and conclude. Returns what `results.json` holds."""
+def compare(
+    config: Config, base: BaseModel, parts: ComparedRuns, directory: Path, more: CurveRuns | None = None
+) -> dict[str, Any]:
+    """Score every row on the same tokens and conclude. Returns what `results.json` holds.
+
+    `more` are the runs of a learning curve, where one is asked for.
+    """
     began = time.perf_counter()
-    if parts.composed:
-        composed_adapter.say(parts.composed)
+    if used := parts.composed or parts.alone:
+        composed_adapter.say(used)
     parts = replace(parts, baseline_weight=baseline_weight.chosen(config, base, parts, directory))
     on = scored_rows.material(config, base, parts, directory / ".reading")
     on, retrieval = (
@@ -45,28 +52,23 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         warning(said)
     rows = scored_rows.rows(config, base, parts)
     served_rows.refuse_other_models(config, rows)
-    read = test_reads.record(
-        directory.parent,
-        test=test_reads.digest([str(e["id"]) for e in on.examples], [str(e["question"]) for e in on.examples]),
-        composed=files.fingerprint([run.digest for run in parts.composed.runs] if parts.composed else []),
-        run=directory.name,
-        primary=Path(parts.primary.name).name,
-    )
+    read = _read(parts, on, directory)
     raw = scored_rows.score(config, base, rows, on, directory)
     primary = parts.primary.on(on.examples)
     also = [metric.on(on.examples) for metric in task_kinds.metrics(parts.kind)]
     raw, examples = _answered(config, base, rows, raw, on, primary, directory)
-    found = measures.assemble(rows, raw, config.evaluate, config.run.seed, primary, also)
+    found = measures.assemble(rows, raw, config.evaluate, config.run.seed, primary, also, parts.which_alone)
+    task = parts.first.task
     found |= {
-        "task": _task(config, parts, rows, raw),
+        **({"task": _task(config, parts, rows, raw)} if task else {}),
         "examples": examples,
         "test_items": len(on.items),
         "test_documents": len({item.document for item in on.items}),
         "items_without_document": _without_document(on),
         "left_out": len(on.left_out),
         "seeds": [family.seed for family in parts.families],
-        "task_trained_on": parts.first.task.manifest["identity"]["on"],
-        "keeping": parts.first.task.manifest.get("measured", {}).get("keeping"),
+        "task_trained_on": task.manifest["identity"]["on"] if task else None,
+        "keeping": task.manifest.get("measured", {}).get("keeping") if task else None,
         "missing": parts.missing,
         "reads": {**read, "sentence": test_reads.sentence(read)},
         "lineage": _lineage(base, parts),
@@ -83,6 +85,8 @@ def compare(config: Config, base: BaseModel, parts: ComparedRuns, directory: Pat
         found["judge"] = _judged(config, rows, raw, on, directory)
     if parts.baseline_weight:
         found["baseline_weight"] = search.to_json(parts.baseline_weight)
+    if more is not None:
+        found["learning_curve"] = curve.results(config, base, parts, more, on, raw, primary, directory)
     found["cautions"] = cautions(found, parts)
     if parts.composed:
         recorded = composed_adapter.record(parts.composed, base)
@@ -152,6 +156,20 @@ def _examples(
     return resumable.result(directory / "examples.json", resumable.owner(directory), answered)
 
 
+def _read(parts: ComparedRuns, on: Material, directory: Path) -> dict[str, Any]:
+    """The record of this reading of the test split; a domain adapter alone reads none."""
+    if not on.examples:
+        return test_reads.NONE
+    used = parts.composed or parts.alone
+    return test_reads.record(
+        directory.parent,
+        test=test_reads.digest([str(e["id"]) for e in on.examples], [str(e["question"]) for e in on.examples]),
+        composed=files.fingerprint([run.digest for run in used.runs] if used else []),
+        run=directory.name,
+        primary=Path(parts.primary.name).name,
+    )
+
+
 def _task(config: Config, parts: ComparedRuns, rows: Sequence[ModelRow], raw: Mapping[str, Any]) -> dict[str, Any]:
     """The kind of the pairs; of a classification also the confusion matrix and macro F1 of each row."""
     by_cell: dict[str, list[Any]] = {}
@@ -180,8 +198,11 @@ def _contamination(
     config: Config, parts: ComparedRuns, rows: Sequence[ModelRow], raw: Mapping[str, Any], primary: PrimaryMetric
 ) -> dict[str, Any]:
     """Which test items stand in what was trained on, and the verdict without them."""
+    if parts.first.task is None:  # no question was asked
+        return {}
     measured = contamination.report(Prepared(parts.data.directory))
-    rest = measures.without(rows, raw, config.evaluate, config.run.seed, set(measured.flagged), primary)
+    flagged = set(measured.flagged)
+    rest = measures.without(rows, raw, config.evaluate, config.run.seed, flagged, primary, parts.which_alone)
     return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
 
 
@@ -195,7 +216,7 @@ def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
         )
     if found["left_out"]:
         said.append(f"{found['left_out']} test questions do not fit --evaluate.batch_tokens and are left out.")
-    if found["test_documents"] < FEW_DOCUMENTS:
+    if found["test_items"] and found["test_documents"] < FEW_DOCUMENTS:
         documents = f"{found['test_documents']} document{'s' * (found['test_documents'] != 1)}"
         said.append(f"The test questions are about {documents}: few to draw conclusions from.")
     if parts.composed and not parts.composed.searched:
@@ -210,7 +231,7 @@ def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
         said.append(f"The task adapter alone has a weight chosen on dev too ({weight:g}), as composed has{beside}.")
     if keeping := found.get("keeping"):
         said.append(f"What keeps the domain while the task adapter is trained: {keeping['how']} ({keeping['why']}).")
-    trained = parts.first.task.manifest["identity"]
+    trained = parts.first.task.manifest["identity"] if parts.first.task else {}
     if trained.get("retrieval") and "retrieval" not in found:
         said.append(
             "The task adapter was trained with passages and asked without: --evaluate.retrieval bm25 asks it with."

@@ -8,11 +8,13 @@ lies. Interrupted, the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config, LoraSection, TrainSection
+from config import PRESETS, Config, LoraSection, TrainSection, run_label
 from utils.adapters import adapter_files, find
 from utils.adapters.factors import random_like
 from utils.artifacts import files, runs
@@ -24,8 +26,9 @@ from utils.logger import event
 from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.parallel import ranks
-from utils.training import keeping_data, training_identity
+from utils.training import training_identity
 from utils.training.domain_adapter import train_domain
+from utils.training.keeping import keeping_data
 from utils.training.task_adapter import train_task
 from utils.training.training_identity import keep_facts, task_facts
 
@@ -37,6 +40,18 @@ SIZES = ("invented_towns", "invented_attributes", "dev_share", "test_share")
 
 # sections of this command that a sibling's settings change in part
 CHANGED = ("task", "compose")
+
+
+@dataclass(frozen=True)
+class PartOfData:
+    """Prepared data that is a `share` of those that a run was trained on."""
+
+    data: Run
+    share: float
+
+    def steps(self, train: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of as many passes: where steps are counted, as large a share of them."""
+        return {**train, "max_steps": math.ceil(train["max_steps"] * self.share)}
 
 
 class Trainer:
@@ -128,8 +143,10 @@ class Trainer:
         rank: int,
         keeping: Mapping[str, Any] | None,
         documents_of: Run | None,
+        part: PartOfData | None = None,
     ) -> tuple[Config, Identity]:
-        """The settings with which a sibling of `like` is trained, and what decides it."""
+        """The settings with which a sibling of `like` is trained, on a part of its data where one is given, and what
+        decides it."""
         identity, said = like.manifest["identity"], settings_of(like.manifest)
         lora = dict(said["lora"])
         if rank:
@@ -138,7 +155,7 @@ class Trainer:
         section = {
             "on": identity["on"] if domain else "base",
             "lora": LoraSection.model_validate(lora),
-            "train": TrainSection.model_validate(said["train"]),
+            "train": TrainSection.model_validate(part.steps(said["train"]) if part else said["train"]),
             "system_prompt": identity["system_prompt"],
             "prompt_loss_weight": identity.get("prompt_loss_weight", 0.0),
             # joined turns are all turns, in rows of their own form
@@ -147,7 +164,7 @@ class Trainer:
             "max_unusable_share": self.config.task.max_unusable_share,
             **(training_identity.asked(like) if keeping is None else keeping),
         }
-        source = find.parent_by_digest(like, "prepared", self._roots(True))
+        source = part.data if part else find.parent_by_digest(like, "prepared", self._roots(True))
         inputs = {"prepared": str(source.directory)}
         if below := domain or documents_of:
             inputs["domain_adapter"] = str(below.directory)
@@ -186,7 +203,7 @@ class Trainer:
             return run
         event(f"making {what}")
         if stage == "prepared":
-            directory = runs.directory_for(self.data, stage, "", config.preset, identity)
+            directory = runs.directory_for(self.data, stage, "", run_label(self.config), identity)
             run, _ = prepared.make(config.data, self.base, config.run.seed, directory, identity)
         else:
             directory = Path(ranks.everywhere(_trained, stage, config)["run"])
@@ -207,6 +224,9 @@ class Trainer:
             "base": values["base"] | base,
             "run": values["run"] | run,
             "inputs": {},
+            # what this command says of data is about the person's own; what is made here is pinned
+            "data": PRESETS[self.config.preset]().data,
+            "overrides": {},
             **{name: values[name] | section if name in CHANGED else section for name, section in sections.items()},
         }
         return Config.model_validate(values | changed)

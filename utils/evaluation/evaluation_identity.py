@@ -12,6 +12,7 @@ from utils.artifacts import files
 from utils.artifacts.identity import Identity, chosen, same_names
 from utils.data.retrieval.retrieved_prompts import BM25
 from utils.evaluation import baseline_weight
+from utils.evaluation.learning_curve.curve_runs import CurveRuns
 from utils.evaluation.metrics.primary import ANSWER_NLL
 from utils.evaluation.run_groups import ComparedRuns
 from utils.models import devices
@@ -22,13 +23,18 @@ from utils.models.rows.row_support import RowSupport
 # recorded name -> setting; which rows there are is decided by the runs and models that take part
 SCORED = same_names("margin", "batch_tokens", "max_heldout_documents", "generated_answers", "resamples")
 ANSWERED = same_names("max_new_tokens")
-KEPT = same_names("base", "runs", "models", "recipe", "dtype", "quantization", "seed")
+KEPT = same_names("base", "runs", "models", "recipe", "alone", "curve", "dtype", "quantization", "seed")
 
 
 def evaluation_identity(
-    config: Config, base: BaseModel, parts: ComparedRuns, supports: Mapping[str, RowSupport], turn: Mapping[str, Any]
+    config: Config,
+    base: BaseModel,
+    parts: ComparedRuns,
+    supports: Mapping[str, RowSupport],
+    turn: Mapping[str, Any],
+    curve: CurveRuns | None = None,
 ) -> Identity:
-    """The identity of a comparison of these runs.
+    """The identity of a comparison of these runs, and of a learning curve's.
 
     `supports` is what each model honours when rows are shared, `turn` what stands around answers (`chat.deciding`).
     """
@@ -36,7 +42,10 @@ def evaluation_identity(
         "base": base.digest,
         "runs": [run.digest for run in parts.runs()],
         "models": {row.name: row.model.digest for row in parts.guests if row.model},
-        "recipe": asdict(parts.composed.recipe) if parts.composed else None,
+        "recipe": asdict(used.recipe) if (used := parts.composed or parts.alone) else None,
+        # until 2026-11-30 one adapter alone got no verdict
+        **({"alone": parts.which_alone} if parts.alone else {}),
+        **({"curve": [run.digest for run in curve.runs()]} if curve else {}),
         "evaluate": config.evaluate.model_dump(mode="json") | _primary(parts),
         "dtype": str(devices.compute_dtype(config.base.dtype)),
         **({} if base.quantization == PLAIN else {"quantization": base.quantization}),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from config import EvaluateSection
-from utils.evaluation import verdict
+from utils.evaluation import one_adapter, verdict
 from utils.evaluation.intervals import Interval, ratio_interval
 from utils.evaluation.metrics.primary import ANSWER_NLL, PrimaryMetric, is_right, with_choices
 from utils.evaluation.scored_rows import MEANING, ModelRow
@@ -47,22 +47,31 @@ def assemble(
     seed: int,
     primary: PrimaryMetric = ANSWER_NLL,
     also: Sequence[PrimaryMetric] = (),
+    alone: str = "",
 ) -> dict[str, Any]:
     """Cells with intervals, the verdict with its contrasts, and composed against every other cell.
 
-    `also` are metrics of the kind of task, which are measured and decide nothing.
+    `also` are metrics of the kind of task, which are measured and decide nothing; `alone` is the only adapter
+    ("domain" or "task"), which is judged against the base model.
     """
     by_cell = _by_cell(rows, raw)
     common: dict[str, Any] = {"resamples": settings.resamples, "seed": seed}
     answers = verdict.with_spans({cell: primary.scores(scores) for cell, scores in by_cell.items()})
-    judged = judge(by_cell, settings, seed, primary=primary)
+    meaning, own = MEANING, {}
+    if alone:
+        judged, changes = judge_alone(by_cell, alone, common, primary)
+        meaning = {**MEANING, **one_adapter.MEANING}
+        own = {"alone": alone, "changes": {what: plain(found) for what, found in changes.items()}}
+    else:
+        judged = judge(by_cell, settings, seed, primary=primary)
     return {
+        **own,
         "verdict": judged.verdict,
         "sentence": judged.sentence,
         "primary": primary.to_json(),
         "cells": {
             cell: {
-                "meaning": MEANING.get(cell, "as named by --evaluate.also"),
+                "meaning": meaning.get(cell, "as named by --evaluate.also"),
                 **measured(scores, common, [primary, *also]),
                 "seeds": [row.seed for row in rows if row.cell == cell],
             }
@@ -88,6 +97,7 @@ def without(
     seed: int,
     flagged: set[str],
     primary: PrimaryMetric = ANSWER_NLL,
+    alone: str = "",
 ) -> dict[str, Any] | None:
     """The verdict on the test items that are not flagged; None when all are, or none is."""
     by_cell = _by_cell(rows, raw)
@@ -95,7 +105,11 @@ def without(
     kept = names - flagged
     if not kept or kept == names:
         return None
-    judged = judge(by_cell, settings, seed, kept, primary)
+    if alone:
+        common = {"resamples": settings.resamples, "seed": seed}
+        judged, _ = judge_alone(by_cell, alone, common, primary, kept)
+    else:
+        judged = judge(by_cell, settings, seed, kept, primary)
     return {
         "items": len(kept),
         "verdict": judged.verdict,
@@ -125,6 +139,25 @@ def judge(
         seed=seed,
         unit=primary.unit,
     )
+
+
+def judge_alone(
+    by_cell: Mapping[str, list[Any]],
+    which: str,
+    common: Mapping[str, Any],
+    primary: PrimaryMetric = ANSWER_NLL,
+    names: set[str] | None = None,
+) -> tuple[Verdict, dict[str, Interval]]:
+    """The verdict on an adapter without the other, and its changes against the base model; `names` as in `judge`."""
+    kinds = {one_adapter.HELD_OUT: "heldout", one_adapter.OWN: "seen", one_adapter.PROSE: "general"}
+    answers = verdict.with_spans({cell: primary.scores(by_cell[cell], names) for cell in ("base", which)})
+    base, ours = (
+        {one_adapter.ANSWERS: answers[cell]}
+        | {what: _documents(by_cell[cell], kind) for what, kind in kinds.items() if by_cell[cell][0].get(kind)}
+        for cell in ("base", which)
+    )
+    changed = one_adapter.changes(base, ours, **common)
+    return one_adapter.judge(which, changed, base, ours, unit=primary.unit), changed
 
 
 def measured(
@@ -224,10 +257,14 @@ def _by_cell(rows: Sequence[ModelRow], raw: Mapping[str, Any]) -> dict[str, list
     return {cell: [raw[row.name] for row in rows if row.cell == cell] for cell in dict.fromkeys(r.cell for r in rows)}
 
 
-def _documents(scores: Sequence[Mapping[str, Any]]) -> Scores:
-    table = [one["heldout"] for one in scores]
-    loss_SN = np.array([[document["nll"] for document in documents] for documents in table])
-    return Scores(loss_SN, [d["tokens"] for d in table[0]], [d["name"] for d in table[0]])
+def of_documents(*seeds: Sequence[Mapping[str, Any]]) -> Scores:
+    """NLL of documents, a list of them for each seed, weighted by tokens."""
+    loss_SN = np.array([[document["nll"] for document in documents] for documents in seeds])
+    return Scores(loss_SN, [d["tokens"] for d in seeds[0]], [d["name"] for d in seeds[0]])
+
+
+def _documents(scores: Sequence[Mapping[str, Any]], kind: str = "heldout") -> Scores:
+    return of_documents(*(one[kind] for one in scores))
 
 
 def _entries(scores: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:

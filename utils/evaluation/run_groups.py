@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import BaseModelSection, Config
+from config import BaseModelSection, Config, EvaluateSection
 from utils.adapters import adapter_files, find
 from utils.artifacts import files
 from utils.artifacts.runs import Run
@@ -21,7 +21,7 @@ from utils.evaluation.metrics import json_answers, judging, task_kinds
 from utils.evaluation.metrics import primary as primary_metric
 from utils.evaluation.metrics.primary import PrimaryMetric
 from utils.evaluation.metrics.task_kinds import SHORT_ANSWERS, TaskKind
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import ArtefactError, ConfigError, Problem
 from utils.logger import event, warning
 from utils.models import sources
 from utils.models.base_model import BaseModel
@@ -32,6 +32,8 @@ from utils.training.training_identity import decided
 class RunGroup:
     """What one seed trained. `task` belongs to the composed model, `baseline` was trained on the base.
 
+    Where only one adapter was made, the other is None; a task adapter alone is its own baseline.
+
     A control stands for the domain adapter (`wrong_domain`, `random`: the adapter and the task adapter trained on it in
     the same regime) or is a task adapter of the ranks together (`rank_matched`). Where the task adapter keeps its
     domain, controls do as it did, each with the documents of its own domain adapter; `task_plain` is the baseline
@@ -40,7 +42,7 @@ class RunGroup:
 
     seed: int
     domain: Run | None
-    task: Run
+    task: Run | None
     baseline: Run | None
     controls: dict[str, tuple[Run, ...]] = field(default_factory=dict)
 
@@ -60,7 +62,10 @@ class FurtherRow:
 
 @dataclass(frozen=True)
 class ComparedRuns:
-    """Everyone, the data they are judged on, and why somebody is missing."""
+    """Everyone, the data they are judged on, and why somebody is missing.
+
+    `alone` is the one adapter that is judged where there is no other to compose it with.
+    """
 
     data: Run
     families: tuple[RunGroup, ...]
@@ -71,6 +76,12 @@ class ComparedRuns:
     kind: TaskKind = SHORT_ANSWERS
     # of the baseline, chosen on dev where the composed model's were (`baseline_weight`)
     baseline_weight: ChosenWeights | None = None
+    alone: Composition | None = None
+
+    @property
+    def which_alone(self) -> str:
+        """ "domain" or "task" where only that one is judged, else an empty string."""
+        return "" if self.alone is None else "domain" if self.first.task is None else "task"
 
     @property
     def first(self) -> RunGroup:
@@ -78,8 +89,9 @@ class ComparedRuns:
 
     def runs(self) -> list[Run]:
         """Each run once, in order."""
-        made = [self.composed.run] if self.composed and self.composed.run else []
-        further = list(self.composed.runs[2:]) if self.composed else []
+        used = self.composed or self.alone
+        made = [used.run] if used and used.run else []
+        further = list(used.runs[2 if self.composed else 1 :]) if used else []
         everyone = [run for family in self.families for run in family.runs()]
         everyone += [run for guest in self.guests for run in guest.adapters]
         return list({run.digest: run for run in [*everyone, self.data, *made, *further]}.values())
@@ -91,18 +103,21 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
     Raises ArtefactError when a run is missing that cannot be made here.
     """
     domain, task = in_use.pair(config, base)
-    data = find.data_of(config, base, [task])
+    own = [run for run in (domain, task) if run is not None]
+    data = find.data_of(config, base, own[-1:])
     if data is None:
         raise ArtefactError(
             Problem(
-                f"{task.directory} does not say which data it was trained on",
+                f"{own[-1].directory} does not say which data it was trained on",
                 fix="prepare data: scripts/prepare_data.py",
             )
         )
-    # before hours are spent on controls: a metric that cannot be used is refused here
+    # before hours are spent on controls: what cannot be used is refused here
+    _refuse_for_one(config.evaluate, domain, task)
     schema = json_answers.read_schema(Path(config.evaluate.json_schema)) if config.evaluate.json_schema else None
     kind = task_kinds.recognised(Prepared(data.directory), schema)
-    event(kind.sentence)
+    if task is not None:
+        event(kind.sentence)
     primary = primary_metric.chosen(config.evaluate, Prepared(data.directory), has_labels=bool(kind.labels))
     judging.check(config.evaluate)
     retrieved_prompts.check(config.evaluate.retrieval, Prepared(data.directory))
@@ -115,18 +130,47 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
         if any(seed == family.seed for family in families):
             raise ArtefactError(Problem("evaluate.seeds: this seed is there already", seed, "leave it out"))
         families.append(_sibling(config, trainer, missing, first, seed))
-    composed = composed_adapter.composition(config, base) if domain else None
+    used = composed_adapter.composition(config, base)
     for name, why in missing.items():
         warning(f"{name} is left out: {why}")
-    return ComparedRuns(data, tuple(families), composed, guests, missing, primary, kind)
+    composed, alone = (used, None) if len(own) == 2 else (None, used)
+    return ComparedRuns(data, tuple(families), composed, guests, missing, primary, kind, alone=alone)
 
 
-def _family(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> RunGroup:
-    """The adapters that were asked for, with their baseline and controls."""
+def _refuse_for_one(settings: EvaluateSection, domain: Run | None, task: Run | None) -> None:
+    """Raises ConfigError for what is asked about both adapters where there is only one of them."""
+    if domain is not None and task is not None:
+        return
+    only = "task" if domain is None else "domain"
+    other = {"task": "domain", "domain": "task"}[only]
+    given = {"--evaluate.judge": (settings.judge, "compares composed with the task adapter")}
+    if only == "domain":
+        of_answers = "scores answers, and a domain adapter alone is judged by held-out documents"
+        is_other = settings.primary != primary_metric.ANSWER_NLL.name
+        given |= {"--evaluate.primary": (settings.primary if is_other else "", of_answers)}
+        given |= {"--evaluate.retrieval": (settings.retrieval, of_answers)}
+    problems = [
+        Problem(f"{flag} {why}; there is only a {only} adapter", value, f"leave it out, or train the {other} adapter")
+        for flag, (value, why) in given.items()
+        if value
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _family(
+    config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run | None
+) -> RunGroup:
+    """The adapters that were asked for, with their baseline and controls; one that is alone has neither."""
+    if domain is None or task is None:
+        only = domain or task
+        if config.evaluate.controls:
+            missing["controls"] = "they take the domain adapter's place in a composition, and there is none"
+        return RunGroup(int(only.manifest["identity"].get("seed", config.run.seed)), domain, task, task)
     if task.manifest["identity"]["on"] == find.EXTERNAL:
         missing["task"] = "the adapter is external: the settings of a fair baseline are not known"
         return RunGroup(config.run.seed, domain, task, None)
-    if "init_from" in task.manifest["identity"] and task.manifest["identity"]["on"] != "base":
+    if not _can_be_repeated(task) and task.manifest["identity"]["on"] != "base":
         missing["task"] = (
             "the task adapter started from another one: an adapter trained from nothing is no fair baseline"
         )
@@ -154,6 +198,8 @@ def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: R
             )
         )
     other_domain = trainer.domain(domain, seed) if domain else None
+    if task is None:
+        return RunGroup(seed, other_domain, None, None)
     stacked = task.manifest["identity"]["on"] != "base"
     other_task = trainer.task(task, seed, other_domain if stacked else None)
     baseline = None if stacked else other_task
@@ -219,7 +265,7 @@ def _made(
 def _can_be_repeated(run: Run) -> bool:
     """Whether the settings of a run say all of how it was trained."""
     identity = run.manifest["identity"]
-    return identity.get("on") != find.EXTERNAL and "init_from" not in identity
+    return identity.get("on") != find.EXTERNAL and not {"init_from", "continue_from"} & set(identity)
 
 
 def _rank(run: Run) -> int:

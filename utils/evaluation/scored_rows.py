@@ -6,7 +6,6 @@ loaded one after the other. A cell is written whole or not at all, so an interru
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,16 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from config import Config, InferenceSection, TrainSection
+from config import Config, InferenceSection
 from utils.adapters import adapter_files, adapter_tokenizer, inference_layers
 from utils.adapters.factors import Factors, scaled
 from utils.artifacts import resumable
 from utils.composition.methods import Recipe, compose
 from utils.data.batches import PackedDocuments
-from utils.data.documents import read_documents
 from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
-from utils.evaluation.intervals import MIN_CLUSTERS
+from utils.evaluation.documents import document_sets
 from utils.evaluation.metrics.classification import with_labels
 from utils.evaluation.run_groups import ComparedRuns, RunGroup
 from utils.exceptions import DataError, NonFiniteError, Problem
@@ -35,10 +33,8 @@ from utils.models.parallel import ranks
 from utils.models.rows import row_probe
 from utils.models.rows.row_support import RowSupport
 from utils.models.structure import model_class
+from utils.progress import Whole
 
-WINDOW_TOKENS = 1024
-SEEN_DOCUMENTS = 60
-GENERAL = Path(__file__).with_name("general.jsonl")
 # what each row is, for the report
 MEANING = {
     "base": "the base model",
@@ -103,6 +99,12 @@ class Material:
         """What a row is asked to answer, with passages or without."""
         return self.retrieved_asked if row.retrieves else self.asked
 
+    def size_of(self, row: ModelRow) -> int:
+        """Questions and rows of documents that are scored, for a progress bar."""
+        if row.retrieves:
+            return len(self.retrieved or [])
+        return len(self.items) + sum(len(packed.row_lengths(0)) for packed in self.documents.values())
+
 
 def rows(config: Config, base: BaseModel, parts: ComparedRuns) -> list[ModelRow]:
     """Every row in the order of the report; the first family's come first in each cell."""
@@ -129,22 +131,26 @@ def row_supports(config: Config, base: BaseModel, parts: ComparedRuns) -> dict[s
 
 
 def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path) -> Material:
-    """Test items and documents as tokens. Raises DataError when no test item can be scored."""
+    """Test items and documents as tokens; no items for a domain adapter alone.
+
+    Raises DataError when no test item can be scored.
+    """
     settings, tokenizer = config.evaluate, adapter_tokenizer.of(base)
-    prompt, source = parts.first.task.manifest["system_prompt"], Prepared(parts.data.directory)
-    examples = source.examples("test")
+    task, source = parts.first.task, Prepared(parts.data.directory)
+    prompt = task.manifest["system_prompt"] if task else config.task.system_prompt
+    # a domain adapter alone is judged on documents: the test questions stay unread for the task adapter to come
+    examples = source.examples("test") if task else []
     if parts.kind.labels:
         examples = with_labels(examples, parts.kind.labels)
     longest = model_class.longest_row(base.directory, settings.batch_tokens)
     items, left_out = scoring.questions(examples, tokenizer, prompt, longest)
     if left_out:
         warning("test items that do not fit evaluate.batch_tokens are left out", count=len(left_out))
-    if not items:
+    if not items and task:
         raise DataError(Problem("no test item can be scored", len(left_out), "raise --evaluate.batch_tokens"))
     pad_id = chat.pad_id(tokenizer)
-    window = _window(config, base)
-    documents = _document_sets(config, window, source, pad_id)
-    documents["general"] = _general(config, window, tokenizer, pad_id, scratch)
+    documents = document_sets.of_data(settings, config.run.seed, base, source, pad_id)
+    documents["general"] = document_sets.general(settings, base, tokenizer, pad_id, scratch)
     order = sorted(examples, key=lambda e: hash_share(str(e["id"]), config.run.seed))
     asked = order[: settings.generated_answers]
     if parts.primary.generates:
@@ -162,17 +168,23 @@ def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Mater
     paths = {row.name: directory / f"cell_{row.name}.json" for row in wanted}
     scored = {name: resumable.read(path, of) for name, path in paths.items()}
     todo = [row for row in wanted if scored[row.name] is None]
+    if not todo:
+        return scored
     first_of_cell = {row.cell: row.name for row in reversed(wanted)}
-    for row, model in _models(config, base, todo, on):
-        # generating costs far more than scoring: unless it decides, the first seed answers for its cell
-        is_first = first_of_cell[row.cell] == row.name
-        is_timed = f"{row.cell.removesuffix(RETRIEVAL)}{RETRIEVAL}" in first_of_cell
-        asked = on.asked_of(row) if config.inference.engine == "local" and (on.every_seed or is_first) else []
-        try:
-            found = model.scores(replace(row, factors=None, model=None), asked, is_timed=is_first and is_timed)
-        except NonFiniteError as error:
-            raise NonFiniteError([replace(problem, value=row.name) for problem in error.problems]) from error
-        scored[row.name] = resumable.write(paths[row.name], found, of)
+    # generating costs far more than scoring: unless it decides, the first seed answers for its cell
+    is_first = {row.name: first_of_cell[row.cell] == row.name for row in todo}
+    answers = {row.name: config.inference.engine == "local" and (on.every_seed or is_first[row.name]) for row in todo}
+    asked = {row.name: on.asked_of(row) if answers[row.name] else [] for row in todo}
+    total = sum(on.size_of(row) + len(asked[row.name]) for row in todo)
+    event(f"evaluation of {len(todo)} rows", questions=len(on.items), answers=sum(map(len, asked.values())))
+    with Whole("evaluation", total=total, unit="item"):
+        for row, model in _models(config, base, todo, on):
+            is_timed = is_first[row.name] and f"{row.cell.removesuffix(RETRIEVAL)}{RETRIEVAL}" in first_of_cell
+            try:
+                found = model.scores(replace(row, factors=None, model=None), asked[row.name], is_timed=is_timed)
+            except NonFiniteError as error:
+                raise NonFiniteError([replace(problem, value=row.name) for problem in error.problems]) from error
+            scored[row.name] = resumable.write(paths[row.name], found, of)
     return scored
 
 
@@ -202,7 +214,9 @@ class ScoredModel:
         settings, on, model, row = self._settings, self._on, self._model, of.name
         items = (on.retrieved or []) if of.retrieves else on.items
         common: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "device": next(model.parameters()).device}
-        scored = scoring.score_questions(model, items, pad_id=on.pad_id, what=f"{row}: questions", **common)
+        scored = []
+        if items:
+            scored = scoring.score_questions(model, items, pad_id=on.pad_id, what=f"{row}: questions", **common)
         found: dict[str, Any] = {"items": scoring.to_json(scored)}
         for name, packed in ({} if of.retrieves else on.documents).items():
             what = f"{row}: {name} documents"
@@ -217,7 +231,7 @@ class ScoredModel:
                 "prompt_tokens": sum(len(item.prompt) for item in items) / len(items),
                 "seconds": self._seconds_an_answer(asked[:TIMED_ANSWERS]),
             }
-        event(f"{row} scored", answer_nll=scoring.summary(scored, [])["answer_nll"])
+        event(f"{row} scored", **({"answer_nll": scoring.summary(scored, [])["answer_nll"]} if scored else {}))
         return found
 
     def loss(self, items: Sequence[scoring.Question], what: str) -> float:
@@ -270,6 +284,12 @@ def _factors(cell: str, family: RunGroup, base: BaseModel, parts: ComparedRuns) 
     def load(*found: Any) -> list[Factors]:
         return [adapter_files.load(run.adapter, base) for run in found]
 
+    if (alone := parts.alone) is not None:
+        if cell != parts.which_alone:
+            return None
+        if family is parts.first:
+            return alone.factors
+        return compose([*load(family.domain or family.task), *alone.parts[1:]], alone.recipe)
     if cell == "domain":
         return load(family.domain)[0] if family.domain else None
     if cell in ("task", "task_at_1"):
@@ -292,57 +312,3 @@ def _factors(cell: str, family: RunGroup, base: BaseModel, parts: ComparedRuns) 
         return None
     # further adapters of the composition are the same for every seed and control
     return compose([*load(*pair), *parts.composed.parts[2:]], parts.composed.recipe)
-
-
-def _document_sets(config: Config, window: TrainSection, source: Prepared, pad_id: int) -> dict[str, PackedDocuments]:
-    found, most = {}, config.evaluate.max_heldout_documents
-    for name, which, limit in (
-        ("heldout", "heldout_documents", most),
-        ("seen", "corpus", min(SEEN_DOCUMENTS, most or SEEN_DOCUMENTS)),
-    ):
-        if (source.directory / which).is_dir():
-            documents = source.documents(which)
-            if limit and len(documents) > limit:
-                ids = documents["id"][:]
-                order = sorted(range(len(ids)), key=lambda i, ids=ids: hash_share(ids[i], config.run.seed))
-                documents = documents.select(sorted(order[:limit]))
-            if name == "heldout" and len(documents) < MIN_CLUSTERS:
-                # said before the hours that an evaluation may take
-                warning(
-                    f"whether the domain is kept (H1) is not tested with fewer than {MIN_CLUSTERS} held-out documents: "
-                    "raise --evaluate.max_heldout_documents, or prepare data with more",
-                    documents=len(documents),
-                )
-            found[name] = PackedDocuments(documents, window, 0, pad_id)
-    return found
-
-
-def _general(config: Config, window: TrainSection, tokenizer: Any, pad_id: int, scratch: Path) -> PackedDocuments:
-    """Ordinary prose, for what was forgotten."""
-    path = Path(config.evaluate.general_text or GENERAL)
-    if not path.exists():
-        raise DataError(Problem("evaluate.general_text: no such file or folder", str(path)))
-    try:
-        texts, _ = read_documents((str(path),), cache_dir=scratch)
-        return PackedDocuments(_tokenised(texts, tokenizer), window, 0, pad_id)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _tokenised(texts: Any, tokenizer: Any) -> Any:
-    return texts.map(
-        lambda batch: {
-            "input_ids": (ids := chat.document_ids(tokenizer, batch["text"])),
-            "num_tokens": [len(tokens) for tokens in ids],
-            "utf8_bytes": [len(text.encode()) for text in batch["text"]],
-        },
-        batched=True,
-        keep_in_memory=True,
-        desc="tokenising general text",
-    )
-
-
-def _window(config: Config, base: BaseModel) -> TrainSection:
-    size = max(WINDOW_TOKENS, config.evaluate.batch_tokens)
-    window = model_class.longest_row(base.directory, WINDOW_TOKENS)
-    return TrainSection(max_sequence_tokens=window, micro_batch_tokens=size)

@@ -16,6 +16,8 @@ from utils.artifacts import files, resumable
 RECORD = ".test_reads.jsonl"
 # the metric of lines that name none: there was no other
 FIRST = "answer_nll"
+# where no question was asked
+NONE = {"test": "", "reads": 0, "models": 0, "reads_of_this": 0, "doubtful": 0}
 
 
 def digest(names: Sequence[str], texts: Sequence[str]) -> str:

@@ -28,6 +28,9 @@ CLAIMS = {
     "H2": "answers no worse than the task adapter alone, within the margin",
     "H3": "answers better than the task adapter alone",
     "H4": "answers better than with a wrong-domain and with a random adapter in the domain adapter's place",
+    # of one adapter without the other (one_adapter.py)
+    "T1": "answers better than the base model",
+    "D1": "predicts held-out documents better than the base model",
 }
 
 
@@ -102,7 +105,7 @@ def judge(
         untested["H2"] = untested["H3"] = "there is no task adapter trained on the base to compare with"
     elif not len(answers["composed"].weights):
         untested["H2"] = untested["H3"] = "no test question has a value in the primary metric"
-    elif answers["composed"].ties and not _range([answers["task"], answers["composed"]]):
+    elif tied(answers["task"], answers["composed"]):
         untested["H2"] = untested["H3"] = (
             "every answer of task and composed has the same value, so nothing is told apart"
         )
@@ -121,7 +124,7 @@ def judge(
         contrasts["H4"] = against[closest]
     p_holm = holm({name: found.p for name, found in contrasts.items()})
     found = Verdict("", "", contrasts, p_holm, untested, closest)
-    word, sentence = _conclude(found, margin, unit)
+    word, sentence = conclude(found, margin, unit)
     return Verdict(word, sentence, contrasts, p_holm, untested, closest)
 
 
@@ -145,6 +148,11 @@ def with_spans(cells: Mapping[str, Scores]) -> dict[str, Scores]:
     open_ones = [s for s in cells.values() if s.span is None and len(s.weights)]
     span = _range(open_ones) if open_ones else 0.0
     return {name: replace(s, span=span) if s.span is None else s for name, s in cells.items()}
+
+
+def tied(one: Scores, other: Scores) -> bool:
+    """Whether equal values are to be expected, and there are no others: then nothing is told apart."""
+    return one.ties and not _range([one, other])
 
 
 def _range(cells: Sequence[Scores]) -> float:
@@ -175,7 +183,8 @@ def _minus(first_SN: np.ndarray, second_SN: np.ndarray) -> np.ndarray:
     return np.atleast_2d(first_SN) - np.atleast_2d(second_SN)
 
 
-def _conclude(found: Verdict, margin: float, unit: str) -> tuple[str, str]:
+def conclude(found: Verdict, margin: float, unit: str) -> tuple[str, str]:
+    """(word, sentence) that follow from the contrasts and their corrected p-values."""
     holds, contrasts = found.holds, found.contrasts
     h1, h2, h3, h4 = (contrasts.get(name) for name in ("H1", "H2", "H3", "H4"))
     if h2 is None or h3 is None:

@@ -35,7 +35,8 @@ def from_hub(section: BaseModelSection) -> Path:
             Problem(
                 "base.source is neither a directory here nor a pinned hub id",
                 section.source,
-                "give an existing directory, or a hub id together with --base.revision COMMIT (40 hex digits)",
+                "give an existing directory, or a hub id together with --base.revision COMMIT (40 hex digits), "
+                f"which this prints for a hub id: git ls-remote https://huggingface.co/{section.source} HEAD",
             )
         )
     event("fetching the base model from the hub", id=section.source, revision=section.revision)

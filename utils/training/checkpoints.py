@@ -28,6 +28,8 @@ from utils.logger import warning
 from utils.models.parallel import sharding
 
 Tensors = dict[str, torch.Tensor]
+# the last checkpoint of a finished run, beside its adapter and no part of the artefact
+LAST = ".last_state"
 # headers, state and manifest
 _SMALL_FILES = 1 << 17
 
@@ -185,6 +187,24 @@ def load(directory: Path, optimizer: torch.optim.Optimizer) -> tuple[TrainingSta
         raise ArtefactError(Problem(f"{directory} was written by another version ({error!r})", fix=fix)) from error
     # without a dev measurement yet there is no best, and nothing may be published as if there were
     return progressed, adapter, best if saved["best_step"] else {}
+
+
+def keep_last(run: Path) -> None:
+    """Keep the last checkpoint of a finished run, so that another can go on from it."""
+    newest, target = next(iter(_directories(run / files.SCRATCH)), None), run / LAST
+    if newest is not None and not target.exists():
+        with suppress(OSError):
+            newest.rename(target)
+
+
+def last_state(run: Path) -> Path | None:
+    """The last checkpoint of a finished run, or None when it is not there. Raises ArtefactError when it is damaged."""
+    if not (run / LAST / files.MANIFEST).is_file():
+        return None
+    manifest = files.verify(run / LAST)
+    if manifest.get("run") != _run(run / LAST):
+        raise ArtefactError(Problem(f"{run / LAST} is the state of another run", fix="remove it"))
+    return run / LAST
 
 
 def discard(root: Path) -> None:

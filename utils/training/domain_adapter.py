@@ -14,7 +14,7 @@ from utils.models import chat
 from utils.models.base_model import BaseModel
 from utils.models.rows import row_probe
 from utils.planning import preflight
-from utils.training import trackers, training_identity, training_run
+from utils.training import going_on, trackers, training_identity, training_run
 from utils.training.schedules import AdapterSchedule
 
 
@@ -22,13 +22,18 @@ def train_domain(config: Config) -> dict[str, Any]:
     """On every rank at once: base model, fresh adapter, packed documents, training loop, artefact."""
     trackers.check(config.run.trackers)
     base = preflight.start(config, stage="domain")
-    data = find.prepared_run(config, base)
+    if finished := going_on.finished_run(config, base, "domain"):
+        config = going_on.settings_of(config, "domain", finished)
+    data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base)
     config = training_run.with_length(config, data)
     initial = find.initial_run(config, base, "domain")
     rows = row_probe.measured(base, config.base)
-    facts = training_identity.start_facts(initial) | rows.deciding("packing", "head")
+    facts = training_identity.start_facts(initial, finished) | rows.deciding("packing", "head")
     identity = training_identity.identity_of(config, "domain", base, data, **facts)
-    parents = [data, *([initial] if initial else [])]
+    if finished:
+        going_on.refuse_other(finished, identity, "domain")
+        going_on.say(finished, "domain")
+    parents = [data, *filter(None, (initial, finished))]
     with training_run.opened(config, "domain", base, identity, parents) as run:
         if run.complete:
             return training_run.result(run, reused=True)
@@ -36,7 +41,7 @@ def train_domain(config: Config) -> dict[str, Any]:
         model = training_run.load_base(config, "domain", base)
         start = adapter_files.load(initial.adapter, base) if initial else None
         model = training_run.new_adapter(model, "domain", config.domain.lora, config.run.seed, initial=start)
-        outcome = training_run.train(run, model, documents, dev, AdapterSchedule("domain"))
+        outcome = training_run.train(run, model, documents, dev, AdapterSchedule("domain"), finished=finished)
         training_run.save(run, model, outcome)
         counts = data.manifest["counts"].get("documents", {})
         run = training_run.record(run, outcome, data=counts, rows=rows.to_json())

@@ -16,7 +16,8 @@ from utils.models import chat, turn_format
 from utils.models.base_model import BaseModel
 from utils.models.rows import row_probe
 from utils.planning import preflight
-from utils.training import keeping_data, trackers, training_identity, training_run
+from utils.training import going_on, trackers, training_identity, training_run
+from utils.training.keeping import keeping_data
 from utils.training.schedules import AdapterSchedule
 from utils.training.training_identity import task_facts
 
@@ -25,24 +26,32 @@ def train_task(config: Config) -> dict[str, Any]:
     """On every rank at once: base model, frozen domain adapter, fresh task adapter, bucketed pairs, artefact."""
     trackers.check(config.run.trackers)
     base = preflight.start(config, stage="task")
-    data = find.prepared_run(config, base)
+    if finished := going_on.finished_run(config, base, "task"):
+        config = going_on.settings_of(config, "task", finished)
+    data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base)
     config = training_run.with_length(config, data)
-    domain = find.domain_run(config, base) if config.task.on != "base" else None
+    domain = None
+    if config.task.on != "base":
+        below = going_on.domain_of(config, finished) if finished else None
+        domain = below or find.domain_run(config, base, below=True)
     initial = find.initial_run(config, base, "task")
     base = adapter_tokenizer.with_chosen(base, [run for run in (domain, initial) if run])
-    parents, frozen = [data, *filter(None, (domain, initial))], ["domain"] if domain else []
+    parents, frozen = [data, *filter(None, (domain, initial, finished))], ["domain"] if domain else []
     schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
     rows = row_probe.measured(base, config.base)
     config, source = keeping_data.resolved(config, base, data, domain)
     if source and source.digest != data.digest:
         parents.append(source)
     deciding = rows.deciding("packing", "head") if source else rows.deciding("head")
-    facts = task_facts(config.task, domain) | training_identity.start_facts(initial) | deciding
+    facts = task_facts(config.task, domain) | training_identity.start_facts(initial, finished) | deciding
     facts |= training_identity.keep_facts(config.task, config.compose.domain_retention, source)
     facts |= turn_format.deciding(adapter_tokenizer.of(base)) | base.deciding_tokenizer()
     if config.task.turns == "all" and pairs.trains_earlier_turns(data.manifest["counts"]):
         facts |= {"turns": "joined"}  # how turns make rows decides which of them make a step
     identity = training_identity.identity_of(config, "task", base, data, **facts)
+    if finished:
+        going_on.refuse_other(finished, identity, "task")
+        going_on.say(finished, "task")
     with training_run.opened(config, "task", base, identity, parents) as run:
         if run.complete:
             return training_run.result(run, reused=True)
@@ -55,7 +64,7 @@ def train_task(config: Config) -> dict[str, Any]:
             model = peft_model.add(model, "domain", adapter_files.load(domain.adapter, base))
         start = adapter_files.load(initial.adapter, base) if initial else None
         model = training_run.new_adapter(model, "task", config.task.lora, config.run.seed, frozen, initial=start)
-        outcome = training_run.train(run, model, trained, dev, schedule, keep)
+        outcome = training_run.train(run, model, trained, dev, schedule, keep, finished=finished)
         training_run.save(run, model, outcome, system_prompt=config.task.system_prompt)
         prompt = config.task.system_prompt
         run = training_run.record(run, outcome, data=counts, system_prompt=prompt, rows=rows.to_json())

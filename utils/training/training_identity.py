@@ -138,9 +138,10 @@ def decided(run: Run) -> dict[str, Any]:
     return {"keep_domain": said["how"], "replay_share": said["share"], "keep_from_step": said["from_step"]}
 
 
-def start_facts(initial: Run | None) -> dict[str, Any]:
-    """What decides an adapter that started from another; nothing for a fresh one, as adapters of before have it."""
-    return {"init_from": initial.digest} if initial else {}
+def start_facts(initial: Run | None, finished: Run | None = None) -> dict[str, Any]:
+    """What decides an adapter that started from another, or went on from a finished run; nothing for a fresh one."""
+    found = {"init_from": initial.digest} if initial else {}
+    return found | ({"continue_from": finished.digest} if finished else {})
 
 
 def adapted_modules(base: BaseModel, targets: list[str], *, experts: bool) -> dict[str, str]:

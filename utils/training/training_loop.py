@@ -13,70 +13,25 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config import TrainSection
 from utils import signals
 from utils.adapters import expert_factors, peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import METRICS
-from utils.data.batches import Batch, OptimiserStep, TrainingData
+from utils.data.batches import OptimiserStep
 from utils.data.kept_pairs import KeptPairs
-from utils.exceptions import Interrupted, Problem, is_out_of_memory
-from utils.logger import event
+from utils.exceptions import ArtefactError, ConfigError, Interrupted, Problem, is_out_of_memory
+from utils.logger import event, warning
 from utils.models.devices import peak_memory_bytes
 from utils.models.losses import NextTokenLoss
 from utils.models.parallel import expert_parallel, launcher, ranks, sharding
 from utils.progress import Progress
-from utils.training import checkpoints, gradients, guards, keep_domain, micro_batches, schedules, steps
-from utils.training.keep_domain import DomainLook, KeepDomain
-from utils.training.schedules import AdapterSchedule
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from peft import PeftModel
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """What one training run is.
-
-    The adapter `schedule.trained` of `model` is active and trainable. Checkpoints go to `directory/checkpoints`, one
-    line per step to `directory/metrics.jsonl`. `what` names the run in messages.
-    """
-
-    model: PeftModel
-    data: TrainingData
-    dev: list[Batch]
-    settings: TrainSection
-    schedule: AdapterSchedule
-    seed: int
-    directory: Path
-    accelerator: Accelerator
-    what: str
-    # with `data` that can add to a step what keeps the domain (`KeptPairs`)
-    keep: KeepDomain | None = None
-
-
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """What a finished run measured."""
-
-    steps: int
-    trained_tokens: int
-    seconds: float
-    tokens_per_second: float
-    kept_step: int
-    best_dev_loss: float | None
-    dev_losses: list[tuple[int, float]]
-    peak_memory_bytes: int
-    world_size: int
-    is_dealt_out: bool
-    keeping: dict[str, Any] | None = None
+from utils.training import checkpoints, gradients, guards, micro_batches, schedules, steps
+from utils.training.keeping import keep_domain
+from utils.training.keeping.keep_domain import DomainLook, KeepDomain
+from utils.training.training_setup import TrainingOutcome, TrainingSetup
 
 
 def train(setup: TrainingSetup) -> TrainingOutcome:
@@ -140,13 +95,16 @@ class _TrainingLoop:
 
     def resume(self) -> None:
         """Go back to the newest valid checkpoint, the same one on every process."""
-        newest = ranks.first(lambda: checkpoints.newest_valid(self.checkpoints))
+        newest = ranks.first(lambda: checkpoints.newest_valid(self.checkpoints)) or self.setup.go_on_from
         if newest is not None:
             checkpoints.refuse_other(newest, frozen=self.frozen, conditions=self.conditions)
             self.state, current, best = checkpoints.load(newest, self.optimizer.optimizer)
             checkpoints.put(self.parameters, current)
             self.best = {name: sharding.like(tensor, self.parameters[name]) for name, tensor in best.items()}
             event(f"{self.what}: resumed", step=self.state.step, checkpoint=newest)
+            if self.state.step >= self.total and newest == self.setup.go_on_from:
+                what = f"{self.what}: the finished run has made {self.state.step} steps, and {self.total} are asked for"
+                raise ConfigError(Problem(what, fix="ask for more: more epochs, or a larger max_steps"))
         keep_domain.say(self.what, self.state.keeping)
         ranks.first(
             lambda: checkpoints.require_space(self.checkpoints, self.parameters, self.settings.keep_checkpoints)
@@ -196,6 +154,7 @@ class _TrainingLoop:
         state = self.state
         kept_step = state.step
         guards.refuse_diverged(self.model, state.step, self.what)
+        self._save(is_last=True)
         if self.best and self.settings.keep == "best":
             checkpoints.put(self.parameters, self.best)
             kept_step = state.best_step
@@ -327,7 +286,8 @@ class _TrainingLoop:
             # the best on dev is the best answers: one of before would bring back what the domain lost
             state.best_dev_loss, state.best_step, self.best = float("inf"), 0, {}
 
-    def _save(self) -> None:
+    def _save(self, *, is_last: bool = False) -> None:
+        """Write a checkpoint; a last one, which only a longer run needs, is done without where there is no space."""
         guards.refuse_diverged(self.model, self.state.step, self.what)
         is_main = self.accelerator.is_main_process
         # of a sharded model all ranks have to take part in gathering a full tensor, one at a time
@@ -337,14 +297,19 @@ class _TrainingLoop:
         )
         if is_main:
             self.metrics.sync()
-            checkpoints.save(
-                self.checkpoints,
-                self.state,
-                adapter,
-                best,
-                optimizer,
-                self.settings.keep_checkpoints,
-                frozen=self.frozen,
-                conditions=self.conditions,
-            )
+            try:
+                checkpoints.save(
+                    self.checkpoints,
+                    self.state,
+                    adapter,
+                    best,
+                    optimizer,
+                    self.settings.keep_checkpoints,
+                    frozen=self.frozen,
+                    conditions=self.conditions,
+                )
+            except ArtefactError as error:
+                if not is_last:
+                    raise
+                warning("the optimiser's state is not kept for a longer run", reason=error.problems[0].what)
         ranks.meet()

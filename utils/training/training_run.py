@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config import USUAL_ROW_TOKENS, Config, LoraSection, with_row_tokens
+from config import USUAL_ROW_TOKENS, Config, LoraSection, run_label, with_row_tokens
 from utils import logger
 from utils.adapters import adapter_files, cards, peft_model
 from utils.adapters.factors import Factors, zero_modules
@@ -29,9 +29,9 @@ from utils.models.parallel import ranks, sharding
 from utils.models.rows import row_probe, row_support
 from utils.planning import preflight
 from utils.training import checkpoints, trackers, training_loop
-from utils.training.keep_domain import KeepDomain
+from utils.training.keeping.keep_domain import KeepDomain
 from utils.training.schedules import AdapterSchedule
-from utils.training.training_loop import TrainingOutcome, TrainingSetup
+from utils.training.training_setup import TrainingOutcome, TrainingSetup
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,9 +65,10 @@ def opened(
     """
 
     def found() -> tuple[Path, Run | None]:
-        directory = runs.directory_for(config.run.models_dir, stage, config.run.name, config.preset, identity)
+        directory = runs.directory_for(config.run.models_dir, stage, config.run.name, run_label(config), identity)
         complete = runs.open_run(directory, identity)
         if complete is not None:
+            checkpoints.keep_last(directory)
             checkpoints.discard(directory / files.SCRATCH)  # a run killed right after it was sealed still has them
         return directory, complete
 
@@ -145,8 +146,13 @@ def train(
     dev: list[Batch],
     schedule: AdapterSchedule,
     keep: KeepDomain | None = None,
+    *,
+    finished: Run | None = None,
 ) -> TrainingOutcome:
-    """Train the active adapter of `model`, which then holds the state that is kept. Raises as the loop does."""
+    """Train the active adapter of `model`, which then holds the state that is kept; from the state of `finished` on.
+
+    Raises as the loop does.
+    """
     preflight.check_trainable(model, run.config, run.stage, run.base)
     accelerator = _accelerator(run.config, run.stage, run.directory)
     outcome = training_loop.train(
@@ -161,6 +167,7 @@ def train(
             accelerator=accelerator,
             what=f"{run.stage} adapter",
             keep=keep,
+            go_on_from=checkpoints.last_state(finished.directory) if finished else None,
         )
     )
     # not end_training(): it also takes the process group down, and the processes still have to meet
@@ -207,6 +214,7 @@ def record(run: TrainingRun, outcome: TrainingOutcome, *, data: dict[str, Any], 
         **facts,
     )
     complete = Run(run.directory, files.seal(run.directory, manifest))
+    checkpoints.keep_last(run.directory)
     checkpoints.discard(run.directory / files.SCRATCH)
     return replace(run, complete=complete)
 

@@ -33,10 +33,10 @@ SAMPLED, SAMPLED_CHARACTERS = 256, 10_000
 SMALL_FILES = 1 << 20
 
 
-def prepare_documents(
-    data: DataSection, domain: BuiltIn | None, base: BaseModel, seed: int, directory: Path, cache: Path
-) -> dict[str, Any]:
-    """Read, split and tokenise the documents that the settings name into `directory`; the counts for the manifest."""
+def read(
+    data: DataSection, domain: BuiltIn | None, base: BaseModel, seed: int, cache: Path
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """Read and split the documents that the settings name: (part -> documents with id and text, counts)."""
     counts: dict[str, Any] = {}
     if data.corpus[0] in BUILT_IN_TASKS:
         corpus, outside = _from_list(domain.documents), _from_list(domain.heldout)
@@ -52,13 +52,21 @@ def prepare_documents(
     if first_half:
         parts["dev_documents"] = outside.select(first_half)
         parts["heldout_documents"] = outside.select(sorted(set(order) - set(first_half)))
+    return parts, counts
+
+
+def write(
+    parts: dict[str, Dataset], data: DataSection, base: BaseModel, directory: Path, cache: Path
+) -> dict[str, Any]:
+    """Tokenise each part into `directory`; the counts for the manifest."""
+    counts: dict[str, Any] = {}
     tokenizer = load_tokenizer(base.directory)
     disk.require(directory.parent, space_bytes(parts.values(), tokenizer), "preparing these documents")
     for name, part in parts.items():
         counts[name] = _write(name, part, tokenizer, base, directory, cache)
     if data.personal_data:
-        texts = (row["text"] for row in corpus.select_columns(["text"]))
-        counts["personal_data"] = personal_data(texts, len(corpus))
+        texts = (row["text"] for row in parts["corpus"].select_columns(["text"]))
+        counts["personal_data"] = personal_data(texts, len(parts["corpus"]))
     return counts
 
 
@@ -68,13 +76,13 @@ def _read_and_split(
     """(corpus, held-out documents, their clusters of near duplicates): no cluster has members on both sides."""
     limits = ReadLimits(data.on_unreadable, data.file_seconds, data.file_memory_mb)
     reading: dict[str, Any] = {"cache_dir": cache, "hub_revision": data.corpus_revision or None, "limits": limits}
-    corpus, read = read_documents(data.corpus, on_first_look=_estimate(base), **reading)
-    counts["read"] = read.to_json()
+    corpus, account = read_documents(data.corpus, on_first_look=_estimate(base), **reading)
+    counts["read"] = account.to_json()
     corpus = _limited(corpus, data.max_documents, seed, counts)
     outside = corpus.select([])
     if data.corpus_heldout:
-        outside, read = read_documents(data.corpus_heldout, **reading)
-        counts["read_heldout"] = read.to_json()
+        outside, account = read_documents(data.corpus_heldout, **reading)
+        counts["read_heldout"] = account.to_json()
     total = len(corpus)
     clusters = near_duplicate_clusters([corpus, outside], cache)
     copies = {at for cluster in clusters if cluster[-1] >= total for at in cluster if at < total}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import BUILT_IN_TASKS, DataSection, TaskSection
 from utils.artifacts import files
@@ -24,6 +24,9 @@ from utils.logger import event, warning
 from utils.models import chat, turn_format
 from utils.models.base_model import BaseModel
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Splits = dict[str, list[dict[str, Any]]]
 NAMED_ROWS = 5
 
@@ -36,15 +39,19 @@ def prepare(
     directory: Path,
     cache: Path,
     task: TaskSection,
+    documents: Mapping[str, Dataset],
 ) -> dict[str, Any]:
-    """Read, split and write the pairs; returns their counts and `sequence_tokens`, the length that they ask for."""
+    """Read, split and write the pairs; returns their counts and `sequence_tokens`, the length that they ask for.
+
+    `documents` are those of the corpus and outside it (columns id and text), which pairs may name.
+    """
     counts: dict[str, Any] = {}
     tokenizer = chat.load_tokenizer(base.directory)
     is_built_in = data.task in BUILT_IN_TASKS
     if is_built_in:
         splits, counts["dropped"] = domain.examples if domain else {}, dict(domain.dropped if domain else {})
     else:
-        splits, counts = _read_splits(data, seed, cache, tokenizer, task.system_prompt, directory)
+        splits, counts = _read_splits(data, seed, cache, tokenizer, task.system_prompt, documents)
     if not turn_format.has_place_for_reasoning(tokenizer):
         refuse_reasoning([one for examples in splits.values() for e in examples for one in _thoughts(e, task)])
     limits = {"train": data.max_train_examples, "dev": data.max_dev_examples, "test": data.max_test_examples}
@@ -91,7 +98,7 @@ def _read_splits(
     cache: Path,
     tokenizer: Any,
     system_prompt: str,
-    directory: Path,
+    documents: Mapping[str, Dataset],
 ) -> tuple[Splits, dict[str, Any]]:
     """Train, dev and test from the person's files; what is missing is split off by document."""
     counts: dict[str, Any] = {"read": {}}
@@ -101,7 +108,7 @@ def _read_splits(
             continue
         revision = data.task_revision or None
         examples, report = read_task_examples(
-            source, cache_dir=cache, hub_revision=revision, columns=data.columns, corpus=_corpus_names(directory)
+            source, cache_dir=cache, hub_revision=revision, columns=data.columns, corpus=_corpus_names(documents)
         )
         event("labelled pairs read", file=source, rows=report.rows, used=report.examples)
         found = report.to_json() | {"source": source}
@@ -113,7 +120,7 @@ def _read_splits(
     if not all(given.values()):
         _refuse_empty([split for split in given if not given[split]], dropped)
     named = counts["read"]["train"]["documents"]
-    if set(given) != set(SPLITS) and (most := named.get("most")) and not _divided(given["train"], named, directory):
+    if set(given) != set(SPLITS) and (most := named.get("most")) and not _divided(given["train"], named, documents):
         fix = (
             "name a column that divides it, as --data.columns document=SECTION; or give dev and test as files of their "
             "own; or leave it out, --data.columns ignore=COLUMN, which splits by pair"
@@ -186,12 +193,12 @@ def _written(
     return kept, {reason: len(names) for reason, names in reasons.items()}
 
 
-def _divided(examples: list[dict[str, Any]], named: dict[str, Any], directory: Path) -> bool:
+def _divided(examples: list[dict[str, Any]], named: dict[str, Any], documents: Mapping[str, Dataset]) -> bool:
     """Make the headings of the document that holds most pairs documents of their own, where the corpus has it."""
     top = Counter(example["document"] for example in examples).most_common(1)[0][0]
     own = [example for example in examples if example["document"] == top]
     wanted = spellings(top) | spellings(own[0].get("source") or top)
-    text = next((text for name, text in _corpus_texts(directory) if not wanted.isdisjoint(_called(name))), None)
+    text = next((text for name, text in _corpus_texts(documents) if not wanted.isdisjoint(_called(name))), None)
     titles = headings.parts(own, text) if text else None
     if titles is None or 2 * Counter(titles).most_common(1)[0][1] > len(examples):
         return False
@@ -216,31 +223,24 @@ def _split_off(examples: Sequence[dict[str, Any]], name: str, share: float, seed
     }
 
 
-def _corpus_names(directory: Path) -> Callable[[Collection[str]], set[str]]:
-    """Which of some names are documents of the corpus that was prepared in this directory; its ids are streamed."""
+def _corpus_names(documents: Mapping[str, Dataset]) -> Callable[[Collection[str]], set[str]]:
+    """Which of some names are documents of the corpus or outside it; their ids are streamed."""
 
     def known(wanted: Collection[str]) -> set[str]:
-        from datasets import load_from_disk
-
         found: set[str] = set()
-        for part in ("corpus", "dev_documents", "heldout_documents"):
-            if wanted and (directory / part).is_dir():
-                ids = load_from_disk(str(directory / part)).select_columns(["id"])
-                for batch in ids.iter(batch_size=1000):
-                    found.update(name for one in batch["id"] for name in _called(one) if name in wanted)
+        for part in documents.values() if wanted else ():
+            for batch in part.select_columns(["id"]).iter(batch_size=1000):
+                found.update(name for one in batch["id"] for name in _called(one) if name in wanted)
         return found
 
     return known
 
 
-def _corpus_texts(directory: Path) -> Iterator[tuple[str, str]]:
-    """(id, text) of the documents that were prepared in this directory, one after the other."""
-    from datasets import load_from_disk
-
-    for part in ("corpus", "dev_documents", "heldout_documents"):
-        if (directory / part).is_dir():
-            for batch in load_from_disk(str(directory / part)).select_columns(["id", "text"]).iter(batch_size=100):
-                yield from zip(batch["id"], batch["text"], strict=True)
+def _corpus_texts(documents: Mapping[str, Dataset]) -> Iterator[tuple[str, str]]:
+    """(id, text) of the documents of the corpus and outside it, one after the other."""
+    for part in documents.values():
+        for batch in part.select_columns(["id", "text"]).iter(batch_size=100):
+            yield from zip(batch["id"], batch["text"], strict=True)
 
 
 def _called(document: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition import pictures
+from utils.evaluation import one_adapter
 from utils.evaluation.report import interval_groups, report_facts, report_figures
 from utils.evaluation.verdict import CLAIMS, LEVEL
 from utils.html import numbers, pages
@@ -34,9 +35,24 @@ WORDS = {
         "These data cannot tell; more of them would: test questions about more documents, held-out documents, seeds.",
     ),
 }
-GAIN = "gain in {title}{unit}; above 0 when composed is the better"
+# of one adapter without the other
+ALONE: dict[str, dict[str, tuple[str, str]]] = {
+    "": {},
+    "task": {
+        "helps": ("good", "The task adapter answers better than the base model. Nothing is composed: it is alone."),
+        "hurts": ("bad", "The task adapter answers worse than the base model."),
+    },
+    "domain": {
+        "helps": ("good", "The domain adapter knows more of these documents than the base model; it is alone."),
+        "hurts": ("bad", "The domain adapter knows less of these documents than the base model."),
+        "undecided": ("warn", "These data cannot tell; more held-out documents would."),
+    },
+}
+GAIN = "gain in {title}{unit}; above 0 when {who} is the better"
 # of results of before there was a choice
 USUAL = {"name": "answer_nll", "title": "answer NLL", "unit": "nats per token"}
+# what the sizes of a learning curve are counted in
+SIZES = {"pairs": "training pairs"}
 STYLES = {"domain": "domain", "task": "task", "composed": "composed"}
 
 
@@ -129,8 +145,9 @@ def page(
     settings: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text; `settings` is the evaluation's identity."""
-    cells, primary = results["cells"], results.get("primary") or USUAL
-    colour, gloss = WORDS[results["verdict"]]
+    cells, primary, alone = results["cells"], results.get("primary") or USUAL, results.get("alone", "")
+    colour, gloss = ALONE[alone].get(results["verdict"]) or WORDS[results["verdict"]]
+    ours, curve = alone or "composed", results.get("learning_curve", {})
     return pages.render(
         "evaluation/report/report.html.jinja",
         title=f"{results['verdict'].capitalize()}: {name}",
@@ -142,7 +159,8 @@ def page(
         primary=primary,
         retrieval=interval_groups.retrieval(results, primary),
         task=interval_groups.task(results, (*LIKELIHOODS, *OF_KINDS, *ANSWERS)),
-        tiles=tiles(cells.get("composed", {}), primary),
+        tiles=tiles(cells.get(ours, {}), primary),
+        ours=ours,
         untested=list(untested(results)),
         forests=forests(results),
         matrices=[
@@ -151,6 +169,10 @@ def page(
             ("The same as losses", matrix(cells, LOSSES)),
         ],
         answers=next((cell["format"]["answers"] for cell in cells.values() if "format" in cell), 0),
+        more_data=[
+            report_figures.learning_curve(found, kind, SIZES.get(kind, f"tokens of {kind}"), curve["loss"])
+            for kind, found in curve.get("kinds", {}).items()
+        ],
         curves=[
             picture
             for kind, title in (("domain", "Domain adapter"), ("task", "Task adapters"))
@@ -203,7 +225,11 @@ def untested(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """What the verdict does not rest on: the claim or the row, why, and the command that would test it."""
     controls = command(results, "--evaluate.controls")
     for name, why in results["untested"].items():
-        yield {"what": f"{name}: composed {CLAIMS[name]}", "why": why, "command": "" if name == "H1" else controls}
+        yield {
+            "what": f"{name}: {subject(results)} {CLAIMS[name]}",
+            "why": why,
+            "command": "" if name == "H1" else controls,
+        }
     for cell, why in results["missing"].items():
         yield {"what": f"the row {cell}", "why": why, "command": ""}
     cells = results["cells"]
@@ -215,11 +241,21 @@ def untested(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         yield {"what": "other seeds", "why": why, "command": command(results, "--evaluate.seeds 1,2")}
 
 
+def subject(results: Mapping[str, Any]) -> str:
+    """What the claims are about."""
+    return f"the {results['alone']} adapter" if results.get("alone") else "composed"
+
+
 def forests(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Groups of intervals that share an axis: H1; H2 to H4; composed against every other row."""
+    """Groups of intervals that share an axis: H1; H2 to H4; composed against every other row.
+
+    Of one adapter alone: its claim; what else it changed against the base model.
+    """
     contrasts, cells, primary = results["contrasts"], results["cells"], results.get("primary") or USUAL
     unit = "" if primary["unit"] in primary["title"] else f", {primary['unit']}"
-    gained = GAIN.format(title=primary["title"], unit=unit)
+    gained = GAIN.format(title=primary["title"], unit=unit, who=subject(results))
+    if results.get("alone"):
+        return _of_one(results, gained)
     others = [
         {
             "name": (other := key.removesuffix(" - composed")),
@@ -257,11 +293,34 @@ def matrix(cells: Mapping[str, Any], measures: Sequence[Measure]) -> dict[str, A
     return {"measures": shown, "best": best, "absent": absent, "cells": cells}
 
 
-def _claim(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _of_one(results: Mapping[str, Any], gained: str) -> list[dict[str, Any]]:
+    """The claim of one adapter alone, and what else it changed, which is counted in nats."""
+    alone, about = results["alone"], subject(results)
+    documents = f"gain in NLL, nats per token; above 0 when {about} is the better"
+    changed = [
+        {
+            "name": name,
+            "text": "base minus adapter",
+            "found": found,
+            "style": alone,
+            **interval_groups.against(found),
+        }
+        for name, found in results["changes"].items()
+        if name not in (one_adapter.ANSWERS, one_adapter.ABOUT[alone])
+    ]
+    claims = [_claim(name, found, about) for name, found in results["contrasts"].items()]
+    titled = (
+        ("Does it help?", gained if alone == one_adapter.TASK else documents, claims),
+        ("What else it changed", documents, changed),
+    )
+    return [interval_groups.group(title, axis, rows, numbers.gain) for title, axis, rows in titled if rows]
+
+
+def _claim(name: str, found: Mapping[str, Any], about: str = "composed") -> dict[str, Any]:
     holds = found["holds"]
     return {
         "name": name,
-        "text": f"composed {found['claim']}",
+        "text": f"{about} {found['claim']}",
         "found": found,
         "style": "composed" if holds else "other",
         "filled": holds,

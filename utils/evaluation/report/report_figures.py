@@ -75,5 +75,22 @@ def losses(title: str, trained: Sequence[tuple[str, str, Sequence[Found]]]) -> M
     return chart(title, series, x="step", y="loss, nats per token")
 
 
+def learning_curve(found: Mapping[str, Any], kind: str, unit: str, loss: str) -> Markup:
+    """Losses at the sizes that were trained, the power law through them, and one doubling ahead with its interval.
+
+    `found` is a kind of `results["learning_curve"]`, `unit` what its sizes are counted in, `loss` what its losses are.
+    """
+    sizes, losses = found["sizes"], found["losses"]
+    ahead, end = 2 * sizes[-1], (found["fitted"] or losses)[-1]
+    series = [Series("measured", "composed", list(zip(sizes, losses, strict=True)), "", "dot")]
+    if found["fitted"] and found["low"] is not None:
+        law = [*zip(sizes, found["fitted"], strict=True), (ahead, end - found["estimate"])]
+        low, high = end - found["high"], end - found["low"]
+        hover = [f"with twice the {kind}: {low:.3f} to {high:.3f}"] * 2
+        series.append(Series("power law", "other", law, "dashed"))
+        series.append(Series("one doubling ahead", "other", [(ahead, low), (ahead, high)], "solid", "ring", hover))
+    return chart(f"Twice the {kind}?", series, x=unit, y=loss)
+
+
 def _across(look: str, place: float, top: str, bottom: str) -> Markup:
     return Markup('<line class="{0}" x1="{1}%" x2="{1}%" y1="{2}" y2="{3}"/>').format(look, place, top, bottom)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from utils.evaluation.learning_curve import curve
+from utils.evaluation.one_adapter import ANSWERS, NATS
+
 COLUMNS = (
     ("domain_ppl", "held-out ppl", "{:.2f}"),
     ("corpus_ppl", "corpus ppl", "{:.2f}"),
@@ -53,20 +56,26 @@ def table(results: dict[str, Any]) -> str:
             f"  macro F1 of {cell}: {found['macro_f1']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
         )
     lines += ["", *textwrap.wrap(_about(results), 110), ""]
-    unit = (results.get("primary") or {}).get("unit", "nats per token")
+    unit = (results.get("primary") or {}).get("unit", NATS)
     for name, found in results["contrasts"].items():
         lines.append(f"  {name} {found['claim']}: {'yes' if found['holds'] else 'not shown'}")
         lines.append(f"     {_interval(name, found, unit)}")
     for name, why in results["untested"].items():
         lines.append(f"  {name} not tested: {why}")
     lines += ["", *textwrap.wrap(results["sentence"], 110)]
+    changes = {what: found for what, found in results.get("changes", {}).items() if what != ANSWERS}
+    for what, found in changes.items():
+        lines += ["", f"  {what}, base minus {results['alone']}:", f"     {_interval(what, found, NATS)}"]
     if retrieval := results.get("retrieval"):
         lines += ["", *textwrap.wrap(retrieval["sentence"], 110), *_costs(retrieval)]
     if judge := results.get("judge"):
         lines += ["", *textwrap.wrap(judge["sentence"], 110)]
-    lines += ["", *results["contamination"]["lines"]]
-    if rest := results["contamination"]["without_flagged"]:
+    if results["contamination"]:
+        lines += ["", *results["contamination"]["lines"]]
+    if rest := results["contamination"].get("without_flagged"):
         lines += textwrap.wrap(f"Without the flagged items ({rest['items']} are left): {rest['sentence']}", 110)
+    if more := curve.lines(results):
+        lines += ["", *more, ""]
     for caution in results["cautions"]:
         lines += textwrap.wrap(caution, 110, initial_indent="  * ", subsequent_indent="    ")
     for sample in (results["examples"].get("won") or [])[:SAMPLES]:
@@ -76,21 +85,26 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _about(results: dict[str, Any]) -> str:
-    said = [
-        *([results["task"]["sentence"]] if "task" in results else []),
-        f"{counted(results['test_items'], 'test question')} about {counted(results['test_documents'], 'document')}.",
-    ]
+    said = [results["task"]["sentence"]] if "task" in results else []
+    if results["test_items"]:
+        of = counted(results["test_documents"], "document")
+        said.append(f"{counted(results['test_items'], 'test question')} about {of}.")
     if composition := results.get("composition"):
         weights = composition["recipe"]["weights"]
         how = f"weights {tuple(weights)}" if weights else "weights of 1"
         chosen = "chosen on dev" if composition["searched"] else "not chosen on dev"
         said.append(f"Composed by {composition['recipe']['method']} with {how} ({chosen}).")
-    said.append(TRAINED_ON[results["task_trained_on"]])
-    if "task" in results["cells"]:
+    if alone := results.get("alone"):
+        said.append(f"The {alone} adapter is judged against the base model: there is no other to compose it with.")
+    else:
+        said.append(TRAINED_ON[results["task_trained_on"]])
+    if "task" in results["cells"] and not alone:
         said.append("The task row was trained on the base.")
     primary = results.get("primary") or {}
     if primary.get("name", "answer_nll") != "answer_nll":
-        said.append(f"H2 to H4 are decided on {primary['title']}, with a margin of {primary['margin']:g}.")
+        decided = "T1 is decided on" if alone else "H2 to H4 are decided on"
+        margin = "" if alone else f", with a margin of {primary['margin']:g}"
+        said.append(f"{decided} {primary['title']}{margin}.")
     return " ".join([*said, f"Seeds: {len(results['seeds'])}."])
 
 
@@ -107,6 +121,7 @@ def _interval(name: str, found: dict[str, Any], unit: str) -> str:
     form = (lambda x: "?" if x is None else f"{x:.0%}") if name == "H1" else lambda x: "?" if x is None else f"{x:+.3f}"
     unit = "" if name == "H1" else f" {unit}"
     return (
-        f"{form(found['estimate'])}{unit}  95% [{form(found['low'])}, {form(found['high'])}]  p {found['p_holm']:.3g} "
-        f"(Holm), could have seen {form(found['detectable'])}"
+        f"{form(found['estimate'])}{unit}  95% [{form(found['low'])}, {form(found['high'])}]  "
+        f"p {found.get('p_holm', found['p']):.3g}{' (Holm)' if 'p_holm' in found else ''}, "
+        f"could have seen {form(found['detectable'])}"
     )

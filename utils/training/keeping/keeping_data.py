@@ -22,8 +22,9 @@ from utils.exceptions import ArtefactError, Problem
 from utils.logger import event
 from utils.models import chat
 from utils.models.base_model import BaseModel
-from utils.training import keep_domain, steps, training_identity
-from utils.training.keep_domain import KeepDomain
+from utils.training import steps, training_identity
+from utils.training.keeping import keep_domain
+from utils.training.keeping.keep_domain import KeepDomain
 
 if TYPE_CHECKING:
     from datasets import Dataset

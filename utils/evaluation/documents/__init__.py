@@ -1,0 +1,1 @@
+"""Documents that every row of a comparison is scored on."""
