@@ -16,7 +16,8 @@ from utils.adapters import inference_layers, peft_model
 from utils.adapters.factors import Factors
 from utils.composition import dev_losses, interference
 from utils.composition.methods import Recipe, compose
-from utils.composition.search import SURE, ChosenWeights, Keeping, Point, paired, pareto, search
+from utils.composition.search import ChosenWeights, search
+from utils.composition.weights.points import SURE, Keeping, Point, paired, pareto
 from utils.data.batches import PackedDocuments
 from utils.data.pairs import tokenise_pairs
 from utils.inference import scoring

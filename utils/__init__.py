@@ -46,7 +46,9 @@ PURE = (
     *("adapters.factors", "planning.estimates", "planning.native_fp8", "planning.hardware", "planning.pass_times"),
     "planning.memory.activations",
     *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),
-    *("composition.search", "composition.collisions", "evaluation.intervals", "evaluation.verdict"),
+    *("composition.weights.points", "composition.weights.compass", "composition.weights.surface"),
+    *("composition.weights.modelled", "composition.search", "composition.collisions"),
+    *("evaluation.intervals", "evaluation.verdict"),
     *("rollout.e_process", "rollout.policy", "rollout.gate", "rollout.controller", "rollout.simulation"),
 )
 

@@ -7,6 +7,7 @@ Shapes: k adapters, L layers, N tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,8 @@ from utils.adapters.factors import Factors
 from utils.artifacts import resumable
 from utils.composition import search as weight_search
 from utils.composition.methods import Recipe, depth, weights_at
-from utils.composition.search import ChosenWeights, Point
+from utils.composition.search import ChosenWeights
+from utils.composition.weights.points import Point
 from utils.data.batches import Batch, BucketedPairs, PackedDocuments
 from utils.data.pairs import tokenise_pairs
 from utils.data.prepared import Prepared
@@ -40,6 +42,8 @@ from utils.progress import Progress
 
 ROW_TOKENS = 1024
 FIT_STEPS, FIT_RATE = 8, 0.1
+PART, REST = "a part", "the rest"
+PART_SHARE, LEAST_PART = 0.25, 12
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,30 @@ class DevData:
     documents: PackedDocuments | None
     pad_id: int
     batch_tokens: int
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether there is more than the part of it that a search looks at first."""
+        documents = len(self.documents.documents) if self.documents is not None else 0
+        return len(first_scored(len(self.questions))) < len(self.questions) or len(first_scored(documents)) < documents
+
+    def scored(self, items: str) -> tuple[list[scoring.Question], PackedDocuments | None]:
+        """Questions and documents of the part that is scored first, or of the rest."""
+
+        def of(count: int) -> list[int]:
+            part = first_scored(count)
+            return part if items == PART else sorted(set(range(count)) - set(part))
+
+        questions, documents = [self.questions[i] for i in of(len(self.questions))], None
+        if self.documents is not None and (chosen := of(len(self.documents.documents))):
+            documents = PackedDocuments(self.documents.documents.select(chosen), self.documents.train, 0, self.pad_id)
+        return questions, documents
+
+
+def first_scored(count: int) -> list[int]:
+    """Which of so many items are the part of dev that a search looks at first: every fourth, or more of few."""
+    size = min(count, max(LEAST_PART, math.ceil(count * PART_SHARE)))
+    return [at * count // size for at in range(size)]
 
 
 def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: str) -> DevData:
@@ -89,43 +117,64 @@ def search(probe: DevProbe | ranks.Held | None, section: ComposeSection, remembe
                 fix="prepare data with --data.task FILE, on a machine that holds the model; or set --weights",
             )
         )
-    evaluate = measuring(probe, remembered)
-    return weight_search.search(
-        evaluate,
+    points = Points(probe, remembered)
+    choice = weight_search.search(
+        points.on_all,
         len(probe.parts),
         section.search_methods,
         retention=section.domain_retention,
         fit_per_layer=lambda start, documents: probe.fit_per_layer(start, documents),
+        on_part=points.on_part if probe.data.has_rest else None,
     )
+    for note in choice.notes:
+        event("the weight search", note=note)
+    return choice
 
 
-def measuring(probe: DevProbe | ranks.Held, remembered: Path) -> weight_search.Evaluate:
-    """Points as the probe measures them, each a line of `remembered`; those that are there are not measured again."""
-    of = resumable.owner(remembered.parent)
-    known = {(point.method, point.weights): point for point in _points(remembered, of)}
-    if known:
-        event("the weight search goes on", measured=len(known))
+class Points:
+    """Points as the probe measures them, each a line of `remembered`; those that are there are not measured again.
 
-    def evaluate(method: str, weights: tuple[float, ...]) -> Point:
-        if (method, weights) not in known:
-            point = known[method, weights] = probe.point(method, weights)
-            resumable.append(remembered, asdict(point), of)
+    All of dev is measured as its part and the rest of it.
+    """
+
+    def __init__(self, probe: DevProbe | ranks.Held, remembered: Path):
+        self.probe, self.remembered = probe, remembered
+        self.of = resumable.owner(remembered.parent)
+        self.known = _points(remembered, self.of)
+        if self.known:
+            event("the weight search goes on", measured=len(self.known))
+
+    def on_part(self, method: str, weights: tuple[float, ...]) -> Point:
+        """Losses of the items that are scored first."""
+        return self._measured(PART, method, weights)
+
+    def on_all(self, method: str, weights: tuple[float, ...]) -> Point:
+        """Losses of all items."""
+        part = self.on_part(method, weights)
+        return part.and_rest(self._measured(REST, method, weights)) if self.probe.data.has_rest else part
+
+    def _measured(self, items: str, method: str, weights: tuple[float, ...]) -> Point:
+        key = (items, method, weights)
+        if key not in self.known:
+            point = self.known[key] = self.probe.point(method, weights, items)
+            resumable.append(self.remembered, {"items": items} | asdict(point), self.of)
             shown = ", ".join(f"{w:g}" for w in weights[:6])
-            event(f"{method} ({shown})", answer_loss=point.answer_nll, domain_loss=point.domain_nll, number=len(known))
-        return known[method, weights]
+            losses = {"answer_loss": point.answer_nll if point.answer_nlls else None, "domain_loss": point.domain_nll}
+            event(f"{method} ({shown}) on {items} of dev", **losses, number=len(self.known))
+        return self.known[key]
 
-    return evaluate
 
-
-def _points(path: Path, of: str) -> list[Point]:
+def _points(path: Path, of: str) -> dict[tuple[str, str, tuple[float, ...]], Point]:
     """Points that were measured before; what was changed since, or an older version wrote, is measured again."""
-    found = []
+    found = {}
     for values, is_as_written in resumable.lines(path, of):
-        with suppress(TypeError):
+        with suppress(TypeError, KeyError):
             if not is_as_written:
                 warning("a point of the weight search is measured again: its line was changed", path=path)
                 continue
-            found.append(Point(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+            items = values.pop("items")
+            point = Point(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            found[items, point.method, point.weights] = point
     return found
 
 
@@ -148,24 +197,25 @@ class DevProbe:
         self.model = inference_layers.attach(model, dict(zip(self.names, parts, strict=True))).eval()
         self.device = next(model.parameters()).device
 
-    def point(self, method: str, weights: tuple[float, ...]) -> Point:
-        """Losses of dev at these weights."""
+    def point(self, method: str, weights: tuple[float, ...], items: str) -> Point:
+        """Losses of a part of dev, or of the rest, at these weights."""
         recipe, data = Recipe(method, weights), self.data
+        questions, packed = data.scored(items)
         inference_layers.select(
             self.model, lambda module: self._named(weights_at(module, recipe, len(self.parts), self.layers))
         )
         common = {"batch_tokens": data.batch_tokens, "device": self.device}
         what = f"{method} {', '.join(f'{w:g}' for w in weights[:4])}"
-        items = scoring.score_questions(self.model, data.questions, pad_id=data.pad_id, what=what, **common)
+        answers = scoring.score_questions(self.model, questions, pad_id=data.pad_id, what=what, **common)
         documents = []
-        if data.documents is not None:
-            documents = scoring.score_documents(self.model, data.documents, what=what, **common)
+        if packed is not None:
+            documents = scoring.score_documents(self.model, packed, what=what, **common)
         return Point(
             method,
             weights,
-            tuple(item.answer_nll + item.end_nll for item in items),
-            tuple(item.answer_tokens + 1 for item in items),
-            tuple(item.document for item in items),
+            tuple(item.answer_nll + item.end_nll for item in answers),
+            tuple(item.answer_tokens + 1 for item in answers),
+            tuple(item.document for item in answers),
             tuple(d.nll for d in documents),
             tuple(d.tokens for d in documents),
         )

@@ -48,6 +48,6 @@ def chosen(config: Config, base: BaseModel, parts: ComparedRuns, directory: Path
     dev = dev_losses.dev_data(asked, base, parts.data.directory, parts.first.task.manifest["system_prompt"])
     adapter = adapter_files.load(baseline.adapter, base)
     with ranks.Held(DevProbe.on, base, config.base, [adapter], replace(dev, documents=None)) as probe:
-        found = search.search_alone(dev_losses.measuring(probe, directory / POINTS))
+        found = search.search_alone(dev_losses.Points(probe, directory / POINTS).on_all)
     event("the baseline's weight chosen on dev", weight=found.chosen.weights[0], reason=found.reason)
     return found
