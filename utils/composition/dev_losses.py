@@ -40,7 +40,7 @@ from utils.models.structure import model_class
 from utils.models.weights.tensor_names import layer_of
 from utils.progress import Progress
 
-ROW_TOKENS = 1024
+ROW_TOKENS, SHORT_ROW, ROW_STEP = 1024, 256, 64
 FIT_STEPS, FIT_RATE = 8, 0.1
 PART, REST = "a part", "the rest"
 PART_SHARE, LEAST_PART = 0.25, 12
@@ -101,7 +101,7 @@ def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: st
         ids = found["id"][:]
         order = sorted(range(len(ids)), key=lambda i: hash_share(ids[i], config.run.seed))
         chosen = found.select(sorted(order[: section.max_dev_documents or len(order)]))
-        documents = PackedDocuments(chosen, _rows(longest), 0, pad)
+        documents = PackedDocuments(chosen, _rows_for(chosen["num_tokens"][:], longest), 0, pad)
     return DevData(questions, pairs, [document_of[p.name] for p in pairs], documents, pad, longest)
 
 
@@ -327,6 +327,12 @@ class DevProbe:
     def _layer(self, module: str) -> int:
         layer = layer_of(module)
         return self.layers - 1 if layer is None else layer
+
+
+def _rows_for(lengths: Sequence[int], longest: int) -> TrainSection:
+    """Rows as long as the longest document needs: shorter ones are emptier nowhere, and attend to less that is masked."""
+    row = min(longest, ROW_TOKENS, max(SHORT_ROW, -(-max(lengths, default=1) // ROW_STEP) * ROW_STEP))
+    return _rows(longest).model_copy(update={"sequence_tokens": row})
 
 
 def _rows(tokens: int) -> TrainSection:
