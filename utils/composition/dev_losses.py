@@ -330,7 +330,7 @@ class DevProbe:
 
 
 def _rows_for(lengths: Sequence[int], longest: int) -> TrainSection:
-    """Rows as long as the longest document needs: shorter ones are emptier nowhere, and attend to less that is masked."""
+    """Rows as long as the longest document needs: shorter ones are fuller, and attend to less that is masked."""
     row = min(longest, ROW_TOKENS, max(SHORT_ROW, -(-max(lengths, default=1) // ROW_STEP) * ROW_STEP))
     return _rows(longest).model_copy(update={"sequence_tokens": row})
 
