@@ -47,6 +47,7 @@ PURE = (
     "planning.memory.activations",
     *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),
     *("composition.weights.points", "composition.weights.compass", "composition.weights.surface"),
+    "composition.weights.parts",
     *("composition.weights.modelled", "composition.search", "composition.collisions"),
     *("evaluation.intervals", "evaluation.verdict"),
     *("rollout.e_process", "rollout.policy", "rollout.gate", "rollout.controller", "rollout.simulation"),

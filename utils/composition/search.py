@@ -15,18 +15,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.composition.methods import METHODS, SUM
-from utils.composition.weights import compass
+from utils.composition.weights import compass, parts
 from utils.composition.weights.modelled import NOTHING, ModelledSearch
 from utils.composition.weights.points import SURE, Allows, Evaluate, Keeping, Point, best_of, one, paired, pareto
-from utils.composition.weights.surface import Surface
 
 FOLDS = 2
 # nats per answer token that keeping the domain may cost without being mentioned
 WORTH_SAYING = 0.05
 # how often what was found on a part of dev is measured on all of it, and looked for again with what that says
 CONFIRMATIONS = 3
-# curvature of what a part of dev differs by, which three points have to tell
-ALMOST_A_PLANE = 0.01
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class _Dev:
         self.measure, self.seen = _once(evaluate)
         self.on_part = self.measure if on_part is evaluate else _once(on_part)[0]
         self.notes: list[str] = []
-        self.plain = self.measure(SUM, ones)
+        self.plain, self.adapters = self.measure(SUM, ones), len(ones)
         # a standard error on all of dev is smaller by this
         self.scale = math.sqrt(len(self.on_part(SUM, ones).answer_nlls) / len(self.plain.answer_nlls))
 
@@ -137,22 +134,8 @@ class _Dev:
         """A point of the part with the losses that all of dev has on average, as far as what it measured tells."""
         if self.on_part is self.measure:
             return point
-        known = [self._off(seen) for seen in self.seen.values()]
-        off = Surface(point.method, known, ALMOST_A_PLANE).at(point.method, point.weights)
-        answers = zip(point.answer_nlls, point.answer_tokens, strict=True)
-        documents = zip(point.document_nlls, point.document_tokens, strict=True)
-        return replace(
-            point,
-            answer_nlls=tuple(nll + off.answer_nll * tokens for nll, tokens in answers),
-            document_nlls=tuple(nll + (off.domain_nll or 0.0) * tokens for nll, tokens in documents),
-        )
-
-    def _off(self, point: Point) -> Point:
-        """By how much the part differs per token from all of dev, as the losses of one item."""
-        here = self.on_part(point.method, point.weights)
-        answer = point.answer_nll - here.answer_nll
-        domain = (point.domain_nll - here.domain_nll,) if point.domain_nll and here.domain_nll else ()
-        return Point(point.method, point.weights, (answer,), (1,), ("",), domain, (1,) * len(domain))
+        known = [(seen, self.on_part(seen.method, seen.weights)) for seen in self.seen.values()]
+        return parts.corrected(point, known, self.adapters)
 
     def keeping_on_part(self, keeping: Keeping) -> Keeping:
         """What has to be kept, with the part speaking for all of dev."""
@@ -163,8 +146,8 @@ class _Dev:
     def confirmed(self, name: str, find: Callable[[], list[Point]]) -> bool:
         """Measure on all of dev the best that `find` finds on the part, until that is known there.
 
-        The first time, if the best is known already, the next best stands for it. Returns whether one was not what the
-        part had let expect, beyond what its items can tell.
+        The first time, if the best is known already, the next best stands for it. Returns whether that did not settle,
+        or one was not what the part had let expect, beyond what its items can tell.
         """
         for attempt in range(CONFIRMATIONS):
             found = find()
@@ -173,12 +156,12 @@ class _Dev:
                 self.notes.append(f"{name}: not better than the sum by a standard error where it was tried")
             if not new or (attempt > 0 and new[0] != found[0]):
                 return False
-            plain = self.corrected(self.on_part(SUM, self.plain.weights))
-            error = one(paired(new[0], plain)[1])
             measured = self.measure(name, new[0].weights)
+            # of the part, as all of dev tells it: a few items tell even their error badly
+            error = one(paired(measured, self.plain)[1]) / self.scale
             if abs(measured.answer_nll - new[0].answer_nll) > SURE * error + NOTHING:
                 return True
-        return False
+        return True
 
     def promises(self, found: Point, start: Point) -> bool:
         """Whether a point of the part is better than another by a standard error of all of dev."""

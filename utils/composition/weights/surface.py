@@ -30,9 +30,9 @@ BEYOND = 0.5
 class Surface:
     """Losses of one method at any weights; those of the sum are among them, as equal weights."""
 
-    def __init__(self, method: str, points: Sequence[Point], curvature: float = 1.0):
-        """`points` of the method and of the sum, of the same items; `curvature` is expected as a share of slope."""
-        self.method, self.curvature = method, curvature
+    def __init__(self, method: str, points: Sequence[Point]):
+        """`points` of the method and of the sum, of the same items."""
+        self.method = method
         known: dict[tuple[float, ...], Point] = {}
         for point in points:
             if point.method in (SUM, method):
@@ -89,7 +89,7 @@ class Surface:
         products_QP = u_Qn @ v_Pn.T
         distances_QP = ((u_Qn[:, None] - v_Pn[None]) ** 2).sum(-1)
         local_QP = LOCAL * np.exp(-distances_QP / (2 * REACH**2))
-        return 1 + products_QP + self.curvature * (products_QP**2 + local_QP)
+        return 1 + products_QP + products_QP**2 + local_QP
 
 
 def _repeated(weights: tuple[float, ...], numbers: int) -> tuple[float, ...]:
