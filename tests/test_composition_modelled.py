@@ -32,10 +32,15 @@ class Dev:
         self.tokens = generator.integers(3, 9, ITEMS)
         self.whole: list[tuple[str, tuple[float, ...]]] = []
         self.part: list[tuple[str, tuple[float, ...]]] = []
+        self.documents: list[tuple[str, tuple[float, ...]]] = []
 
     def on_all(self, method: str, weights: tuple[float, ...]) -> Point:
         self.whole.append((method, weights))
         return self.point(method, weights, ITEMS, DOCUMENTS)
+
+    def on_documents(self, method: str, weights: tuple[float, ...]) -> Point:
+        self.documents.append((method, weights))
+        return self.point(method, weights, ITEMS // OF_PART, DOCUMENTS)
 
     def on_part(self, method: str, weights: tuple[float, ...]) -> Point:
         self.part.append((method, weights))
@@ -91,7 +96,7 @@ def rippled_answer(w: np.ndarray, taste: np.ndarray) -> float:
 
 
 def found(dev: Dev, methods: tuple[str, ...] = (SUM,), retention: float = 0.9) -> ChosenWeights:
-    return search(dev.on_all, 2, methods, retention=retention, on_part=dev.on_part)
+    return search(dev.on_all, 2, methods, retention=retention, on_part=dev.on_part, on_documents=dev.on_documents)
 
 
 class AsOnEverySetting(unittest.TestCase):
@@ -109,7 +114,8 @@ class AsOnEverySetting(unittest.TestCase):
                 self.assertTrue(keeping.surely(choice.chosen) or not keeping.surely(best))
                 self.assertIn(choice.chosen, choice.points)
                 self.assertEqual(choice.chosen, dev.on_all(choice.chosen.method, choice.chosen.weights))
-                spent = len(dev.whole) + len(dev.part) / OF_PART
+                spent = len(dev.whole) + len(dev.documents) + len(dev.part) / OF_PART
+                self.assertEqual(dev.documents, [(SUM, (0.0, 0.0)), (SUM, (1.0, 0.0))])
                 self.assertLess(spent, real / 3, (len(dev.whole), len(dev.part), choice.notes))
 
     def test_a_method_with_more_weights_is_found_where_it_is_clearly_better_and_costs_little_where_not(self) -> None:

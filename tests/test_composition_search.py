@@ -287,12 +287,14 @@ class ProbeOnAModel(unittest.TestCase):
 
     def test_the_part_and_the_rest_are_all_of_dev(self) -> None:
         probe = self.probe("llama")
-        self.assertFalse(probe.data.has_rest)
+        self.assertFalse(probe.data.has(dev_losses.REST))
         whole = probe.point("sum", (1.0, 0.5), dev_losses.PART)
         with mock.patch.object(dev_losses, "LEAST_PART", 2):
-            self.assertTrue(probe.data.has_rest)
+            self.assertTrue(probe.data.has(dev_losses.REST))
             part, rest = (probe.point("sum", (1.0, 0.5), items) for items in (dev_losses.PART, dev_losses.REST))
+            documents = probe.point("sum", (1.0, 0.5), dev_losses.REST_DOCUMENTS)
         self.assertEqual((len(part.answer_nlls), len(part.document_nlls)), (2, 2))
+        self.assertEqual((documents.answer_nlls, documents.document_nlls), ((), rest.document_nlls))
         joined = part.and_rest(rest)
         for field in ("answer_nlls", "document_nlls"):
             for a, b in zip(sorted(getattr(joined, field)), sorted(getattr(whole, field)), strict=True):

@@ -119,7 +119,9 @@ class Composing(unittest.TestCase):
         self.assertLessEqual(search["chosen"]["answer_nll"], plain["answer_nll"])
         self.assertGreater(len(search["points"]), 7)
         points = [json.loads(line) for line in (directory / "search_points.jsonl").read_text().splitlines()]
-        scored = {items: [p["weights"] for p in points if p["items"] == items] for items in ("a part", "the rest")}
+        scored: dict[str, list[Any]] = {}
+        for point in points:
+            scored.setdefault(point["items"], []).append(point["weights"])
         self.assertEqual(len(scored["a part"]), len(search["points"]))
         whole = [p["weights"] for p in search["points"] if p["items"] == "all"]
         self.assertEqual(scored["the rest"], whole)
@@ -222,7 +224,7 @@ class OnTheModel(unittest.TestCase):
         asked: list[tuple[float, ...]] = []
 
         class Asked:
-            data, parts = mock.Mock(questions=["q"], has_rest=True), self.parts
+            data, parts = mock.Mock(questions=["q"], has=lambda items: True), self.parts
 
             def point(self, method: str, weights: tuple[float, ...], items: str) -> Point:
                 asked.append(weights)

@@ -42,7 +42,7 @@ from utils.progress import Progress
 
 ROW_TOKENS, SHORT_ROW, ROW_STEP = 1024, 256, 64
 FIT_STEPS, FIT_RATE = 8, 0.1
-PART, REST = "a part", "the rest"
+PART, REST, REST_DOCUMENTS = "a part", "the rest", "the documents of the rest"
 PART_SHARE, LEAST_PART = 0.25, 12
 
 
@@ -57,20 +57,20 @@ class DevData:
     pad_id: int
     batch_tokens: int
 
-    @property
-    def has_rest(self) -> bool:
-        """Whether there is more than the part of it that a search looks at first."""
+    def has(self, items: str) -> bool:
+        """Whether there is anything of the rest, or of its documents."""
         documents = len(self.documents.documents) if self.documents is not None else 0
-        return len(first_scored(len(self.questions))) < len(self.questions) or len(first_scored(documents)) < documents
+        return any(len(first_scored(n)) < n for n in (documents, len(self.questions) if items == REST else 0))
 
     def scored(self, items: str) -> tuple[list[scoring.Question], PackedDocuments | None]:
-        """Questions and documents of the part that is scored first, or of the rest."""
+        """Questions and documents of the part that is scored first, or of the rest, or the documents of that."""
 
         def of(count: int) -> list[int]:
             part = first_scored(count)
             return part if items == PART else sorted(set(range(count)) - set(part))
 
-        questions, documents = [self.questions[i] for i in of(len(self.questions))], None
+        chosen = of(len(self.questions)) if items != REST_DOCUMENTS else []
+        questions, documents = [self.questions[i] for i in chosen], None
         if self.documents is not None and (chosen := of(len(self.documents.documents))):
             documents = PackedDocuments(self.documents.documents.select(chosen), self.documents.train, 0, self.pad_id)
         return questions, documents
@@ -124,7 +124,7 @@ def search(probe: DevProbe | ranks.Held | None, section: ComposeSection, remembe
         section.search_methods,
         retention=section.domain_retention,
         fit_per_layer=lambda start, documents: probe.fit_per_layer(start, documents),
-        on_part=points.on_part if probe.data.has_rest else None,
+        **({"on_part": points.on_part, "on_documents": points.on_documents} if probe.data.has(REST) else {}),
     )
     for note in choice.notes:
         event("the weight search", note=note)
@@ -132,14 +132,10 @@ def search(probe: DevProbe | ranks.Held | None, section: ComposeSection, remembe
 
 
 class Points:
-    """Points as the probe measures them, each a line of `remembered`; those that are there are not measured again.
-
-    All of dev is measured as its part and the rest of it.
-    """
+    """Points as the probe measures them, part by part, each a line of `remembered`; none is measured again."""
 
     def __init__(self, probe: DevProbe | ranks.Held, remembered: Path):
-        self.probe, self.remembered = probe, remembered
-        self.of = resumable.owner(remembered.parent)
+        self.probe, self.remembered, self.of = probe, remembered, resumable.owner(remembered.parent)
         self.known = _points(remembered, self.of)
         if self.known:
             event("the weight search goes on", measured=len(self.known))
@@ -150,17 +146,24 @@ class Points:
 
     def on_all(self, method: str, weights: tuple[float, ...]) -> Point:
         """Losses of all items."""
+        return self._with(REST, method, weights)
+
+    def on_documents(self, method: str, weights: tuple[float, ...]) -> Point:
+        """Losses of all documents, and of the part's questions."""
+        return self._with(REST_DOCUMENTS, method, weights)
+
+    def _with(self, rest: str, method: str, weights: tuple[float, ...]) -> Point:
         part = self.on_part(method, weights)
-        return part.and_rest(self._measured(REST, method, weights)) if self.probe.data.has_rest else part
+        return part.and_rest(self._measured(rest, method, weights)) if self.probe.data.has(rest) else part
 
     def _measured(self, items: str, method: str, weights: tuple[float, ...]) -> Point:
         key = (items, method, weights)
         if key not in self.known:
             point = self.known[key] = self.probe.point(method, weights, items)
             resumable.append(self.remembered, {"items": items} | asdict(point), self.of)
-            shown = ", ".join(f"{w:g}" for w in weights[:6])
-            losses = {"answer_loss": point.answer_nll if point.answer_nlls else None, "domain_loss": point.domain_nll}
-            event(f"{method} ({shown}) on {items} of dev", **losses, number=len(self.known))
+            shown, answer = ", ".join(f"{w:g}" for w in weights[:6]), point.answer_nll if point.answer_nlls else None
+            said = {"answer_loss": answer, "domain_loss": point.domain_nll, "number": len(self.known)}
+            event(f"{method} ({shown}) on {items} of dev", **said)
         return self.known[key]
 
 

@@ -66,16 +66,18 @@ def search(
     retention: float,
     fit_per_layer: FitPerLayer | None = None,
     on_part: Evaluate | None = None,
+    on_documents: Evaluate | None = None,
 ) -> ChosenWeights:
     """Weights for `adapters` adapters of which the first is the domain's.
 
     The sum is always searched; of `methods` those whose row in the registry says how. `fit_per_layer` serves the fitted
-    ones, which are left out without it. `on_part` has the losses of the first items of `evaluate` alone.
+    ones, which are left out without it. `on_part` has the losses of the first items of `evaluate` alone, and
+    `on_documents` those of the part's questions and of all documents: of base and domain adapter no more is needed.
     """
     ones, nothing = (1.0,) * adapters, (0.0,) * adapters
     dev = _Dev(evaluate, on_part or evaluate, ones)
-    base, domain = (dev.measure(SUM, weights) for weights in (nothing, (1.0, *nothing[1:])))
-    keeping = Keeping(base, domain, retention)
+    dev.alone = tuple((on_documents or dev.measure)(SUM, weights) for weights in (nothing, (1.0, *nothing[1:])))
+    keeping = Keeping(*dev.alone, retention)
     model = ModelledSearch(dev.on_part, adapters, dev.notes.append, dev.corrected)
     if dev.confirmed(SUM, lambda: model.best_sums(dev.keeping_on_part(keeping))):
         dev.notes.append("a part of dev does not speak for all of it: the weights of the sum are sought on all of it")
@@ -126,6 +128,8 @@ class _Dev:
         self.measure, self.seen = _once(evaluate)
         self.on_part = self.measure if on_part is evaluate else _once(on_part)[0]
         self.notes: list[str] = []
+        # base and domain adapter, whose documents are all measured
+        self.alone: tuple[Point, ...] = ()
         self.plain, self.adapters = self.measure(SUM, ones), len(ones)
         # a standard error on all of dev is smaller by this
         self.scale = math.sqrt(len(self.on_part(SUM, ones).answer_nlls) / len(self.plain.answer_nlls))
@@ -134,7 +138,8 @@ class _Dev:
         """A point of the part with the losses that all of dev has on average, as far as what it measured tells."""
         if self.on_part is self.measure:
             return point
-        known = [(seen, self.on_part(seen.method, seen.weights)) for seen in self.seen.values()]
+        whole = {(p.method, p.weights): p for p in (*self.alone, *self.seen.values())}
+        known = [(p, self.on_part(p.method, p.weights)) for p in whole.values()]
         return parts.corrected(point, known, self.adapters)
 
     def keeping_on_part(self, keeping: Keeping) -> Keeping:

@@ -21,6 +21,8 @@ from utils.composition.weights.points import Point
 
 # variances against that of the difference itself: of its slope, and of what a point without the adapter says
 SLOPE, OTHERWISE = 0.1, 0.3
+# of one that was asked no more questions than the part
+UNKNOWN = 1e6
 ROUNDING = 1e-6
 
 
@@ -31,6 +33,7 @@ def corrected(point: Point, known: Sequence[tuple[Point, Point]], adapters: int)
     places_Pk, here_1k = np.array([_place(whole, adapters) for whole, _ in known]), np.array([_place(point, adapters)])
     off_P2, noise_P2 = np.array([_off(whole, part) for whole, part in known]), np.full((len(known), 2), ROUNDING)
     noise_P2[(places_Pk[:, 1:] == -1).all(1), 0] = OTHERWISE
+    noise_P2[[len(whole.answer_nlls) == len(part.answer_nlls) for whole, part in known], 0] = UNKNOWN
     noise_P2[places_Pk[:, 0] == -1, 1] = OTHERWISE
     prior_PP, prior_1P = _kernel(places_Pk, places_Pk), _kernel(here_1k, places_Pk)
     answer, domain = (
