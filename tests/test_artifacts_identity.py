@@ -275,6 +275,8 @@ class Others(unittest.TestCase):
         self.assertEqual(now(weights=(1.0, 1.0)).values, now().values)
         self.assertEqual(now(max_dev_items=3).values, now().values)
         self.assertNotEqual(now(search=True, max_dev_items=3).values, now(search=True).values)
+        searched = old | {"compose": {**old["compose"], "search": True}}
+        self.assertEqual(now(search=True).differences(searched), ["search_method was None, now 2"])
         self.assertEqual(now(density=0.1).values, now().values)
         self.assertNotEqual(now(method="ties", density=0.1).values, now(method="ties").values)
         named = {"method", "weights", "rank", "density", "search", "also", *composed_identity.SEARCH.values()}

@@ -76,6 +76,11 @@ class Search(unittest.TestCase):
         self.assertIn("answer loss on dev", curves)
         self.assertIn(pictures.NO_DOMAIN_LOSS, note)
 
+    def test_what_was_measured_on_a_part_of_dev_says_so(self) -> None:
+        points = [point(list(weights)) | {"items": "a part, corrected"} for weights in GRID]
+        _, both = map(str, pictures.search(searched(points, point([1.0, 1.0]))))
+        self.assertEqual(both.count("estimated from a part of dev"), len(GRID) + 1)  # and the one of the front
+
     def test_a_loss_that_is_no_number_is_left_out(self) -> None:
         points = [point(list(weights)) for weights in GRID]
         points[1]["answer_nll"] = math.nan

@@ -6,6 +6,7 @@ import math
 import unittest
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from utils.adapters import inference_layers, peft_model
 from utils.adapters.factors import Factors
 from utils.composition import dev_losses, interference
 from utils.composition.methods import Recipe, compose
-from utils.composition.search import SURE, ChosenWeights, Keeping, Point, paired, pareto, search
+from utils.composition.search import ChosenWeights, search
+from utils.composition.weights import measured_points
+from utils.composition.weights.points import SURE, Keeping, Point, paired, pareto
 from utils.data.batches import PackedDocuments
 from utils.data.pairs import tokenise_pairs
 from utils.inference import scoring
@@ -268,7 +271,7 @@ class ProbeOnAModel(unittest.TestCase):
         for architecture in ARCHITECTURES:
             probe = self.probe(architecture)
             for method, weights in (("sum", (0.0, 0.0)), ("sum", (0.5, -1.0)), ("depth_gate", (1.0, 0.2, 0.0, 1.5))):
-                found = probe.point(method, weights)
+                found = probe.point(method, weights, measured_points.PART)
                 fresh = ARCHITECTURES[architecture]()[0].eval().requires_grad_(False)
                 if any(weights):
                     fresh = peft_model.add(fresh, "composed", compose(self.parts, Recipe(method, weights))).eval()
@@ -283,13 +286,29 @@ class ProbeOnAModel(unittest.TestCase):
                 domain = sum(d.nll for d in documents) / sum(d.tokens for d in documents)
                 self.assertAlmostEqual(found.domain_nll or 0.0, domain, places=4)
 
+    def test_the_part_and_the_rest_are_all_of_dev(self) -> None:
+        probe = self.probe("llama")
+        self.assertFalse(probe.data.has(measured_points.REST))
+        whole = probe.point("sum", (1.0, 0.5), measured_points.PART)
+        with mock.patch.object(dev_losses, "LEAST_PART", 2):
+            self.assertTrue(probe.data.has(measured_points.REST))
+            part, rest = (probe.point("sum", (1.0, 0.5), items) for items in (measured_points.PART, dev_losses.REST))
+            documents = probe.point("sum", (1.0, 0.5), measured_points.REST_DOCUMENTS)
+        self.assertEqual((len(part.answer_nlls), len(part.document_nlls)), (2, 2))
+        self.assertEqual((documents.answer_nlls, documents.document_nlls), ((), rest.document_nlls))
+        joined = part.and_rest(rest)
+        for field in ("answer_nlls", "document_nlls"):
+            for a, b in zip(sorted(getattr(joined, field)), sorted(getattr(whole, field)), strict=True):
+                self.assertAlmostEqual(a, b, places=3)
+        self.assertEqual(sorted(joined.clusters), sorted(whole.clusters))
+
     def test_changing_the_weights_neither_copies_nor_rebuilds_the_model(self) -> None:
         probe = self.probe("llama")
         before = [(name, id(module)) for name, module in probe.model.named_modules()]
         storage = [parameter.data_ptr() for parameter in probe.model.parameters()]
-        first = probe.point("sum", (1.0, 1.0))
-        probe.point("depth_gate", (0.1, 0.2, 0.3, 0.4))
-        self.assertEqual(probe.point("sum", (1.0, 1.0)), first)
+        first = probe.point("sum", (1.0, 1.0), measured_points.PART)
+        probe.point("depth_gate", (0.1, 0.2, 0.3, 0.4), measured_points.PART)
+        self.assertEqual(probe.point("sum", (1.0, 1.0), measured_points.PART), first)
         self.assertEqual([(name, id(module)) for name, module in probe.model.named_modules()], before)
         self.assertEqual([parameter.data_ptr() for parameter in probe.model.parameters()], storage)
 

@@ -15,7 +15,7 @@ from tests.test_evaluation_proof import script
 from utils import cli
 from utils.artifacts import files
 from utils.composition import search
-from utils.composition.search import Point
+from utils.composition.weights.points import Point
 from utils.evaluation import baseline_weight, scored_rows
 from utils.training.keeping import keep_domain
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import runpy
 import unittest
@@ -12,7 +13,7 @@ from config import Config
 from tests.support import ROOT, temporary_directory
 from utils import cli
 from utils.composition import search
-from utils.composition.search import Point
+from utils.composition.weights.points import Point
 from utils.models.architectures import minimax_m2, qwen3_moe
 from utils.models.model_shapes import GIB, ModelSizes
 from utils.models.process_layout import ProcessLayout
@@ -198,18 +199,32 @@ class Time(unittest.TestCase):
 
     def test_the_points_of_a_real_search_lie_between_the_planned_ones(self) -> None:
         for seed in range(4):
-            seen = set()
+            seen: dict[str, set[Any]] = {"all": set(), "part": set()}
 
-            def evaluate(method: str, weights: tuple[float, ...], seed: int = seed, seen: Any = seen) -> Point:
-                seen.add((method, weights))
-                best = [0.3 + 0.35 * ((seed + at) % 4) for at in range(len(weights))]
-                loss = 1 + sum((w - b) ** 2 for w, b in zip(weights, best, strict=True))
-                documents = tuple(2 - 0.5 * weights[0] + 0.01 * at for at in range(6))
-                return Point(method, weights, (loss,) * 4, (1,) * 4, ("a", "b", "c", "d"), documents, (1,) * 6)
+            def evaluate(method: str, weights: tuple[float, ...], items: str, seed: int, seen: Any) -> Point:
+                seen[items].add((method, weights))
+                own = weights if method == "depth_gate" else [w for w in weights for _ in range(2)]
+                best = [0.3 + 0.35 * ((seed + at) % 4) for at in range(4)]
+                loss = 1 + sum((w - b) ** 2 for w, b in zip(own, best, strict=True))
+                count = 4 if items == "all" else 1
+                documents = tuple(2 - 0.5 * weights[0] + 0.01 * at for at in range(4 * count))
+                return Point(
+                    method,
+                    weights,
+                    (loss,) * 4 * count,
+                    (1,) * 4 * count,
+                    tuple("abcd") * count,
+                    documents,
+                    (1,) * len(documents),
+                )
 
-            search.search(evaluate, 2, ("sum", "depth_gate"), retention=0.5)
+            on_all, on_part = (
+                functools.partial(evaluate, items=items, seed=seed, seen=seen) for items in ("all", "part")
+            )
+            search.search(on_all, 2, ("sum", "depth_gate"), retention=0.5, on_part=on_part)
+            spent = len(seen["all"]) + len(seen["part"] - seen["all"]) / 4
             least, most = stage_costs.SEARCHED_POINTS
-            self.assertTrue(least <= len(seen) <= most, len(seen))
+            self.assertTrue(least <= spent <= most, spent)
 
 
 def _dense(hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> ModelSizes:

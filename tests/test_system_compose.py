@@ -29,7 +29,7 @@ from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition import composed_adapter, dev_losses
 from utils.composition.methods import Recipe
-from utils.composition.search import Point
+from utils.composition.weights.points import Point
 from utils.exceptions import ConfigError, DataError, VerificationError
 from utils.models import float32_model, loading, sources
 from utils.models.weights import layer_sample
@@ -117,9 +117,15 @@ class Composing(unittest.TestCase):
         self.assertIn("within one standard error", search["reason"])
         plain = next(p for p in search["points"] if p["weights"] == [1.0, 1.0])
         self.assertLessEqual(search["chosen"]["answer_nll"], plain["answer_nll"])
-        self.assertGreater(len(search["points"]), 12)
-        points = (directory / "search_points.jsonl").read_text().splitlines()
-        self.assertEqual(len(points), len(search["points"]))
+        self.assertGreater(len(search["points"]), 7)
+        points = [json.loads(line) for line in (directory / "search_points.jsonl").read_text().splitlines()]
+        scored: dict[str, list[Any]] = {}
+        for point in points:
+            scored.setdefault(point["items"], []).append(point["weights"])
+        self.assertEqual(len(scored["a part"]), len(search["points"]))
+        whole = [p["weights"] for p in search["points"] if p["items"] == "all"]
+        self.assertEqual(scored["the rest"], whole)
+        self.assertIn(found["weights"], whole)
         for picture in ("search.html", "interference.html"):
             self.assertIn("<polyline", (directory / picture).read_text(encoding="utf-8"))
         explained = files.read_json(directory / "interference.json")
@@ -218,12 +224,12 @@ class OnTheModel(unittest.TestCase):
         asked: list[tuple[float, ...]] = []
 
         class Asked:
-            data, parts = mock.Mock(questions=["q"], documents=None), self.parts
+            data, parts = mock.Mock(questions=["q"], documents=None, has=lambda items: True), self.parts
 
-            def point(self, method: str, weights: tuple[float, ...]) -> Point:
+            def point(self, method: str, weights: tuple[float, ...], items: str) -> Point:
                 asked.append(weights)
                 loss = 2.0 + (weights[0] - 1.0) ** 2 + (weights[1] - 1.0) ** 2
-                return Point(method, weights, (loss, loss), (1, 1), ("a", "b"), 3.0 - 0.5 * weights[0])
+                return Point(method, weights, (loss, loss), (1, 1), ("a", "b"), (3.0 - 0.5 * weights[0],), (1,))
 
         section = ComposeSection(search=True, search_methods=("sum",))
         whole = dev_losses.search(Asked(), section, points)  # type: ignore[arg-type]

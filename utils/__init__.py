@@ -47,7 +47,10 @@ PURE = (
     *("adapters.factors", "planning.estimates", "planning.native_fp8", "planning.hardware", "planning.pass_times"),
     "planning.memory.activations",
     *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),
-    *("composition.search", "composition.collisions", "evaluation.intervals", "evaluation.verdict"),
+    *("composition.weights.points", "composition.weights.compass", "composition.weights.surface"),
+    "composition.weights.parts",
+    *("composition.weights.modelled", "composition.search", "composition.collisions"),
+    *("evaluation.intervals", "evaluation.verdict"),
     *("evaluation.one_adapter", "evaluation.learning_curve.power_law", "evaluation.learning_curve.curve_sizes"),
     *("rollout.e_process", "rollout.policy", "rollout.gate", "rollout.controller", "rollout.simulation"),
 )

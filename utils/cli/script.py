@@ -96,6 +96,11 @@ def _exit_code(
             print(_card(config, sections, plan(config)))
             result: dict[str, Any] = {"dry_run": True, "config": config.model_dump(mode="json")}
         else:
+            # before torch is imported, which takes seconds
+            own = " ".join(f"{path}={flags.shown(flags.value_of(config, path))}" for path in config.overrides)
+            logger.event(
+                f"preset {config.preset}, run {config.run.name or 'named by its settings'}: {own or 'no other'}"
+            )
             with signals.terminable():
                 result = main(config)
         if logger.rank() == 0:

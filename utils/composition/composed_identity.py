@@ -11,6 +11,9 @@ from utils.artifacts.runs import Run
 from utils.composition.methods import METHODS, OPEN, recipe_of
 from utils.models.base_model import BaseModel
 
+# raised when a search with the same settings may choose otherwise; compositions without one are not made anew.
+# 1: every setting on all of dev; 2: a quadratic model on a part of dev, confirmed on all of it (2026-11-30)
+SEARCH_METHOD = 2
 # recorded name -> setting, for a search
 SEARCH = {
     "methods": "search_methods",
@@ -44,6 +47,7 @@ def composed_identity(
         "seed": seed,
     }
     own = ({"one_rank": True} if is_padded else {}) | dict(rows or {}) | base.deciding_tokenizer()
+    own |= {"search_method": SEARCH_METHOD} if section.search else {}
     return Identity.of("composed", _values(recorded) | own, _values)
 
 

@@ -7,9 +7,9 @@ Shapes: k adapters, L layers, N tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ import torch
 from config import BaseModelSection, ComposeSection, Config, TrainSection
 from utils.adapters import adapter_tokenizer, inference_layers
 from utils.adapters.factors import Factors
-from utils.artifacts import resumable
 from utils.composition import search as weight_search
 from utils.composition.methods import Recipe, depth, weights_at
-from utils.composition.search import ChosenWeights, Point
+from utils.composition.search import ChosenWeights
+from utils.composition.weights.measured_points import PART, REST, REST_DOCUMENTS, MeasuredPoints
+from utils.composition.weights.points import Point
 from utils.data.batches import Batch, BucketedPairs, PackedDocuments
 from utils.data.pairs import tokenise_pairs
 from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
 from utils.exceptions import ArtefactError, DataError, NonFiniteError, Problem
 from utils.inference import scoring
-from utils.logger import event, warning
+from utils.logger import event
 from utils.models import chat
 from utils.models.base_model import BaseModel
 from utils.models.losses import NextTokenLoss
@@ -39,8 +40,9 @@ from utils.models.weights.tensor_names import layer_of
 from utils.planning.stage_costs import SEARCHED_POINTS
 from utils.progress import Progress, Whole
 
-ROW_TOKENS = 1024
+ROW_TOKENS, SHORT_ROW, ROW_STEP = 1024, 256, 64
 FIT_STEPS, FIT_RATE = 8, 0.1
+PART_SHARE, LEAST_PART = 0.25, 12
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,30 @@ class DevData:
     documents: PackedDocuments | None
     pad_id: int
     batch_tokens: int
+
+    def has(self, items: str) -> bool:
+        """Whether there is anything of the rest, or of its documents."""
+        documents = len(self.documents.documents) if self.documents is not None else 0
+        return any(len(first_scored(n)) < n for n in (documents, len(self.questions) if items == REST else 0))
+
+    def scored(self, items: str) -> tuple[list[scoring.Question], PackedDocuments | None]:
+        """Questions and documents of the part that is scored first, or of the rest, or the documents of that."""
+
+        def of(count: int) -> list[int]:
+            part = first_scored(count)
+            return part if items == PART else sorted(set(range(count)) - set(part))
+
+        chosen = of(len(self.questions)) if items != REST_DOCUMENTS else []
+        questions, documents = [self.questions[i] for i in chosen], None
+        if self.documents is not None and (chosen := of(len(self.documents.documents))):
+            documents = PackedDocuments(self.documents.documents.select(chosen), self.documents.train, 0, self.pad_id)
+        return questions, documents
+
+
+def first_scored(count: int) -> list[int]:
+    """Which of so many items are the part of dev that a search looks at first: every fourth, or more of few."""
+    size = min(count, max(LEAST_PART, math.ceil(count * PART_SHARE)))
+    return [at * count // size for at in range(size)]
 
 
 def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: str) -> DevData:
@@ -74,7 +100,7 @@ def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: st
         ids = found["id"][:]
         order = sorted(range(len(ids)), key=lambda i: hash_share(ids[i], config.run.seed))
         chosen = found.select(sorted(order[: section.max_dev_documents or len(order)]))
-        documents = PackedDocuments(chosen, _rows(longest), 0, pad)
+        documents = PackedDocuments(chosen, _rows_for(chosen["num_tokens"][:], longest), 0, pad)
     return DevData(questions, pairs, [document_of[p.name] for p in pairs], documents, pad, longest)
 
 
@@ -97,50 +123,19 @@ def search(probe: DevProbe | ranks.Held | None, section: ComposeSection, remembe
         questions=len(probe.data.questions),
         documents=documents,
     )
-    evaluate = measuring(probe, remembered)
+    points = MeasuredPoints(probe, remembered)
     with Whole("weight search, at most", total=most, unit="point", counts_steps=True):
-        return weight_search.search(
-            evaluate,
+        choice = weight_search.search(
+            points.on_all,
             len(probe.parts),
             section.search_methods,
             retention=section.domain_retention,
             fit_per_layer=lambda start, documents: probe.fit_per_layer(start, documents),
+            **({"on_part": points.on_part, "on_documents": points.on_documents} if probe.data.has(REST) else {}),
         )
-
-
-def measuring(probe: DevProbe | ranks.Held, remembered: Path) -> weight_search.Evaluate:
-    """Points as the probe measures them, each a line of `remembered`; those that are there are not measured again."""
-    of = resumable.owner(remembered.parent)
-    known = {(point.method, point.weights): point for point in _points(remembered, of)}
-    if known:
-        event("the weight search goes on", measured=len(known))
-    asked: set[tuple[str, tuple[float, ...]]] = set()
-
-    def evaluate(method: str, weights: tuple[float, ...]) -> Point:
-        if (method, weights) not in known:
-            point = known[method, weights] = probe.point(method, weights)
-            resumable.append(remembered, asdict(point), of)
-            shown = ", ".join(f"{w:g}" for w in weights[:6])
-            event(f"{method} ({shown})", answer_loss=point.answer_nll, domain_loss=point.domain_nll, number=len(known))
-        if (method, weights) not in asked:
-            asked.add((method, weights))
-            if Whole.running is not None:
-                Whole.running.step(method)
-        return known[method, weights]
-
-    return evaluate
-
-
-def _points(path: Path, of: str) -> list[Point]:
-    """Points that were measured before; what was changed since, or an older version wrote, is measured again."""
-    found = []
-    for values, is_as_written in resumable.lines(path, of):
-        with suppress(TypeError):
-            if not is_as_written:
-                warning("a point of the weight search is measured again: its line was changed", path=path)
-                continue
-            found.append(Point(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
-    return found
+    for note in choice.notes:
+        event("the weight search", note=note)
+    return choice
 
 
 def recipe_with(recipe: Recipe, choice: ChosenWeights) -> Recipe:
@@ -162,24 +157,25 @@ class DevProbe:
         self.model = inference_layers.attach(model, dict(zip(self.names, parts, strict=True))).eval()
         self.device = next(model.parameters()).device
 
-    def point(self, method: str, weights: tuple[float, ...]) -> Point:
-        """Losses of dev at these weights."""
+    def point(self, method: str, weights: tuple[float, ...], items: str) -> Point:
+        """Losses of a part of dev, or of the rest, at these weights."""
         recipe, data = Recipe(method, weights), self.data
+        questions, packed = data.scored(items)
         inference_layers.select(
             self.model, lambda module: self._named(weights_at(module, recipe, len(self.parts), self.layers))
         )
         common = {"batch_tokens": data.batch_tokens, "device": self.device}
         what = f"{method} {', '.join(f'{w:g}' for w in weights[:4])}"
-        items = scoring.score_questions(self.model, data.questions, pad_id=data.pad_id, what=what, **common)
+        answers = scoring.score_questions(self.model, questions, pad_id=data.pad_id, what=what, **common)
         documents = []
-        if data.documents is not None:
-            documents = scoring.score_documents(self.model, data.documents, what=what, **common)
+        if packed is not None:
+            documents = scoring.score_documents(self.model, packed, what=what, **common)
         return Point(
             method,
             weights,
-            tuple(item.answer_nll + item.end_nll for item in items),
-            tuple(item.answer_tokens + 1 for item in items),
-            tuple(item.document for item in items),
+            tuple(item.answer_nll + item.end_nll for item in answers),
+            tuple(item.answer_tokens + 1 for item in answers),
+            tuple(item.document for item in answers),
             tuple(d.nll for d in documents),
             tuple(d.tokens for d in documents),
         )
@@ -291,6 +287,12 @@ class DevProbe:
     def _layer(self, module: str) -> int:
         layer = layer_of(module)
         return self.layers - 1 if layer is None else layer
+
+
+def _rows_for(lengths: Sequence[int], longest: int) -> TrainSection:
+    """Rows as long as the longest document needs: shorter ones are fuller, and attend to less that is masked."""
+    row = min(longest, ROW_TOKENS, max(SHORT_ROW, -(-max(lengths, default=1) // ROW_STEP) * ROW_STEP))
+    return _rows(longest).model_copy(update={"max_sequence_tokens": row})
 
 
 def _rows(tokens: int) -> TrainSection:

@@ -143,7 +143,9 @@ def _losses(points: Sequence[Found]) -> list[tuple[float, float]]:
 def _point(point: Found) -> str:
     weights = ", ".join(f"{w:g}" for w in point["weights"]) if len(point["weights"]) <= 6 else "a weight per layer"
     domain = "" if point["domain_nll"] is None else f", domain loss {numbers.general(point['domain_nll'])}"
-    return f"{point['method']} ({weights}): answer loss {numbers.general(point['answer_nll'])}{domain}"
+    # since 2026-11-30 a search measures some settings on a part of dev only
+    where = "" if point.get("items", "all") == "all" else " (estimated from a part of dev)"
+    return f"{point['method']} ({weights}): answer loss {numbers.general(point['answer_nll'])}{domain}{where}"
 
 
 def _known(values: Sequence[float | None]) -> list[tuple[float, float]]:

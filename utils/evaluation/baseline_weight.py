@@ -17,6 +17,7 @@ from utils.artifacts.runs import Run
 from utils.composition import dev_losses, search
 from utils.composition.dev_losses import DevProbe
 from utils.composition.search import ChosenWeights
+from utils.composition.weights.measured_points import MeasuredPoints
 from utils.evaluation.run_groups import ComparedRuns
 from utils.logger import event
 from utils.models.base_model import BaseModel
@@ -68,6 +69,6 @@ def searched_alone(
     dev = dev_losses.dev_data(asked, base, data.directory, system_prompt)
     adapter = adapter_files.load(baseline.adapter, base)
     with ranks.Held(DevProbe.on, base, config.base, [adapter], replace(dev, documents=None)) as probe:
-        found = search.search_alone(dev_losses.measuring(probe, remembered))
+        found = search.search_alone(MeasuredPoints(probe, remembered).on_all)
     event("the baseline's weight chosen on dev", weight=found.chosen.weights[0], reason=found.reason)
     return found

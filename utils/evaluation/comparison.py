@@ -148,8 +148,11 @@ def _examples(
         chosen = measures.chosen_examples(raw[shown[1].name], raw[shown[0].name], primary)
         by_name = {str(example["id"]): example for example in on.examples}
         names = [*chosen["won"], *chosen["lost"]]
-        texts = answers_to(shown, [by_name[name] for name in names])
-        said = {cell: dict(zip(names, answers, strict=True)) for cell, answers in texts.items()}
+        said = {row.cell: {a["name"]: a["text"] for a in raw[row.name]["answers"]} for row in shown}
+        new = [name for name in names if any(name not in texts for texts in said.values())]
+        # those that were asked before are not asked again, and for none no model is loaded
+        for cell, texts in (answers_to(shown, [by_name[name] for name in new]) if new else {}).items():
+            said[cell] |= dict(zip(new, texts, strict=True))
         scores = {row.cell: raw[row.name] for row in shown}
         return {kind: measures.described(listed, by_name, scores, said, primary) for kind, listed in chosen.items()}
 

@@ -17,6 +17,7 @@ from utils.models.losses import autocast
 from utils.models.parallel import ranks, work
 from utils.models.rows import row_support
 from utils.models.structure import model_class
+from utils.planning.ways import answers_at_once
 from utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -154,16 +155,19 @@ def answer_all(
     system_prompt: str,
     settings: InferenceSection,
     bar: Progress | None = None,
-    batch_size: int = 8,
 ) -> list[GeneratedAnswer]:
     """Answers to many examples in their order, prompts of similar length together.
 
     What is sampled depends on the seed and on the batch, and not on the rank that answers it.
     """
     prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
-    batch_size = batch_size if row_support.of(model).pads_left else 1
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    groups: list[list[int]] = []
+    for i in order:  # ascending: the newest is the longest
+        most = answers_at_once(len(prompts[i]) + settings.max_new_tokens) if row_support.of(model).pads_left else 1
+        if not groups or len(groups[-1]) >= most:
+            groups.append([])
+        groups[-1].append(i)
 
     seed = torch.initial_seed()
 

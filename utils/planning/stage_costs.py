@@ -14,13 +14,14 @@ from utils.planning.hardware import Hardware
 from utils.planning.launch_files import STAGES
 from utils.planning.pass_times import MEMORY, PassTime
 from utils.planning.planned_data import PlannedData
-from utils.planning.ways import ANSWERS_AT_ONCE, ScoringPlan, Way
+from utils.planning.ways import ScoringPlan, Way
 
 # tokens per second and processor of preparing, slowest and fastest of three measured corpora on 2 cores, 4 bytes a
 # token; and what it holds in memory (decision_document.md, 2026-11-22)
 PREPARED_TOKENS, PREPARING_BYTES = (324_000.0, 764_000.0), 5 * 10**9
-# weights that a search measures, at least and at most (tests/test_planning_stages.py counts them)
-SEARCHED_POINTS = (22, 120)
+# weights that a search measures on all of dev, and a fourth of those that it measures on a part, at least and at most
+# (tests/test_planning_stages.py counts them)
+SEARCHED_POINTS = (5, 60)
 # rows of the evaluation's table, and trainings that its controls take beside the two: a wrong-domain adapter, and task
 # adapters on it, on a random one, of the ranks together, and on the base
 TABLE_ROWS, CONTROL_TRAININGS = 7, {"domain": 1, "task": 4}
@@ -282,16 +283,18 @@ def _pass(way: Way, sizes: ModelSizes, machine: Hardware) -> PassTime:
 
 def _decoding(way: Way, sizes: ModelSizes, machine: Hardware) -> PassTime:
     context = way.config.plan.item_tokens
-    return pass_times.decoding_step(sizes, way.form.scored, ANSWERS_AT_ONCE, context, way.answering.layout, machine)
+    return pass_times.decoding_step(
+        sizes, way.form.scored, way.answering.tokens, context, way.answering.layout, machine
+    )
 
 
 def _answered(way: Way, sizes: ModelSizes, machine: Hardware, answers: int, new_tokens: int) -> tuple[float, float]:
     """Batches one after the other on every rank: the prompts' pass, then a step for each new token."""
-    step, rows = _decoding(way, sizes, machine), ANSWERS_AT_ONCE * way.config.plan.item_tokens
+    step, rows = _decoding(way, sizes, machine), way.answering.tokens * way.config.plan.item_tokens
     prompts = pass_times.scoring_pass(
         sizes, way.form.scored, rows, way.config.plan.item_tokens, way.answering.layout, machine
     )
-    batches = math.ceil(answers / (ANSWERS_AT_ONCE * way.answering.layout.processes))
+    batches = math.ceil(answers / (way.answering.tokens * way.answering.layout.processes))
     return batches * (prompts.least + new_tokens * step.least), batches * (prompts.most + new_tokens * step.most)
 
 

@@ -23,12 +23,20 @@ from utils.planning.native_fp8 import KERNELS, LEAST_CAPABILITY
 from utils.planning.training_plan import ORDER, StagePlan, verdict_of
 
 SHORTER_ROWS = (4096, 2048, 1024, 512)
-ANSWERS_AT_ONCE = 8
 # a search and an evaluation have the adapters of both stages on the model
 _BITS: tuple[tuple[Dtype, str], ...] = (
     ("int8", "8 bits of bitsandbytes: slower, nearly the same losses"),
     ("nf4", "4 bits of bitsandbytes (QLoRA): the smallest, at a small loss of quality"),
 )
+
+
+# prompts that are answered as one batch: few of any length, more where they are short
+LEAST_ANSWERS, MOST_ANSWERS, ANSWERING_TOKENS = 8, 32, 4096
+
+
+def answers_at_once(tokens: int) -> int:
+    """How many answers are generated as one batch, of which the longest has so many tokens with its prompt."""
+    return max(LEAST_ANSWERS, min(MOST_ANSWERS, ANSWERING_TOKENS // tokens))
 
 
 @dataclass(frozen=True)
@@ -258,10 +266,11 @@ def _answering(
     config: Config, sizes: ModelSizes, machine: Hardware, form: Form, adapters: list[estimates.Adapter]
 ) -> ScoringPlan:
     found = []
+    count = answers_at_once(config.plan.item_tokens + config.inference.max_new_tokens)
     for layout in machine.layouts_of(sizes, form.scored):
         low, high = (
             estimates.answering_memory(
-                *(sizes, form.scored, adapters, ANSWERS_AT_ONCE, config.plan.item_tokens),
+                *(sizes, form.scored, adapters, count, config.plan.item_tokens),
                 config.inference.max_new_tokens,
                 shards=layout.shard,
                 expert_ranks=layout.expert,
@@ -271,12 +280,10 @@ def _answering(
             for careful in (False, True)
         )
         verdict = estimates.verdict(low.total, high.total, machine.memory_bytes)
-        found.append(ScoringPlan(layout, ANSWERS_AT_ONCE, low, high, verdict))
+        found.append(ScoringPlan(layout, count, low, high, verdict))
 
     def rank(plan: ScoringPlan) -> tuple[int, float]:
-        step = pass_times.decoding_step(
-            *(sizes, form.scored, ANSWERS_AT_ONCE, config.plan.item_tokens, plan.layout, machine)
-        )
+        step = pass_times.decoding_step(*(sizes, form.scored, count, config.plan.item_tokens, plan.layout, machine))
         return ORDER.index(plan.verdict), -step.most
 
     return max(found, key=rank)  # of equals the first: whole, then a node
