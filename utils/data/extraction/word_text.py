@@ -32,7 +32,11 @@ _KEPT_OF_RUNS = tuple(_WORD + name for name in ("vertAlign", "del", "ins"))
 _ASIDE = re.compile(r"word/(header|footer|comments)\d*\.xml")
 _ASIDE_NAMES = {"header": RUNNING, "footer": RUNNING, "comments": "comments"}
 _REMOVED = tuple(_WORD + name for name in ("del", "moveFrom"))
-_UNWRAPPED = tuple(_WORD + name for name in ("ins", "moveTo", "fldSimple", "smartTag", "customXml", "dir", "bdo"))
+_UNWRAPPED = ("ins", "moveTo", "fldSimple", "smartTag", "customXml", "dir", "bdo", "hyperlink", "sdtContent", "sdt")
+_UNWRAPPED = tuple(_WORD + name for name in _UNWRAPPED)
+# what is drawn; its text boxes have been taken out by then
+_DRAWN = tuple(_WORD + name for name in ("drawing", "pict", "object"))
+_RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
 
 
 def extract_docx(path: Path) -> Extracted:
@@ -90,8 +94,19 @@ def _main_part(archive: zipfile.ZipFile, names: set[str]) -> str:
 def _hidden_styles(archive: zipfile.ZipFile, names: set[str]) -> set[str]:
     if "word/styles.xml" not in names:
         return set()
-    styles = parse_xml(archive.read("word/styles.xml")).iter(_WORD + "style")
-    return {style.get(_WORD + "styleId") or "" for style in styles if _is_on(style.find(f"{_WORD}rPr/{_WORD}vanish"))}
+    styles = {s.get(_WORD + "styleId"): s for s in parse_xml(archive.read("word/styles.xml")).iter(_WORD + "style")}
+    found: set[str] = set()
+    for name, style in styles.items():
+        seen = [style]  # a style is what it is based on, where it says nothing of its own
+        while (own := seen[-1].find(f"{_WORD}rPr/{_WORD}vanish")) is None:
+            base = seen[-1].find(_WORD + "basedOn")
+            above = styles.get(base.get(_WORD + "val")) if base is not None else None
+            if above is None or above in seen:
+                break
+            seen.append(above)
+        if _is_on(own):
+            found.add(name or "")
+    return found
 
 
 def _normalise(root: Element, hidden: set[str], removed: Counter[str]) -> None:
@@ -104,16 +119,31 @@ def _normalise(root: Element, hidden: set[str], removed: Counter[str]) -> None:
             removed[DELETED] += _text_length(row)
             _take_out(row)
     for run in list(root.iter(_WORD + "r")):
-        style = run.find(f"{_WORD}rPr/{_WORD}rStyle")
-        is_hidden = style is not None and style.get(_WORD + "val") in hidden
-        if is_hidden or _is_on(run.find(f"{_WORD}rPr/{_WORD}vanish")):
+        if _is_hidden(run, hidden):
             removed[HIDDEN] += _text_length(run)
             _take_out(run)
-    _text_boxes(root)
+    while root.find(f".//{_WORD}txbxContent") is not None:  # text boxes may hold text boxes
+        _text_boxes(root)
+    for drawn in list(root.iter(*_DRAWN)):
+        _take_out(drawn)
+    for ruby in list(root.iter(_WORD + "ruby")):
+        base, reading = (list(ruby.iterfind(f"{_WORD}{part}/{_WORD}r")) for part in ("rubyBase", "rt"))
+        _replace(ruby.getparent(), [*base, _run("("), *reading, _run(")")])
     for formula in list(root.iter(_MATH + "oMath")):
         _replace(formula, [_run(formula_text(formula))])
     for element in list(root.iter(*_UNWRAPPED, _MATH + "oMathPara")):
         _replace(element, [child for child in element if not str(child.tag).endswith("Pr")])
+
+
+def _is_hidden(run: Element, hidden: set[str]) -> bool:
+    """By the run's own word, else by its style, else by its paragraph's."""
+    if (own := run.find(f"{_WORD}rPr/{_WORD}vanish")) is not None:
+        return _is_on(own)
+    style = run.find(f"{_WORD}rPr/{_WORD}rStyle")
+    if style is None:
+        paragraph = next(run.iterancestors(_WORD + "p"), None)
+        style = paragraph.find(f"{_WORD}pPr/{_WORD}pStyle") if paragraph is not None else None
+    return style is not None and style.get(_WORD + "val") in hidden
 
 
 def _text_boxes(root: Element) -> None:
@@ -133,10 +163,12 @@ def _text_boxes(root: Element) -> None:
             continue
         paragraph = next((p for p in box.iterancestors() if p.tag == _WORD + "p"), None)
         if paragraph is None:
+            _replace(box, list(box))
             continue
         place, at = paragraph.getparent(), paragraph.getparent().index(paragraph)
         for number, child in enumerate(list(box), 1):
             place.insert(at + number, child)
+        _take_out(box)
 
 
 def _run(text: str) -> Element:
