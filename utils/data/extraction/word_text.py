@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.data.extraction.archives import open_archive, parse_xml
+from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import HIDDEN, RUNNING, Extracted, NoTextError, visible_characters
 from utils.data.extraction.pages.formulas import formula_text
-from utils.data.extraction.pages.html_text import page_text, parse
+from utils.data.extraction.pages.html_text import extract_html, page_text, parse
 
 Element = Any
 
@@ -49,10 +50,13 @@ def extract_docx(path: Path) -> Extracted:
         main = _main_part(archive, names)
         hidden = _hidden_styles(archive, names)
         changed: dict[str, bytes] = {}
+        notes: list[str] = []
         visible = 0
         for name in (main, *_PARTS[1:]):
             if name in names:
                 root = parse_xml(archive.read(name))
+                if name == main and (chunks := _with_chunks(archive, names, main, root)):
+                    notes.append(f"{chunks} embedded documents were left out")
                 _normalise(root, hidden, removed)
                 visible += sum(visible_characters(t.text or "") for t in root.iter(_WORD + "t"))
                 changed[name] = _slim(root)
@@ -78,7 +82,7 @@ def extract_docx(path: Path) -> Extracted:
     if lost > 0:
         removed[OVERLOOKED] += lost
     removed = +removed
-    return Extracted.whole(text, visible=found.visible + removed.total(), removed=removed)
+    return Extracted.whole(text, visible=found.visible + removed.total(), removed=removed, notes=notes)
 
 
 def _main_part(archive: zipfile.ZipFile, names: set[str]) -> str:
@@ -122,6 +126,7 @@ def _normalise(root: Element, hidden: set[str], removed: Counter[str]) -> None:
         if _is_hidden(run, hidden):
             removed[HIDDEN] += _text_length(run)
             _take_out(run)
+    _field_codes(root)
     while root.find(f".//{_WORD}txbxContent") is not None:  # text boxes may hold text boxes
         _text_boxes(root)
     for drawn in list(root.iter(*_DRAWN)):
@@ -133,6 +138,50 @@ def _normalise(root: Element, hidden: set[str], removed: Counter[str]) -> None:
         _replace(formula, [_run(formula_text(formula))])
     for element in list(root.iter(*_UNWRAPPED, _MATH + "oMathPara")):
         _replace(element, [child for child in element if not str(child.tag).endswith("Pr")])
+
+
+def _field_codes(root: Element) -> None:
+    """Takes out what stands in the code of a field: the result of an inner field there is no text of the page."""
+    is_code: list[bool] = []
+    for child in [child for run in root.iter(_WORD + "r") for child in run]:
+        if child.tag == _WORD + "fldChar":
+            kind = child.get(_WORD + "fldCharType")
+            if kind == "begin":
+                is_code.append(True)
+            elif is_code and kind == "separate":
+                is_code[-1] = False
+            elif is_code:
+                is_code.pop()
+        elif child.tag == _WORD + "t" and any(is_code):
+            _take_out(child)
+
+
+def _with_chunks(archive: zipfile.ZipFile, names: set[str], main: str, root: Element) -> int:
+    """Puts the texts of embedded pages where they stand; returns how many parts of other formats are left out."""
+    left_out = 0
+    folder, _, file = main.rpartition("/")
+    relations = f"{folder}/_rels/{file}.rels"
+    targets = (
+        {r.get("Id"): r.get("Target") or "" for r in parse_xml(archive.read(relations))} if relations in names else {}
+    )
+    for chunk in list(root.iter(_WORD + "altChunk")):
+        target = targets.get(chunk.get(_RELATION), "")
+        name = target.lstrip("/") if target.startswith("/") else f"{folder}/{target}"
+        if name in names and name.lower().endswith((".htm", ".html", ".xhtml", ".txt")):
+            markup, _ = decode(archive.read(name), markup=True)
+            text = markup if name.lower().endswith(".txt") else extract_html(markup).documents[0][1]
+            _replace(chunk, [_paragraph(line) for line in text.split("\n") if line.strip()])
+        else:
+            left_out += 1
+    return left_out
+
+
+def _paragraph(text: str) -> Element:
+    from lxml import etree
+
+    paragraph = etree.Element(_WORD + "p")
+    paragraph.append(_run(text))
+    return paragraph
 
 
 def _is_hidden(run: Element, hidden: set[str]) -> bool:
