@@ -21,61 +21,11 @@ Element = Any
 
 # below this share of its visible text a page is taken whole
 SMALLEST_SHARE = 0.25
-_PARAGRAPHS = frozenset(
-    [
-        "p",
-        "section",
-        "article",
-        "header",
-        "footer",
-        "main",
-        "aside",
-        "nav",
-        "ul",
-        "ol",
-        "dl",
-        "table",
-        "blockquote",
-        "pre",
-    ]
-)
-_PARAGRAPHS |= frozenset(
-    [
-        "figure",
-        "figcaption",
-        "address",
-        "fieldset",
-        "form",
-        "details",
-        "hr",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "center",
-    ]
-)
-_LINES = frozenset(
-    [
-        "div",
-        "li",
-        "dt",
-        "dd",
-        "tr",
-        "caption",
-        "legend",
-        "summary",
-        "body",
-        "html",
-        "thead",
-        "tbody",
-        "tfoot",
-        "th",
-        "td",
-    ]
-)
+_PARAGRAPHS = ("p", "section", "article", "header", "footer", "main", "aside", "nav", "ul", "ol", "dl", "table")
+_PARAGRAPHS += ("blockquote", "pre", "figure", "figcaption", "address", "fieldset", "form", "details")
+_PARAGRAPHS += ("hr", "h1", "h2", "h3", "h4", "h5", "h6", "center")
+_LINES = ("div", "li", "dt", "dd", "tr", "caption", "legend", "summary", "body", "html", "thead", "tbody")
+_LINES += ("tfoot", "th", "td")
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 _CDATA, _XHTML = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL), "http://www.w3.org/1999/xhtml"
 _TEX_SCRIPT = re.compile(r"math/tex", re.I)
