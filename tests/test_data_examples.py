@@ -253,6 +253,7 @@ class TestErrors(TaskTest):
 
     def test_turn_before_the_answer_must_be_the_users(self):
         turns = [{"role": role, "content": role} for role in ("user", "assistant", "assistant")]
+        turns[1]["weight"] = 0  # without a mark they are one turn
         self.assert_row_error({"messages": turns}, "no question: the turn before the last answer is not the user's")
         self.assert_row_error({"messages": [{"role": "tool", "content": "t"}]}, "no answer: there is no assistant turn")
         self.assert_row_error({"messages": [{"role": "narrator", "content": "t"}]}, "a turn of unknown role")
@@ -272,7 +273,7 @@ class TestErrors(TaskTest):
         self.assertLess(len(message), 300)
 
     def test_csv_cell_that_begins_like_json_but_is_not(self):
-        message = self.error(self.write("task.csv", "question,answers\nq,['a']\n"))
+        message = self.error(self.write("task.csv", "question,answers\nq,['a'\n"))
         self.assertIn("task.csv:2: the cell in `answers` begins like JSON but is not", message)
 
     def test_all_problems_come_together(self):

@@ -44,6 +44,7 @@ PURE = (
     *("data.labelled.row_text", "data.labelled.roles", "data.labelled.marks", "data.labelled.choices"),
     *("data.labelled.conversations", "data.labelled.values", "data.labelled.groups", "data.labelled.headings"),
     "data.early_warnings",
+    "data.labelled.nested",
     *("adapters.factors", "planning.estimates", "planning.native_fp8", "planning.hardware", "planning.pass_times"),
     "planning.memory.activations",
     *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),

@@ -13,6 +13,7 @@ from typing import Any
 from utils.data.labelled import choices, conversations, marks, values
 from utils.data.labelled.choices import Unsure
 from utils.data.labelled.conversations import Turn, read_turns
+from utils.data.labelled.nested import is_of_rows, unfolded, wrapper
 from utils.data.labelled.roles import ColumnMap, Row
 from utils.data.labelled.row_text import (
     LeftOutError,
@@ -84,7 +85,8 @@ def _is_list(value: object) -> bool:
 def expand(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of each question in SQuAD's published form (articles, paragraphs, questions), else the row itself.
 
-    A file that is one object around a list of rows (`data`, `examples`, ...) gives those rows.
+    An object around a list of rows (`data`, `examples`, ...) gives those rows, with its context; columns that lie in
+    objects (LangSmith's `inputs` and `outputs`) become columns of the row.
     """
     paragraphs = values.get("paragraphs")
     if isinstance(paragraphs, list) and paragraphs and all(isinstance(p, dict) and "qas" in p for p in paragraphs):
@@ -94,22 +96,15 @@ def expand(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                     shared = {"title": values.get("title"), "context": paragraph.get("context")}
                     yield f", paragraph {number}, question {place}", shared | asked
         return
-    lists = [key for key, item in values.items() if isinstance(item, list) and len(item) > 0]
-    inside = values[lists[0]] if len(lists) == 1 else None
-    around = [key for key in values if not lists or key != lists[0]]
-    is_wrapped = inside and str(lists[0]).lower() in ("data", "examples", "rows", "items", "questions", "instances")
-    if (
-        is_wrapped
-        and all(isinstance(item, dict) for item in inside)
-        and not {"question", "answer", "answers"} & set(around)
-    ):
-        for number, item in enumerate(inside, 1):
+    if (name := wrapper(values)) is not None:
+        shared = {key: value for key, value in values.items() if key != name and is_of_rows(key)}
+        for number, item in enumerate(values[name], 1):
             # the datasets server wraps each row once more
             item = item["row"] if isinstance(item.get("row"), dict) else item
-            for place, found in expand(item):
-                yield f", {lists[0]} {number}{place}", found
+            for place, found in expand(shared | item):
+                yield f", {name} {number}{place}", found
         return
-    yield "", dict(values)
+    yield "", unfolded(values)
 
 
 def _turns_of(row: Row) -> tuple[str, list[Turn]] | None:
@@ -190,11 +185,14 @@ def _from_turns(row: Row, turns: list[Turn]) -> Columns:
 
 def _from_pair(row: Row) -> tuple[str, Columns, Unsure | None]:
     shape, question = values.question_of(row)
-    texts, labels, columns = choices.read_choices(row)
+    marked = choices.flagged(row)
+    texts, labels, columns = (marked[0], list[str](), "") if marked else choices.read_choices(row)
     wrong = choices.wrong_answers(row) if texts is None else []
     names = row.filled("answer")
     # A to D may stand for the answers of a choice, and `answer` is then their key
     answers = row.value("answer") if names else None
+    if marked and names in ([], ["answers"]):
+        answers = marked[1]
     is_squad = isinstance(answers, dict) and "text" in answers
     answers = values.accepted(row, answers, names[0] if names else "")
     if texts is None:
@@ -246,6 +244,8 @@ def _common(
         index = choices.match(texts, accepted, index)
     own = row.value("reasoning")
     system = row.value("system")
+    if isinstance(system, dict) and isinstance(system.get("parts"), list):  # Gemini
+        system = system["parts"]
     system = "\n\n".join(text_of(one, "system") for one in (system if isinstance(system, list) else [system]) if one)
     history = row.value("history")
     return {
@@ -272,15 +272,26 @@ def _explain(row: Row, question: object) -> RowError:
         return RowError("empty answer" if blank else "no answers", fix=fix)
     if found := marks.preference(row):
         return found
+    texts = [name for name in row.values if row.role_of(name) == "messages" and isinstance(row.values[name], str)]
+    if texts and row.has(texts[0]):
+        fix = 'write [{"role": "user", "content": "..."}, ...]; a text would be trained with who says it'
+        return RowError(f"`{texts[0]}` is one text, and no list of turns", row.values[texts[0]], fix, of_file=True)
     if row.is_named("messages"):
         return RowError("no messages", fix="write the conversation, or delete the row")
     listed = f"columns {', '.join(row.values) or '(none)'}"
+    if any(name.endswith(("?", "？", "؟")) for name in row.values):
+        fix = "write a line of names above it, as question,answer: the first line of a table is never a pair"
+        return RowError(
+            "the first line is read as the names of the columns, and is a question", listed, fix, of_file=True
+        )
     missing = [role for role, value in (("question", question), ("answer", row.filled("answer"))) if is_missing(value)]
     mapped = ",".join(f"{role}={column}" for role, column in zip(missing, _likely(row, missing), strict=False))
     fix = f"nearest shape: question + answer; say which columns they are: --data.columns {mapped}; " if mapped else ""
     what = {"question": "no question", "answer": "no answers"}[missing[0]] if len(missing) == 1 else "unknown shape"
     # with nothing else in the row there is no column to name
-    return RowError(what, listed if mapped or len(missing) > 1 else None, f"{fix}accepted: {ACCEPTED}", of_file=True)
+    return RowError(
+        what, listed if mapped or len(missing) > 1 or row.unused() else None, f"{fix}accepted: {ACCEPTED}", of_file=True
+    )
 
 
 def _likely(row: Row, missing: list[str]) -> list[str]:

@@ -13,8 +13,8 @@ never end up on both sides of a split.
 
 from __future__ import annotations
 
+import ast
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from typing import Any
 
 from utils.data.example_formats import LeftOutError, Read, RowError, expand, read_row
 from utils.data.labelled import groups, marks
+from utils.data.labelled.file_look import look_at_file
 from utils.data.labelled.report import TaskReport
 from utils.data.labelled.roles import ColumnMap, column_name
 from utils.data.labelled.row_text import CONTROLS, is_missing
@@ -44,14 +45,6 @@ __all__ = ["TaskReport", "read_task_examples"]
 
 # a csv cell is always text; in these columns text that looks like JSON is JSON
 JSON_COLUMNS = ("answers", "choices", "options", "messages", "conversations", "history", "tools", "contexts")
-# what a chat template writes; in a row it is text that the template would wrap once more
-_CHAT_MARKS = re.compile(
-    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<(?:start|end)_of_turn>|\[/?INST\]|\]~b\]|"
-    r"<\|(?:user|assistant|system|end)\|>|^###? ?(?:Instruction|Human|Response|Assistant):|^(?:Human|Assistant): ",
-    re.MULTILINE,
-)
-_WRITTEN_LIST = re.compile(r"\[\s*(['\"]).*\1\s*\]", re.DOTALL)
-_LETTER = re.compile(r"\(?[A-Ea-e]\)?[.)]?")
 
 
 @dataclass
@@ -124,7 +117,7 @@ def read_task_examples(
         problems.add(f"{source}: --data.columns names a column that is in no row", missing, fix)
     kept = _by_label(kept, dropped)
     _number_choices(source, kept, problems)
-    _look_at_all(source, kept, notes, problems)
+    look_at_file(source, [(one.place, one.read) for one in kept], notes, problems)
     problems.raise_if_any()
     examples = _examples(source, kept, dropped)
     found = groups.group(
@@ -207,44 +200,6 @@ def _number_choices(source: str, kept: list[_Kept], problems: ProblemList) -> No
         one.read.fields.update(answers=[one.read.fields["choices"][index]], answer_index=index)
 
 
-def _look_at_all(source: str, kept: list[_Kept], notes: Counter[str], problems: ProblemList) -> None:
-    """What only the whole file shows: letters whose choices were not found, rows that a chat template wrote."""
-    if not kept:
-        return
-    letters = [one for one in kept if not one.read.fields["choices"] and _is_letter(one.read.fields)]
-    lists = Counter(name for one in letters for name in one.read.lists)
-    if len(letters) == len(kept) and lists:
-        column = lists.most_common(1)[0][0]
-        what = f"{source}: every answer is a letter, and no column was read as the choices"
-        problems.add(
-            what, list(lists), f"say which column holds them: --data.columns choices={column}; or ignore={column}"
-        )
-    elif letters and len(letters) == len(kept):
-        notes["the answer is a single letter, and the row has no choices"] += len(letters)
-    written = [one for one in kept if any(_CHAT_MARKS.search(text) for text in _said(one.read.fields))]
-    if 2 * len(written) > len(kept):
-        found = next(m[0] for text in _said(written[0].read.fields) if (m := _CHAT_MARKS.search(text)))
-        fix = "give the text without them, or `messages`: the chat template writes its own"
-        problems.add(f"{written[0].place}: and {len(written) - 1:,} more rows hold the marks of a chat", found, fix)
-    elif written:
-        notes["marks of a chat stand in the text, and are trained as text"] += len(written)
-    if lists_written := sum(bool(_WRITTEN_LIST.fullmatch(a)) for one in kept for a in one.read.fields["answers"]):
-        notes["an answer looks like a list that was written as text; several answers are a JSON list"] += lists_written
-    if repeated := [one for one in kept if (numbers := one.read.fields["answer_index"]) is not None and numbers]:
-        counted = [one for one in kept if one.read.fields["answer_index"] is not None]
-        used = {name for one in counted for name, role in one.read.used.items() if role == "answer_index"}
-        if len(repeated) == len(counted) >= 20 and used and "answer_number" not in used:
-            notes["no right choice has the index 0: if yours count from 1, --data.columns answer_number=COLUMN"] += 1
-
-
-def _is_letter(fields: dict[str, Any]) -> bool:
-    return len(fields["answers"]) == 1 and bool(_LETTER.fullmatch(fields["answers"][0]))
-
-
-def _said(fields: dict[str, Any]) -> list[str]:
-    return [fields["question"], *fields["answers"]]
-
-
 def _columns(
     kept: list[tuple[_Kept, set[str]]], column_map: ColumnMap
 ) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
@@ -305,8 +260,12 @@ def _parse_cells(values: dict[str, Any], is_text: bool) -> dict[str, Any]:
             try:
                 parsed[name] = json.loads(cell)
             except (ValueError, RecursionError) as error:
-                fix = 'write a JSON list: ["first", "second"]'
-                raise RowError(f"the cell in `{name}` begins like JSON but is not: {error}", cell, fix) from error
+                try:  # pandas writes lists as Python does
+                    parsed[name] = ast.literal_eval(cell)
+                except (ValueError, SyntaxError, MemoryError, RecursionError):
+                    fix = 'write a JSON list: ["first", "second"]'
+                    what = f"the cell in `{name}` begins like JSON but is not: {error}"
+                    raise RowError(what, cell, fix) from error
     return parsed
 
 

@@ -71,7 +71,8 @@ def _place(documents: set[str], dev_share: float, test_share: float, seed: int) 
 
 def _keys(example: Example) -> Iterator[tuple[Any, ...]]:
     """What is asked and answered: of the last answer, and of each assistant turn before it."""
-    system = _normal(example.get("system") or "")
+    tools = json.dumps(example["tools"], sort_keys=True, ensure_ascii=False) if example.get("tools") else ""
+    system = _normal(example.get("system") or "") + tools
     asked = {"role": "user", "content": example["question"]}
     turns = [*(example.get("history") or []), asked, *(example.get("tool_turns") or [])]
     contents = [(turn["role"], _normal(turn["content"]), _calls(turn)) for turn in turns]

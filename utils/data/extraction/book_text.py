@@ -9,6 +9,7 @@ from collections import Counter
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from utils.data.extraction.archives import open_archive, parse_xml
@@ -56,7 +57,7 @@ def extract_notebook(path: Path) -> Extracted:
         is_code = cell.get("cell_type") == "code"
         parts.append(f"```{language}\n{source}\n```" if is_code and source.strip() else source)
         for output in cell.get("outputs", []):
-            printed = _joined(output.get("text") or (output.get("data") or {}).get("text/plain"))
+            printed = _printed(output)
             dropped += not printed
             parts.append(f"```\n{_ESCAPES.sub('', printed).rstrip()}\n```" if printed.strip() else "")
     text = "\n\n".join(part for part in parts if part.strip())
@@ -64,6 +65,18 @@ def extract_notebook(path: Path) -> Extracted:
         raise NoTextError("the notebook has no text")
     notes = [f"{dropped} outputs that are no text were left out"] if dropped else []
     return Extracted.whole(text, notes=notes)
+
+
+def _printed(output: dict[str, Any]) -> str:
+    """What an output shows as text: what was printed, a value, an error; "" for a picture."""
+    data = output.get("data") or {}
+    if output.get("output_type") in ("error", "pyerr"):
+        return "\n".join(output.get("traceback") or []) or f"{output.get('ename')}: {output.get('evalue')}"
+    for kind in ("text/plain", "text/markdown", "text/latex"):
+        if text := _joined(output.get("text") or data.get(kind)):
+            return text
+    page = _joined(data.get("text/html"))
+    return extract_html(page).documents[0][1] if page.strip() else ""
 
 
 def extract_mail(path: Path) -> Extracted:

@@ -6,6 +6,7 @@ WHATWG's encoding standard reads Latin-1: nobody means control characters by the
 
 from __future__ import annotations
 
+import codecs
 import re
 import unicodedata
 from collections import Counter
@@ -38,17 +39,25 @@ _C1 = {
 _DECLARED = re.compile(
     rb"""<\?xml[^>]{0,200}?encoding\s*=\s*["']([\w.:-]+)|<meta[^>]{0,400}?charset\s*=\s*["']?\s*([\w.:-]+)""", re.I
 )
-# PEP 263 and Emacs
+# PEP 263 and Emacs in the first lines; LaTeX in its preamble
 _COOKIE = re.compile(rb"coding[:=][ \t]*([\w.-]+)")
-# what a browser understands by these names
+_LATEX = re.compile(rb"\\usepackage\s*\[([\w-]+)\]\s*\{inputenc\}|%\s*!TEX\s+encoding\s*=\s*([\w-]+)", re.I)
+# names that Python does not know
+_ALIASES = {"ansinew": "cp1252", "applemac": "mac-roman", "iso-8859-8-i": "iso-8859-8", "windows-949": "cp949"}
+_ALIASES |= {"windows-31j": "cp932"}
+# what a browser understands by an encoding, by the name that Python gives it
 _AS_BROWSERS = {
-    "iso-8859-1": "cp1252",
-    "latin1": "cp1252",
-    "latin-1": "cp1252",
+    "iso8859-1": "cp1252",
     "ascii": "cp1252",
-    "us-ascii": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "big5": "big5hkscs",
 }
-_AS_BROWSERS |= {"iso-8859-9": "cp1254", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949"}
 
 
 @dataclass(frozen=True)
@@ -128,17 +137,26 @@ def decode(content: bytes, *, markup: bool = False) -> tuple[str, str]:
 
 
 def _declared(content: bytes, markup: bool) -> str:
-    found = (_DECLARED if markup else _COOKIE).search(content[:4096] if markup else content[:256])
+    if markup:
+        found = _DECLARED.search(content[:4096])
+    else:
+        found = _COOKIE.search(content[:256]) or _LATEX.search(content[:16384])
     name = next((group for group in found.groups() if group), b"").decode().lower() if found else ""
-    if not name and markup:
-        return "cp1252"
-    # it says UTF-8 and is not: the bytes that are not show as marks
-    name = _AS_BROWSERS.get(name, name)
-    try:
-        return name if name and b"a".decode(name) == "a" else "cp1252" if markup else ""
-    except (LookupError, UnicodeDecodeError, TypeError, ValueError):
-        # "a" alone is no UTF-16, which such a file cannot be, and some names are of no text codec
-        return "cp1252" if markup else ""
+    # it says UTF-8 and is not: the bytes that are not show as marks. Without a name a page is windows-1252
+    return _as_python(name) or ("cp1252" if markup else "")
+
+
+def _as_python(name: str) -> str:
+    """The codec for a declared name, as a browser understands it; "" for a name of none."""
+    for spelled in (_ALIASES.get(name, name), name.removeprefix("x-")):
+        try:
+            known = codecs.lookup(spelled).name
+            # "a" alone is no UTF-16, which such a file cannot be, and some names are of no text codec
+            if spelled and b"a".decode(known) == "a":
+                return _AS_BROWSERS.get(known, known)
+        except (LookupError, UnicodeDecodeError, TypeError, ValueError):
+            continue
+    return ""
 
 
 def _joined(pair: re.Match[str]) -> str:

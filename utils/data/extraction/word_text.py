@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.data.extraction.archives import open_archive, parse_xml
+from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import HIDDEN, RUNNING, Extracted, NoTextError, visible_characters
 from utils.data.extraction.pages.formulas import formula_text
-from utils.data.extraction.pages.html_text import page_text, parse
+from utils.data.extraction.pages.html_text import extract_html, page_text, parse
 
 Element = Any
 
@@ -32,7 +33,11 @@ _KEPT_OF_RUNS = tuple(_WORD + name for name in ("vertAlign", "del", "ins"))
 _ASIDE = re.compile(r"word/(header|footer|comments)\d*\.xml")
 _ASIDE_NAMES = {"header": RUNNING, "footer": RUNNING, "comments": "comments"}
 _REMOVED = tuple(_WORD + name for name in ("del", "moveFrom"))
-_UNWRAPPED = tuple(_WORD + name for name in ("ins", "moveTo", "fldSimple", "smartTag", "customXml", "dir", "bdo"))
+_UNWRAPPED = ("ins", "moveTo", "fldSimple", "smartTag", "customXml", "dir", "bdo", "hyperlink", "sdtContent", "sdt")
+_UNWRAPPED = tuple(_WORD + name for name in _UNWRAPPED)
+# what is drawn; its text boxes have been taken out by then
+_DRAWN = tuple(_WORD + name for name in ("drawing", "pict", "object"))
+_RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
 
 
 def extract_docx(path: Path) -> Extracted:
@@ -45,10 +50,13 @@ def extract_docx(path: Path) -> Extracted:
         main = _main_part(archive, names)
         hidden = _hidden_styles(archive, names)
         changed: dict[str, bytes] = {}
+        notes: list[str] = []
         visible = 0
         for name in (main, *_PARTS[1:]):
             if name in names:
                 root = parse_xml(archive.read(name))
+                if name == main and (chunks := _with_chunks(archive, names, main, root)):
+                    notes.append(f"{chunks} embedded documents were left out")
                 _normalise(root, hidden, removed)
                 visible += sum(visible_characters(t.text or "") for t in root.iter(_WORD + "t"))
                 changed[name] = _slim(root)
@@ -74,7 +82,7 @@ def extract_docx(path: Path) -> Extracted:
     if lost > 0:
         removed[OVERLOOKED] += lost
     removed = +removed
-    return Extracted.whole(text, visible=found.visible + removed.total(), removed=removed)
+    return Extracted.whole(text, visible=found.visible + removed.total(), removed=removed, notes=notes)
 
 
 def _main_part(archive: zipfile.ZipFile, names: set[str]) -> str:
@@ -90,8 +98,19 @@ def _main_part(archive: zipfile.ZipFile, names: set[str]) -> str:
 def _hidden_styles(archive: zipfile.ZipFile, names: set[str]) -> set[str]:
     if "word/styles.xml" not in names:
         return set()
-    styles = parse_xml(archive.read("word/styles.xml")).iter(_WORD + "style")
-    return {style.get(_WORD + "styleId") or "" for style in styles if _is_on(style.find(f"{_WORD}rPr/{_WORD}vanish"))}
+    styles = {s.get(_WORD + "styleId"): s for s in parse_xml(archive.read("word/styles.xml")).iter(_WORD + "style")}
+    found: set[str] = set()
+    for name, style in styles.items():
+        seen = [style]  # a style is what it is based on, where it says nothing of its own
+        while (own := seen[-1].find(f"{_WORD}rPr/{_WORD}vanish")) is None:
+            base = seen[-1].find(_WORD + "basedOn")
+            above = styles.get(base.get(_WORD + "val")) if base is not None else None
+            if above is None or above in seen:
+                break
+            seen.append(above)
+        if _is_on(own):
+            found.add(name or "")
+    return found
 
 
 def _normalise(root: Element, hidden: set[str], removed: Counter[str]) -> None:
@@ -104,16 +123,76 @@ def _normalise(root: Element, hidden: set[str], removed: Counter[str]) -> None:
             removed[DELETED] += _text_length(row)
             _take_out(row)
     for run in list(root.iter(_WORD + "r")):
-        style = run.find(f"{_WORD}rPr/{_WORD}rStyle")
-        is_hidden = style is not None and style.get(_WORD + "val") in hidden
-        if is_hidden or _is_on(run.find(f"{_WORD}rPr/{_WORD}vanish")):
+        if _is_hidden(run, hidden):
             removed[HIDDEN] += _text_length(run)
             _take_out(run)
-    _text_boxes(root)
+    _field_codes(root)
+    while root.find(f".//{_WORD}txbxContent") is not None:  # text boxes may hold text boxes
+        _text_boxes(root)
+    for drawn in list(root.iter(*_DRAWN)):
+        _take_out(drawn)
+    for ruby in list(root.iter(_WORD + "ruby")):
+        base, reading = (list(ruby.iterfind(f"{_WORD}{part}/{_WORD}r")) for part in ("rubyBase", "rt"))
+        _replace(ruby.getparent(), [*base, _run("("), *reading, _run(")")])
     for formula in list(root.iter(_MATH + "oMath")):
         _replace(formula, [_run(formula_text(formula))])
     for element in list(root.iter(*_UNWRAPPED, _MATH + "oMathPara")):
         _replace(element, [child for child in element if not str(child.tag).endswith("Pr")])
+
+
+def _field_codes(root: Element) -> None:
+    """Takes out what stands in the code of a field: the result of an inner field there is no text of the page."""
+    is_code: list[bool] = []
+    for child in [child for run in root.iter(_WORD + "r") for child in run]:
+        if child.tag == _WORD + "fldChar":
+            kind = child.get(_WORD + "fldCharType")
+            if kind == "begin":
+                is_code.append(True)
+            elif is_code and kind == "separate":
+                is_code[-1] = False
+            elif is_code:
+                is_code.pop()
+        elif child.tag == _WORD + "t" and any(is_code):
+            _take_out(child)
+
+
+def _with_chunks(archive: zipfile.ZipFile, names: set[str], main: str, root: Element) -> int:
+    """Puts the texts of embedded pages where they stand; returns how many parts of other formats are left out."""
+    left_out = 0
+    folder, _, file = main.rpartition("/")
+    relations = f"{folder}/_rels/{file}.rels"
+    targets = (
+        {r.get("Id"): r.get("Target") or "" for r in parse_xml(archive.read(relations))} if relations in names else {}
+    )
+    for chunk in list(root.iter(_WORD + "altChunk")):
+        target = targets.get(chunk.get(_RELATION), "")
+        name = target.lstrip("/") if target.startswith("/") else f"{folder}/{target}"
+        if name in names and name.lower().endswith((".htm", ".html", ".xhtml", ".txt")):
+            markup, _ = decode(archive.read(name), markup=True)
+            text = markup if name.lower().endswith(".txt") else extract_html(markup).documents[0][1]
+            _replace(chunk, [_paragraph(line) for line in text.split("\n") if line.strip()])
+        else:
+            left_out += 1
+    return left_out
+
+
+def _paragraph(text: str) -> Element:
+    from lxml import etree
+
+    paragraph = etree.Element(_WORD + "p")
+    paragraph.append(_run(text))
+    return paragraph
+
+
+def _is_hidden(run: Element, hidden: set[str]) -> bool:
+    """By the run's own word, else by its style, else by its paragraph's."""
+    if (own := run.find(f"{_WORD}rPr/{_WORD}vanish")) is not None:
+        return _is_on(own)
+    style = run.find(f"{_WORD}rPr/{_WORD}rStyle")
+    if style is None:
+        paragraph = next(run.iterancestors(_WORD + "p"), None)
+        style = paragraph.find(f"{_WORD}pPr/{_WORD}pStyle") if paragraph is not None else None
+    return style is not None and style.get(_WORD + "val") in hidden
 
 
 def _text_boxes(root: Element) -> None:
@@ -133,10 +212,12 @@ def _text_boxes(root: Element) -> None:
             continue
         paragraph = next((p for p in box.iterancestors() if p.tag == _WORD + "p"), None)
         if paragraph is None:
+            _replace(box, list(box))
             continue
         place, at = paragraph.getparent(), paragraph.getparent().index(paragraph)
         for number, child in enumerate(list(box), 1):
             place.insert(at + number, child)
+        _take_out(box)
 
 
 def _run(text: str) -> Element:

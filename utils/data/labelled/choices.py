@@ -5,16 +5,31 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from utils.data.labelled.roles import Row
-from utils.data.labelled.row_text import RowError, is_missing, is_number, normal, text_of
+from utils.data.labelled.roles import Row, column_name
+from utils.data.labelled.row_text import RowError, is_missing, is_number, normal, text_of, truth
 
 LISTS = ("choices", "options", "answer_options", "answer_choices", "alternatives", "endings", "candidates")
 KEYS = ("answer_index", "answer_idx", "answerkey", "answer_key", "correct_index", "correct_option", "correct_idx")
 KEYS += ("answer_letter", "answer_label", "label", "gold", "gold_index", "cop", "correct")
 WRONG = re.compile(r"(?:incorrect_answer|wrong_answer|distractor)s?_?\d*")
-_SERIES = re.compile(r"(?P<stem>option|opt|choice|op|sol|ending|answer|ans|)_?(?P<place>[a-h]|[0-9])")
-_LETTER = re.compile(r"\(?([A-Ha-h])\)?[.):]?")
-_LETTER_AND_TEXT = re.compile(r"\(?([A-Ha-h])[).:]\s*(\S.*)", re.DOTALL)
+# what choices are counted by: letters of several scripts, each in its order
+ORDERS = (
+    "abcdefghijklmnopqrstuvwxyz",
+    "абвгдежз",
+    "αβγδεζηθ",
+    "アイウエオカキク",
+    "①②③④⑤⑥⑦⑧",
+    "甲乙丙丁戊",
+    "가나다라마바",
+)
+_PLACES = {letter: (order, at) for order in ORDERS for at, letter in enumerate(order)}
+_SIGN = f"[{''.join(ORDERS)}]"
+_SERIES = re.compile(rf"(?P<stem>option|opt|choice|op|sol|ending|answer|ans|)_?(?P<place>{_SIGN}|[0-9]{{1,2}})")
+_LETTER = re.compile(rf"[(（]?({_SIGN})[)）]?[.):．、]?", re.IGNORECASE)
+_LETTER_AND_TEXT = re.compile(rf"[(（]?({_SIGN})[).:．、）]\s*(\S.*)", re.DOTALL | re.IGNORECASE)
+# what an object of a list of answers says of itself
+_FLAGS = ("correct", "is_correct", "iscorrect", "right", "is_right", "is_answer", "isanswer", "fraction")
+_TEXTS = ("text", "value", "content", "option", "answer")
 # which choice is right, as a number that may count from 0 or from 1: (number, choices); the file decides
 Unsure = tuple[int, int]
 
@@ -42,6 +57,33 @@ def read_choices(row: Row) -> tuple[list[str] | None, list[str], str]:
     return None, [], ""
 
 
+def flagged(row: Row) -> tuple[list[str], str] | None:
+    """(texts, the right one) of a list whose objects say which of them is right (H5P, Moodle); None for any other.
+
+    Raises RowError where none is right or several are: there is one right choice.
+    """
+    for name in (*LISTS, "answers"):
+        value = row.peek(name)
+        if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, dict) for item in value):
+            continue
+        items = [{column_name(key): one for key, one in item.items()} for item in value]
+        flag = next((key for key in _FLAGS if all(key in item for item in items)), None)
+        if flag is None:
+            continue
+        texts, _ = _listed(row.take(name, "choices"))
+        right = [
+            at
+            for at, item in enumerate(items)
+            if truth(item[flag]) or (flag == "fraction" and item[flag] in (100, "100"))
+        ]
+        if len(right) != 1:
+            what = f"{len(right)} of the {len(items)} objects in `{name}` are marked as right by `{flag}`"
+            raise RowError(what, value, "mark one of them, or leave the row out")
+        checked = _checked(texts, [], value)
+        return checked, checked[right[0]]
+    return None
+
+
 def right_choice(
     row: Row, texts: list[str], labels: list[str], answer: Any, columns: str
 ) -> tuple[int | None, Unsure | None, bool]:
@@ -52,6 +94,7 @@ def right_choice(
     found: dict[str, int] = {}
     unsure, from_column = None, False
     numbered = columns in LISTS or "choices" in row.column_map.columns
+    named = columns.split(", ")
     for name, base in (("answer_index", 0), ("answer_number", 1)):
         if name in row.column_map.columns and not is_missing(value := row.value(name)):
             found[name] = _in_range(value, texts, base)
@@ -62,7 +105,7 @@ def right_choice(
         if name == "answer_index":
             found[name] = _in_range(value, texts, 0)
             continue
-        index, number = _of_key(value, texts, labels, from_zero=numbered or name == "answer_idx")
+        index, number = _of_key(value, texts, labels, named, from_zero=numbered or name == "answer_idx")
         if index is None and number is None:
             shown = "answerKey" if name == "answerkey" else name
             known = labels or [chr(ord("A") + i) for i in range(len(texts))]
@@ -72,7 +115,7 @@ def right_choice(
             found[name] = index
     single = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
     if isinstance(single, (str, int, float)) and not isinstance(single, bool) and not same(texts, [single]):
-        index, number = _of_key(single, texts, labels, from_zero=numbered)
+        index, number = _of_key(single, texts, labels, named, from_zero=numbered)
         if index is None and number is None and is_number(single):
             _in_range(single, texts, 0)
         unsure = number if number and not found else unsure
@@ -120,29 +163,23 @@ def _listed(value: Any) -> tuple[list[Any] | Any, list[str]]:
         return list(filled.values()), list(filled)
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         keys = [next((item[k] for k in ("key", "label", "letter", "id") if k in item), None) for item in value]
-        texts = [
-            next((item[k] for k in ("text", "value", "content", "option", "answer") if k in item), None)
-            for item in value
-        ]
+        texts = [next((item[k] for k in _TEXTS if k in item), None) for item in value]
         return texts, [str(key) for key in keys] if None not in keys else []
     return value, []
 
 
 def _series(row: Row) -> list[str]:
     """Columns A to D, option_1 to option_4, opa to opd and the like: at least two, from the first place on."""
-    stems: dict[str, dict[int, str]] = {}
+    stems: dict[tuple[str, str], dict[int, str]] = {}
     for name in row.values:
         if (found := _SERIES.fullmatch(name)) and row.has(name):
-            place, stem = found["place"], found["stem"]
-            if stem or place.isalpha():
-                stems.setdefault(stem + ("1" if place.isdigit() else "a"), {})[ord(place)] = name
-    for places in sorted(stems.values(), key=len, reverse=True):
+            order, at = _PLACES.get(found["place"]) or ("", int(found["place"]))
+            if found["stem"] or order:
+                stems.setdefault((found["stem"], order), {})[at] = name
+    for (_, order), places in sorted(stems.items(), key=lambda item: -len(item[1])):
         ordered = sorted(places)
-        if (
-            len(ordered) >= 2
-            and ordered == list(range(ordered[0], ordered[0] + len(ordered)))
-            and chr(ordered[0]) in "a01"
-        ):
+        is_whole = len(ordered) >= 2 and ordered == list(range(ordered[0], ordered[0] + len(ordered)))
+        if is_whole and ordered[0] <= (0 if order else 1):
             return [places[place] for place in ordered]
     return []
 
@@ -158,18 +195,22 @@ def _checked(texts: Any, labels: list[str], value: Any) -> list[str]:
     return read
 
 
-def _of_key(value: Any, texts: list[str], labels: list[str], *, from_zero: bool) -> tuple[int | None, Unsure | None]:
-    """A letter, a label, the text itself, or a number."""
+def _of_key(
+    value: Any, texts: list[str], labels: list[str], columns: list[str], *, from_zero: bool
+) -> tuple[int | None, Unsure | None]:
+    """A letter, a label, the text itself, the name of the choice's column, or a number."""
     spelled = str(value).strip().removesuffix(".0")
     for known in ([label.casefold() for label in labels], [normal(text) for text in texts]):
         if known.count(normal(spelled)) == 1:
             return known.index(normal(spelled)), None
     if not labels and (letter := _LETTER.fullmatch(spelled)):
-        place = ord(letter[1].upper()) - ord("A")
+        place = _PLACES[letter[1].lower()][1]
         return (place, None) if place < len(texts) else (None, None)
+    if not labels and column_name(spelled) in columns:
+        return columns.index(column_name(spelled)), None
     if labels and (letter := _LETTER.fullmatch(spelled)) and letter[1].casefold() in [one.casefold() for one in labels]:
         return [one.casefold() for one in labels].index(letter[1].casefold()), None
-    if (both := _LETTER_AND_TEXT.fullmatch(spelled)) and (place := ord(both[1].upper()) - ord("A")) < len(texts):
+    if (both := _LETTER_AND_TEXT.fullmatch(spelled)) and (place := _PLACES[both[1].lower()][1]) < len(texts):
         return (place, None) if normal(both[2]) == normal(texts[place]) else (None, None)
     if not re.fullmatch(r"-?\d{1,3}", spelled) or isinstance(value, bool):
         return None, None

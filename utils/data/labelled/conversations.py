@@ -11,26 +11,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.data.labelled import marks
+from utils.data.labelled.roles import ROLE_KEYS
 from utils.data.labelled.row_text import LeftOutError, RowError, clean, is_missing, only_thoughts, split_thinking
 
 Turn = dict[str, Any]
-_ASSISTANT = ("assistant", "gpt", "chatgpt", "model", "bot", "ai", "chatbot", "bing", "bard", "claude", "llm")
+_ASSISTANT = ("assistant", "gpt", "chatgpt", "model", "bot", "ai", "chatbot", "bing", "bard", "claude", "llm", "agent")
 _TOOL = ("tool", "function", "observation", "tool_response", "tool_result", "ipython", "tool_results")
 _CALL = ("function_call", "tool_call", "tool_calls")
 _ROLES = dict.fromkeys(_ASSISTANT, "assistant") | dict.fromkeys(_TOOL, "tool") | dict.fromkeys(_CALL, "call")
-_ROLES |= {"human": "user", "prompter": "user", "user": "user", "system": "system", "developer": "system"}
-_ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker", "author"), ("content", "value", "text", "message", "utterance")
+_ROLES |= {
+    "human": "user",
+    "prompter": "user",
+    "user": "user",
+    "customer": "user",
+    "client": "user",
+    "system": "system",
+    "developer": "system",
+}
+_TEXT_KEYS = ("content", "value", "text", "message", "utterance", "parts")
 _MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
+_MEDIA_PARTS += ("document", "input_file")
+# Gemini's parts name themselves by their key
+_GEMINI_MEDIA = ("inlineData", "fileData", "inline_data", "file_data")
 # what a turn may say beside these is named in the report
-_KNOWN = {*_ROLE_KEYS, *_TEXT_KEYS, *marks.TURN_MARKS, "mask", "masked", "train_detail", "reasoning_content"}
+_KNOWN = {*ROLE_KEYS, *_TEXT_KEYS, *marks.TURN_MARKS, "mask", "masked", "train_detail", "reasoning_content"}
 _KNOWN |= {"reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "name", "id"}
 
 
 def read_turns(value: object, notes: list[str]) -> list[Turn]:
     """The turns of a conversation in their order; `notes` gets what was not read. Raises RowError, LeftOutError."""
     found: list[Turn] = []
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
+        notes.append("a list of texts was read as what a user and the assistant say in turn")
+        value = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(value)]
     for turn in _as_objects(value):
-        role = next((turn[key] for key in _ROLE_KEYS if not is_missing(turn.get(key))), None)
+        role = next((turn[key] for key in ROLE_KEYS if not is_missing(turn.get(key))), None)
         kind = _ROLES.get(str(role).strip().lower())
         if kind is None:
             listed = ", ".join(name for name in _ROLES if _ROLES[name] != "call")
@@ -39,6 +54,19 @@ def read_turns(value: object, notes: list[str]) -> list[Turn]:
         if any(not is_missing(turn.get(key)) for key in marks.MEDIA):
             raise LeftOutError(marks.PICTURES)
         found += _read_turn(kind, str(role), turn, notes)
+    return _joined(found, notes)
+
+
+def _joined(turns: list[Turn], notes: list[str]) -> list[Turn]:
+    """The turns with neighbouring texts of the assistant as one, as chats have them; calls and marks stay apart."""
+    found: list[Turn] = []
+    for turn in turns:
+        last = found[-1] if found else {}
+        if turn["role"] == last.get("role") == "assistant" and {*turn, *last} == {"role", "content"}:
+            notes.append("neighbouring turns of the assistant: joined")
+            found[-1] = {**last, "content": f"{last['content']}\n\n{turn['content']}"}
+        else:
+            found.append(turn)
     return found
 
 
@@ -49,7 +77,7 @@ def pairs_of(value: object) -> object:
     if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
         both = [zip(("user", "assistant"), pair, strict=True) for pair in value]
         return [{"role": role, "content": text} for pair in both for role, text in pair]
-    if all(isinstance(item, dict) and not any(key in item for key in _ROLE_KEYS) for item in value):
+    if all(isinstance(item, dict) and not any(key in item for key in ROLE_KEYS) for item in value):
         keys = [str(key) for item in value for key in item]
         if all(_ROLES.get(key.lower()) in ("user", "assistant", "system") for key in keys):
             return [{"role": key, "content": text} for item in value for key, text in item.items()]
@@ -85,6 +113,9 @@ def _read_turn(kind: str, role: str, turn: Turn, notes: list[str]) -> list[Turn]
             message["reasoning_content"] = reasoning
         if calls:
             message["tool_calls"] = _calls(calls)
+        if not content and not message.get("tool_calls"):
+            notes.append("an assistant turn without text: context only")
+            message["untrained"] = True
         if marks.is_untrained(turn):
             message["untrained"] = True
     if kind == "tool":
@@ -103,10 +134,17 @@ def _parts(content: list[Any], role: str) -> tuple[str, Turn, list[Turn]]:
         kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
         if isinstance(part, str):
             texts.append(part)
-        elif kind in _MEDIA_PARTS:
+        elif kind in _MEDIA_PARTS or (isinstance(part, dict) and any(key in part for key in _GEMINI_MEDIA)):
             raise LeftOutError(marks.PICTURES)
         elif kind == "thinking" and isinstance(part.get("thinking"), str):
             fields["reasoning_content"] = clean(part["thinking"])
+        elif isinstance(part, dict) and part.get("thought") is True and isinstance(part.get("text"), str):
+            fields["reasoning_content"] = clean(part["text"])
+        elif isinstance(part, dict) and isinstance(call := part.get("functionCall"), dict):
+            fields.setdefault("tool_calls", []).extend(_calls([call]))
+        elif isinstance(part, dict) and isinstance(result := part.get("functionResponse"), dict):
+            said = json.dumps(result.get("response"), ensure_ascii=False)
+            results.append({"role": "tool", "content": clean(said), "name": str(result.get("name"))})
         elif kind == "tool_use":
             fields.setdefault("tool_calls", []).extend(_calls([part | {"arguments": part.get("input")}]))
         elif kind == "tool_result":
@@ -129,7 +167,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         found = []
         for call in listed if isinstance(listed, list) else [listed]:
             function = call["function"] if isinstance(call.get("function"), dict) else call
-            arguments = function.get("arguments", function.get("parameters"))
+            arguments = next((function[key] for key in ("arguments", "parameters", "args") if key in function), None)
             arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
             if not isinstance(function["name"], str) or not isinstance(arguments, dict):
                 raise ValueError("a call has a name and an object of arguments")
@@ -151,6 +189,9 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
         listed = json.loads(value) if isinstance(value, str) else value
         listed = listed if isinstance(listed, list) else [listed]
         found = [json.loads(tool) if isinstance(tool, str) else tool for tool in listed]
+        # Gemini's tools are lists of functions, Anthropic's call their parameters otherwise
+        found = [one for tool in found for one in tool.get("functionDeclarations") or [tool]]
+        found = [{"parameters" if key == "input_schema" else key: tool[key] for key in tool} for tool in found]
         wrapped = [tool if isinstance(tool.get("function"), dict) else {"function": tool} for tool in found]
         if not all(isinstance(tool["function"]["name"], str) for tool in wrapped):
             raise ValueError("a tool has a name")

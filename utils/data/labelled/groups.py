@@ -6,6 +6,7 @@ set in `source` is no document, and neither is what most rows share.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ from typing import Any
 from utils.data.labelled.roles import ColumnMap
 
 Names = Mapping[str, str]
+# what stands behind the page of a web site, or the name of a file, is a place in it; a row of a table is no place
+_PLACE_IN_PAGE = re.compile(r"(?P<page>\S+://[^#\s]+|[^#]+\.(?:html?|pdf|md|docx?|rst|txt|epub))#[^/]*", re.IGNORECASE)
 STRONG = ("document", "doc_id", "document_id", "docid", "doc", "group", "group_id", "source_document", "source_doc")
 FILES = ("file", "file_name", "filename", "file_path", "filepath", "source_file", "path", "url", "source_url", "link")
-FILES += ("uri", "page_url")
+FILES += ("uri", "page_url", "quelle", "dokument", "datei", "dateiname", "fichier", "fuente", "archivo", "文档", "文書")
 NAMED = (*STRONG, *FILES, "title", "document_title", "source")
 HEADINGS = ("section", "heading", "chapter", "section_title", "subsection", "page")
 SOURCES = ("source", "source_file", *FILES, *STRONG, "title", "document_title")
@@ -49,6 +52,7 @@ class Groups:
 def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | None], column_map: ColumnMap) -> Groups:
     """The document of each pair: its column's value, else that of the first pair with the same context, else its id."""
     found = Groups()
+    pairs = [{column: _page(name) for column, name in names.items()} for names in pairs]
     wanted = column_map.columns.get("document", [])
     for column in wanted or NAMED:
         values = Counter(names[column] for names in pairs if names.get(column))
@@ -69,6 +73,11 @@ def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | N
             found.refused[column] = f"{len(values)} values of about {per:,} rows each are collections, not documents"
         else:
             found.columns[column] = why
+    alike = Counter(context for context in contexts if context)
+    for context, count in alike.most_common(1):
+        if len(pairs) >= FEW_ROWS and 2 * count > len(pairs):  # what is said to all of them is no document of any
+            found.refused["context"] = f"the same one stands in {count:,} of {len(pairs):,} rows"
+            contexts = [None if one == context else one for one in contexts]
     first_with: dict[str, str] = {}
     divided = {column: _headings(pairs, column) for column, why in found.columns.items() if "with `" in why}
     for names, name, context in zip(pairs, ids, contexts, strict=True):
@@ -82,6 +91,8 @@ def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | N
             heading = names.get(headed, "")
             found.taken.append({column, headed})
             found.documents.append(f"{names[column]} > {heading}" if heading else names[column])
+    read = set().union(*found.taken)
+    found.columns = {column: why for column, why in found.columns.items() if column in read}
     return found
 
 
@@ -108,6 +119,12 @@ def spellings(name: str) -> set[str]:
     """Names under which a file may be known: "a/b.pdf" is also "b.pdf" and "b"."""
     path = PurePosixPath(name)
     return {name, path.name, path.stem} if path.name else {name}
+
+
+def _page(name: str) -> str:
+    """The page or file that a name stands for, without the place in it: "a.html#top" is "a.html"."""
+    found = _PLACE_IN_PAGE.fullmatch(name)
+    return found["page"] if found else name
 
 
 def _are_collections(values: Counter[str]) -> bool:

@@ -9,12 +9,34 @@ import re
 from typing import Any
 
 from utils.data.labelled.roles import Row
-from utils.data.labelled.row_text import LeftOutError, RowError, is_missing, is_number, truth
+from utils.data.labelled.row_text import LeftOutError, RowError, is_missing, is_number, normal, truth
 
 # OpenAI; axolotl, ms-swift and others
 TURN_MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "label")
 ROW_MARKS = ("weight", "train", "trainable", "train_on_row", "loss")
 LABELS = ("label", "kto_tag", "is_correct", "correct", "is_right", "accepted", "is_accepted", "is_answer")
+LABELS += ("approved", "is_approved", "valid", "is_valid", "verified", "is_verified", "is_good", "keep", "include")
+# true there is what false is in LABELS
+REFUSALS = ("discarded", "deleted", "is_deleted", "excluded", "exclude", "skip", "was_cancelled", "is_wrong", "is_bad")
+# columns of feedback and review say it in words
+VERDICTS = ("label", "kto_tag", "status", "response_status", "review_status", "review", "feedback", "verdict")
+VERDICTS += ("judgement", "judgment", "decision", "thumbs", "quality")
+_GOOD = ("good", "correct", "right", "accept", "accepted", "approved", "approve", "chosen", "desirable", "thumbs_up")
+_GOOD += ("thumbsup", "up", "like", "liked", "upvote", "👍", "valid", "keep", "pass", "passed")
+_BAD = ("bad", "incorrect", "wrong", "reject", "rejected", "disapproved", "undesirable", "thumbs_down", "thumbsdown")
+_BAD += (
+    "down",
+    "dislike",
+    "disliked",
+    "downvote",
+    "👎",
+    "invalid",
+    "discard",
+    "discarded",
+    "fail",
+    "failed",
+    "deleted",
+)
 REJECTED = (
     "rejected",
     "rejected_response",
@@ -22,13 +44,18 @@ REJECTED = (
     "rejected_responses",
     "response_rejected",
     "dispreferred",
+    "non_preferred_output",
+    "worse",
 )
-CHOSEN = ("chosen", "chosen_response", "chosen_answer", "response_chosen", "preferred")
+CHOSEN = ("chosen", "chosen_response", "chosen_answer", "response_chosen", "preferred", "preferred_output", "better")
+# two outputs side by side; which one is better another column says, or nobody
+_RIVAL = re.compile(r"(response|output|completion|answer|reply|human_ref)_?([ab01jk2])")
 MEDIA = ("image", "images", "image_path", "image_url", "img", "audio", "audios", "audio_path", "video", "videos")
 PICTURES = "a picture, sound or film, which a text model cannot read"
 FALSE_LABEL = "marked as a wrong answer"
 UNTRAINED = "marked as not to be trained"
 _PLACEHOLDER = r"<\|?(?:image|img|audio|video)(?:_\d+|_pad)?\|?>"
+_INSIDE = re.compile(r"<(?P<tag>img|image|audio|video)>[^<>\s]+</(?P=tag)>")
 _AT_AN_END = re.compile(rf"\s*{_PLACEHOLDER}.*|.*{_PLACEHOLDER}\s*", re.DOTALL | re.IGNORECASE)
 
 
@@ -71,8 +98,22 @@ def check_row(row: Row, *, has_choices: bool) -> bool | None:
             row.used[name] = "mark"
             if not truth(value):
                 raise LeftOutError(FALSE_LABEL)
-        elif name == "label" and is_number(value) and value in (0, 1):
-            unsure = bool(value)
+        elif name == "label" and str(value).strip() in ("0", "1", "0.0", "1.0"):
+            unsure = truth(value)
+    for name in REFUSALS:
+        if isinstance(value := row.peek(name), bool) or str(value).strip().lower() in ("true", "false"):
+            row.used[name] = "mark"
+            if truth(value):
+                raise LeftOutError(FALSE_LABEL)
+    for name in () if has_choices else VERDICTS:
+        word = str(row.peek(name)).strip().lower().replace(" ", "_").replace("-", "_")
+        # where the verdict is what is asked for, it is the answer, too
+        if word in (*_GOOD, *_BAD) and not any(
+            normal(str(row.values[n])) == normal(word) for n in row.filled("answer")
+        ):
+            row.used[name] = "mark"
+            if word in _BAD:
+                raise LeftOutError(FALSE_LABEL)
     return unsure
 
 
@@ -81,7 +122,16 @@ def preference(row: Row) -> RowError | None:
     better = next((name for name in CHOSEN if row.has(name)), None)
     worse = next((name for name in REJECTED if row.has(name)), None)
     if better is None and worse is None:
-        return None
+        rivals: dict[str, list[str]] = {}
+        for name in row.values:
+            if (found := _RIVAL.fullmatch(name)) and row.has(name):
+                rivals.setdefault(found[1], []).append(name)
+        if not (two := next((names for names in rivals.values() if len(names) > 1), None)):
+            return None
+        fix = "keep the right one of each row in a column `answer`; to train one of the columns: --data.columns answer="
+        return RowError(
+            "rival answers, as preferences have them", f"columns {', '.join(two)}", fix + two[0], of_file=True
+        )
     listed = ", ".join(row.values)
     fix = "preferences are not trained; "
     if better:
@@ -91,7 +141,7 @@ def preference(row: Row) -> RowError | None:
 
 
 def check_media(text: str) -> str:
-    """The text. Raises LeftOutError when a placeholder of a picture stands at one of its ends."""
-    if "<" in text and _AT_AN_END.fullmatch(text):
+    """The text. Raises LeftOutError for a picture's placeholder at one of its ends, or its path between two tags."""
+    if "<" in text and (_AT_AN_END.fullmatch(text) or _INSIDE.search(text)):
         raise LeftOutError(PICTURES)
     return text

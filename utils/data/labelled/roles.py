@@ -6,6 +6,7 @@ A `Row` hands out values by role and remembers which column was read as what, so
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,13 @@ from utils.data.labelled.row_text import RowError, is_missing, normal
 
 Family = tuple[str, ...]
 _QUESTION = ("question", "question_text", "question_stem", "frage", "pregunta", "domanda", "pergunta", "vraag")
-_QUESTION += ("问题", "問題", "質問", "вопрос", "질문", "السؤال")
+_QUESTION += ("问题", "問題", "質問", "вопрос", "질문", "السؤال", "pytanie", "soru", "fråga", "spørgsmål", "spørsmål")
+_QUESTION += ("kysymys", "otázka", "питання", "kérdés", "întrebare", "ερώτηση", "שאלה", "سوال", "سؤال", "pertanyaan")
+_QUESTION += ("câu_hỏi", "คำถาม", "प्रश्न")
 _ANSWER = ("answers", "answer", "answer_text", "antwort", "réponse", "reponse", "respuesta", "risposta", "resposta")
-_ANSWER += ("antwoord", "答案", "回答", "ответ", "답변", "정답", "الجواب", "final_answer")
+_ANSWER += ("antwoord", "答案", "回答", "ответ", "답변", "정답", "الجواب", "final_answer", "odpowiedź", "cevap", "svar")
+_ANSWER += ("vastaus", "odpověď", "відповідь", "válasz", "răspuns", "απάντηση", "תשובה", "پاسخ", "جواب", "jawaban")
+_ANSWER += ("câu_trả_lời", "คำตอบ", "उत्तर")
 _CONTEXT = ("context", "contexts", "kontext", "contexte", "contexto", "contesto", "上下文", "文脈", "контекст")
 # role -> families of names. In a family the first filled one counts; two filled families are a question to the person
 STRONG: dict[str, tuple[Family, ...]] = {
@@ -23,30 +28,57 @@ STRONG: dict[str, tuple[Family, ...]] = {
     "answer": (
         _ANSWER,
         ("correct_answers", "best_answer", "correct_answer", "right_answer", "gold_answer", "ground_truth"),
+        ("expected_output", "expectedoutput", "expected_answer", "reference_answer", "ideal", "ground_truths"),
         ("response", "responses", "assistant_response", "model_response"),
         ("output", "outputs"),
         ("completion", "completions"),
         ("solution", "solutions"),
     ),
     "context": (_CONTEXT, ("passage", "passages", "passage_text"), ("paragraph", "paragraphs")),
-    "system": (("system", "system_prompt", "system_message", "sys_prompt"),),
+    "system": (("system", "system_prompt", "system_message", "sys_prompt", "systeminstruction", "system_instruction"),),
     "history": (("history", "chat_history", "conversation_history"),),
-    "messages": (("messages",), ("conversations", "conversation"), ("dialogue", "dialog"), ("chat",), ("turns",)),
+    "messages": (
+        ("messages",),
+        ("conversations", "conversation"),
+        ("dialogue", "dialog"),
+        ("chat",),
+        ("turns",),
+        ("contents",),
+        ("items",),
+    ),
     "reasoning": (("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "cot", "chain_of_thought"),),
     "tools": (("tools", "functions"),),
     "id": (("id",),),
 }
 # looked at only where no strong one is filled
 WEAK: dict[str, tuple[Family, ...]] = {
-    "question": (("instruction", "instructions"), ("input", "inputs"), ("user", "human", "user_input", "user_message")),
+    "question": (
+        ("instruction", "instructions"),
+        ("input", "inputs"),
+        ("user", "human", "user_input", "user_message"),
+        ("stem",),
+    ),
     "answer": (
         ("target", "targets", "target_text"),
         ("reply",),
         ("assistant", "gpt", "bot"),
         ("answers_spans",),
+        ("reference",),
     ),
-    "context": (("background",), ("article",), ("story",), ("support",), ("retrieved_contexts", "ctxs")),
+    "context": (
+        ("background",),
+        ("article",),
+        ("story",),
+        ("support",),
+        ("retrieved_contexts", "ctxs", "reference_contexts"),
+    ),
 }
+# beside one of these `reference` is the right answer, and what stands in them may be a model's
+_MAYBE_A_MODELS = ("response", "responses", "assistant_response", "model_response")
+# what says who speaks, in a turn of a conversation
+ROLE_KEYS = ("role", "from", "speaker", "author")
+# names that other lists have, too: a conversation is seen by its turns
+_MAYBE_TURNS = ("contents", "items")
 # roles that several columns together may have, joined; the others have one
 JOINED = ("question", "context", "system", "choices")
 # what --data.columns may say, in other words
@@ -55,7 +87,16 @@ ALIASES = {"answers": "answer", "group": "document", "options": "choices", "conv
 
 def column_name(name: object) -> str:
     """A column's name as it is compared: small letters, one underscore for blanks, dots and dashes."""
-    return re.sub(r"[\s.\-/]+", "_", str(name).strip().strip("\ufeff").lower())
+    return re.sub(r"[\s.\-/]+", "_", unicodedata.normalize("NFC", str(name)).strip().strip("\ufeff").lower())
+
+
+def are_turns(value: object) -> bool:
+    """Whether a value is a conversation: a list of objects that say who speaks."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and any(turn.get(key) for key in ROLE_KEYS) for turn in value)
+    )
 
 
 class ColumnMap:
@@ -116,12 +157,15 @@ class Row:
         for families in (STRONG.get(role, ()), WEAK.get(role, ())):
             firsts = [next((n for n in family if self.has(n) and self._may_be(role, n)), None) for family in families]
             if found := [name for name in firsts if name is not None]:
-                return found
+                is_asked = role == "answer" and set(found) <= set(_MAYBE_A_MODELS) and self.has("reference")
+                return [*found, *(["reference"] if is_asked else [])]
         return []
 
     def _may_be(self, role: str, name: str) -> bool:
         """Whether the value can have this role: `turns` may be a number of turns, `support` one of votes."""
         value = self.values[name]
+        if role == "messages" and name in _MAYBE_TURNS:
+            return are_turns(value)
         if role == "messages":
             is_list = isinstance(value, (list, dict)) or str(value).lstrip().startswith(("[", "{"))
             return is_list or (name == "messages" and isinstance(value, str))

@@ -12,6 +12,8 @@ _OPENED_THINKING = re.compile(r"(?P<reasoning>(?:(?!<think>).)*?\n)?</think>\n(?
 _THINK_MARK = re.compile(r"</?think>")
 _LINE_BREAKS = re.compile(r"\r\n?")
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# letters and patterns that show as a blank (Hangul, Braille)
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 # at the ends of a text they are left over from copying; inside they part words (Thai) and shape letters (Persian)
 _INVISIBLE_ENDS = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
 
@@ -73,8 +75,8 @@ def clean(text: str) -> str:
 
 
 def is_visible(text: str) -> bool:
-    """Whether anything of it can be seen: not only blanks, joiners and other format characters."""
-    return any(unicodedata.category(character) not in ("Cf", "Zs", "Zl", "Zp", "Cc") for character in text)
+    """Whether anything of it can be seen: not only blanks, joiners, fillers and other format characters."""
+    return any(unicodedata.category(c) not in ("Cf", "Zs", "Zl", "Zp", "Cc") and c not in _FILLERS for c in text)
 
 
 def normal(text: str) -> str:

@@ -10,6 +10,8 @@ from utils.data.labelled.roles import Row
 from utils.data.labelled.row_text import RowError, UnanswerableError, is_missing, is_visible, text_of, truth
 
 _LISTED_ONCE = ("response", "responses", "output", "outputs", "completion", "completions", "solution", "solutions")
+# an object of a list of answers that has one of these is one of several posts or samples
+_RANKS = ("score", "pm_score", "rank", "rating", "votes", "upvotes", "selected", "is_accepted")
 _IMPOSSIBLE = {"is_impossible": True, "unanswerable": True, "answerable": False, "is_answerable": False}
 
 
@@ -43,6 +45,10 @@ def accepted(row: Row, answers: Any, column: str) -> Any:
         if not listed:
             raise UnanswerableError
         return listed
+    objects = [item for item in answers if isinstance(item, dict)] if isinstance(answers, list) else []
+    if len(objects) > 1 and (ranks := [name for name in _RANKS if any(name in item for item in objects)]):
+        what = f"`{column}` are ranked by {', '.join(ranks)}: not all of them are right"
+        raise RowError(what, answers, "keep those that are right, as texts", of_file=True)
     return single(answers, column)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.data.tabular.text_lines import Complain, PlacedRow
+from utils.data.tabular.text_lines import ABOVE, SAMPLE, Complain, PlacedRow, rows_above
+from utils.logger import warning
 
 
 def parquet_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
@@ -38,6 +39,10 @@ def workbook_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
         return
     filled = [(name, [row for row in rows if any(cell != "" for cell in row)]) for name, rows in sheets]
     filled = [(name, rows) for name, rows in filled if rows]
+    for at, (name, rows) in enumerate(filled):
+        if above := rows_above(rows[:SAMPLE]):
+            warning(ABOVE, path=f"{path}, {name}", rows=above)
+            filled[at] = (name, rows[above:])
     headers = {tuple(str(cell).strip() for cell in rows[0]) for _, rows in filled}
     if len(headers) > 1:
         names = [name for name, _ in filled]

@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.data.tabular.text_lines import Complain, PlacedRow, lines
+from utils.data.tabular.text_lines import ABOVE, SAMPLE, Complain, PlacedRow, lines, rows_above
+from utils.logger import warning
 
 DELIMITERS = (",", ";", "\t", "|")
-# rows that are looked at to tell the delimiter
-_SAMPLE = 30
 _SEPARATOR = re.compile(r"\s*\"?sep=(?P<mark>.)\"?\s*", re.IGNORECASE)
 _LONE_RETURN = re.compile(r"(?<=\r)(?!\n)")
 
@@ -23,12 +22,15 @@ def delimited_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
     """The rows under a line of column names."""
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell above 128 KiB, and a document is easily longer
     texts = (piece for _, text in lines(path, complain) for piece in _LONE_RETURN.split(text) if piece)
-    sample = list(itertools.islice(texts, _SAMPLE))
+    sample = list(itertools.islice(texts, SAMPLE))
     skipped = 0
     if sample and (separator := _SEPARATOR.fullmatch(sample[0])):
         delimiter, sample, skipped = separator["mark"], sample[1:], 1
     else:
         delimiter = "\t" if ".tsv" in path.suffixes else _delimiter(sample)
+    above = rows_above([row for row in _read(sample, delimiter) if row])
+    if above:
+        warning(ABOVE, path=str(path), rows=above)
     reader = csv.reader(itertools.chain(sample, texts), delimiter=delimiter, strict=True)
     kind = "TSV" if delimiter == "\t" and ".tsv" in path.suffixes else "CSV"
     header: list[str] = []
@@ -43,6 +45,9 @@ def delimited_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
             complain(f"{path}:{number}: not valid {kind}: {error}", fix=fix)
             return
         if not cells or (header and not any(cell.strip() for cell in cells)):
+            continue
+        if above:
+            above -= 1
             continue
         if not header:
             header = [cell.strip() for cell in cells]
@@ -71,4 +76,4 @@ def _read(sample: list[str], delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
     with contextlib.suppress(csv.Error):  # what was read until there tells
         rows.extend(csv.reader(sample, delimiter=delimiter, strict=True))
-    return rows[:-1] if len(sample) == _SAMPLE and len(rows) > 2 else rows
+    return rows[:-1] if len(sample) == SAMPLE and len(rows) > 2 else rows

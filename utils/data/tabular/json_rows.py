@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.data.tabular.text_lines import Complain, PlacedRow, first_text, lines, whole_text
+from utils.data.tabular.text_lines import Complain, PlacedRow, first_text, lines, say_nothing, whole_text
+
+_BLANKS = re.compile(r"\s*")
 
 
 class _RepeatedKeyError(ValueError):
@@ -26,7 +30,7 @@ def jsonl_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
 def json_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
     """A list of objects, one object, or an object a line."""
     first = first_text(path)
-    if first.startswith("{") and _is_json(first):
+    if first.startswith("{") and _is_json(first) and _has_more_lines(path):
         yield from _line_by_line(path, complain)
         return
     try:
@@ -35,6 +39,10 @@ def json_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
         complain(f"{path}: the key {str(error)!r} twice in one object", fix="keep one of them")
         return
     except (ValueError, RecursionError) as error:
+        if (objects := _one_after_the_other(whole_text(path, say_nothing))) is not None:
+            for number, item in enumerate(objects, 1):
+                yield from _checked(f"{path}, row {number}", number, item, complain)
+            return
         # in a list, or an object over many lines, one slip would make every line a complaint
         if first.startswith("{") and first != "{":
             yield from _line_by_line(path, complain)
@@ -42,8 +50,41 @@ def json_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
             fix = "write a JSON list of objects, or one object per line"
             complain(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}", fix=fix)
         return
-    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+    for number, item in enumerate(value if isinstance(value, list) else _rows_of(value), 1):
         yield from _checked(f"{path}, row {number}", number, item, complain)
+
+
+def _rows_of(value: Any) -> list[Any]:
+    """The rows of one object: of pandas' `to_json` in its forms, of columns as lists, of rows under their names."""
+    if not isinstance(value, dict) or len(value) < 2:
+        return [value]
+    inside = list(value.values())
+    names, data = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(data, list) and all(isinstance(row, list) for row in data):
+        return [dict(zip(map(str, names), row, strict=False)) for row in data]
+    are_columns = all(isinstance(column, list) and len(column) == len(inside[0]) for column in inside)
+    if are_columns and not any(isinstance(item, dict) for column in inside for item in column):
+        return [dict(zip(value, row, strict=True)) for row in zip(*inside, strict=True)]
+    if not all(isinstance(item, dict) and item.keys() == inside[0].keys() for item in inside):
+        return [value]
+    if all(str(key).isdigit() for key in inside[0]):
+        return [{name: column[key] for name, column in value.items()} for key in inside[0]]
+    return [{"id": name, **row} for name, row in value.items()] if len(inside[0]) > 1 else [value]
+
+
+def _one_after_the_other(text: str) -> list[Any] | None:
+    """The objects of a text that holds several over many lines, as jq writes them; None for any other text."""
+    decoder, found = json.JSONDecoder(object_pairs_hook=_without_repeats), list[Any]()
+    text = text.strip()
+    at = 0
+    try:
+        while at < len(text):
+            value, at = decoder.raw_decode(text, at)
+            found.append(value)
+            at = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
+    except (ValueError, RecursionError):
+        return None
+    return found if len(found) > 1 and all(isinstance(value, dict) for value in found) else None
 
 
 def _line_by_line(path: Path, complain: Complain) -> Iterator[PlacedRow]:
@@ -52,7 +93,8 @@ def _line_by_line(path: Path, complain: Complain) -> Iterator[PlacedRow]:
             continue
         place = f"{path}:{number}"
         try:
-            value = _parsed(line)
+            # a comma behind a line is left over from a list
+            value = _parsed(line.strip().removesuffix(","))
         except _RepeatedKeyError as error:
             complain(f"{place}: the key {str(error)!r} twice in one object", line.strip(), "keep one of them")
             continue
@@ -81,6 +123,10 @@ def _is_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _has_more_lines(path: Path) -> bool:
+    return len(list(itertools.islice((text for _, text in lines(path, say_nothing) if text.strip()), 2))) > 1
 
 
 def _is_list_of_values(line: str) -> bool:

@@ -6,17 +6,38 @@ import bz2
 import gzip
 import io
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import Any, BinaryIO, Protocol
 
 # a table of one long line is read whole, so it has to fit the memory several times
 LONGEST_LINE = 1 << 29
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+# rows that are looked at to tell what a table is like
+SAMPLE = 30
+# rows below a line of its own that show that it is no name of a column
+FEWEST_BELOW = 3
+ABOVE = "rows above the names of the columns are passed over"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 PlacedRow = tuple[str, int, dict[str, Any]]
 """Where a row stands ("faq.csv:12"), its number, its columns."""
+
+
+def rows_above(rows: Sequence[Sequence[Any]]) -> int:
+    """How many rows stand above the names of a table's columns: a title, a date, what a program says of an export.
+
+    They fill at most half as many cells as most rows do and not the last one, or are a single cell above rows that are
+    all longer and of one length.
+    """
+    lines = next((at for at, row in enumerate(rows) if len(row) > 1), 0)
+    if lines and len(rows) - lines >= FEWEST_BELOW and len({len(row) for row in rows[lines:]}) == 1:
+        return lines
+    filled = [sum(str(cell).strip() != "" for cell in row) for row in rows]
+    usual = median_low(filled or [0])
+    is_title = [2 * n <= usual and not str(row[-1]).strip() for n, row in zip(filled, rows, strict=True)]
+    return next((at for at, found in enumerate(is_title) if not found), 0)
 
 
 class Complain(Protocol):
@@ -69,10 +90,10 @@ def whole_text(path: Path, complain: Complain) -> str:
 
 def first_text(path: Path) -> str:
     """The first line that is not blank, without a word about what is wrong with it."""
-    return next((text.strip() for _, text in lines(path, _say_nothing) if text.strip()), "")
+    return next((text.strip() for _, text in lines(path, say_nothing) if text.strip()), "")
 
 
-def _say_nothing(what: str, value: object = None, fix: str = "") -> None:
+def say_nothing(what: str, value: object = None, fix: str = "") -> None:
     """For a first look: the reading itself complains of the same bytes."""
 
 

@@ -56,6 +56,12 @@ _MENU = re.compile(
     r"|prev-?next|next-?prev|rst-versions|edit-page|toc|table-of-contents)(?:$|[\s_-])",
     re.I,
 )
+_HIDING = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
+_UNFOLDS = re.compile(
+    r"(?:^|[\s_-])(?:tabs?|tab-?panes?|tab-?contents?|tabpanel|expand|expander|collapse|collapsible|accordion|details"
+    r"|spoiler|toggle|folded|unfold)(?:$|[\s_-])",
+    re.I,
+)
 _LARGEST_SHARE = 0.5
 _SHORT, _LINKS_SHARE, _NOTICE_CHARACTERS, _MENU_ITEM = 80, 0.5, 1500, 25
 _MAIN_SHARE = 0.4
@@ -118,7 +124,23 @@ def is_not_text(element: Element) -> bool:
     """Whether nothing below an element is text that a reader sees, or all of it is on the page another time."""
     if not isinstance(element.tag, str) or element.tag in NOT_TEXT:
         return True
-    style, names = element.get("style"), element.get("class")
-    if style and re.search(r"display\s*:\s*none|visibility\s*:\s*hidden", style, re.I):
-        return True
-    return element.get("hidden") is not None or bool(names and _DOUBLED.search(names))
+    return bool((names := element.get("class")) and _DOUBLED.search(names)) or _is_hidden(element)
+
+
+def hidden_characters(element: Element) -> int:
+    """Characters below an element that only its style hides."""
+    if not isinstance(element.tag, str) or element.tag in NOT_TEXT or not _is_hidden(element):
+        return 0
+    texts = (e.text for e in element.iter() if isinstance(e.tag, str) and e.tag not in NOT_TEXT)
+    tails = (e.tail for e in element.iterdescendants())
+    return sum(visible_characters(text or "") for text in (*texts, *tails))
+
+
+def _is_hidden(element: Element) -> bool:
+    """Whether a page hides an element and a reader cannot open it: tabs and what unfolds are text of the page."""
+    style = element.get("style")
+    if element.get("hidden") is None and not (style and _HIDING.search(style)):
+        return False
+    return element.get("role") != "tabpanel" and not _UNFOLDS.search(
+        f"{element.get('class', '')} {element.get('id', '')}"
+    )

@@ -8,70 +8,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from html import escape
 from html.parser import HTMLParser
 from typing import Any
 
 from utils.data.extraction.extracted import MENUS, Extracted, NoTextError, visible_characters
 from utils.data.extraction.pages.formulas import formula_text
-from utils.data.extraction.pages.html_boilerplate import NOT_TEXT, PageParts, is_not_text
+from utils.data.extraction.pages.html_boilerplate import NOT_TEXT, PageParts, hidden_characters, is_not_text
 from utils.data.extraction.pages.text_blocks import TextBlocks
 
 Element = Any
 
 # below this share of its visible text a page is taken whole
 SMALLEST_SHARE = 0.25
-_PARAGRAPHS = frozenset(
-    [
-        "p",
-        "section",
-        "article",
-        "header",
-        "footer",
-        "main",
-        "aside",
-        "nav",
-        "ul",
-        "ol",
-        "dl",
-        "table",
-        "blockquote",
-        "pre",
-        "figure",
-        "figcaption",
-        "address",
-        "fieldset",
-        "form",
-        "details",
-        "hr",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "center",
-    ]
-)
-_LINES = frozenset(
-    [
-        "div",
-        "li",
-        "dt",
-        "dd",
-        "tr",
-        "caption",
-        "legend",
-        "summary",
-        "body",
-        "html",
-        "thead",
-        "tbody",
-        "tfoot",
-        "th",
-        "td",
-    ]
-)
+_PARAGRAPHS = ("p", "section", "article", "header", "footer", "main", "aside", "nav", "ul", "ol", "dl", "table")
+_PARAGRAPHS += ("blockquote", "pre", "figure", "figcaption", "address", "fieldset", "form", "details")
+_PARAGRAPHS += ("hr", "h1", "h2", "h3", "h4", "h5", "h6", "center")
+_LINES = ("div", "li", "dt", "dd", "tr", "caption", "legend", "summary", "body", "html", "thead", "tbody")
+_LINES += ("tfoot", "th", "td")
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
+_CDATA, _XHTML = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL), "http://www.w3.org/1999/xhtml"
 _TEX_SCRIPT = re.compile(r"math/tex", re.I)
 # a table that lays out a page holds these
 _NO_CELL = frozenset(["h1", "h2", "h3", "h4", "h5", "h6", "pre", "main", "article"])
@@ -111,6 +67,8 @@ def parse(markup: str) -> Element | None:
     from lxml import etree, html
 
     parser = html.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True, no_network=True)
+    if markup.lstrip()[:5] == "<?xml" or _XHTML in markup[:2048]:  # HTML itself has no such sections
+        markup = _CDATA.sub(lambda found: escape(found[1]), markup)
     content = markup.replace("\0", "\ufffd").encode("utf-8", "replace")
     try:
         root = html.document_fromstring(content, parser=parser)
@@ -129,7 +87,8 @@ def page_text(root: Element, parts: PageParts | None) -> Extracted:
     walker = _Walker(parts)
     walker.walk(root)
     visible = walker.written + walker.removed.total()
-    return Extracted.whole(walker.blocks.text(), visible=visible, removed=walker.removed)
+    notes = [f"{walker.hidden:,} characters that the page hides were left out"] if walker.hidden else []
+    return Extracted.whole(walker.blocks.text(), visible=visible, removed=walker.removed, notes=notes)
 
 
 class _Characters(HTMLParser):
@@ -167,7 +126,7 @@ def _flat(markup: str) -> Extracted:
 class _Walker:
     def __init__(self, parts: PageParts | None):
         self.parts, self.blocks = parts, TextBlocks()
-        self.written, self.removed = 0, Counter[str]()
+        self.written, self.removed, self.hidden = 0, Counter[str](), 0
         self._lists: list[list[Any]] = []
         # for each open table: whether it lays out the page, and for each column how many rows a cell above reaches down
         self._tables: list[tuple[bool, list[int]]] = []
@@ -198,6 +157,7 @@ class _Walker:
             self.blocks.inline(f"${' '.join((element.text or '').split())}$")
             return True
         if is_not_text(element):
+            self.hidden += hidden_characters(element)
             return True
         if self.parts is not None and element is not self.parts.main and self.parts.is_boilerplate(element):
             self.removed[MENUS] += self.parts.visible[element]

@@ -17,7 +17,8 @@ from utils.data.extraction.pdf.pdf_pieces import SAME_ROW, TextPiece
 CELL = " | "
 # a side of a gutter with fewer characters a line is a column of a table
 PROSE_CHARACTERS = 20
-NARROWEST_GUTTER, FEWEST_ROWS = 0.9, 2
+# browsers leave 1 em between columns, LaTeX 10 points, where a line is 1.2 em high
+NARROWEST_GUTTER, FEWEST_ROWS = 0.7, 2
 _LIST_MARK = re.compile(r"[^\w\s]|\(?\w{1,3}[.):]|\d+")
 # of a row's usual distance: from here on it begins a paragraph
 PARAGRAPH = 1.35

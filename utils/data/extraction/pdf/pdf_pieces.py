@@ -26,6 +26,8 @@ _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "
 _FIRST_RTL = "\u0590"
 _LARGE_IMAGE, _FEW_CHARACTERS = 0.5, 50
 IMAGE_OBJECT = 3
+# in quarters of a turn: text that is set aslant, as watermarks are, is no row of the page
+_ASLANT, _UPRIGHT = 4, 0.1
 
 
 @dataclass
@@ -52,11 +54,12 @@ class TextPiece:
 
 @dataclass
 class PdfPage:
-    """The pieces of a page, the upright ones first, and whether it looks like a picture of text."""
+    """The pieces of a page, the upright ones first, whether it looks like a picture of text, and what is set aslant."""
 
     pieces: list[list[TextPiece]]
     is_picture: bool
     is_blank: bool
+    aslant: list[str] = field(default_factory=list)
 
 
 def read_page(page: Any) -> PdfPage:
@@ -70,6 +73,7 @@ def read_page(page: Any) -> PdfPage:
             count += len(piece.characters)
     finally:
         text_page.close()
+    aslant = [piece.text for piece in turned.pop(_ASLANT, [])]
     groups = sorted(turned.values(), key=lambda group: -sum(len(p.characters) for p in group))
     has_objects = False
     is_picture = False
@@ -78,7 +82,7 @@ def read_page(page: Any) -> PdfPage:
         has_objects = bool(images) or next(iter(page.get_objects(max_depth=1)), None) is not None
         area = max(1.0, page.get_width() * page.get_height())
         is_picture = any(_area(image) >= _LARGE_IMAGE * area for image in images) or (not count and has_objects)
-    return PdfPage(groups, is_picture, is_blank=not count and not has_objects)
+    return PdfPage(groups, is_picture, is_blank=not count and not has_objects, aslant=aslant)
 
 
 def _pieces(text_page: Any) -> Iterator[tuple[int, TextPiece]]:
@@ -95,7 +99,8 @@ def _pieces(text_page: Any) -> Iterator[tuple[int, TextPiece]]:
         is_rtl = character >= _FIRST_RTL and unicodedata.bidirectional(character[0]) in ("R", "AL")
         is_same_object, owner = text_object == owner, text_object
         widest = WIDEST_BLANK if blank else WIDEST_SPACED if is_same_object else WIDEST_GAP
-        if current is not None and quarter == turned and _belongs(current, x0, x1, y0, y1, widest, is_rtl):
+        is_near = quarter != _ASLANT and _belongs(current, x0, x1, y0, y1, widest, is_rtl) if current else False
+        if current is not None and quarter == turned and (is_near or (quarter == _ASLANT and is_same_object)):
             gap = max(x0 - current.x1, current.x0 - x1)
             if not blank and not is_same_object and gap > BLANK_GAP * current.height:
                 current.characters.append((min(x0, current.x1), " "))
@@ -158,7 +163,8 @@ def _characters(text_page: Any) -> Iterator[tuple[str, int, int, tuple[float, fl
         # blanks that pdfium adds belong to no object, and have no angle of their own
         if found != text_object or not found:
             text_object = found
-            quarter = round(raw.FPDFText_GetCharAngle(page, index) / 1.5707963) % 4
+            turns = raw.FPDFText_GetCharAngle(page, index) / 1.5707963
+            quarter = round(turns) % 4 if abs(turns - round(turns)) <= _UPRIGHT else _ASLANT
         if quarter == 1:
             x0, y0, x1, y1 = -y1, x0, -y0, x1
         elif quarter == 2:

@@ -72,6 +72,8 @@ def _whole(pages: list[PdfPage]) -> Extracted:
     rows = [[rows_of(group) for group in page.pieces] for page in pages]
     upright = [groups[0] if groups else [] for groups in rows]
     visible = sum(visible_characters(row.text) for groups in rows for group in groups for row in group)
+    visible += sum(visible_characters(text) for page in pages for text in page.aslant)
+    stamps = Counter(text for page in pages for text in set(page.aslant))
     kept = _without_running(upright)
     # a page that is like all others, a form for example, is no header
     kept = [
@@ -80,6 +82,7 @@ def _whole(pages: list[PdfPage]) -> Extracted:
     texts, without_text = [], 0
     for page, groups, main in zip(pages, rows, kept, strict=True):
         lines = [line for group in ([main] if main else []) + groups[1:] for line in [*lines_of(group), ""]]
+        lines += [text for text in page.aslant if stamps[text] < max(2, len(pages) / 2)]  # the others are watermarks
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
         is_without = page.is_picture or (not text.strip() and not page.is_blank)
         without_text += is_without
