@@ -21,7 +21,8 @@ USAGE = """\
   -q, -v                   only warnings and results; or what transformers says too
   --help                   this page; --help SECTION (or task.train, or task.lora.rank) one part, --help all everything
   --SECTION.FIELD VALUE    any setting; lists are written a,b,c
-Environment: {prefix}SECTION__FIELD=VALUE, for example {example}=32. Flags win over it, it wins over files."""
+Environment: {prefix}SECTION__FIELD=VALUE, for example {example}=32. Flags win over the
+environment, and the environment wins over files."""
 FLAGS = ("--help", "-h")
 ALL = "all"
 KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}

@@ -180,7 +180,7 @@ class Engine:
     def _why_gone(self) -> str:
         if self._process is None or self._process.is_running:
             return ""
-        return f"the server ended while it was asked. It said last:\n{self._process.said()}\n     "
+        return f"the server ended while it was asked. It said last:\n{self._process.last_output()}\n     "
 
     # ------------------------------------------------------------------------------------------ adapters
 
