@@ -50,7 +50,7 @@ class Coverage(unittest.TestCase):
         truth = curve_of(sizes[-1]) - curve_of(2 * sizes[-1])
         found = [scored(curve_of, sizes, draw, runs=runs) for draw in range(DRAWS)]
         holds = [one.low <= truth <= one.high for one in found]
-        said = [held or one.is_bent for held, one in zip(holds, found, strict=True)]
+        said = [held or one.is_bent or one.is_untold for held, one in zip(holds, found, strict=True)]
         return sum(holds) / DRAWS, sum(said) / DRAWS
 
     def test_a_power_law_is_covered(self) -> None:
@@ -72,8 +72,15 @@ class Coverage(unittest.TestCase):
             ("a late start", lambda n: 3 - 1.2 / (1 + (200 / n) ** 2)),
         ):
             with self.subTest(name):
-                _, said = self.shares(curve_of, FIVE, 0.003)
-                self.assertGreaterEqual(said, 0.93)
+                for sizes in (FIVE, THREE):
+                    _, said = self.shares(curve_of, sizes, 0.003)
+                    self.assertGreaterEqual(said, 0.93)
+        # what three sizes cannot see is said of all of them
+        found = scored(lambda n: 6 * n**-0.15, THREE, 0, runs=0.003)
+        self.assertIn("three sizes cannot tell", curve.one_sentence("documents", found))
+        self.assertNotIn(
+            "three sizes", curve.one_sentence("pairs", scored(lambda n: 6 * n**-0.15, FIVE, 0, runs=0.003))
+        )
 
     def test_shares_of_right_answers_are_covered(self) -> None:
         """An accuracy, whose values tie: a question is learnt at some size and stays so."""
