@@ -83,7 +83,7 @@ class Coverage(unittest.TestCase):
         )
 
     def test_shares_of_right_answers_are_covered(self) -> None:
-        """An accuracy, whose values tie: most questions are right or wrong at all sizes, some turn with each training."""
+        """An accuracy, whose values tie: most questions stay right or wrong, some turn with each training."""
         for curve_of in (lambda n: 0.8 * (n / 25) ** -0.15, lambda n: 0.5, lambda n: 0.1):
             truth = curve_of(400) - curve_of(800)
             holds = 0
