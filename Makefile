@@ -64,7 +64,7 @@ calibration-test: $(READY)
 	CALIBRATION=long $(BIN)/python -m unittest tests.test_evaluation_primary tests.test_evaluation_verdict
 
 # One adapter alone, learning curves, matrices, longer runs: every toy walk, and 500 draws of each curve of known form;
-# `make test` has a sample of both. MINUTES.
+# `make test` has a sample of both.
 walks-test: $(READY)
 	WALKS=all $(BIN)/python -m unittest tests.test_evaluation_learning_curve tests.test_evaluation_matrix tests.test_evaluation_one_adapter tests.test_system_going_on
 

@@ -25,6 +25,7 @@ from utils.models.base_model import BaseModel
 
 NATS = "nats per token"
 NO_DOCUMENTS, NO_VALUES = "there are no held-out documents", "no test question has a value in the primary metric"
+UNTOLD = "three sizes cannot tell a power law from a curve of another form, which would make this wrong"
 BENT = "these losses bend away from a power law, so the interval also covers what their curve says"
 
 
@@ -90,7 +91,8 @@ def one_sentence(kind: str, found: OneDoubling, unit: str = NATS) -> str:
         return f"twice the {kind}: not known, a loss of 0 lies on no power law"
     size = f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}] {unit}"
     said = size if found.is_shown else f"not distinguishable from nothing ({size})"
-    return f"twice the {kind}: {said}{f'; {BENT}' if found.is_bent else ''}"
+    form = BENT if found.is_bent else UNTOLD if found.is_untold else ""
+    return f"twice the {kind}: {said}{f'; {form}' if form else ''}"
 
 
 def sentence(found: Mapping[str, Any], missing: Mapping[str, str]) -> str:

@@ -46,6 +46,11 @@ class OneDoubling:
     clusters: int
 
     @property
+    def is_untold(self) -> bool:
+        """Whether the sizes are too few to see a bend by: a line and a bend through three points leave nothing over."""
+        return len(self.sizes) == MIN_SIZES
+
+    @property
     def is_shown(self) -> bool:
         """Whether it is told apart from nothing."""
         return self.low > 0 or self.high < 0
