@@ -108,6 +108,23 @@ class ClosedStreams(unittest.TestCase):
                 self.assertEqual("dry_run" in done.stdout, ">&-" not in closed.replace("2>&-", ""))
 
 
+class FirstLine(unittest.TestCase):
+    def test_a_script_that_loads_a_model_says_run_and_settings_before_it_imports_torch(self) -> None:
+        argv = ["--run.name", "mine", "--prompt", "none of your business", "--task.system_prompt", "word " * 40]
+        program = LATE_READER.format(root=str(ROOT), size=0, argv=argv)
+        program = program.replace('sections=("run",)', 'sections=("base", "run")')
+        program = program.replace('print("x" * 0)', "sys.stderr.write(f\"torch: {'torch' in sys.modules}\")")
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=clean_environment()
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        first, after = done.stderr.splitlines()
+        self.assertIn("preset smollm2_135m, run mine  run.name=mine", first)
+        self.assertNotIn("business", first)
+        self.assertLess(len(first), 300)
+        self.assertEqual(after, "torch: False")
+
+
 class ReaderGone(unittest.TestCase):
     def cut(self, size: int, *argv: str) -> tuple[int, str]:
         """Exit code and standard error of a program whose standard output nobody reads."""

@@ -25,6 +25,8 @@ Ranks = Literal["led", "all", "first"]
 READER_GONE = 141
 # flags whose text may be any
 TEXTS = ("--prompt", "--inference.prompt")
+# characters of a setting in the first line of a script
+LONGEST_TOLD = 80
 
 
 def run(
@@ -96,11 +98,8 @@ def _exit_code(
             print(_card(config, sections, plan(config)))
             result: dict[str, Any] = {"dry_run": True, "config": config.model_dump(mode="json")}
         else:
-            # before torch is imported, which takes seconds
-            own = " ".join(f"{path}={flags.shown(flags.value_of(config, path))}" for path in config.overrides)
-            logger.event(
-                f"preset {config.preset}, run {config.run.name or 'named by its settings'}: {own or 'no other'}"
-            )
+            if "base" in sections:
+                _say_what_was_told(config)
             with signals.terminable():
                 result = main(config)
         if logger.rank() == 0:
@@ -126,6 +125,13 @@ def _exit_code(
         _complain(str(found) if found else traceback.format_exc())
         return found.exit_code if found else 1
     return 0 if dry_run or logger.rank() else status(result)
+
+
+def _say_what_was_told(config: Config) -> None:
+    """Preset, run and own settings, before torch is imported, which takes seconds; a prompt is nobody else's."""
+    own = {path: flags.shown(flags.value_of(config, path)) for path in config.overrides if f"--{path}" not in TEXTS}
+    told = {path: value if len(value) <= LONGEST_TOLD else f"{value[:LONGEST_TOLD]}..." for path, value in own.items()}
+    logger.event(f"preset {config.preset}, run {config.run.name or 'named by its settings'}", **told)
 
 
 def _complain(text: str) -> None:
