@@ -264,6 +264,24 @@ class Documents(Files):
         document.save(str(path))
         self.assertEqual(read_file(path).documents[0][1], "shown", named)
 
+    def test_charts_of_slides_are_counted(self) -> None:
+        from pptx import Presentation
+        from pptx.chart.data import CategoryChartData
+        from pptx.enum.chart import XL_CHART_TYPE
+
+        slides = Presentation()
+        slide = slides.slides.add_slide(slides.slide_layouts[5])
+        slide.shapes.title.text = "Depths"
+        data = CategoryChartData()
+        data.categories = ["east"]
+        data.add_series("metres", (9,))
+        slide.shapes.add_chart(XL_CHART_TYPE.PIE, 0, 0, 9999, 9999, data)
+        slide.shapes.add_table(1, 1, 0, 0, 9999, 9999).table.cell(0, 0).text = "cell"
+        slides.save(str(self.folder / "a.pptx"))
+        found = read_file(self.folder / "a.pptx")
+        self.assertEqual(found.notes, ["1 charts and diagrams were left out"])
+        self.assertIn("cell", found.documents[0][1])
+
     def test_pages_unfold_and_keep_their_sections(self) -> None:
         page = "<main><p>Well.</p><div role=tabpanel hidden>Second tab.</div><div class='expand-content' "
         page += "style='display:none'>Unfolded.</div><div style='display:none'>Never.</div></main>"

@@ -113,12 +113,21 @@ class Classes(unittest.TestCase):
     def test_an_encoder_decoder_and_what_no_library_knows_are_refused(self) -> None:
         for settings, reason in (
             ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 32}, "has an encoder"),
+            ({"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]}, "reads in both directions"),
+            ({"model_type": "electra", "architectures": ["ElectraForCausalLM"]}, "reads in both directions"),
             ({"model_type": "vit", "architectures": ["ViTModel"]}, "no language model for a vit"),
         ):
             directory = temporary_directory()
             (directory / "config.json").write_text(json.dumps(settings))
             with self.subTest(reason), self.assertRaisesRegex(ArtefactError, reason):
                 model_class.skeleton(directory)
+
+    def test_a_template_that_fails_is_named(self) -> None:
+        from jinja2 import UndefinedError
+
+        said = self.assertRaisesRegex(ArtefactError, "the chat template of the model in .* fails: 'bos_token'")
+        with said, directory_checks.readable(temporary_directory()):
+            raise UndefinedError("'bos_token' is undefined")
 
 
 class Attention(unittest.TestCase):

@@ -118,9 +118,13 @@ def readable(directory: Path) -> Iterator[None]:
         if is_out_of_memory(error) or is_lost_process(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArtefactError(
-            Problem(
-                f"the model in {directory} cannot be loaded: {reason}",
-                fix="fix what the reason names, or restore the files",
+        what, fix = (
+            f"the model in {directory} cannot be loaded: {reason}",
+            "fix what the reason names, or restore the files",
+        )
+        if type(error).__module__.startswith("jinja2"):
+            what = f"the chat template of the model in {directory} fails: {reason}"
+            fix = (
+                "fix chat_template.jinja; it is given the messages and the tokenizer's special tokens (bos_token, ...)"
             )
-        ) from error
+        raise ArtefactError(Problem(what, fix=fix)) from error

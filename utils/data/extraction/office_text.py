@@ -44,9 +44,10 @@ def extract_pptx(path: Path) -> Extracted:
     from pptx import Presentation
 
     open_archive(path).close()
-    slides, removed = [], Counter[str]()
+    slides, removed, drawn = [], Counter[str](), 0
     for slide in Presentation(str(path)).slides:
         blocks = list(_shapes(slide.shapes))
+        drawn += sum(_is_drawn(shape) for shape in slide.shapes)
         if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
             blocks.append(slide.notes_slide.notes_text_frame.text)
         text = "\n\n".join(block.strip() for block in blocks if block.strip())
@@ -58,7 +59,13 @@ def extract_pptx(path: Path) -> Extracted:
         raise NoTextError("the presentation has no text")
     text = "\n\n".join(slides)
     visible = visible_characters(text) + removed.total() if removed else 0
-    return Extracted.whole(text, visible=visible, removed=removed)
+    notes = [f"{drawn} charts and diagrams were left out"] if drawn else []
+    return Extracted.whole(text, visible=visible, removed=removed, notes=notes)
+
+
+def _is_drawn(shape: Any) -> bool:
+    """Whether a shape is a chart, a diagram or an embedded file, whose words are in another part."""
+    return shape._element.tag.endswith("}graphicFrame") and not getattr(shape, "has_table", False)
 
 
 def _rows(rows: list[list[Any]]) -> Iterator[str]:

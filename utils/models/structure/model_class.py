@@ -31,7 +31,7 @@ def settings_of(directory: Path) -> PretrainedConfig:
 def class_of(settings: PretrainedConfig, place: object = "") -> type[PreTrainedModel]:
     """The class named by `architectures` where it generates text, else the automatic one of causal language models.
 
-    Raises ArtefactError, naming `place`, when there is none, and for encoder-decoders.
+    Raises ArtefactError, naming `place`, when there is none, for encoders and for encoder-decoders.
     """
     import transformers
     from transformers.models.auto.auto_factory import _get_model_class
@@ -41,6 +41,10 @@ def class_of(settings: PretrainedConfig, place: object = "") -> type[PreTrainedM
         raise ArtefactError(
             Problem(f"{place}: a {settings.model_type} has an encoder, which is not adapted here", fix=fix)
         )
+    # BERT and its kin have a class for text, too; without this word their layers look ahead at what is to be predicted
+    if type(settings) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(settings, "is_decoder", False):
+        what = f"{place}: a {settings.model_type} reads in both directions, and generates no text"
+        raise ArtefactError(Problem(what, settings.architectures, fix))
     for name in settings.architectures or ():
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
