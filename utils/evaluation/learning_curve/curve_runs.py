@@ -108,7 +108,7 @@ def _cannot(own: Run, task: Run | None) -> str:
     for run in filter(None, (own, task)):
         identity = run.manifest["identity"]
         if identity.get("on") == find.EXTERNAL:
-            return f"the {run.manifest['kind']} adapter comes from elsewhere, how it was trained is not known"
+            return f"the {run.manifest['kind']} adapter is external: how it was trained is not known"
         if "init_from" in identity or "continue_from" in identity:
             return f"the {run.manifest['kind']} adapter started from another one"
     return ""
