@@ -54,6 +54,13 @@ class SettingsFiles(unittest.TestCase):
         other = cli.resolve([f"--config={first}", "--preset", "minimax_m2", "--data.corpus", "none"], {})
         self.assertEqual(other.preset, "minimax_m2")
 
+    def test_the_config_json_of_an_earlier_run_is_read_under_the_names_of_today(self) -> None:
+        recorded = cli.resolve(["--domain.train.warmup_ratio", "0.25"], {}).model_dump(mode="json")
+        train = recorded["domain"]["train"]
+        train["warmup_share"], train["sequence_tokens"] = train.pop("warmup_ratio"), train.pop("max_sequence_tokens")
+        found = cli.resolve(["--config", str(self.file("config.json", json.dumps(recorded)))], {})
+        self.assertEqual(found.domain.train.warmup_ratio, 0.25)
+
     def test_the_config_json_of_a_run_says_what_it_was_and_repeats_no_preset_as_a_wish(self) -> None:
         made = cli.resolve(["--task.lora.rank", "5", "--weights", "1,0.5"], {"DTA_RUN__SEED": "8"})
         recorded = self.file("config.json", json.dumps(made.model_dump(mode="json")))

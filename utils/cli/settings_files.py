@@ -77,7 +77,10 @@ def _settings(name: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
         problems.append(Problem(what, name, f"{PRINT} shows what a file looks like"))
         return
     known = flags.fields()
-    for key, value in _flat({k: v for k, v in content.items() if k not in _NO_SETTING}):
+    # nobody typed the names of a run's own file
+    former = flags.RENAMED if set(_NO_SETTING) <= set(content) else {}
+    for written, value in _flat({k: v for k, v in content.items() if k not in _NO_SETTING}):
+        key = former.get(written, written)
         if key in known or key == PRESET:
             yield key, value
         elif new := flags.RENAMED.get(key):
