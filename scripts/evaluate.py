@@ -3,7 +3,7 @@
 The task row is always an adapter trained on the base with the same data and settings, whatever the composed model's
 task adapter was trained on. Four contrasts are tested (keeps the domain, no worse, better, better than with a wrong
 domain); the fourth needs --evaluate.controls, which trains them. A task or a domain adapter alone is judged against
-the base model; --evaluate.matrix judges many pairs, --evaluate.learning_curve asks for more data. Reads the newest composed run and what it was made of,
+the base model; --evaluate.matrix judges every pair of several. Reads the newest composed run and what it was made of,
 or the newest task run and the runs it belongs to, and their test data; writes models/evaluation/<run>/ with
 report.html, results.json and every item's scores. Interrupted, it goes on.
 
