@@ -26,8 +26,6 @@ MOST_USED = (
     "evaluate.controls",
     "evaluate.seeds",
     "evaluate.primary",
-    "evaluate.learning_curve",
-    "evaluate.matrix",
     "evaluate.also",
     "compose.weights",
     "inference.engine",

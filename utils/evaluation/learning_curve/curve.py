@@ -91,8 +91,8 @@ def one_sentence(kind: str, found: OneDoubling, unit: str = NATS) -> str:
         return f"twice the {kind}: not known, a loss of 0 lies on no power law"
     size = f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}] {unit}"
     said = size if found.is_shown else f"not distinguishable from nothing ({size})"
-    form = BENT if found.is_bent else UNTOLD if found.is_untold else ""
-    return f"twice the {kind}: {said}{f'; {form}' if form else ''}"
+    doubts = [BENT] * found.is_bent + [UNTOLD] * found.is_untold
+    return "; ".join([f"twice the {kind}: {said}", *doubts])
 
 
 def sentence(found: Mapping[str, Any], missing: Mapping[str, str]) -> str:
