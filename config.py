@@ -262,7 +262,7 @@ class TaskSection(Section):
     prompt_loss_weight: Share = 0.0
     """Share of the prompt's tokens that are trained too, drawn anew in each epoch; 0.1 keeps more of the domain if
     passages are long and answers short (arXiv 2405.14394; decision document, 2026-11-28)."""
-    keep_domain: Literal["auto", "off", "replay", "kl"] = "off"
+    keep_domain: Literal["auto", "off", "replay", "kl"] = "auto"
     """What keeps the domain while the task is trained: replay adds documents to every step, kl holds predictions on
     prompts to those without the task adapter and needs no documents, auto measures dev documents once and decides."""
     replay_share: Annotated[float, Field(gt=0, le=0.9)] = 0.1
