@@ -1,8 +1,7 @@
 """Answer questions with base + both adapters composed exactly, or write them as one standalone model.
 
 Reads the newest composed run of the base model (--composed names another; --domain_adapter and --task_adapter name
-adapters instead), or composes the newest task run and the domain run it belongs to; writes nothing, or --output_file,
-or --merge_path.
+adapters instead), or composes the newest task run and its domain run. Writes --output_file or --merge_path if given.
 
     python scripts/inference.py --prompt "What does json.dumps do?"
     echo "What does json.dumps do?" | python scripts/inference.py

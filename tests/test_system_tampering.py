@@ -81,7 +81,9 @@ class Files(Tampering):
     def each_damage(self, artefact: Path, other: Path) -> Iterator[tuple[str, Path]]:
         """Damages one file after the other, and mends it afterwards; its times are as they were."""
         tried = 0
-        for path in sorted(p for p in artefact.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        for path in sorted(p for p in artefact.rglob("*") if p.is_file()):
+            if any(part.startswith(".") for part in path.relative_to(artefact).parts):
+                continue  # locks, and the state of a longer run: it is no part of the artefact
             sound, stat = path.read_bytes(), path.stat()
             counterpart = other / path.relative_to(artefact)
             foreign = counterpart.read_bytes() if counterpart.is_file() else b"another file"
@@ -127,6 +129,14 @@ class Files(Tampering):
             with self.refused(named(path)):
                 sources.fetch(section, copy.roots[1])
         self.assertEqual(sources.fetch(section, copy.roots[1]), fetched)
+
+    def test_of_the_state_that_a_longer_run_begins_with(self) -> None:
+        copy = whole()[0].copy()
+        mine, theirs = copy["domain"], copy["task"]
+        for _, path in self.each_damage(mine / checkpoints.LAST, theirs / checkpoints.LAST):
+            with self.refused(path.parent):
+                checkpoints.last_state(mine)
+        self.assertEqual(checkpoints.last_state(mine), mine / checkpoints.LAST)
 
     def test_of_prepared_data(self) -> None:
         copy = whole()[0].copy()

@@ -247,6 +247,9 @@ def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run | None]:
     if not inputs.task_adapter and not names_task_on(config) and not is_there(config, base, "task"):
         if inputs.domain_adapter or is_there(config, base, "domain"):
             return domain_run(config, base), None
+        for stage, newest in (("task", task_run), ("domain", domain_run)):
+            if runs.complete_runs(config.run.models_dir, stage):
+                newest(config, base)  # it says why none of them fits
         raise ArtefactError(_nothing_there(config))
     task = task_run(config, base)
     stacked_on = next((p["digest"] for p in task.manifest["parents"] if p["kind"] == "domain"), None)
