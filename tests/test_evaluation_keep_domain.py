@@ -126,7 +126,7 @@ class Weight(unittest.TestCase):
         family = mock.Mock(baseline="run")
         with mock.patch.object(scored_rows.adapter_files, "load", return_value=factors):
             for weight, at_1 in ((0.5, True), (1.0, False)):
-                parts = mock.Mock()
+                parts = mock.Mock(alone=None)
                 parts.baseline_weight.chosen.weights = (weight,)
                 with mock.patch.object(family, "baseline", mock.Mock(adapter="x")):
                     row = scored_rows._factors("task", family, mock.Mock(), parts)
