@@ -120,6 +120,7 @@ class Handler(BaseHTTPRequestHandler):
             fails = COUNTS["failed"] < FAULTS.get("fail_first", 0)
             COUNTS["failed"] += fails
         if FAULTS.get("die_after") is not None and number >= FAULTS["die_after"]:
+            time.sleep(0.5)  # the answers before are on their way
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(FAULTS.get("hang", 0.0))
         if fails:

@@ -29,6 +29,7 @@ from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition import composed_adapter, dev_losses
 from utils.composition.methods import Recipe
+from utils.composition.weights import measured_points
 from utils.composition.weights.points import Point
 from utils.exceptions import ConfigError, DataError, VerificationError
 from utils.models import float32_model, loading, sources
@@ -239,10 +240,10 @@ class OnTheModel(unittest.TestCase):
         before = len(asked)
         self.assertEqual(dev_losses.search(Asked(), section, points), whole)  # type: ignore[arg-type]
         self.assertEqual(len(asked) - before, before - 5)
-        self.assertEqual(len(dev_losses._points(points, "")), before)
+        self.assertEqual(len(measured_points._points(points, "")), before)
         changed = points.read_text().replace("[2.0", "[0.1", 1).replace("(2.0", "(0.1", 1)
         points.write_text(changed)
-        self.assertEqual(len(dev_losses._points(points, "")), before - (changed.count("0.1") > 0))
+        self.assertEqual(len(measured_points._points(points, "")), before - (changed.count("0.1") > 0))
 
     def test_a_wrong_composition_fails_on_its_logits(self) -> None:
         right = self.made()

@@ -106,7 +106,7 @@ class OnASmallDisk(unittest.TestCase):
         for name, at, fault in (
             ("checkpoint", "step-00000008", lambda fill: At("safetensors.torch.save_file", fill, 4)),
             ("adapter", "adapter_model.safetensors", lambda fill: At("utils.adapters.adapter_files._write", fill)),
-            ("manifest", "manifest.json", lambda fill: At("utils.artifacts.files.seal", fill, 11)),
+            ("manifest", "manifest.json", lambda fill: At("utils.artifacts.files.seal", fill, 12)),
             ("identity", r"(identity\.json|run\.log)", lambda fill: At("utils.artifacts.runs.start", fill)),
         ):
             with self.subTest(name):
@@ -176,7 +176,7 @@ class WithALimitOnFiles(unittest.TestCase):
         place = trained()
         for name, at, fault in (
             ("log", r"run\.log", At("utils.artifacts.runs.start", LimitFiles(4000))),
-            ("metrics", r"metrics\.jsonl", At("utils.training.guards.disk.append_line", LimitFiles(1400), 13)),
+            ("metrics", r"metrics\.jsonl", At("utils.training.guards.disk.append_line", LimitFiles(3600), 30)),
             ("checkpoint", "step-00000008", At("safetensors.torch.save_file", LimitFiles(8000), 4)),
             ("adapter", r"adapter_model\.safetensors", At("utils.adapters.adapter_files._write", LimitFiles(8000))),
         ):

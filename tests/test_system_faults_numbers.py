@@ -167,7 +167,7 @@ class Training(unittest.TestCase):
             InWeight(INF, "utils.training.training_loop._TrainingLoop.finish", 1),
             "--domain.train.keep=last",
         )
-        self.assertIn("the domain adapter of step 44: 1 tensors hold NaN or infinity", done.stderr)
+        self.assertIn("the adapter of the checkpoint after step 44: 1 tensors hold NaN or infinity", done.stderr)
 
     def test_a_dev_loss_that_is_not_finite_stops_the_run(self) -> None:
         done = self.failed("nan-dev", At("utils.training.micro_batches.mean_loss", Spoilt(), 1))

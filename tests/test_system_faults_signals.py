@@ -81,7 +81,7 @@ class Training(unittest.TestCase):
         place = trained()
         for name, where, at in (
             ("loading", "utils.models.loading.load_model", None),
-            ("saving", "utils.adapters.adapter_files.save", 40),
+            ("saving", "utils.adapters.adapter_files.save", 44),
             ("sealing", "utils.artifacts.files.seal", 40),
         ):
             with self.subTest(name):

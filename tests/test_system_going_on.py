@@ -80,7 +80,7 @@ class StartingFrom(unittest.TestCase):
 class LongerRun(unittest.TestCase):
     """More epochs of a finished run. With a constant learning rate that is the longer run itself, bit for bit."""
 
-    CONSTANT = ("--domain.train.warmup_share", "0", "--domain.train.final_learning_rate_share", "1")
+    CONSTANT = ("--domain.train.warmup_ratio", "0", "--domain.train.min_learning_rate_ratio", "1")
 
     @classmethod
     def setUpClass(cls) -> None:

@@ -183,7 +183,8 @@ def problems(section: ComposeSection) -> list[Problem]:
     method, adapters = METHODS[name], 2 + len(section.also)
     # a weight per layer is checked where the number of layers is known
     # and one adapter, where only that one is there, takes its own
-    takes, alone = adapters * method.per_adapter, method.per_adapter if adapters == 2 else 0
+    each = method.per_adapter or 0
+    takes, alone = adapters * each, each if adapters == 2 else 0
     if section.weights and takes and len(section.weights) not in (takes, alone):
         given = len(section.weights)
         found.append(Problem(f"compose.weights has {given} numbers, {name} of {adapters} adapters takes {takes}"))
