@@ -45,7 +45,7 @@ class NewRow(unittest.TestCase):
         found = cli.resolve(["--compose.method", "step", "--weights", "1,2,3,4"], {})
         self.assertEqual((found.compose.method, found.compose.weights), ("step", (1.0, 2.0, 3.0, 4.0)))
         with self.assertRaisesRegex(ConfigError, "step of 2 adapters takes 4"):
-            cli.resolve(["--compose.method", "step", "--weights", "1,2"], {})
+            cli.resolve(["--compose.method", "step", "--weights", "1,2,3"], {})
         self.assertEqual(cli.resolve(["--compose.search_methods=sum,step"], {}).compose.search_methods, ("sum", "step"))
         with self.assertRaisesRegex(ConfigError, "(?s)'rough'.*choices: sum, depth_gate, per_layer, step"):
             cli.resolve(["--compose.search_methods=rough"], {})
@@ -82,7 +82,7 @@ class Rows(unittest.TestCase):
         self.assertEqual(problems(ComposeSection()), [])
         for section, part in (
             (ComposeSection(method="per_layer"), "per_layer needs compose.weights"),
-            (ComposeSection(method="depth_gate", weights=(1.0, 1.0)), "depth_gate of 2 adapters takes 4"),
+            (ComposeSection(method="depth_gate", weights=(1.0, 1.0, 1.0)), "depth_gate of 2 adapters takes 4"),
             (ComposeSection(method="ties", search=True), "cannot choose weights for ties"),
             (ComposeSection(search_methods=("sum", "dare")), "no method whose weights can be searched"),
         ):

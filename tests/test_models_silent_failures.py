@@ -151,7 +151,7 @@ class Loading(unittest.TestCase):
             codes = loaded_by_transformers(directory)
         told = " ".join(problem.what for problem in load_checks.problems(codes, directory))
         # four of attention and two of the experts in each of two layers
-        self.assertIn("12 weights are FP8 codes and were to be de-quantised", told)
+        self.assertIn("12 weights are FP8 values and should be dequantized", told)
 
     def ours(self, kind: Any) -> tuple[Any, Any]:
         return minimax_support.fetched(kind), minimax_support.section(kind)
