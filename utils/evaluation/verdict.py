@@ -204,7 +204,7 @@ def conclude(found: Verdict, margin: float, unit: str) -> tuple[str, str]:
         if not holds("H3"):
             why = f"it is not shown to answer better ({size}; {h3.detectable:.3f} could have been seen)"
         elif h4 is None:
-            why = f"it answers better ({size}), but not shown because of the domain: {found.untested['H4']}"
+            why = f"it answers better ({size}); that this is because of the domain is not shown: {found.untested['H4']}"
         else:
             control = f"{h4.estimate:+.3f} [{h4.low:+.3f}, {h4.high:+.3f}]"
             why = (
