@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import unittest
 from unittest import mock
 
@@ -39,7 +40,9 @@ class LlamaCpp(unittest.TestCase):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         factors = random_factors(model, ("q_proj", "v_proj"), 4, 8.0, seed=1, size=0.05)
         target, _ = merged(base, factors, temporary_directory() / "merged")
-        with mock.patch.dict(os.environ, {gguf.CHECKOUT: str(ENVIRONMENTS / "llama_cpp" / "llama.cpp")}):
+        checkout = mock.patch.dict(os.environ, {gguf.CHECKOUT: str(ENVIRONMENTS / "llama_cpp" / "llama.cpp")})
+        # what the converter needs is in its own environment
+        with checkout, mock.patch.object(sys, "executable", str(python.python)):
             file = gguf.convert(target, "f32")
         tokenizer = chat.load_tokenizer(target)
         prompts = [chat.prompt_ids(tokenizer, {"question": question, "context": None}, "") for question in QUESTIONS]
