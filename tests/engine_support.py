@@ -79,11 +79,12 @@ def owned_by(models_dir: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(server_process.OWNER, "").startswith(str(models_dir.resolve())):
+            owner = process.environ().get(server_process.OWNER, "")
+            if owner.startswith(str(models_dir.resolve())) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except (psutil.Error, OSError):
+        except (psutil.Error, OSError):  # it ended while it was looked at
             continue
-    return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return found
 
 
 def left_in(models_dir: Path) -> list[str]:
