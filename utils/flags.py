@@ -131,6 +131,22 @@ def arguments(config: settings.Config, sections: Sequence[str]) -> list[str]:
     return found
 
 
+def given(config: settings.Config, *sections: str) -> str:
+    """The preset and the settings of these sections that are not the preset's, as they are typed; empty if none.
+
+    It is put behind a command that a message proposes, so that the command is about the same model and data.
+    """
+    preset, usual = settings.PRESETS[config.preset](), settings.Config.model_fields["preset"].default
+    words = [] if config.preset == usual else ["--preset", config.preset]
+    for path in fields():
+        value = value_of(config, path)
+        if path.split(".")[0] in sections and value != value_of(preset, path):
+            items = [str(one) for one in value] if isinstance(value, tuple) else []
+            quoted = [f'"{one}"' if "," in one else one for one in items]
+            words += [f"--{path}", ",".join(quoted) if items else str(value)]
+    return redact("".join(f" {shlex.quote(word)}" for word in words))
+
+
 def command(words: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> str:
     """This process as a person would type it again, environment variables of ours first; without secrets."""
     typed, around = sys.argv if words is None else words, os.environ if environment is None else environment

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from config import PRESETS, BaseModelSection, Config
+from utils import flags
 from utils.adapters import adapter_config, adapter_files, adapter_tokenizer, cards
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
@@ -36,13 +37,13 @@ def prepared_run(config: Config, base: BaseModel) -> Run:
 
     def fits(run: Run) -> str:
         if run.manifest["identity"]["tokenizer"] != base.tokenizer_digest:
-            return "prepared with another tokenizer"
+            other = run.manifest["base"]["source"]
+            return f"prepared with another tokenizer{'' if other == base.source else f', with --base.source {other}'}"
         if wanted and not wanted.is_of(run.manifest["identity"]):
             return f"prepared with other settings than {', '.join('--' + path for path in asked)}"
         return ""
 
-    hint = "" if config.preset == "smollm2_135m" else f" --preset {config.preset}"
-    root = config.run.data_dir
+    root, hint = config.run.data_dir, flags.given(config, "base", "data")
     return runs.parent(root, "prepared", config.inputs.prepared, fits, flag="--inputs.prepared", hint=hint)
 
 
@@ -60,7 +61,7 @@ def domain_run(config: Config, base: BaseModel, *, below: bool = False) -> Run:
         str(own) if pinned else "",
         for_base(config, base),
         flag="--domain_adapter",
-        hint=_preset(config) + (" or train the task adapter without one: --task.on base" if below else ""),
+        hint=flags.given(config, "base") + (" or train the task adapter without one: --task.on base" if below else ""),
     )
 
 
@@ -87,7 +88,7 @@ def task_run(config: Config, base: BaseModel) -> Run:
         str(own) if pinned else "",
         right_base if pinned else fits,
         flag="--task_adapter",
-        hint=_preset(config) + ("" if wanted == "domain" else f" --task.on {wanted}"),
+        hint=flags.given(config, "base") + ("" if wanted == "domain" else f" --task.on {wanted}"),
     )
 
 
@@ -314,7 +315,7 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
             _say_asserted(run.directory, f"{found['source']}, digest {found['digest'][:12]}")
         elif found["digest"] != base.digest:
             other, ours = found["digest"][:12], base.digest[:12]
-            which = f"made for another base model ({found['source']}, digest {other}; this one is {ours})"
+            which = f"made for another base model (--base.source {found['source']}, digest {other}; this one is {ours})"
             return f"{which}; {SAME_BASE}"
         if found.get("tokenizer_digest", base.tokenizer_digest) != base.tokenizer_digest:
             return f"made with another tokenizer or chat template than that of {base.directory}"
@@ -324,13 +325,9 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
 
 
 def _nothing_there(config: Config) -> list[Problem]:
-    where, hint = config.run.models_dir, _preset(config)
+    where, hint = config.run.models_dir, flags.given(config, "base")
     made = {"domain": f"{runs.STAGES['domain']}{hint}", "task": f"{runs.STAGES['task']}{hint} --task.on base"}
     return [
         Problem(f"no complete domain or task run that fits under {where}"),
         *(Problem(f"a {stage} adapter, which can be used alone", fix=command) for stage, command in made.items()),
     ]
-
-
-def _preset(config: Config) -> str:
-    return "" if config.preset == "smollm2_135m" else f" --preset {config.preset}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config
+from utils import flags
 from utils.adapters import adapter_tokenizer, find
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
@@ -163,5 +164,6 @@ def _refuse_newer(config: Config, base: BaseModel, chosen: Run, parts: Sequence[
         if run.digest not in known and run.manifest.get("created_ns", 0) > made_at:
             kind = run.manifest["kind"]
             what = f"{run.directory} was trained after {chosen.directory} was composed of others: which is meant?"
-            fix = f"--composed {chosen.directory}, or --{kind}_adapter {run.directory}, or compose anew: {COMPOSE}"
+            anew = COMPOSE + flags.given(config, "base")
+            fix = f"--composed {chosen.directory}, or --{kind}_adapter {run.directory}, or compose anew: {anew}"
             raise ArtefactError(Problem(what, fix=fix))

@@ -223,7 +223,7 @@ def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], domain:
         told = "" if keeping["keep_domain"] == "off" else "".join(f" --task.{k} {v}" for k, v in keeping.items())
         missing["task"] = (
             "no task adapter was trained on the base with the same settings: train it with accelerate launch "
-            f"scripts/train_task_adapter.py --task.on base{told}, or add --evaluate.controls"
+            f"scripts/train_task_adapter.py --task.on base{told}{flags.given(config, 'base')}, or add --evaluate.controls"
         )
     else:
         event("the task row is the adapter trained on the base", path=run.directory)

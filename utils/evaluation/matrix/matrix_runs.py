@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
+from utils import flags
 from utils.adapters import adapter_files, find
 from utils.adapters.factors import Factors
 from utils.artifacts import files, runs
@@ -97,7 +98,7 @@ def gather(config: Config, base: BaseModel) -> MatrixRuns:
     tasks = _named(config, base, "task", config.evaluate.matrix_task, problems)
     for stage, found in (("domain", domains), ("task", tasks)):
         if not found and not problems:
-            fix = f"train one: {runs.STAGES[stage]}"
+            fix = f"train one: {runs.STAGES[stage]}{flags.given(config, 'base')}"
             problems.append(Problem(f"there is no complete {stage} run of this base model", fix=fix))
     if problems:
         raise ArtefactError(problems)

@@ -1,0 +1,60 @@
+"""What a stage says when none of the runs fits: the reason for each, and a command that makes the right one."""
+
+import shlex
+import tempfile
+import unittest
+from pathlib import Path
+
+from config import Config
+from utils import cli, flags
+from utils.adapters import find
+from utils.artifacts import files, runs
+from utils.artifacts.identity import Identity
+from utils.exceptions import ArtefactError
+from utils.models.base_model import BaseModel
+
+OWN_DATA = ("--data.corpus", '"legal, volume 2",notes.md', "--data.task", "none")
+
+
+class NothingFits(unittest.TestCase):
+    def setUp(self) -> None:
+        place = tempfile.TemporaryDirectory()
+        self.addCleanup(place.cleanup)
+        self.root = Path(place.name)
+        self.base = BaseModel(self.root, "bases/mine", "", "d1", "t1")
+
+    def config(self, *words: str) -> Config:
+        where = ("--run.data_dir", str(self.root), "--run.models_dir", str(self.root))
+        return cli.resolve([*where, *words], {})
+
+    def refusal(self, call, config: Config) -> ArtefactError:  # type: ignore[no-untyped-def]
+        with self.assertRaises(ArtefactError) as caught:
+            call(config, self.base)
+        return caught.exception
+
+    def test_the_command_is_about_the_same_base_model_and_data(self) -> None:
+        config = self.config("--base.source", "bases/my model", *OWN_DATA)
+        fix = self.refusal(find.prepared_run, config).problems[-1].fix
+        again = cli.resolve(shlex.split(fix.split("prepare_data.py", 1)[1]), {})
+        self.assertEqual((again.base, again.data), (config.base, config.data))
+
+    def test_every_stage_names_the_base_model(self) -> None:
+        config = self.config("--base.source", "bases/mine", "--base.quantization", "nf4")
+        for call in (find.domain_run, find.task_run, find.pair, find.prepared_run):
+            problems = self.refusal(call, config).problems
+            for fix in (problem.fix for problem in problems if "scripts/" in problem.fix):
+                with self.subTest(fix):
+                    self.assertIn("--base.source bases/mine --base.quantization nf4", fix)
+
+    def test_the_default_needs_no_flag(self) -> None:
+        self.assertEqual(flags.given(self.config(), "base", "data"), "")
+
+    def test_data_of_another_base_model_names_its_flag(self) -> None:
+        first = self.root / "prepared" / "first"
+        first.mkdir(parents=True)
+        (first / "contents.bin").write_bytes(b"documents")
+        identity = Identity({"stage": "prepared", "method": 1, "tokenizer": "t2"})
+        base = {"source": "bases/other", "digest": "d2"}
+        files.seal(first, runs.manifest("prepared", identity, base=base, parents=[], measured={}, counts={}))
+        said = str(self.refusal(find.prepared_run, self.config()))
+        self.assertIn("prepared with another tokenizer, with --base.source bases/other", said)
