@@ -49,12 +49,21 @@ class NothingFits(unittest.TestCase):
     def test_the_default_needs_no_flag(self) -> None:
         self.assertEqual(flags.given(self.config(), "base", "data"), "")
 
-    def test_data_of_another_base_model_names_its_flag(self) -> None:
+    def prepared(self, tokenizer: str, counts: dict[str, object]) -> None:
         first = self.root / "prepared" / "first"
         first.mkdir(parents=True)
         (first / "contents.bin").write_bytes(b"documents")
-        identity = Identity({"stage": "prepared", "method": 1, "tokenizer": "t2"})
+        identity = Identity({"stage": "prepared", "method": 1, "tokenizer": tokenizer})
         base = {"source": "bases/other", "digest": "d2"}
-        files.seal(first, runs.manifest("prepared", identity, base=base, parents=[], measured={}, counts={}))
+        files.seal(first, runs.manifest("prepared", identity, base=base, parents=[], measured={}, counts=counts))
+
+    def test_data_of_another_base_model_names_its_flag(self) -> None:
+        self.prepared("t2", {})
         said = str(self.refusal(find.prepared_run, self.config()))
         self.assertIn("prepared with another tokenizer, with --base.source bases/other", said)
+
+    def test_a_training_passes_over_data_without_what_it_trains_on(self) -> None:
+        self.prepared("t1", {"documents": {}})
+        self.assertEqual(find.prepared_run(self.config(), self.base, "domain").directory.name, "first")
+        said = str(self.refusal(lambda config, base: find.prepared_run(config, base, "task"), self.config()))
+        self.assertIn("first: prepared without labelled pairs (--data.task)", said)

@@ -21,14 +21,20 @@ from utils.models.model_shapes import PLAIN
 # of another tool; the recorded word
 EXTERNAL = "elsewhere"
 SAME_BASE = "if it is the same in other files, say --inputs.same_base true"
+# stage -> what prepared data counts where it has any of it, and what is said where not
+TRAINED_ON = {
+    "domain": ("documents", "prepared without documents (--data.corpus)"),
+    "task": ("examples", "prepared without labelled pairs (--data.task)"),
+}
 # adapters trained here are at 0.3 to 4% of the weights (median over modules); lora_alpha times 100 is far above
 UNUSUAL_SIZE = 0.25
 
 
-def prepared_run(config: Config, base: BaseModel) -> Run:
+def prepared_run(config: Config, base: BaseModel, stage: str = "") -> Run:
     """The prepared data to use: pinned, or the newest that fits this tokenizer and what these settings say of data.
 
-    That is every `data` setting that a flag or the environment gave, or that is not the preset's.
+    For a training `stage`, it has the documents or the pairs that are trained on. What the settings say is every
+    `data` setting that a flag or the environment gave, or that is not the preset's.
     """
     usual = PRESETS[config.preset]().data
     changed = {f"data.{name}" for name, value in config.data if value != getattr(usual, name)}
@@ -41,6 +47,8 @@ def prepared_run(config: Config, base: BaseModel) -> Run:
             return f"prepared with another tokenizer{'' if other == base.source else f', with --base.source {other}'}"
         if wanted and not wanted.is_of(run.manifest["identity"]):
             return f"prepared with other settings than {', '.join('--' + path for path in asked)}"
+        if stage and TRAINED_ON[stage][0] not in run.manifest["counts"]:
+            return TRAINED_ON[stage][1]
         return ""
 
     root, hint = config.run.data_dir, flags.given(config, "base", "data")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config import BaseModelSection, Config, EvaluateSection
+from utils import flags
 from utils.adapters import adapter_files, find
 from utils.artifacts import files
 from utils.artifacts.runs import Run
@@ -223,7 +224,8 @@ def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], domain:
         told = "" if keeping["keep_domain"] == "off" else "".join(f" --task.{k} {v}" for k, v in keeping.items())
         missing["task"] = (
             "no task adapter was trained on the base with the same settings: train it with accelerate launch "
-            f"scripts/train_task_adapter.py --task.on base{told}{flags.given(config, 'base')}, or add --evaluate.controls"
+            f"scripts/train_task_adapter.py --task.on base{told}{flags.given(config, 'base')}, "
+            "or add --evaluate.controls"
         )
     else:
         event("the task row is the adapter trained on the base", path=run.directory)

@@ -24,7 +24,7 @@ def train_domain(config: Config) -> dict[str, Any]:
     base = preflight.start(config, stage="domain")
     if finished := going_on.finished_run(config, base, "domain"):
         config = going_on.settings_of(config, "domain", finished)
-    data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base)
+    data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base, "domain")
     config = training_run.with_length(config, data)
     initial = find.initial_run(config, base, "domain")
     rows = row_probe.measured(base, config.base)

@@ -28,7 +28,7 @@ def train_task(config: Config) -> dict[str, Any]:
     base = preflight.start(config, stage="task")
     if finished := going_on.finished_run(config, base, "task"):
         config = going_on.settings_of(config, "task", finished)
-    data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base)
+    data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base, "task")
     config = training_run.with_length(config, data)
     domain = None
     if config.task.on != "base":
