@@ -47,6 +47,7 @@ class InUse(unittest.TestCase):
         )
         self.assertIn(f"using the composed run  path={self.composed}", first)
         self.assertIn("weights=(0.7, 0.3)", said)
+        self.assertNotIn("using the newest complete", said)  # the others were only looked at
 
     def test_weights_apply_to_the_parts_of_the_chosen_composition(self) -> None:
         found, said = self.ask("--weights", "0.2,0.9")
@@ -58,6 +59,11 @@ class InUse(unittest.TestCase):
     def test_named_adapters_win(self) -> None:
         found, _ = self.ask("--task_adapter", str(self.place.models / "task" / "own"))
         self.assertEqual(found["adapters"], [str(self.place.models / kind / "own") for kind in ("domain", "task")])
+
+    def test_an_adapter_that_is_not_used_is_not_named(self) -> None:
+        found, said = self.ask("--task_adapter", str(self.b), "--adapters", "task")
+        self.assertEqual(found["adapters"], [str(self.b)])
+        self.assertNotIn("domain", said)
 
     def test_a_composed_run_is_named_or_its_adapter_folder_or_a_bare_copy(self) -> None:
         for path in (self.composed, f"{self.composed}/adapter"):

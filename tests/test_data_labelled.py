@@ -563,6 +563,11 @@ class Files(Pairs):
         examples, found = self.read_file(content, "x.csv")
         self.assertEqual([e["answers"] for e in examples], [["Montags"], ["Schichtleiter"]])
         self.assertEqual(found.columns_not_used, {"thema": 2})
+        said = list(report.lines("x.csv", found.to_json()))[-1]
+        flag = said.split("--data.columns ")[1]
+        examples, found = self.read_file(content, "x.csv", columns=(flag,))
+        self.assertEqual([e["document"] for e in examples], ["Pumpe", "Leute"])
+        self.assertNotIn("--data.columns", "\n".join(report.lines("x.csv", found.to_json())))
         with self.assertRaisesRegex(DataError, "WINDOWS-1252"):
             self.read_file(content.encode("cp1252"), "y.csv")
 

@@ -55,10 +55,11 @@ def prepared_run(config: Config, base: BaseModel, stage: str = "") -> Run:
     return runs.parent(root, "prepared", config.inputs.prepared, fits, flag="--inputs.prepared", hint=hint)
 
 
-def domain_run(config: Config, base: BaseModel, *, below: bool = False) -> Run:
+def domain_run(config: Config, base: BaseModel, *, below: bool = False, quiet: bool = False) -> Run:
     """The domain adapter: pinned (any folder in PEFT's format), or the newest run for this base model.
 
     `below`: a task adapter is to be trained on it, so that the error of a missing one says how to do without.
+    `quiet`: it is only looked up, not used.
     """
     pinned = config.inputs.domain_adapter
     if pinned and not (own := own_run(Path(pinned))):
@@ -70,10 +71,11 @@ def domain_run(config: Config, base: BaseModel, *, below: bool = False) -> Run:
         for_base(config, base),
         flag="--domain_adapter",
         hint=flags.given(config, "base") + (" or train the task adapter without one: --task.on base" if below else ""),
+        quiet=quiet,
     )
 
 
-def task_run(config: Config, base: BaseModel) -> Run:
+def task_run(config: Config, base: BaseModel, *, quiet: bool = False) -> Run:
     """The task adapter: pinned (any folder in PEFT's format), or the newest run that was trained on `task.on`.
 
     Where no setting says on what, and there is neither a domain adapter nor one trained on it, on the base.
@@ -97,6 +99,7 @@ def task_run(config: Config, base: BaseModel) -> Run:
         right_base if pinned else fits,
         flag="--task_adapter",
         hint=flags.given(config, "base") + ("" if wanted == "domain" else f" --task.on {wanted}"),
+        quiet=quiet,
     )
 
 
@@ -198,7 +201,7 @@ def adapter_runs(config: Config, base: BaseModel, which: str = "both") -> list[R
     """
     if which == "domain":
         return [domain_run(config, base)]
-    domain, task = pair(config, base)
+    domain, task = pair(config, base, quiet=which == "task")
     if which == "task":
         return [task or task_run(config, base)]  # which says what is missing
     found = [*filter(None, (domain, task)), *further_runs(config, base)]
@@ -247,7 +250,7 @@ def data_of(config: Config, base: BaseModel, found: Sequence[Run]) -> Run | None
     return None
 
 
-def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run | None]:
+def pair(config: Config, base: BaseModel, *, quiet: bool = False) -> tuple[Run | None, Run | None]:
     """(domain run, task run) that belong together: a stacked task adapter fixes its domain adapter by digest.
 
     One of them is None where only the other was made, or named. Raises ArtefactError when there is neither.
@@ -255,15 +258,15 @@ def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run | None]:
     inputs = config.inputs
     if not inputs.task_adapter and not names_task_on(config) and not is_there(config, base, "task"):
         if inputs.domain_adapter or is_there(config, base, "domain"):
-            return domain_run(config, base), None
+            return domain_run(config, base, quiet=quiet), None
         for stage, newest in (("task", task_run), ("domain", domain_run)):
             if runs.complete_runs(config.run.models_dir, stage):
                 newest(config, base)  # it says why none of them fits
         raise ArtefactError(_nothing_there(config))
-    task = task_run(config, base)
+    task = task_run(config, base, quiet=quiet)
     stacked_on = next((p["digest"] for p in task.manifest["parents"] if p["kind"] == "domain"), None)
     if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
-        asked = domain_run(config, base)
+        asked = domain_run(config, base, quiet=quiet)
         if stacked_on and asked.digest != stacked_on:
             raise ArtefactError(
                 Problem(
@@ -276,7 +279,7 @@ def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run | None]:
     if stacked_on:
         return parent_of(task, "domain", config.run.models_dir), task
     with suppress(ArtefactError):
-        return domain_run(config, base), task
+        return domain_run(config, base, quiet=quiet), task
     return None, task
 
 

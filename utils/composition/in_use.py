@@ -157,7 +157,7 @@ def _refuse_newer(config: Config, base: BaseModel, chosen: Run, parts: Sequence[
     """Raises ArtefactError when an adapter that would be taken otherwise was made after `chosen` and is not in it."""
     usual: list[Run | None] = []
     with suppress(ArtefactError):
-        usual = list(find.pair(config, base))
+        usual = list(find.pair(config, base, quiet=True))
     wanted = {"domain": usual[:1], "task": usual[1:]}.get(which, usual)
     known, made_at = {run.digest for run in parts}, chosen.manifest["created_ns"]
     for run in filter(None, wanted):

@@ -48,9 +48,12 @@ def lines(name: str, report: Mapping[str, Any]) -> Iterator[str]:
     if documents.get("source"):
         yield f"  source     <- {documents['source']} ({documents['why_source']})"
     if missing := report.get("rows_without_document"):
-        yield f"  {missing:,} pairs name no document: each stands for itself, those of one context for one"
+        yield f"  {missing:,} pairs name no document: they are split one by one, those with the same context together"
     if unused := report.get("columns_not_used"):
         yield f"  columns not used: {_counted(unused, report['rows'])}"
+    if missing and unused:
+        column = max(unused, key=lambda name: unused[name])
+        yield f"  if one of them says what pairs are about, keep those together: --data.columns document={column}"
     if any((turns := report.get("earlier_turns", {})).values()):
         yield f"  earlier assistant turns: {turns['trained']:,} trained, {turns['context']:,} context only"
     for reason, number in report.get("dropped", {}).items():
