@@ -59,6 +59,8 @@ class Announcement(unittest.TestCase):
         self.assertIn("train.batch_tokens 1228", warned["fix"])
         self.assertIn("train.epochs 7", warned["fix"])
         self.assertGreaterEqual(self.said(3, epochs=7)[0]["steps"], steps.FEWEST_STEPS)
+        _, warned = self.said(40, max_steps=10)  # where more passes or smaller steps would change nothing
+        self.assertEqual(warned["fix"], f"train.max_steps {steps.FEWEST_STEPS} or more")
 
 
 class Identity(unittest.TestCase):

@@ -36,7 +36,9 @@ def announce(data: TrainingData, settings: TrainSection, steps: int, what: str) 
     if steps < FEWEST_STEPS:
         epochs = math.ceil(FEWEST_STEPS * settings.epochs / steps)
         batch = max(1, settings.batch_tokens * steps // FEWEST_STEPS)
+        # max_steps overrides the passes and the size of a step, so nothing else helps where it is set
+        fix = f"more data, smaller steps (train.batch_tokens {batch}) or more passes (train.epochs {epochs})"
         warning(
             f"{what}: {steps} optimiser steps teach little, at least {FEWEST_STEPS} are advised",
-            fix=f"more data, smaller steps (train.batch_tokens {batch}) or more passes (train.epochs {epochs})",
+            fix=f"train.max_steps {FEWEST_STEPS} or more" if settings.max_steps else fix,
         )
