@@ -226,7 +226,7 @@ class MiniMaxM2(unittest.TestCase):
         own = {name for name, value in usual.items() if getattr(registry.of("minimax_m2"), name) != value}
         self.assertEqual(own, set(usual) - {"kept_in_merge", "older_names"})
         qwen = {name for name, value in usual.items() if getattr(registry.of("qwen3_moe"), name) != value}
-        self.assertEqual(qwen, {"sizes", "unsaid", "kept_in_merge", "older_names"})
+        self.assertEqual(qwen, {"sizes", "missing_settings", "kept_in_merge", "older_names"})
         for name in qwen:
             self.assertNotEqual(getattr(registry.of("qwen3_moe"), name), getattr(registry.of("minimax_m2"), name))
 

@@ -337,8 +337,8 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
 
 def _nothing_there(config: Config) -> list[Problem]:
     where, hint = config.run.models_dir, flags.given(config, "base")
-    made = {"domain": f"{runs.STAGES['domain']}{hint}", "task": f"{runs.STAGES['task']}{hint} --task.on base"}
+    commands = {"domain": f"{runs.STAGES['domain']}{hint}", "task": f"{runs.STAGES['task']}{hint} --task.on base"}
     return [
         Problem(f"no complete domain or task run that fits under {where}"),
-        *(Problem(f"a {stage} adapter, which can be used alone", fix=command) for stage, command in made.items()),
+        *(Problem(f"a {stage} adapter, which can be used alone", fix=command) for stage, command in commands.items()),
     ]

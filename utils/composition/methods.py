@@ -84,15 +84,15 @@ def _sum_truncated(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) 
 def _ties(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
     from utils.composition import approximate_methods
 
-    made = approximate_methods.ties(parts, recipe.density)
-    return approximate_methods.low_rank(made, recipe.rank or sum(part.rank for part in parts))
+    update = approximate_methods.ties(parts, recipe.density)
+    return approximate_methods.low_rank(update, recipe.rank or sum(part.rank for part in parts))
 
 
 def _dare(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:
     from utils.composition import approximate_methods
 
-    made = approximate_methods.dare(parts, recipe.density, f"{recipe.seed}:{module}")
-    return approximate_methods.low_rank(made, recipe.rank or sum(part.rank for part in parts))
+    update = approximate_methods.dare(parts, recipe.density, f"{recipe.seed}:{module}")
+    return approximate_methods.low_rank(update, recipe.rank or sum(part.rank for part in parts))
 
 
 def _factor_sum(parts: Sequence[ModuleFactors], recipe: Recipe, module: str) -> ModuleFactors:

@@ -211,47 +211,47 @@ def _contamination(
 
 def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
     """What a reader has to know before believing the numbers."""
-    said = [test_reads.sentence(found["reads"])]
+    notes = [test_reads.sentence(found["reads"])]
     if found["items_without_document"]:
-        said.append(
+        notes.append(
             f"{found['items_without_document']} of {found['test_items'] + found['left_out']} test questions name no "
             "document: each counts as one of its own; where some share a source the intervals are too narrow."
         )
     if found["left_out"]:
-        said.append(f"{found['left_out']} test questions do not fit --evaluate.batch_tokens and are left out.")
+        notes.append(f"{found['left_out']} test questions do not fit --evaluate.batch_tokens and are left out.")
     if found["test_items"] and found["test_documents"] < FEW_DOCUMENTS:
         documents = f"{found['test_documents']} document{'s' * (found['test_documents'] != 1)}"
-        said.append(f"The test questions are about {documents}: few to draw conclusions from.")
+        notes.append(f"The test questions are about {documents}: few to draw conclusions from.")
     if parts.composed and not parts.composed.searched:
-        said.append(
+        notes.append(
             "The weights were not chosen on dev; python scripts/compose.py --compose.search chooses them there."
         )
     if len(parts.families) == 1:
-        said.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
+        notes.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
     if chosen := found.get("baseline_weight"):
         (weight,) = chosen["chosen"]["weights"]
         beside = "" if weight == 1 else "; the row task_at_1 has it at weight 1"
-        said.append(f"The task adapter alone has a weight chosen on dev too ({weight:g}), as composed has{beside}.")
+        notes.append(f"The task adapter alone has a weight chosen on dev too ({weight:g}), as composed has{beside}.")
     if keeping := found.get("keeping"):
-        said.append(f"What keeps the domain while the task adapter is trained: {keeping['how']} ({keeping['why']}).")
+        notes.append(f"What keeps the domain while the task adapter is trained: {keeping['how']} ({keeping['why']}).")
     trained = parts.first.task.manifest["identity"] if parts.first.task else {}
     if trained.get("retrieval") and "retrieval" not in found:
-        said.append(
+        notes.append(
             "The task adapter was trained with passages and asked without: --evaluate.retrieval bm25 asks it with."
         )
     kept = trained.get("prompt_loss_weight") or (found.get("keeping") or {}).get("how", "off") != "off"
     if found["verdict"] == "interferes" and "train" in trained and not kept:
-        said.append(
+        notes.append(
             "A task adapter that reads the domain's documents too may leave more of it: --task.keep_domain replay; "
             "where prompts are long and answers short, so may one that is trained on part of the prompt: "
             "--task.prompt_loss_weight 0.1. Look on dev before you read the test again."
         )
     silent = [c for c, cell in found["cells"].items() if cell.get("format", {}).get("ended", 1.0) < NEVER_ENDS]
     if silent:
-        said.append(
+        notes.append(
             f"Most answers of {', '.join(silent)} do not end by themselves: their exact match and F1 mean little."
         )
-    return [sentence for sentence in said if sentence]
+    return [sentence for sentence in notes if sentence]
 
 
 def _without_document(on: Material) -> int:
@@ -273,12 +273,12 @@ def _lineage(base: BaseModel, parts: ComparedRuns) -> list[dict[str, Any]]:
 
 def _dataset(data: Run) -> dict[str, Any]:
     """Where the test questions and the held-out documents came from."""
-    said = settings_of(data.manifest)["data"]
+    data_settings = settings_of(data.manifest)["data"]
     return {
-        "task": said["task_test"] or said["task"],
-        "task_revision": said["task_revision"],
-        "corpus": said["corpus_heldout"] or said["corpus"],
-        "corpus_revision": said["corpus_revision"],
+        "task": data_settings["task_test"] or data_settings["task"],
+        "task_revision": data_settings["task_revision"],
+        "corpus": data_settings["corpus_heldout"] or data_settings["corpus"],
+        "corpus_revision": data_settings["corpus_revision"],
     }
 
 

@@ -83,19 +83,19 @@ def judge(
 
 def _rest(which: str, found: Mapping[str, Interval], base: Mapping[str, Scores]) -> str:
     """What it cost or brought besides: perplexity gained, kept and forgotten."""
-    said = []
+    sentences = []
     if which == DOMAIN:
-        said.append(f"perplexity {_perplexities(found[HELD_OUT], base[HELD_OUT])}")
+        sentences.append(f"perplexity {_perplexities(found[HELD_OUT], base[HELD_OUT])}")
         if OWN in found and found[OWN].estimate > 0:
             kept = found[HELD_OUT].estimate / found[OWN].estimate
-            said.append(f"{kept:.0%} of its gain on the documents it was trained on")
+            sentences.append(f"{kept:.0%} of its gain on the documents it was trained on")
     for what in (HELD_OUT, PROSE):
         if what in found and not (which == DOMAIN and what == HELD_OUT):
             change = found[what]
             does = "gains" if change.estimate > 0 else "forgets"
             known = "" if change.low > 0 or change.high < 0 else ", which may be nothing"
-            said.append(f"of {what} it {does} {_perplexities(change, base[what])} in perplexity{known}")
-    return "".join(f"; {one}" for one in said)
+            sentences.append(f"of {what} it {does} {_perplexities(change, base[what])} in perplexity{known}")
+    return "".join(f"; {one}" for one in sentences)
 
 
 def _perplexities(change: Interval, base: Scores) -> str:

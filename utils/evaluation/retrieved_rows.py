@@ -130,8 +130,8 @@ NAMES = {
 
 def sentence(found: Mapping[str, Any], unit: str) -> str:
     """What each buys over the base model: one sentence, with intervals."""
-    said = [f"{name} {_sized(found['gains'][cell])}" for cell, name in NAMES.items() if cell in found["gains"]]
-    return f"Over the base model: {', '.join(said)} {unit}."
+    gains = [f"{name} {_sized(found['gains'][cell])}" for cell, name in NAMES.items() if cell in found["gains"]]
+    return f"Over the base model: {', '.join(gains)} {unit}."
 
 
 def in_the_verdict(found: Mapping[str, Any], unit: str) -> str:

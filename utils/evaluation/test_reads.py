@@ -58,23 +58,23 @@ def record(evaluations: Path, *, test: str, composed: str, run: str, primary: st
 
 def sentence(reads: dict[str, Any]) -> str:
     """What a reader should know about it; empty when the split was read once, by a record nobody edited."""
-    said = []
+    sentences = []
     if reads["reads"] > 1:
-        said.append(
+        sentences.append(
             f"This test split was read {reads['reads']} times, {reads['reads_of_this']} of them for these adapters: "
             "what was chosen after seeing it is too good here."
         )
     if len(reads.get("metrics", [])) > 1:
-        said.append(
+        sentences.append(
             f"These adapters were judged here by {', '.join(reads['metrics'])}: with each further metric the chance "
             "grows that one of them says *helps* by luck; the one to decide on is named before the split is read."
         )
     if reads["doubtful"]:
-        said.append(
+        sentences.append(
             f"{reads['doubtful']} lines of {RECORD}, which counts how often test splits are read, were edited or "
             "written by an earlier version: this split may have been read more often."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
 def _lines(path: Path) -> tuple[list[dict[str, str]], int]:

@@ -97,7 +97,7 @@ def _named_paths(directory: Path) -> Iterator[Problem]:
 def _unsaid(directory: Path) -> list[Problem]:
     """What config.json leaves out although transformers' default for it is silently another model."""
     settings = files.read_object(directory / CONFIG)
-    return registry.of(settings.get("model_type")).unsaid(settings, str(directory / CONFIG))
+    return registry.of(settings.get("model_type")).missing_settings(settings, str(directory / CONFIG))
 
 
 def _entries(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:

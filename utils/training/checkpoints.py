@@ -136,11 +136,11 @@ def conditions(train: TrainSection, *, processes: int, is_dealt_out: bool, exper
 
 def refuse_other(newest: Path, *, frozen: str, conditions: Mapping[str, Any]) -> None:
     """Raises ArtefactError when a checkpoint was made on other frozen adapters; warns of other conditions."""
-    made = files.read_manifest(newest)
-    if made.get("frozen", frozen) != frozen:
+    manifest = files.read_manifest(newest)
+    if manifest.get("frozen", frozen) != frozen:
         what = f"{newest} was trained on another frozen adapter than the one that is loaded"
         raise ArtefactError(Problem(what, fix=f"restore that adapter, or remove {newest.parent} to start anew"))
-    before = made.get("conditions", {})
+    before = manifest.get("conditions", {})
     changed = [
         f"{name} {before[name]} -> {conditions.get(name)}" for name in before if before[name] != conditions.get(name)
     ]

@@ -97,8 +97,8 @@ def one_sentence(kind: str, found: OneDoubling, unit: str = NATS) -> str:
 
 def sentence(found: Mapping[str, Any], missing: Mapping[str, str]) -> str:
     """Everything that is said about more data, in one line."""
-    said = [one["sentence"] for one in found.values()]
-    return "; ".join([*said, *(f"twice the {kind}: not known, {why}" for kind, why in missing.items())])
+    sentences = [one["sentence"] for one in found.values()]
+    return "; ".join([*sentences, *(f"twice the {kind}: not known, {why}" for kind, why in missing.items())])
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
@@ -107,9 +107,9 @@ def lines(results: Mapping[str, Any]) -> list[str]:
     if not curve:
         return []
     what = f"loss of {curve['about']} saved by" if curve["unit"] == NATS else f"{curve['unit']} gained by"
-    said = [f"Would more data help? One doubling ahead, {what} {curve['of']}:"]
-    said += [f"  {one['sentence']}" for one in curve["kinds"].values()]
-    return [*said, *(f"  twice the {kind}: not known, {why}" for kind, why in curve["missing"].items())]
+    sentences = [f"Would more data help? One doubling ahead, {what} {curve['of']}:"]
+    sentences += [f"  {one['sentence']}" for one in curve["kinds"].values()]
+    return [*sentences, *(f"  twice the {kind}: not known, {why}" for kind, why in curve["missing"].items())]
 
 
 def _cell(parts: ComparedRuns) -> str:

@@ -208,17 +208,17 @@ def _reads(found: MatrixRuns, directory: Path) -> dict[str, Any]:
 
 def _cautions(found: MatrixRuns, reads: Mapping[str, Any]) -> list[str]:
     judged = sum(not pair.why_empty for pair in found.pairs)
-    said = [str(reads["sentence"])]
+    notes = [str(reads["sentence"])]
     if judged > 1:
-        said.append(
+        notes.append(
             f"{judged} pairs were judged on the same test questions: the best of them looks better than it is. "
             "Evaluate the pair that you choose with --evaluate.controls, on questions that it was not chosen by."
         )
     if any(not pair.composed for pair in found.pairs if not pair.why_empty):
-        said.append(
+        notes.append(
             "Pairs that were never composed have weights of 1; python scripts/compose.py --compose.search chooses them."
         )
-    return [sentence for sentence in said if sentence]
+    return [sentence for sentence in notes if sentence]
 
 
 def _interval(found: Mapping[str, Any] | None, form: str) -> str:

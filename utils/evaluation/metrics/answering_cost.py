@@ -29,15 +29,15 @@ def lines(evaluate: EvaluateSection, run: RunSection, prepared: str = "") -> lis
     if questions is None:
         return [f"answer every test question in up to {rows} rows and seeds ({evaluate.primary} needs answers)"]
     answers = rows * questions
-    said = (
+    sentence = (
         f"answer all {questions:,} test questions in up to {rows} rows and seeds ({evaluate.primary} needs answers): "
     )
-    said += f"{answers:,} answers of at most {evaluate.max_new_tokens} tokens"
+    sentence += f"{answers:,} answers of at most {evaluate.max_new_tokens} tokens"
     if rate := _seconds_per_answer(run.models_dir):
-        said += (
+        sentence += (
             f", about {answers * rate / 60:,.0f} minutes at the {rate:.2g} s an answer took in the newest evaluation"
         )
-    return [said]
+    return [sentence]
 
 
 def _questions(data_dir: Path, prepared: str) -> int | None:

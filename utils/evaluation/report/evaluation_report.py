@@ -215,10 +215,10 @@ def of_kind(cells: Mapping[str, Any]) -> list[Measure]:
 
 def command(results: Mapping[str, Any], flag: str = "") -> str:
     """The command of this evaluation with one more flag."""
-    said = results.get("command") or COMMAND
-    if "python " not in said:  # as earlier results have it
-        said = f"python {said}"
-    return f"{said} {flag}".strip() if flag.partition(" ")[0] not in shlex.split(said) else said
+    typed = results.get("command") or COMMAND
+    if "python " not in typed:  # as earlier results have it
+        typed = f"python {typed}"
+    return f"{typed} {flag}".strip() if flag.partition(" ")[0] not in shlex.split(typed) else typed
 
 
 def untested(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:

@@ -24,15 +24,15 @@ MOST_DRAWN = 20
 
 def group(title: str, axis: str, rows: list[dict[str, Any]], form: Callable[[float], str]) -> dict[str, Any]:
     """Rows with their pictures on one axis."""
-    made: dict[str, Any] = {"title": title, "axis": axis, "form": form, "rows": rows}
-    made["plain"] = numbers.nats if form is numbers.gain else form
+    chart: dict[str, Any] = {"title": title, "axis": axis, "form": form, "rows": rows}
+    chart["plain"] = numbers.nats if form is numbers.gain else form
     if rows:
         scale = report_figures.interval_scale([row["found"] for row in rows])
-        made["svg_axis"] = report_figures.axis_row(scale, "%" if form is numbers.share else "")
+        chart["svg_axis"] = report_figures.axis_row(scale, "%" if form is numbers.share else "")
         for row in rows:
             said = f"{row['name']}: {in_words(row['found'], form)}"
             row["svg"] = report_figures.interval_row(row["found"], scale, row["style"], row["filled"], said)
-    return made
+    return chart
 
 
 def against(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,14 +102,14 @@ def measured(
         low, high = interval(cell) or (None, None)
         found = {"estimate": estimate, "low": low, "high": high, "null": 0.0}
         rows.append({"name": name, "text": cell["meaning"], "found": found, "style": STYLES.get(name, "other")})
-    made: dict[str, Any] = {"title": title, "axis": axis, "form": numbers.share, "rows": rows}
+    chart: dict[str, Any] = {"title": title, "axis": axis, "form": numbers.share, "rows": rows}
     if rows:
         scale = report_figures.interval_scale([row["found"] for row in rows])
-        made["svg_axis"] = report_figures.axis_row(scale, "%")
+        chart["svg_axis"] = report_figures.axis_row(scale, "%")
         for row in rows:
             said = f"{row['name']}: {title} {numbers.share(row['found']['estimate'])}"
             row["svg"] = report_figures.interval_row(row["found"], scale, row["style"], True, said)
-    return made
+    return chart
 
 
 def confusion(counts: Sequence[Sequence[int]]) -> list[list[dict[str, Any]]]:

@@ -85,27 +85,27 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _about(results: dict[str, Any]) -> str:
-    said = [results["task"]["sentence"]] if "task" in results else []
+    sentences = [results["task"]["sentence"]] if "task" in results else []
     if results["test_items"]:
         of = counted(results["test_documents"], "document")
-        said.append(f"{counted(results['test_items'], 'test question')} about {of}.")
+        sentences.append(f"{counted(results['test_items'], 'test question')} about {of}.")
     if composition := results.get("composition"):
         weights = composition["recipe"]["weights"]
         how = f"weights {tuple(weights)}" if weights else "weights of 1"
         chosen = "chosen on dev" if composition["searched"] else "not chosen on dev"
-        said.append(f"Composed by {composition['recipe']['method']} with {how} ({chosen}).")
+        sentences.append(f"Composed by {composition['recipe']['method']} with {how} ({chosen}).")
     if alone := results.get("alone"):
-        said.append(f"The {alone} adapter is judged against the base model: there is no other to compose it with.")
+        sentences.append(f"The {alone} adapter is judged against the base model: there is no other to compose it with.")
     else:
-        said.append(TRAINED_ON[results["task_trained_on"]])
+        sentences.append(TRAINED_ON[results["task_trained_on"]])
     if "task" in results["cells"] and not alone:
-        said.append("The task row was trained on the base.")
+        sentences.append("The task row was trained on the base.")
     primary = results.get("primary") or {}
     if primary.get("name", "answer_nll") != "answer_nll":
         decided = "T1 is decided on" if alone else "H2 to H4 are decided on"
         margin = "" if alone else f", with a margin of {primary['margin']:g}"
-        said.append(f"{decided} {primary['title']}{margin}.")
-    return " ".join([*said, f"Seeds: {len(results['seeds'])}."])
+        sentences.append(f"{decided} {primary['title']}{margin}.")
+    return " ".join([*sentences, f"Seeds: {len(results['seeds'])}."])
 
 
 def _costs(retrieval: dict[str, Any]) -> list[str]:

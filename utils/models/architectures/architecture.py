@@ -13,7 +13,7 @@ from utils.models.model_shapes import Dtype, ModelSizes
 Settings = Mapping[str, Any]
 
 
-def nothing_unsaid(settings: Settings, place: str) -> list[Problem]:
+def no_missing_settings(settings: Settings, place: str) -> list[Problem]:
     """Where transformers' own defaults are the model's, a config.json may leave anything out."""
     return []
 
@@ -45,7 +45,7 @@ class Architecture:
     # ends of names on disk: what a merge writes in the base's own dtype, because rounding sends tokens to other experts
     kept_in_merge: tuple[str, ...] = (".gate.weight", "e_score_correction_bias")
     # settings, and the path to name -> what config.json leaves out although transformers' default is another model
-    unsaid: Callable[[Settings, str], list[Problem]] = nothing_unsaid
+    missing_settings: Callable[[Settings, str], list[Problem]] = no_missing_settings
     # the share of each head that RoPE rotates, None where config.json does not say it; no check where there is no hook
     rotated_share: Callable[[Settings], float | None] | None = None
     # a pad token that is in the vocabulary and that the tokenizer's settings do not name

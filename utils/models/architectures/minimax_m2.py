@@ -100,7 +100,7 @@ def rotated_share(settings: Settings) -> float | None:
     return None
 
 
-def unsaid(settings: Settings, place: str) -> list[Problem]:
+def missing_settings(settings: Settings, place: str) -> list[Problem]:
     """Where config.json does not say how much of a head is rotated, it is rotated whole, without a word."""
     if rotated_share(settings) is not None:
         return []
@@ -117,7 +117,7 @@ ARCHITECTURE = Architecture(
     published=PublishedModel("MiniMax-M2", PUBLISHED, _is_published, preset="minimax_m2"),
     # a bfloat16 router sent 3% of tokens to other experts, and servers keep it in float32
     float32=("mlp.gate.weight", "mlp.e_score_correction_bias"),
-    unsaid=unsaid,
+    missing_settings=missing_settings,
     rotated_share=rotated_share,
     unnamed_pad="]!p~[",
     in_launch_files=True,

@@ -72,7 +72,7 @@ def sizes(settings: Settings) -> ModelSizes:
     )
 
 
-def unsaid(settings: Settings, place: str) -> list[Problem]:
+def missing_settings(settings: Settings, place: str) -> list[Problem]:
     """Without `norm_topk_prob` transformers leaves the chosen experts' weights as they are, without a word."""
     if settings.get("norm_topk_prob") is not None:
         return []
@@ -88,4 +88,4 @@ def _is_sparse(settings: Settings, layer: int, experts: int) -> bool:
 
 
 OLDER = {"num_local_experts": "num_experts"}
-ARCHITECTURE = Architecture(sizes=sizes, unsaid=unsaid, kept_in_merge=(), older_names=OLDER)
+ARCHITECTURE = Architecture(sizes=sizes, missing_settings=missing_settings, kept_in_merge=(), older_names=OLDER)
