@@ -10,6 +10,7 @@ from utils import cli, flags
 from utils.adapters import find
 from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
+from utils.artifacts.runs import Run
 from utils.exceptions import ArtefactError
 from utils.models.base_model import BaseModel
 
@@ -67,3 +68,9 @@ class NothingFits(unittest.TestCase):
         self.assertEqual(find.prepared_run(self.config(), self.base, "domain").directory.name, "first")
         said = str(self.refusal(lambda config, base: find.prepared_run(config, base, "task"), self.config()))
         self.assertIn("first: prepared without labelled pairs (--data.task)", said)
+
+    def test_one_adapter_alone_names_the_command_for_the_other(self) -> None:
+        run = Run(self.root, {"kind": "task", "identity": {"on": "base"}})
+        with self.assertLogs("adapters", "INFO") as logged:
+            find.say_alone(self.config("--base.source", "bases/mine"), run)
+        self.assertIn("train_domain_adapter.py --base.source bases/mine", str(vars(logged.records[0])))

@@ -206,7 +206,7 @@ def adapter_runs(config: Config, base: BaseModel, which: str = "both") -> list[R
         return [task or task_run(config, base)]  # which says what is missing
     found = [*filter(None, (domain, task)), *further_runs(config, base)]
     if len(found) == 1:
-        say_alone(found[0])
+        say_alone(config, found[0])
     for i, run in enumerate(found):
         if any(run.digest == other.digest for other in found[:i]):
             raise ArtefactError(
@@ -283,12 +283,13 @@ def pair(config: Config, base: BaseModel, *, quiet: bool = False) -> tuple[Run |
     return None, task
 
 
-def say_alone(run: Run) -> None:
+def say_alone(config: Config, run: Run) -> None:
     """One line where only one half is in use: which, and the command that makes the other."""
     kind = run.manifest["kind"]
     other = {"domain": "task", "task": "domain"}.get(kind)
     if other and run.manifest["identity"].get("on") != EXTERNAL:
-        event(f"the {kind} adapter is used alone: there is no {other} adapter", to_train_one=runs.STAGES[other])
+        train = runs.STAGES[other] + flags.given(config, "base")
+        event(f"the {kind} adapter is used alone: there is no {other} adapter", to_train_one=train)
 
 
 def is_model(named: str) -> bool:
