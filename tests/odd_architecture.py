@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +13,23 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 
 class OddConfig(PreTrainedConfig):
-    """Sizes under names of its own, but for the number of layers."""
+    """Sizes under names of its own, but for the number of layers. `houses`: how many floors each list of them has."""
 
     model_type = "odd_of_the_tests"
     attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "floors", "hidden_size": "width"}
 
-    def __init__(self, vocab_size: int = 640, width: int = 64, floors: int = 2, heads: int = 4, **rest: Any):
+    def __init__(
+        self,
+        vocab_size: int = 640,
+        width: int = 64,
+        floors: int = 2,
+        heads: int = 4,
+        houses: Sequence[int] = (),
+        street: bool = False,
+        **rest: Any,
+    ):
         self.vocab_size, self.width, self.floors, self.heads = vocab_size, width, floors, heads
+        self.houses, self.street = list(houses), street
         super().__init__(**rest)
 
 
@@ -51,9 +62,14 @@ class OddBase(PreTrainedModel):
     def __init__(self, config: OddConfig):
         super().__init__(config)
         self.words = nn.Embedding(config.vocab_size, config.width)
-        self.house = nn.ModuleDict(
-            {"floors": nn.ModuleList(OddFloor(config.width, config.heads) for _ in range(config.floors))}
-        )
+        lists = [
+            nn.ModuleList(OddFloor(config.width, config.heads) for _ in range(count))
+            for count in config.houses or [config.floors]
+        ]
+        # one list; lists in a list; or several beside each other, under names of their own
+        self.house = nn.ModuleDict({f"floors{number or ''}": floors for number, floors in enumerate(lists)})
+        if config.street:
+            self.house = nn.ModuleList(lists)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -61,8 +77,9 @@ class OddBase(PreTrainedModel):
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutput:
         x_BTH = self.words(input_ids)
-        for floor in self.house["floors"]:
-            x_BTH = floor(x_BTH)
+        for floors in self.house if isinstance(self.house, nn.ModuleList) else self.house.values():
+            for floor in floors:
+                x_BTH = floor(x_BTH)
         return BaseModelOutput(last_hidden_state=x_BTH)
 
 

@@ -231,7 +231,7 @@ class Found(Refusals):
         self.assertEqual(adapter_files.find(root), root)
         with self.refused(str(root), f"it needs {CONFIG} and {WEIGHTS}", "adapter_model.bin", "pickled"):
             adapter_files.load(root)
-        with self.refused("pickled weights are refused: save it with safetensors"):
+        with self.refused("pickled weights are refused", "save_file("):
             foreign(base_of(LLAMA), root)
 
     def test_run_directory_of_ours_and_its_adapter_folder_are_the_same_adapter(self) -> None:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import unittest
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from safetensors.torch import load_file
-from transformers import FalconConfig, FalconForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+)
 
 import scripts.compose
 from config import BaseModelSection
+from tests import odd_architecture
 from tests.support import (
     PRESET,
     plain_tokenizer,
@@ -28,6 +42,7 @@ from utils.composition import composed_adapter, methods
 from utils.exceptions import VerificationError
 from utils.models import loading, sources
 from utils.models.base_model import BaseModel
+from utils.models.structure import layer_kinds, model_class
 from utils.models.weights import layer_sample, tensor_names
 from utils.models.weights.safetensors_io import Checkpoint
 
@@ -107,6 +122,51 @@ class Layers(unittest.TestCase):
         self.assertIsNone(tensor_names.number_in("net.blocks", "net.blocks_norm.2"))
         with self.assertRaisesRegex(Exception, "numbered lists has its 5 layers"):
             tensor_names.decoder_list(experts, 5)
+
+    def test_layers_in_several_lists_compose_and_are_not_weighed_by_their_number(self) -> None:
+        odd_architecture.register()
+        for houses, floors, street in (([2, 2], 4, True), ([2, 2], 2, False)):
+            torch.manual_seed(2)
+            config = odd_architecture.OddConfig(
+                vocab_size=768, floors=floors, houses=houses, street=street, eos_token_id=1
+            )
+            model = odd_architecture.OddForCausalLM(config)
+            base = saved(model)
+            parts = [random_factors(model, ("wqkv",), 4, 8, seed) for seed in (1, 2)]
+            self.assertEqual(len(adapter_files.load(composed(base, parts), base)), 4)
+            with self.assertRaisesRegex(VerificationError, "per_layer weighs layers, .*does not hold 4 modules"):
+                composed(base, parts, "--compose.method", "per_layer", "--weights", "1,2,3,4")
+
+    def test_kinds_of_layers_are_told_by_what_they_do(self) -> None:
+        odd_architecture.register()
+
+        def kinds(config: Any) -> list[Any]:
+            return layer_kinds.layer_kinds(model_class.without_values(config), config.num_hidden_layers)
+
+        neo = GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]], hidden_size=32, num_heads=4)
+        first, second, *rest = kinds(neo)
+        self.assertNotEqual(first, second)
+        self.assertEqual(rest, [first, second])
+        self.assertEqual(
+            len(set(kinds(FalconConfig(**SHAPE, num_hidden_layers=3)))), 1, "the number of a layer is none"
+        )
+        self.assertEqual(kinds(odd_architecture.OddConfig(floors=4, houses=[2, 2], street=True)), [])
+
+    def test_settings_of_a_sample_are_cut_where_they_have_an_entry_per_layer_and_only_there(self) -> None:
+        small = temporary_directory()
+        window = {"sliding_window": 8, "head_dim": 8, "num_hidden_layers": 4, "intermediate_size": 64}
+        model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, **window))
+        base = saved(model)
+        settings = json.loads((base.directory / "config.json").read_text())
+        del settings["layer_types"]  # as files of 2024 have it
+        (base.directory / "config.json").write_text(json.dumps(settings))
+        layer_sample.write(Checkpoint(base.directory), [1, 3], small / "gemma2")
+        written = json.loads((small / "gemma2" / "config.json").read_text())
+        self.assertEqual(written["layer_types"], ["full_attention"] * 2)
+        scan = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "vocab_size": 768}
+        base = saved(Mamba2ForCausalLM(Mamba2Config(**scan, num_hidden_layers=2, eos_token_id=1)))
+        layer_sample.write(Checkpoint(base.directory), [0], small / "mamba2")
+        self.assertEqual(len(json.loads((small / "mamba2" / "config.json").read_text())["time_step_limit"]), 2)
 
     def test_a_sample_of_layers_of_another_name_is_that_model_with_those_layers(self) -> None:
         torch.manual_seed(3)

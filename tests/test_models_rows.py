@@ -50,6 +50,11 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "Bloom": ({**SHAPE, "n_layer": 2, "n_head": 4}, ("none", "none", "fused")),
     # its window is longer than any row of the probe until the probe shortens it
     "Gemma3Text": ({**HEADS, "sliding_window": 256}, ("positions", "layer_masks", "fused")),
+    # its layers hold the same tensors, and config.json says in words of its own which of them has a window
+    "GPTNeo": (
+        {**SHAPE, "attention_types": [[["global", "local"], 1]], "window_size": 24, "max_position_embeddings": 512},
+        ("positions", "none", "fused"),
+    ),
     "GptOss": (
         {**HEADS, "sliding_window": 200, "num_local_experts": 3, "num_experts_per_tok": 2},
         ("layer_masks", "layer_masks", "fused"),

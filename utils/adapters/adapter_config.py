@@ -9,15 +9,13 @@ import functools
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.adapters.factors import Factors
-from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
-from utils.models import directory_checks
 from utils.models.base_model import BaseModel
 from utils.models.structure import linear_modules
 from utils.models.weights import tensor_names
@@ -32,95 +30,11 @@ PATIENCE_S = 30.0
 CONFIG = "adapter_config.json"
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _text_or_texts(value: Any) -> bool:
-    return isinstance(value, str) or _texts(value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# settings that are read here, or do not touch the update, and what their values may be; every other one has to be off
-_UNDERSTOOD: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("peft_type", "peft_version", "base_model_name_or_path", "revision"), lambda v: isinstance(v, str)),
-    "task_type": lambda v: v == "CAUSAL_LM",
-    # fan_in_fan_out says what the base's modules are, and PEFT goes by the modules
-    **dict.fromkeys(("inference_mode", "use_rslora", "fan_in_fan_out"), lambda v: isinstance(v, bool)),
-    **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), lambda v: True),  # see _unreadable
-    "init_lora_weights": lambda v: isinstance(v, (str, bool)),
-    "lora_dropout": lambda v: isinstance(v, (int, float)) and 0 <= v <= 1,
-    "bias": lambda v: isinstance(v, str),
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _text_or_texts),
-    # whole modules are compared with the base's where the tensors are read
-    **dict.fromkeys(("target_parameters", "modules_to_save"), _texts),
-    "layers_to_transform": lambda v: _whole(v) or (isinstance(v, list) and all(_whole(layer) for layer in v)),
-    # the name of a module that PEFT would import
-    "megatron_core": lambda v: v == "megatron.core",
-    "qalora_group_size": _whole,
-    **dict.fromkeys(("eva_config", "runtime_config"), lambda v: isinstance(v, dict)),
-}
-_REASONS = {
-    "use_dora": "DoRA rescales the whole weight, so two such adapters do not add up",
-    "lora_bias": "the bias of B is not part of a low-rank update",
-    "trainable_token_indices": "changed embedding rows cannot be added to another adapter",
-    "use_qalora": "QA-LoRA pools its input",
-    "layer_replication": "replicated layers are another architecture",
-    "auto_mapping": "it names classes to import, and an adapter runs no code here",
-}
-_OF_TRANSFORMERS = re.compile(r"transformers\.models\.[a-z0-9_.]+ [A-Za-z0-9_]+")
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_LEFT_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-
-
 class _EndlessError(Exception):
     """An expression that was stopped."""
 
 
-_BAD_PATTERN = (re.error, OverflowError, RecursionError, _EndlessError)
-
-
-def read(directory: Path) -> dict[str, Any]:
-    """The adapter's configuration, checked. Raises ArtefactError for each setting that is not just scale * B @ A."""
-    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
-        have = sorted(p.name for p in directory.glob("*")) if directory.is_dir() else "no such directory"
-        pickled = any(str(name).endswith((".bin", ".pt", ".pth")) for name in have)
-        fix = "pickled weights are refused: save it with safetensors" if pickled else "give the adapter/ folder"
-        raise ArtefactError(Problem(f"{directory} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}", have, fix))
-    if links := [name for name in (CONFIG, WEIGHTS) if directory_checks.leads_out(directory / name, directory)]:
-        fix = "put the files themselves there"
-        raise ArtefactError([Problem(f"{directory / name} leads out of {directory}", fix=fix) for name in links])
-    settings = files.read_object(directory / CONFIG)
-    problems = [
-        Problem(f"{directory}: {key} is set: {_REASONS.get(key, 'its effect on the update is not known here')}", value)
-        for key, value in settings.items()
-        if key not in _UNDERSTOOD and value and not (key == "auto_mapping" and _names_transformers(value))
-    ]
-    problems += [
-        Problem(f"{directory}: {key} cannot have this value", settings[key], "restore it from a copy")
-        for key, fits in _UNDERSTOOD.items()
-        if settings.get(key) is not None and not fits(settings[key])
-    ]
-    if settings.get("peft_type") != "LORA":
-        problems.append(Problem(f"{directory}: peft_type is not LORA", settings.get("peft_type")))
-    if settings.get("bias", "none") != "none":
-        problems.append(Problem(f"{directory}: bias is trained too: it is not part of the update", settings["bias"]))
-    initialisation = str(settings.get("init_lora_weights")).lower()
-    if initialisation.startswith(_CHANGED_BASE):
-        fix = "save it with path_initial_model_for_weight_conversion"
-        problems.append(
-            Problem(f"{directory}: its initialisation changed the base", settings["init_lora_weights"], fix)
-        )
-    elif initialisation not in _LEFT_BASE:
-        what = f"{directory}: init_lora_weights: whether this initialisation changed the base is not known here"
-        problems.append(Problem(what, settings["init_lora_weights"]))
-    problems += [Problem(f"{directory}: {what} in {CONFIG}", value) for what, value in _unreadable(settings)]
-    if problems:
-        raise ArtefactError(problems)
-    return settings
+BAD_PATTERN = (re.error, OverflowError, RecursionError, _EndlessError)
 
 
 def config_for(factors: Factors, model: torch.nn.Module) -> LoraConfig:
@@ -243,7 +157,7 @@ def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[
                 by_rule = is_module and bool(rule.target_modules) and bool(check_target_module_exists(rule, module))
                 if by_rule or any(f".{place.parameter}".endswith(f".{parameter}") for parameter in parameters):
                     found.add(place.parameter.removesuffix(".weight"))
-    except (TypeError, ValueError, *_BAD_PATTERN) as error:
+    except (TypeError, ValueError, *BAD_PATTERN) as error:
         what = f"{directory}: target_modules and what restricts them cannot be read ({error})"
         raise ArtefactError(Problem(what, {key: settings[key] for key in keys if settings.get(key)})) from error
     return found
@@ -260,7 +174,7 @@ def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> An
         try:
             with _in_time():
                 matched = re.match(rf"(.*\.)?({key})$", module)
-        except _BAD_PATTERN as error:
+        except BAD_PATTERN as error:
             raise ArtefactError(Problem(f"a pattern of {CONFIG} cannot be matched ({error})", key)) from error
         if matched:
             return value
@@ -298,41 +212,6 @@ def shortest_targets(factors: Factors, keep: int = 1) -> list[str]:
     count = 1 + max((layer for found in layers.values() for layer in found if layer is not None), default=0)
     everywhere = all(found == set(range(count)) for found in layers.values())
     return sorted(layers) if everywhere else sorted(factors)
-
-
-def _names_transformers(value: Any) -> bool:
-    """PEFT writes auto_mapping when no task_type was given; classes of transformers itself are what it then names."""
-    names = [value.get(key) for key in ("parent_library", "base_model_class")] if isinstance(value, dict) else []
-    return all(isinstance(name, str) for name in names) and bool(_OF_TRANSFORMERS.fullmatch(" ".join(names)))
-
-
-def _unreadable(settings: dict[str, Any]) -> list[tuple[str, Any]]:
-    """(what is wrong, the value) of ranks, scales and patterns."""
-
-    def is_rank(value: Any) -> bool:
-        return _whole(value) and value >= 1
-
-    def is_number(value: Any) -> bool:
-        # beyond that a float32 sum is no number any more; it also says no to infinity and NaN
-        return (_whole(value) or isinstance(value, float)) and abs(value) < 1e30
-
-    found = []
-    for key, patterns, fits in (("r", "rank_pattern", is_rank), ("lora_alpha", "alpha_pattern", is_number)):
-        kind = "whole number from 1" if fits is is_rank else "finite number"
-        if not fits(settings.get(key)):
-            found.append((f"{key} is no {kind}", settings.get(key)))
-        own = settings.get(patterns) or {}
-        if not isinstance(own, dict):
-            found.append((f"{patterns} is no dictionary", own))
-            continue
-        for pattern, value in own.items():
-            if not fits(value):
-                found.append((f"{patterns} has no {kind} for {pattern}", value))
-            try:
-                re.compile(pattern)
-            except _BAD_PATTERN as error:
-                found.append((f"{patterns} has a key that is no regular expression ({error})", pattern))
-    return found
 
 
 def _by_leaf(values: Mapping[str, Any], factors: Factors) -> dict[str, Any]:

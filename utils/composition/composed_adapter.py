@@ -7,7 +7,7 @@ use when no setting says how to compose, so what a search chose is what is used.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def check_on_model(base: BaseModel, found: Composition, section: BaseModelSectio
             factors = layer_sample.factors_of(factors, layers)
         model = float32_model.in_float32(base, section)
         # the weights by the place that the model itself gives a layer: composing goes by names
-        places = {name: layers[place] for name, place in layers_of(model).items()}
+        places = {name: layers[place] for name, place in layers_of(model, factors).items()}
         _refuse_unplaced(found.recipe, parts, places)
         parts = _weighted(parts, found.recipe, depth(found.parts), places)
         checked = check_logits(parts, factors, model, float32_model.probe(checkpoint), exact=found.check.exact)
@@ -210,14 +210,20 @@ def ranks_differ(parts: Sequence[Factors]) -> bool:
     return len({sum(part[module].rank for part in parts if module in part) for module in modules}) > 1
 
 
-def layers_of(model: Any) -> dict[str, int]:
-    """Path of every module in a decoder layer -> that layer's place in the model's own list of layers."""
+def layers_of(model: Any, adapted: Iterable[str]) -> dict[str, int]:
+    """Path of every module in a decoder layer -> that layer's place in the model's own list of layers.
+
+    Empty where not one list has all layers: nested ones, or one after the other, number them anew.
+    """
     count = int(model.config.get_text_config().num_hidden_layers)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     outermost = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    holding = [(n, m) for n, m in outermost if any(name.startswith(f"{n}.") for name in adapted)]
+    if len(holding) != 1:
+        return {}
+    ((path, layers),) = holding
     return {
         f"{path}.{key}.{name}": place
-        for path, layers in outermost
         for place, (key, layer) in enumerate(layers.named_children())
         for name in [*dict(layer.named_modules()), *dict(layer.named_parameters())]
     }

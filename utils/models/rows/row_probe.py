@@ -22,7 +22,7 @@ import torch
 
 from config import AUTO, BaseModelSection
 from utils.artifacts import files, resumable
-from utils.exceptions import ArtefactError, Problem, is_out_of_memory
+from utils.exceptions import MALFORMED, ArtefactError, Problem, is_out_of_memory
 from utils.logger import event, warning
 from utils.models import devices, float32_model, loading
 from utils.models.base_model import BaseModel
@@ -30,12 +30,13 @@ from utils.models.model_shapes import PLAIN
 from utils.models.parallel import ranks, sharding
 from utils.models.rows import row_measures, row_support
 from utils.models.rows.row_support import ALONE, RowSupport
+from utils.models.structure import layer_kinds, model_class
 from utils.models.weights import layer_sample
 from utils.models.weights.safetensors_io import Checkpoint
-from utils.models.weights.tensor_names import decoder_list, number_in
+from utils.models.weights.tensor_names import number_in
 
 # raised when the same model would be measured otherwise
-METHOD = 1
+METHOD = 2
 # tokens of the shortened windows; the pieces are longer and shorter than it. With few learnt positions all is a quarter
 WINDOW = 64
 # an environment variable that transformers reads while it loads
@@ -112,7 +113,7 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
         with _whole():
             narrow = loading.load_model(sample, section, dtype=torch.bfloat16)
         return replace(row_measures.measure_attention(narrow, **which), head=found.head, pads_left=found.pads_left)
-    except (ArtefactError, MemoryError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ArtefactError, MemoryError, RuntimeError, AssertionError, *MALFORMED) as error:
         reason = "memory ran out" if is_out_of_memory(error) else str(error).strip().splitlines()[0][:200]
         return replace(ALONE, why=reason or type(error).__name__)
     finally:
@@ -135,19 +136,19 @@ def _layers(checkpoint: Checkpoint) -> list[int]:
 
     The first layers and not some: periods and offsets in config.json go on to mean what they mean.
     """
-    count, path = layer_sample.layer_count(checkpoint), None
-    path = decoder_list(checkpoint.homes, count)
+    count, path = layer_sample.layer_count(checkpoint), layer_sample.layer_list(checkpoint)
     tensors: dict[int, set[str]] = {}
     for name in checkpoint.homes:
         if (layer := number_in(path, name)) is not None and layer < count:
             tensors.setdefault(layer, set()).add(re.sub(r"\.\d+\.", ".*.", name.removeprefix(f"{path}.{layer}.")))
-    kinds = layer_sample.text_settings(checkpoint.config).get("layer_types") or [None] * count
+    kinds = layer_kinds.layer_kinds(model_class.outline(checkpoint.directory), count) or [frozenset()] * count
     seen: dict[Any, int] = {}
     for layer in sorted(tensors):
         seen.setdefault((kinds[layer], frozenset(tensors[layer])), layer)
-    first = list(range(max(seen.values()) + 1))
     room = float32_model.available()
-    for layers in (first, sorted(seen.values())):
+    # without one list of them, all
+    wanted = [list(range(max(seen.values()) + 1)), sorted(seen.values())] if seen else [list(range(count))]
+    for layers in wanted:
         if layer_sample.float32_bytes(checkpoint, layers) <= room:
             return layers
     raise ArtefactError(Problem("too little memory for a layer of each kind in float32", f"{room / 1e9:.1f} GB"))

@@ -14,6 +14,7 @@ from typing import Any
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.models.model_shapes import TRANSIENT_LAYERS
+from utils.models.structure import model_class
 from utils.models.weights import safetensors_io
 from utils.models.weights.safetensors_io import Checkpoint
 from utils.models.weights.tensor_names import decoder_list, layer_of, number_in
@@ -31,10 +32,10 @@ def choose(checkpoint: Checkpoint, factors: Iterable[str], available_bytes: int)
     fitting = (available_bytes - shared) // max(1, largest) - TRANSIENT_LAYERS
     if fitting >= layer_count(checkpoint):
         return list(range(layer_count(checkpoint)))
-    if fitting < 1:
+    if fitting < 1 or not largest:
         raise ArtefactError(
             Problem(
-                "checking one layer of the merged model takes about "
+                f"checking {'one layer of ' if largest else ''}the merged model takes about "
                 f"{(shared + (1 + TRANSIENT_LAYERS) * largest) / 1e9:.1f} GB of memory",
                 f"{available_bytes / 1e9:.1f} GB available",
                 "merge where there is more memory: what is not checked is not published",
@@ -54,6 +55,14 @@ def layer_count(checkpoint: Checkpoint) -> int:
     return int(settings[key])
 
 
+def layer_list(checkpoint: Checkpoint) -> str | None:
+    """The list of the decoder's layers; None where several lists share them: of such a model no sample is made."""
+    try:
+        return decoder_list(checkpoint.homes, layer_count(checkpoint))
+    except ArtefactError:
+        return None
+
+
 def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The part of config.json that describes the language model."""
     return settings.get("text_config", settings)
@@ -61,7 +70,7 @@ def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def names_in_sample(checkpoint: Checkpoint, layers: list[int]) -> dict[str, str]:
     """Tensor of the large model -> its name in the small one, for those that are part of it."""
-    path = decoder_list(checkpoint.homes, layer_count(checkpoint))
+    path = layer_list(checkpoint)
     found = {}
     for name in checkpoint.homes:
         layer = number_in(path, name)
@@ -111,11 +120,14 @@ def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
     directory.mkdir()
     safetensors_io.write(directory / "model.safetensors", safetensors_io.plan(wanted, {"format": "pt"}), content)
     settings = {key: value for key, value in checkpoint.config.items() if not (plain and key == "quantization_config")}
-    count = layer_count(checkpoint)
+    count, text = layer_count(checkpoint), model_class.settings_of(checkpoint.directory).get_text_config()
+    # as transformers works them out: where config.json leaves them out, the layers of a sample keep theirs
+    types = {key: value for key, value in text.to_dict().items() if key == "layer_types" and value}
+    usual = type(text)()
     inner = {
         # a list with an entry per layer
-        key: _of_layers(value, layers) if _is_per_layer(key, value, count) else value
-        for key, value in text_settings(settings).items()
+        key: _of_layers(value, layers) if _is_per_layer(key, value, count, usual) else value
+        for key, value in {**types, **text_settings(settings)}.items()
     }
     inner[_count_key(inner) or COUNTS[0]] = len(layers)
     files.write_json(
@@ -132,7 +144,7 @@ def float32_bytes(checkpoint: Checkpoint, layers: list[int]) -> int:
 def _float32_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
     """Bytes in float32 of what every layer shares, and of the largest layer."""
     by_layer: dict[int | None, int] = {None: 0}
-    path = decoder_list(checkpoint.homes, layer_count(checkpoint))
+    path = layer_list(checkpoint)
     for name in checkpoint.homes:
         if checkpoint.tensor(name).is_floating and not checkpoint.is_scale(name):
             layer = number_in(path, name)
@@ -141,8 +153,14 @@ def _float32_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
     return shared, max(by_layer.values(), default=0)
 
 
-def _is_per_layer(key: str, value: Any, count: int) -> bool:
-    """Whether a setting has an entry per layer; a pattern may be a text with a letter for each."""
+def _is_per_layer(key: str, value: Any, count: int, usual: Any) -> bool:
+    """Whether a setting has an entry per layer; a pattern may be a text with a letter for each.
+
+    A list that `usual`, the configuration's defaults, has in another length than layers has its length by accident.
+    """
+    own = getattr(usual, key, None)
+    if key.endswith("_id") or (isinstance(own, (list, tuple)) and len(own) != getattr(usual, COUNTS[0], 0)):
+        return False
     return (isinstance(value, list) or (isinstance(value, str) and "pattern" in key)) and len(value) == count
 
 

@@ -168,7 +168,9 @@ def decoder_list(names: Iterable[str], count: int) -> str:
     return max(outermost, key=lambda path: (len(numbers[path]) == count, not _TOWER.search(path), tensors[path]))
 
 
-def number_in(path: str, name: str) -> int | None:
+def number_in(path: str | None, name: str) -> int | None:
     """The number under which a tensor or module lies in the list at `path`; None when it does not."""
+    if path is None:
+        return None
     first = name.removeprefix(f"{path}.").partition(".")[0] if name.startswith(f"{path}.") else ""
     return int(first) if first.isdigit() else None
