@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -18,6 +20,8 @@ from unittest import mock
 
 from config import RolloutSection
 from tests.rollout_support import NEW, OLD, RolloutTest
+from tests.support import ROOT
+from utils.artifacts import files
 from utils.exceptions import ArtefactError, BalancerError, PipelineError
 from utils.rollout.controller import Observation
 from utils.rollout.edge import abort, journal, rollout_report, screen, service
@@ -29,6 +33,15 @@ from utils.rollout.edge.service_state import Service
 from utils.rollout.gate import Counts
 from utils.rollout.policy import UNITS, Policy
 
+# takes the lock of a service and holds it
+HOLD = """
+import sys
+from pathlib import Path
+from utils.artifacts import files
+with files.locked(Path(sys.argv[1]), "the service"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 NAME = "20300101-000000-dddddddd"
 
 
@@ -140,6 +153,22 @@ class Damage(RolloutTest):
                 self.assertIn(said, errors)
                 self.assertNotIn("Traceback", errors)
                 self.restore()
+
+    def test_a_lock_that_cannot_be_taken_is_no_controller_and_one_that_is_held_is(self) -> None:
+        lock = self.home / files.LOCK
+        lock.unlink(missing_ok=True)
+        lock.symlink_to(lock.name)
+        self.assertIn("error", self.quiet(abort.secure, self.service))
+        self.assertEqual(self.share(), 0)
+        lock.unlink()
+        self.canary()
+        holder = [sys.executable, "-c", HOLD, str(self.home)]
+        with subprocess.Popen(holder, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as held:
+            assert held.stdout is not None
+            held.stdout.readline()
+            self.assertIn("in use by", self.quiet(abort.secure, self.service))
+            self.assertEqual(self.share(), 5000)
+            held.kill()
 
     def test_pipes_in_the_place_of_files_hold_no_command(self) -> None:
         def too_long(*_: Any) -> None:

@@ -76,8 +76,13 @@ def secure(service: Service) -> None:
     Raises ArtefactError where another controller runs, whose canary is left alone, or where service.json is damaged.
     """
     if service.home.is_dir():
-        with files.locked(service.home, "the service"):
-            to_production(service)
+        try:
+            with files.locked(service.home, "the service"):
+                to_production(service)
+        except ArtefactError as error:
+            if "in use by" not in str(error):  # a lock that cannot be taken tells of no controller
+                to_production(service)
+            raise
     if service.damaged:
         raise service.damaged
 
