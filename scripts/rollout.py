@@ -55,9 +55,8 @@ def main(config: Config) -> dict[str, Any]:
     from utils.rollout.edge import service as services
 
     service = services.Service(config.rollout, config.run.models_dir)
-    if service.damaged and command not in ("abort", "stop"):
-        raise service.damaged
     if command in ("start", "resume"):
+        abort.secure(service)
         for number in (signal.SIGTERM, signal.SIGINT):  # also where the shell made a background job deaf to SIGINT
             signal.signal(number, signal.default_int_handler)
         prompts = _prompts(config)
@@ -66,6 +65,8 @@ def main(config: Config) -> dict[str, Any]:
         if command == "start":
             return services.start(service, prompts, config.run.seed, quality)
         return services.resume(service, prompts, quality)
+    if service.damaged and command not in ("abort", "stop"):
+        raise service.damaged
     acts = {"abort": abort.abort, "promote": services.promote, "stop": services.stop}
     if command in acts:
         return acts[command](service)

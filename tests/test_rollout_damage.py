@@ -5,26 +5,43 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from config import RolloutSection
 from tests.rollout_support import NEW, OLD, RolloutTest
+from tests.support import ROOT
+from utils.artifacts import files
 from utils.exceptions import ArtefactError, BalancerError, PipelineError
 from utils.rollout.controller import Observation
 from utils.rollout.edge import abort, journal, rollout_report, screen, service
 from utils.rollout.edge.balancer.haproxy import SAFE_MAP, Balancer
 from utils.rollout.edge.journal import Journal
+from utils.rollout.edge.rollout_loop import Loop
 from utils.rollout.edge.servers import free_port
 from utils.rollout.edge.service_state import Service
 from utils.rollout.gate import Counts
 from utils.rollout.policy import UNITS, Policy
 
+# takes the lock of a service and holds it
+HOLD = """
+import sys
+from pathlib import Path
+from utils.artifacts import files
+with files.locked(Path(sys.argv[1]), "the service"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 NAME = "20300101-000000-dddddddd"
 
 
@@ -115,6 +132,74 @@ class Damage(RolloutTest):
             self.restore()
         self.assertIn("not finished", self.quiet(lambda: service.start(self.readable(), [], 0)))
         self.assertEqual(self.share(), 0)
+
+    def test_whatever_refuses_a_start_or_a_resume_takes_the_share_to_zero(self) -> None:
+        missing = {"golden": self.root / "nowhere.jsonl"}
+        nobody = {"golden": "none", "candidate": f"http://127.0.0.1:{free_port()}", "start_timeout_seconds": 0.2}
+        facts, there = self.service.facts_path, self.journal
+        for word, path, settings, said in (
+            ("start", there, nobody, "no completion"),  # without a journal nothing is unfinished
+            ("start", facts, missing, "memory is damaged"),
+            ("resume", facts, missing, "memory is damaged"),
+            ("resume", there, missing, "no golden prompts"),
+            ("start", there, missing, "no golden prompts"),
+        ):
+            with self.subTest(word, path=path.name, said=said):
+                path.unlink()
+                if path is facts:
+                    path.write_text("{")
+                code, _, errors = self.run_command(word, **settings)
+                self.assertEqual((code, self.share()), (2, 0), errors)
+                self.assertIn(said, errors)
+                self.assertNotIn("Traceback", errors)
+                self.restore()
+
+    def test_a_lock_that_cannot_be_taken_is_no_controller_and_one_that_is_held_is(self) -> None:
+        lock = self.home / files.LOCK
+        lock.unlink(missing_ok=True)
+        lock.symlink_to(lock.name)
+        self.assertIn("error", self.quiet(abort.secure, self.service))
+        self.assertEqual(self.share(), 0)
+        lock.unlink()
+        self.canary()
+        holder = [sys.executable, "-c", HOLD, str(self.home)]
+        with subprocess.Popen(holder, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as held:
+            assert held.stdout is not None
+            held.stdout.readline()
+            self.assertIn("in use by", self.quiet(abort.secure, self.service))
+            self.assertEqual(self.share(), 5000)
+            held.kill()
+
+    def test_pipes_in_the_place_of_files_hold_no_command(self) -> None:
+        def too_long(*_: Any) -> None:
+            raise AssertionError("a command waits for a pipe")
+
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, too_long))
+        self.addCleanup(signal.alarm, 0)
+        beside = [self.journal.with_name(name) for name in ("live.json", "command")]
+        for path in (*self.whole, *beside, self.home / "balancer.pid", self.home / "haproxy.cfg"):
+            with self.subTest(path.name):
+                kept = path.rename(self.root / "kept") if path.exists() else None
+                os.mkfifo(path)
+                signal.alarm(30)
+                self.quiet(lambda: screen.status(self.readable(), watch=False))
+                self.quiet(lambda: service.promote(self.readable()))
+                self.quiet(lambda: service._prepare_sides(self.readable()))
+                self.quiet(lambda: abort.abort(Service(RolloutSection(), self.root)))
+                self.assertEqual(self.share(), 0)
+                signal.alarm(0)
+                path.unlink(missing_ok=True)
+                if kept:
+                    kept.rename(path)
+                self.restore()
+
+    def test_a_command_that_is_no_text_ends_no_controller(self) -> None:
+        place = self.journal.with_name("command")
+        place.write_bytes(b"\xff\xfe")
+        loop = mock.Mock(directory=place.parent)
+        self.assertEqual(Loop._command(loop), "")
+        place.write_bytes(b"abort\n")
+        self.assertEqual(Loop._command(loop), "abort")
 
     def test_a_map_that_was_edited_is_not_what_a_balancer_starts_with(self) -> None:
         balancer = self.service.balancer

@@ -15,6 +15,7 @@ A killed process leaves its lock free, and beside its target `.NAME.tmp/` (rubbi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -79,10 +80,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def regular_bytes(path: Path) -> bytes:
+    """What a regular file holds. Raises OSError, also for pipes and devices, which could be read for ever."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
+        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return handle.read()
+
+
 def read_json(path: Path) -> Any:
     """Raises ArtefactError naming the file when it is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(regular_bytes(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise ArtefactError(Problem(f"{path} does not exist")) from error
     except OSError as error:

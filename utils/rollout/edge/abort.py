@@ -70,6 +70,23 @@ def to_production(service: Service, *, is_said: bool = False) -> bool:
         return False
 
 
+def secure(service: Service) -> None:
+    """Everyone to production before a command that takes control reads anything: whatever refuses it, share is 0.
+
+    Raises ArtefactError where another controller runs, whose canary is left alone, or where service.json is damaged.
+    """
+    if service.home.is_dir():
+        try:
+            with files.locked(service.home, "the service"):
+                to_production(service)
+        except ArtefactError as error:
+            if "in use by" not in str(error):  # a lock that cannot be taken tells of no controller
+                to_production(service)
+            raise
+    if service.damaged:
+        raise service.damaged
+
+
 def _abort_without_controller(service: Service, directory: Path | None) -> list[str]:
     """The rest of an abort, under the lock of the service; returns what was damaged and set aside."""
     aside = []

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from utils.artifacts import files
 from utils.exceptions import MALFORMED, ArtefactError, ConfigError, DataError, Problem
 from utils.rollout.controller import Observation, State, begin, replay
 from utils.rollout.policy import Policy
@@ -89,7 +90,7 @@ class Journal:
 def read(path: Path) -> Story:
     """Raises ArtefactError when there is no journal, or a line in its middle cannot be read."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = files.regular_bytes(path).split(b"\n")
     except OSError as error:
         raise ArtefactError(Problem(f"there is no journal: {error.strerror}", str(path))) from error
     values: dict[str, list[Any]] = {"header": [], "seen": [], "event": [], "state": []}

@@ -181,7 +181,7 @@ class Loop:
     def _command(self) -> str:
         path = self.directory / COMMAND
         try:
-            found = path.read_text(encoding="utf-8").strip()
+            found = files.regular_bytes(path).decode(errors="replace").strip()
             path.unlink()
         except OSError:
             return ""

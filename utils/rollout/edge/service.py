@@ -70,11 +70,8 @@ def start(
     Returns when the candidate is production; raises when it was rolled back or refused.
     """
     with files.locked(service.home, "the service"):
-        try:
-            _refuse_unfinished(service)
-        except ArtefactError:
-            to_production(service)  # nobody controls it
-            raise
+        to_production(service)  # nobody controls it
+        _refuse_unfinished(service)
         if service.section.on_event:
             on_event.words(service.section.on_event)
         candidate = _prepare_sides(service)

@@ -120,7 +120,9 @@ class Balancer:
     def port(self) -> int | None:
         """Where it listens by its configuration on disk."""
         with suppress(OSError, UnicodeDecodeError):
-            found = re.search(r"^  bind 127\.0\.0\.1:(\d+)$", self.config.read_text(), flags=re.MULTILINE)
+            found = re.search(
+                r"^  bind 127\.0\.0\.1:(\d+)$", files.regular_bytes(self.config).decode(), flags=re.MULTILINE
+            )
             return int(found[1]) if found else None
         return None
 
@@ -155,7 +157,7 @@ class Balancer:
     def master(self) -> int | None:
         """Process id of the running master, or None. Its folder is checked: ids are used again by other programs."""
         try:
-            pid = int(self.pid_file.read_text().split()[0])
+            pid = int(files.regular_bytes(self.pid_file).split()[0])
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError, IndexError):
             return None
