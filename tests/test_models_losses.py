@@ -6,6 +6,7 @@ import math
 import random
 import unittest
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,23 @@ class Documents(unittest.TestCase):
                 with self.subTest(architecture, document=score.name):
                     self.assertAlmostEqual(score.nll / expected, 1.0, delta=1e-5)
                     self.assertEqual((score.tokens, score.utf8_bytes), (len(ids) - 1, 3 * len(ids)))
+
+    def test_a_row_that_is_not_full_is_computed_as_far_as_it_is_filled(self) -> None:
+        lengths = [5, 20]
+        data = Dataset.from_dict(
+            {
+                "id": ["d0", "d1"],
+                "input_ids": [list(range(8, 8 + n)) for n in lengths],
+                "num_tokens": lengths,
+                "utf8_bytes": lengths,
+            }
+        )
+        packed = PackedDocuments(data, TrainSection(max_sequence_tokens=128, micro_batch_tokens=128), 0, 2)
+        model = toy.tiny_llama()[0].eval().requires_grad_(False)
+        with mock.patch.object(scoring, "token_nll", wraps=scoring.token_nll) as computed:
+            found = scoring.score_documents(model, packed, batch_tokens=128, device=CPU, what="test")
+        self.assertEqual([call.args[1].shape for call in computed.call_args_list], [(1, sum(lengths))])
+        self.assertEqual([score.tokens for score in found], [4, 19])
 
 
 class Summary(unittest.TestCase):

@@ -28,13 +28,29 @@ from tests.support import (
     plain_logits,
     relative,
     temporary_directory,
+    write_jsonl,
 )
 from utils.adapters import adapter_files, peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.composition.methods import Recipe, compose
+from utils.data.domains import python_docs
 from utils.models import loading, sources
 
+MODULES = (
+    "argparse",
+    "base64",
+    "bisect",
+    "calendar",
+    "csv",
+    "gzip",
+    "heapq",
+    "json",
+    "shlex",
+    "statistics",
+    "string",
+    "zlib",
+)
 SHORT = (
     *("--data.max_documents", "60", "--data.max_train_examples", "16", "--data.max_dev_examples", "4"),
     *("--data.max_test_examples", "6"),
@@ -58,7 +74,12 @@ class EmbeddedModel(unittest.TestCase):
         cls.root = temporary_directory()
         cls.models = embedded_models()
         cls.flags = ["--run.data_dir", str(cls.root / "data"), "--run.models_dir", str(cls.models)]
-        last_json(forked("prepare_data", *cls.flags, *SHORT, patience=MINUTES))
+        # short ones: scoring a page with this model takes ten seconds for each row
+        documents = [found for found in python_docs.python_documents(MODULES) if len(found["text"]) < 600]
+        corpus = write_jsonl(cls.root / "docs.jsonl", documents)
+        pairs = write_jsonl(cls.root / "pairs.jsonl", python_docs.python_qa(MODULES))
+        own = ("--data.corpus", str(corpus), "--data.task", str(pairs))
+        last_json(forked("prepare_data", *cls.flags, *own, *SHORT, patience=MINUTES))
         cls.domain = last_json(launch("cpu", "scripts/train_domain_adapter.py", *cls.flags, *LIMITS))
         cls.task = last_json(forked("train_task_adapter", *cls.flags, *LIMITS, patience=MINUTES))
 

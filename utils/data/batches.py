@@ -100,6 +100,10 @@ class PackedDocuments:
             return [self.train.max_sequence_tokens] * len(self.rows(epoch))
         return [piece.end - piece.start for (piece,) in self.rows(epoch)]
 
+    def filled_lengths(self, epoch: int) -> list[int]:
+        """Tokens of each row without its padding."""
+        return [sum(piece.end - piece.start for piece in pieces) for pieces in self.rows(epoch)]
+
     def unpacked(self) -> PackedDocuments:
         """The same documents, each piece in a row of its own."""
         return PackedDocuments(self.documents, self.train, self.seed, self.pad_id, packs=False)

@@ -151,14 +151,16 @@ def score_documents(
     """NLL of each document of a PackedDocuments, in rows whose documents do not see each other."""
     if not row_support.of(model).packs:
         data = data.unpacked()
-    lengths = data.row_lengths(0)
+    lengths = data.filled_lengths(0)
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     groups = [tuple(group) for group in _batches(order, [lengths[row] for row in order], batch_tokens)]
 
     def scored(chosen: tuple[int, ...]) -> list[tuple[int, float, int]]:
         """(document, NLL, tokens) of each piece of a document in these rows."""
         batch: Batch = data.batch(0, chosen)
-        nll_N = _nll(model, batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT, None, device)
+        filled = max(lengths[row] for row in chosen)  # what pads all of these rows is not computed
+        tensors = (batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)
+        nll_N = _nll(model, *(tensor_BT[:, :filled] for tensor_BT in tensors), None, device)
         pieces, position = [], 0
         for number in chosen:
             for piece in data.rows(0)[number]:
