@@ -94,6 +94,8 @@ def only_thoughts(text: str | None) -> str | None:
 
 def split_thinking(answer: str) -> tuple[str | None, str]:
     """(reasoning, answer) of an answer that holds both. Raises RowError for marks that do not pair."""
+    if "think>" not in answer:  # the patterns look at every character of a long answer
+        return None, answer
     if match := _THINKING.fullmatch(answer) or _OPENED_THINKING.fullmatch(answer):
         if _THINK_MARK.search(match["answer"]):
             raise RowError("a second think mark in one answer", answer, "one <think>...</think>, then the answer")

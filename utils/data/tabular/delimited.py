@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils.data.tabular.text_lines import ABOVE, SAMPLE, Complain, PlacedRow, lines, rows_above
@@ -27,8 +28,10 @@ def delimited_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
     if sample and (separator := _SEPARATOR.fullmatch(sample[0])):
         delimiter, sample, skipped = separator["mark"], sample[1:], 1
     else:
-        delimiter = "\t" if ".tsv" in path.suffixes else _delimiter(sample)
-    above = rows_above([row for row in _read(sample, delimiter) if row])
+        delimiter = ""
+    read = functools.cache(functools.partial(_read, sample))  # a sample may be one line of 100 MB
+    delimiter = delimiter or ("\t" if ".tsv" in path.suffixes else _delimiter(read))
+    above = rows_above([row for row in read(delimiter) if row])
     if above:
         warning(ABOVE, path=str(path), rows=above)
     reader = csv.reader(itertools.chain(sample, texts), delimiter=delimiter, strict=True)
@@ -60,11 +63,11 @@ def delimited_rows(path: Path, complain: Complain) -> Iterator[PlacedRow]:
             yield f"{path}:{number}", number, dict(zip(header, cells, strict=True))
 
 
-def _delimiter(sample: list[str]) -> str:
+def _delimiter(read: Callable[[str], list[list[str]]]) -> str:
     """The delimiter with which the first rows have as many cells as there are names; a comma where none fits."""
     for exact in (True, False):
         for delimiter in DELIMITERS:
-            rows = _read(sample, delimiter)
+            rows = read(delimiter)
             sizes = [len(row) for row in rows if row]
             if sizes and sizes[0] > 1 and (not exact or set(sizes) == {sizes[0]}):
                 return delimiter
