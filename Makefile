@@ -48,7 +48,7 @@ fault-test: $(READY)
 	  tests.test_system_faults_disk tests.test_system_faults_numbers tests.test_system_faults_runs tests.test_system_arbitrary_input \
 	  tests.test_system_distributed tests.test_system_integration
 
-# 1,600 damaged documents of every format and 2,000 damaged files of pairs; `make test` has a sample of both.
+# 1,920 damaged documents of every format and 2,000 damaged files of pairs; `make test` has a sample of both.
 documents-test: $(READY)
 	FAULT_TESTS=long $(BIN)/python -m unittest tests.test_data_extraction tests.test_system_pairs_mutations
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from typing import Any
 
 from tests.test_data_examples import TaskTest
 from tests.test_data_extraction import Files, at
+from tests.test_data_labelled import workbook
 from utils.data.extraction.cleaning import decode
 from utils.data.extraction.formats import read_file
 from utils.data.splits import leaks
@@ -49,6 +51,22 @@ class Marks(TaskTest):
         openai = {"input": {"messages": [asked]}, "preferred_output": [], "non_preferred_output": [asked]}
         self.assertIn("preference data", self.error(self.rows(openai)))
 
+    def test_preferences_as_trl_and_hh_rlhf_keep_them(self) -> None:
+        asked, said = [{"role": "user", "content": "Hm?"}], [{"role": "assistant", "content": "Deep."}]
+        row = {"prompt": asked, "chosen": said, "rejected": said}
+        self.assertIn("--data.columns answer=chosen", self.error(self.rows(row)))
+        self.assertIn("--data.columns messages=chosen", self.error(self.rows({**row, "chosen": asked + said})))
+        text = "\n\nHuman: Hm?\n\nAssistant: {}"
+        message = self.error(self.rows({"chosen": text.format("Deep."), "rejected": text.format("No.")}))
+        self.assertIn("write the turns of `chosen` as `messages`", message)
+
+    def test_answers_of_annotators_with_their_status(self) -> None:
+        answers = [{"user_id": "x", "value": "Deep.", "status": "submitted"}]
+        answers += [{"user_id": "y", "value": "No.", "status": "discarded"}]
+        self.assertEqual(self.one({"instruction": "q", "response": answers})["answers"], ["Deep."])
+        rows = [{"instruction": "q", "response": answers}, {"instruction": "r", "response": answers[1:]}]
+        self.assertEqual(self.read(self.rows(*rows))[1].dropped, {"marked as not to be trained": 1})
+
     def test_posts_of_a_forum_are_not_all_right(self) -> None:
         answers = [{"text": "Dig deeper.", "pm_score": 4}, {"text": "Go home.", "pm_score": -3}]
         self.assertIn("ranked by pm_score", self.error(self.rows({"question": "q", "answers": answers})))
@@ -77,6 +95,18 @@ class Choices(TaskTest):
         self.assert_fields(self.one(row), choices=["один", "два", "три"], answers=["три"])
         row = {"質問": "q", "選択": "", "ア": "一", "イ": "二", "回答": "イ"}
         self.assert_fields(self.one(row), choices=["一", "二"], answers=["二"])
+
+    def test_kahoots_template(self) -> None:
+        names = ["", "Question - max 120 characters", *(f"Answer {n} - max 75 characters" for n in (1, 2, 3, 4))]
+        names += ["Time limit (sec) – 5 or 10 secs", "Correct answer(s) - choose at least one"]
+        above = ["Quiz template,,,,,,,", '"Add questions, at least two. Have fun!",,,,,,,', ",,,,,,,"]
+        rows = [f"{n},Which is {n}?,red {n},blue {n},green {n},,20,{1 + n % 3}" for n in range(1, 7)]
+        path = self.write("task.csv", "\n".join([*above, ",".join(names), *rows]))
+        with self.assertLogs("adapters", "WARNING"):
+            examples, report = self.read(path)
+        self.assertEqual(examples[0]["choices"], ["red 1", "blue 1", "green 1"])
+        self.assertEqual([e["answers"][0] for e in examples[:3]], ["blue 1", "green 2", "red 3"])
+        self.assertEqual(report.columns["answer"], {"correct_answers": 6})
 
     def test_a_key_may_be_the_name_of_a_column(self) -> None:
         row = {"question": "q", "option_a": "x", "option_b": "y", "correct_option": "Option B"}
@@ -200,6 +230,10 @@ class Tables(TaskTest):
         examples, _ = self.read(self.write("task.csv", f'messages\n"{turns.replace(chr(34), chr(34) * 2)}"\n'))
         self.assertEqual(examples[0]["question"], "it's")
 
+    def test_the_nearest_columns_have_the_role_in_their_names(self) -> None:
+        row = {"passage": "The well.", "name": "n", "questiontext": "q", "short_answers": ["a"]}
+        self.assertIn("--data.columns question=questiontext,answer=short_answers;", self.error(self.rows(row)))
+
     def test_damaged_texts_are_counted(self) -> None:
         rows = numbered(3)
         rows[0]["answer"], rows[1]["answer"], rows[2]["question"] = "nan", "5 <b>m</b>&nbsp;deep", "GrÃ¶ÃŸe?"
@@ -263,6 +297,16 @@ class Documents(Files):
         document.add_paragraph("hidden", style="Secret").add_run("shown").font.hidden = False
         document.save(str(path))
         self.assertEqual(read_file(path).documents[0][1], "shown", named)
+
+    def test_comments_and_text_boxes_of_workbooks_are_counted(self) -> None:
+        path = self.folder / "a.xlsx"
+        path.write_bytes(workbook([["cell"]]))
+        with zipfile.ZipFile(path, "a") as book:
+            book.writestr("xl/comments1.xml", "<comments><t>my note</t></comments>")
+            book.writestr("xl/drawings/drawing1.xml", "<wsDr><t>boxed</t></wsDr>")
+        found = read_file(path)
+        self.assertTrue(found.documents[0][1].endswith("\n\ncell"))
+        self.assertEqual(found.removed, {"comments and text boxes of workbooks": 11})
 
     def test_charts_of_slides_are_counted(self) -> None:
         from pptx import Presentation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -86,6 +87,18 @@ class Files(unittest.TestCase):
         return path
 
 
+def odt(body: str) -> bytes:
+    """A file of LibreOffice Writer with this text; its style H is hidden."""
+    spaces = " ".join(f'xmlns:{name}="urn:{name}"' for name in ("office", "text", "table", "style"))
+    hidden = '<style:style style:name="H"><style:text-properties text:display="none"/></style:style>'
+    content = f"<office:document-content {spaces}><office:automatic-styles>{hidden}</office:automatic-styles>"
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        text = f"<office:body><office:text>{body}</office:text></office:body></office:document-content>"
+        archive.writestr("content.xml", content + text)
+    return made.getvalue()
+
+
 def at(x: float, y: float, text: str, size: int = 11) -> str:
     """PDF operators that show a text at a place."""
     return f"BT /F1 {size} Tf 1 0 0 1 {x} {y} Tm ({text}) Tj ET\n"
@@ -142,6 +155,15 @@ class Pages(Files):
             "## Oiling\n\nBefore it.\n\n- brass\n    1. first\n- steel\n\nroot\n    the superuser\n\n"
             "```c\nif (x)\n    y();\n```\n\nPart | Torque\nValve | 12\n | 13\nPump |\n\nThen a/(b+c), 10^3.",
         )
+
+    def test_code_that_stands_line_by_line_in_a_table_keeps_its_blanks(self) -> None:
+        row = '<tr><td class="blob-num" data-line-number="{0}"></td><td class="blob-code blob-code-inner">{1}</td></tr>'
+        rows = row.format(1, "<span>def</span> f(x):") + row.format(2, "    return x")
+        self.assertEqual(self.text("a.html", f"<table>{rows}</table>"), "```\ndef f(x):\n    return x\n```")
+        boxes = "".join(f'<div class="react-file-line">{line}</div>' for line in ("if x:", "    y()"))
+        self.assertEqual(self.text("b.html", f"<div><div>{boxes}</div></div>"), "```\nif x:\n    y()\n```")
+        cells = row.format(1, "").replace('<td class="blob-code blob-code-inner"></td>', "<th>part</th><th>bar</th>")
+        self.assertEqual(self.text("c.html", f"<table>{cells}</table>"), "part | bar")
 
     def test_a_page_of_nothing_but_a_menu_is_taken_whole(self) -> None:
         found = extract_html("<body><nav><a>One</a> <a>Two</a></nav></body>")
@@ -352,6 +374,52 @@ class OtherFormats(Files):
             book.writestr("o/b.xhtml", "<html><body><h1>first</h1></body></html>")
         self.assertEqual(read_file(self.folder / "a.epub").documents[0][1], "# first\n\nsecond")
 
+    def test_a_text_of_libreoffice_is_read_with_its_changes_accepted(self) -> None:
+        body = "<text:tracked-changes><text:p>deleted</text:p></text:tracked-changes>"
+        body += '<text:h text:outline-level="2">Oil</text:h><text:p>Two<text:s text:c="3"/>blanks, a note.<text:note>'
+        body += "<text:note-citation>1</text:note-citation><text:note-body><text:p>Here it is.</text:p>"
+        body += "</text:note-body></text:note> Then"
+        body += "<office:annotation><text:p>said</text:p></office:annotation> on.</text:p>"
+        body += "<text:list><text:list-item><text:p>first</text:p></text:list-item></text:list><table:table>"
+        body += "<table:table-row><table:table-cell><text:p>Valve</text:p></table:table-cell><table:table-cell/>"
+        body += "<table:table-cell><text:p>12</text:p></table:table-cell></table:table-row></table:table>"
+        body += '<text:p text:style-name="H">unseen</text:p>'
+        path = self.folder / "a.odt"
+        path.write_bytes(odt(body))
+        found = read_file(path)
+        text = "## Oil\n\nTwo blanks, a note. (Here it is.) Then on.\n\n- first\n\nValve |  | 12"
+        self.assertEqual(found.documents[0][1], text)
+        self.assertEqual(
+            found.removed, {"text that tracked changes delete": 7, "comments": 4, "hidden text": 6}, found.removed
+        )
+        self.assertEqual(found.visible, found.removed.total() + visible_characters(text.replace("|", "")) - 3)
+
+    def test_each_message_of_a_mailbox_is_a_document(self) -> None:
+        path = self.folder / "a.mbox"
+        head = "From a@example.org Mon Jan  1 00:00:00 2024\nSubject: {}\n"
+        files = (
+            "Content-Type: multipart/mixed; boundary=B\n\n--B\nContent-Type: text/html\n\n<p>Two <b>m</b></p>\n--B\n"
+        )
+        files += "Content-Type: application/pdf\nContent-Disposition: attachment; filename=x.pdf\n\nxx\n--B--\n\n"
+        path.write_text(f"{head.format('Oil')}\nChange it.\n\n{head.format('Next')}{files}")
+        found = read_file(path)
+        self.assertEqual(found.documents, [("1", "Subject: Oil\n\nChange it."), ("2", "Subject: Next\n\nTwo m")])
+        self.assertEqual(found.notes, ["1 attachments were left out"])
+        with self.assertRaisesRegex(NoTextError, "no message"):
+            self.text("b.mbox", "nothing of the kind")
+
+    def test_what_subtitles_say_is_read_and_their_times_are_counted(self) -> None:
+        srt = "1\r\n00:00:01,000 --> 00:00:02,500\r\n<i>Close it.</i>\r\n\r\n2\r\n00:00:03,000 --> 00:00:04,000\r\n"
+        self.assertEqual(self.text("a.srt", srt + "{\\an8}Then 5 &lt; 7\r\n\r\nbars."), "Close it.\nThen 5 < 7\nbars.")
+        vtt = (
+            "WEBVTT\n\nNOTE unsaid\n\nintro\n00:01.000 --> 00:02.000 align:start\n<v.loud Ann Lee>We <00:01.500><c>oil"
+        )
+        vtt += "</c>\n\n00:02.000 --> 00:03.000\nAnn Lee: We oil\nit\n"
+        self.assertEqual(self.text("a.vtt", vtt), "Ann Lee: We oil\nit")
+        found = read_file(self.folder / "a.vtt")
+        self.assertEqual(found.visible, len("AnnLee:Weoilit") + found.removed.total())
+        self.assertEqual(found.removed["repeated lines of subtitles"], 12)
+
 
 class SideBySide(Files):
     def read(self, **limits: object) -> tuple[dict[str, str], object]:
@@ -452,10 +520,12 @@ class Mutations(Files):
             ".rst": "Title\n=====\n\n* one\n* two\n\n.. note:: care\n",
             ".tex": r"\section{Oil} $x^2$ \begin{itemize}\item a\end{itemize} \emph{b}",
             ".md": "# Title\n\n- a\n\n```\ncode\n```\n",
+            ".srt": "1\n00:00:01,000 --> 00:00:02,000\nOil it.\n\n2\n00:00:03,000 --> 00:00:04,000\nNow.\n",
         }
         files = {path.suffix: path.read_bytes() for path in self.folder.iterdir()}
         shutil.rmtree(self.folder)
         self.folder.mkdir()
+        files[".odt"] = odt("<text:h>Oil</text:h><text:p>The pump.</text:p>")
         return files | {suffix: text.encode() for suffix, text in texts.items()}
 
     def test_each_is_a_document_or_is_named_and_the_sums_hold(self) -> None:

@@ -126,12 +126,14 @@ def _turns_of(row: Row) -> tuple[str, list[Turn]] | None:
         prompt if _are_turns(prompt) else [{"role": "user", "content": text_of(prompt, "question")}], row.notes
     )
     if not answers:
+        if found := marks.preference(row):
+            raise found
         return "prompt", turns
     return "prompt", turns + _completion(row.value("answer"), answers[0], row.notes)
 
 
 def _are_turns(value: object) -> bool:
-    keys = ("role", "from", "content", "value")
+    keys = ("role", "from", "content")
     return (
         isinstance(value, list)
         and bool(value)
@@ -285,7 +287,7 @@ def _explain(row: Row, question: object) -> RowError:
             "the first line is read as the names of the columns, and is a question", listed, fix, of_file=True
         )
     missing = [role for role, value in (("question", question), ("answer", row.filled("answer"))) if is_missing(value)]
-    mapped = ",".join(f"{role}={column}" for role, column in zip(missing, _likely(row, missing), strict=False))
+    mapped = ",".join(f"{role}={column}" for role, column in _likely(row, missing).items())
     fix = f"nearest shape: question + answer; say which columns they are: --data.columns {mapped}; " if mapped else ""
     what = {"question": "no question", "answer": "no answers"}[missing[0]] if len(missing) == 1 else "unknown shape"
     # with nothing else in the row there is no column to name
@@ -294,10 +296,16 @@ def _explain(row: Row, question: object) -> RowError:
     )
 
 
-def _likely(row: Row, missing: list[str]) -> list[str]:
-    """Columns of text that nothing was read from: for the question one that asks, if any does."""
-    texts = [
-        n for n in row.unused() if isinstance(row.values[n], str) and n not in ("id", "text") and n not in row.used
-    ]
-    texts.sort(key=lambda name: not str(row.values[name]).rstrip().endswith(("?", "？", "؟")))
-    return texts if "question" in missing else texts[::-1]
+def _likely(row: Row, missing: list[str]) -> dict[str, str]:
+    """Role -> a column of text that nothing was read from: one whose name has the role in it, for the question one that
+    asks, else the first."""
+    texts = [n for n in row.unused() if isinstance(row.values[n], str) and n not in ("", "id", "text")]
+    found: dict[str, str] = {}
+    for role in missing:
+        named = [name for name in row.unused() if role in name and name not in found.values()]
+        asking = [name for name in texts if str(row.values[name]).rstrip().endswith(("?", "？", "؟"))]
+        of_role = [*named, *(asking if role == "question" else []), *(texts if role == "question" else texts[::-1])]
+        if of_role:
+            found[role] = of_role[0]
+            texts = [name for name in texts if name != of_role[0]]
+    return found

@@ -193,8 +193,9 @@ def answer_ids(
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of what a person wrote: no special token comes out, whatever stands in it."""
     # one call for all: the tokenizer then works on every core; its advice about length is ours to follow
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return [list(ids) for ids in encoded["input_ids"]]
+    how: dict[str, bool] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    how |= {"return_attention_mask": False, "return_token_type_ids": False}
+    return list(tokenizer(list(texts), **how)["input_ids"])
 
 
 def answer_offset(tokenizer: PreTrainedTokenizerBase, reasoning: str | None = None) -> int:

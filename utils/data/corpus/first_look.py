@@ -13,7 +13,7 @@ from utils.progress import Progress
 
 FIRST_FILES, FIRST_ROWS = 100, 1000
 # of the first texts, kept to see how long they take to tokenise
-SAMPLE_CHARACTERS = 1 << 21
+SAMPLE_CHARACTERS = 1 << 18
 MEGABYTE = 1e6
 
 

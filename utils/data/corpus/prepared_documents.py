@@ -197,7 +197,10 @@ def _fingerprint(documents: Dataset, tokenizer_digest: str) -> str:
 
 
 def _tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, list[Any]]:
-    ids = [tokens for group in _groups(texts) for tokens in chat.document_ids(tokenizer, group)]
+    import numpy as np
+
+    # as arrays: `datasets` looks at lists number by number
+    ids = [np.array(row, np.int32) for group in _groups(texts) for row in chat.document_ids(tokenizer, group)]
     return {
         "input_ids": ids,
         "num_tokens": [len(tokens) for tokens in ids],

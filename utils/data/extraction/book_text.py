@@ -1,4 +1,4 @@
-"""Books, notebooks and mails, by the standard library: a ZIP of pages, JSON of cells, parts of a message."""
+"""Books and notebooks, by the standard library: a ZIP of pages, JSON of cells."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import posixpath
 import re
 from collections import Counter
-from email import message_from_bytes, policy
-from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -79,19 +77,6 @@ def _printed(output: dict[str, Any]) -> str:
     return extract_html(page).documents[0][1] if page.strip() else ""
 
 
-def extract_mail(path: Path) -> Extracted:
-    """Subject, sender, receivers, date and body of a message; attachments are counted."""
-    message = message_from_bytes(path.read_bytes(), policy=policy.default)
-    head = [f"{name}: {message[name]}" for name in ("From", "To", "Cc", "Date", "Subject") if message[name]]
-    body = message.get_body(preferencelist=("plain", "html"))
-    text = _body(body) if body is not None else ""
-    if not text.strip() and not message["Subject"]:
-        raise NoTextError("the message has no text")
-    attached = sum(1 for _ in message.iter_attachments()) if message.is_multipart() else 0
-    notes = [f"{attached} attachments were left out"] if attached else []
-    return Extracted.whole("\n".join(head) + f"\n\n{text}", notes=notes)
-
-
 def _spine(archive: object, names: set[str]) -> list[str]:
     container = parse_xml(archive.read("META-INF/container.xml"))
     package = next((e.get("full-path") for e in container.iter() if local_name(e) == "rootfile"), None)
@@ -108,16 +93,6 @@ def _spine(archive: object, names: set[str]) -> list[str]:
         if name in names and "html" in (item.get("media-type") or name):
             chosen.append(name)
     return chosen
-
-
-def _body(part: EmailMessage) -> str:
-    try:
-        content = part.get_content()
-    except (LookupError, UnicodeError):  # a charset that nobody knows
-        content = (part.get_payload(decode=True) or b"").decode("utf-8", "replace")
-    if not isinstance(content, str):
-        return ""
-    return extract_html(content).documents[0][1] if part.get_content_type() == "text/html" else content
 
 
 def _joined(lines: object) -> str:

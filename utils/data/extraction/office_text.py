@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.data.extraction.archives import open_archive
+from utils.data.extraction.archives import open_archive, parse_xml
 from utils.data.extraction.extracted import HIDDEN, Extracted, NoTextError, visible_characters
+from utils.data.extraction.pages.formulas import local_name
 
 CELL = " | "
+BESIDE_CELLS = "comments and text boxes of workbooks"
+_BESIDE_CELLS = re.compile(r"xl/(?:comments/?[^/]*|drawings/drawing[^/]*)\.xml")
 
 
 def extract_workbook(path: Path) -> Extracted:
     """The visible sheets of an Excel or OpenDocument workbook, a line for each row that has a cell with a value."""
     from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
+    removed: Counter[str] = Counter()
     if path.suffix.lower() != ".xls":
-        open_archive(path).close()
+        with open_archive(path) as archive:
+            for name in filter(_BESIDE_CELLS.fullmatch, archive.namelist()):
+                texts = (e.text or "" for e in parse_xml(archive.read(name)).iter() if local_name(e) == "t")
+                removed[BESIDE_CELLS] += sum(map(visible_characters, texts))
     try:
         workbook = CalamineWorkbook.from_path(str(path))
     except CalamineError as error:
         raise NoTextError(f"the workbook cannot be read ({error})") from error
-    sheets, visible, removed = [], 0, Counter[str]()
+    sheets, visible = [], removed.total()
     for sheet in workbook.sheets_metadata:
         if sheet.typ != SheetTypeEnum.WorkSheet:
             continue
@@ -36,7 +44,7 @@ def extract_workbook(path: Path) -> Extracted:
             sheets.append("\n".join([f"# {sheet.name}", "", *lines]))
     if not sheets:
         raise NoTextError("the workbook has no text")
-    return Extracted.whole("\n\n".join(sheets), visible=visible, removed=removed)
+    return Extracted.whole("\n\n".join(sheets), visible=visible, removed=+removed)
 
 
 def extract_pptx(path: Path) -> Extracted:

@@ -58,7 +58,7 @@ def look_at_file(source: str, kept: Sequence[tuple[str, Read]], notes: Counter[s
     if 2 * len(written) > len(kept):
         place, found = written[0]
         fix = "give the text without them, or `messages`: the chat template writes its own"
-        problems.add(f"{place}: and {len(written) - 1:,} more rows hold the marks of a chat", found, fix)
+        problems.add(f"{place}: {len(written):,} of {len(kept):,} rows hold the marks of a chat", found, fix)
     elif written:
         notes["marks of a chat stand in the text, and are trained as text"] += len(written)
     for pattern, note in NOTES:

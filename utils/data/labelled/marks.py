@@ -56,6 +56,8 @@ FALSE_LABEL = "marked as a wrong answer"
 UNTRAINED = "marked as not to be trained"
 _PLACEHOLDER = r"<\|?(?:image|img|audio|video)(?:_\d+|_pad)?\|?>"
 _INSIDE = re.compile(r"<(?P<tag>img|image|audio|video)>[^<>\s]+</(?P=tag)>")
+# hh-rlhf: the whole conversation in one text
+_TRANSCRIPT = re.compile(r"\s*(?:human|user|question)\s*:", re.IGNORECASE)
 _AT_AN_END = re.compile(rf"\s*{_PLACEHOLDER}.*|.*{_PLACEHOLDER}\s*", re.DOTALL | re.IGNORECASE)
 
 
@@ -134,8 +136,12 @@ def preference(row: Row) -> RowError | None:
         )
     listed = ", ".join(row.values)
     fix = "preferences are not trained; "
-    if better:
-        role = "messages" if isinstance(row.values[better], list) else "answer"
+    if better and isinstance(row.values[better], str) and _TRANSCRIPT.match(row.values[better]):
+        fix += f"to train the better answers alone, write the turns of `{better}` as `messages` [{{role, content}}]"
+    elif better:
+        turns = row.values[better] if isinstance(row.values[better], list) else []
+        is_whole = any(isinstance(turn, dict) and len(turns) > 1 for turn in turns)
+        role = "messages" if is_whole else "answer"
         fix += f"to train the better answers alone: --data.columns {role}={better}"
     return RowError("preference data", f"columns {listed}", fix, of_file=True)
 

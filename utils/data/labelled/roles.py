@@ -77,6 +77,8 @@ WEAK: dict[str, tuple[Family, ...]] = {
 _MAYBE_A_MODELS = ("response", "responses", "assistant_response", "model_response")
 # what says who speaks, in a turn of a conversation
 ROLE_KEYS = ("role", "from", "speaker", "author")
+# what Kahoot and its kind write behind a column's name
+_HINT = re.compile(r"\s+[-–—]\s+(?:max|choose|select|optional|required)\b.*", re.DOTALL)
 # names that other lists have, too: a conversation is seen by its turns
 _MAYBE_TURNS = ("contents", "items")
 # roles that several columns together may have, joined; the others have one
@@ -86,8 +88,12 @@ ALIASES = {"answers": "answer", "group": "document", "options": "choices", "conv
 
 
 def column_name(name: object) -> str:
-    """A column's name as it is compared: small letters, one underscore for blanks, dots and dashes."""
-    return re.sub(r"[\s.\-/]+", "_", unicodedata.normalize("NFC", str(name)).strip().strip("\ufeff").lower())
+    """A column's name as it is compared: small letters, one underscore for blanks, dots and dashes.
+
+    What forms say of a column is left out ("Answer 1 - max 75 characters"), and "answer(s)" is "answers".
+    """
+    plain = unicodedata.normalize("NFC", str(name)).strip().strip("\ufeff").lower()
+    return re.sub(r"[\s.\-/]+", "_", _HINT.sub("", plain).replace("(s)", "s"))
 
 
 def are_turns(value: object) -> bool:

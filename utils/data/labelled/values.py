@@ -7,7 +7,15 @@ from typing import Any
 
 from utils.data.labelled import marks
 from utils.data.labelled.roles import Row
-from utils.data.labelled.row_text import RowError, UnanswerableError, is_missing, is_visible, text_of, truth
+from utils.data.labelled.row_text import (
+    LeftOutError,
+    RowError,
+    UnanswerableError,
+    is_missing,
+    is_visible,
+    text_of,
+    truth,
+)
 
 _LISTED_ONCE = ("response", "responses", "output", "outputs", "completion", "completions", "solution", "solutions")
 # an object of a list of answers that has one of these is one of several posts or samples
@@ -46,6 +54,11 @@ def accepted(row: Row, answers: Any, column: str) -> Any:
             raise UnanswerableError
         return listed
     objects = [item for item in answers if isinstance(item, dict)] if isinstance(answers, list) else []
+    if objects and all("value" in item and "status" in item for item in objects):  # Argilla: who answered, and whether
+        answers = [item["value"] for item in objects if item["status"] == "submitted"]
+        if not answers:
+            raise LeftOutError(marks.UNTRAINED)
+        objects = []
     if len(objects) > 1 and (ranks := [name for name in _RANKS if any(name in item for item in objects)]):
         what = f"`{column}` are ranked by {', '.join(ranks)}: not all of them are right"
         raise RowError(what, answers, "keep those that are right, as texts", of_file=True)

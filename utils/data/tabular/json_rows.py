@@ -102,7 +102,8 @@ def _line_by_line(path: Path, complain: Complain) -> Iterator[PlacedRow]:
             end = "" if line.endswith("\n") else "; the file ends inside this line, so it may be truncated"
             complain(f"{place}: not valid JSON: {error}{end}", line.strip(), "write one JSON object per line")
             continue
-        yield from _checked(place, number, value, complain)
+        # half of a surrogate pair can only come out of an escape
+        yield from _checked(place, number, value, complain, may_be_broken="\\u" in line)
 
 
 def _parsed(text: str) -> Any:
@@ -138,12 +139,15 @@ def _is_list_of_values(line: str) -> bool:
     return isinstance(value, list) and not all(isinstance(item, dict) for item in value)
 
 
-def _checked(place: str, number: int, value: object, complain: Complain) -> Iterator[PlacedRow]:
+def _checked(
+    place: str, number: int, value: object, complain: Complain, *, may_be_broken: bool = True
+) -> Iterator[PlacedRow]:
     if not isinstance(value, dict):
         complain(f"{place}: a {type(value).__name__}, not an object", value, 'write {"column": value, ...}')
         return
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if may_be_broken:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         fix = r"a \ud800-\udfff escape stands alone: write both halves, or the character itself"
         complain(f"{place}: half of a surrogate pair, which no UTF-8 text can hold", fix=fix)

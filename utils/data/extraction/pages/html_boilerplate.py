@@ -37,6 +37,7 @@ NOT_TEXT = frozenset(
         "textarea",
         "input",
         "option",
+        "clipboard-copy",
     ]
 )
 # the text is another time on the page, or a documentation's theme put it there for a mouse

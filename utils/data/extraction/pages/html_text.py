@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from utils.data.extraction.extracted import MENUS, Extracted, NoTextError, visible_characters
+from utils.data.extraction.pages.code_views import join_code_lines
 from utils.data.extraction.pages.formulas import formula_text
 from utils.data.extraction.pages.html_boilerplate import NOT_TEXT, PageParts, hidden_characters, is_not_text
 from utils.data.extraction.pages.text_blocks import TextBlocks
@@ -42,6 +43,7 @@ def extract_html(markup: str) -> Extracted:
     root = parse(markup)
     if root is None:
         return _flat(markup)
+    join_code_lines(root)
     parts = PageParts(root)
     if not parts.all_visible:
         raise NoTextError("the page has no visible text")
@@ -294,7 +296,9 @@ def _lays_out(table: Element) -> bool:
 
 def _language(pre: Element) -> str:
     for element in (pre, *pre.iter("code"), *([pre.getparent()] if pre.getparent() is not None else [])):
-        if found := re.search(r"(?:^|\s)(?:language|lang|highlight|brush)[-:]\s*([\w+#]+)", element.get("class") or ""):
+        if found := re.search(
+            r"(?:^|\s)(?:language|lang|highlight-source|highlight|brush)[-:]\s*([\w+#]+)", element.get("class") or ""
+        ):
             return found[1]
     return ""
 
