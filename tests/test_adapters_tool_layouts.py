@@ -140,6 +140,10 @@ class Refused(unittest.TestCase):
             with self.subTest(config):
                 self.assertIn("give the result as --base.source", self.refusal(written(base_of(LLAMA), config)))
 
+    def test_an_adapter_of_another_task_is_not_said_to_be_damaged(self) -> None:
+        directory = changed(good_adapter(LLAMA), {"task_type": "SEQ_CLS"})
+        self.assertIn("another task has another head", self.refusal(directory))
+
 
 class _Harm:
     """A pickle that writes a file when it is read."""

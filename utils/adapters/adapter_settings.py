@@ -62,7 +62,10 @@ _REASONS = {
 }
 _UNKNOWN = "its effect on the update is not known here"
 _MERGED = "merge it into the base model with PEFT (merge_and_unload) and give the result as --base.source"
-_FIXES = {"auto_mapping": f"remove it from {CONFIG}"}
+_FIXES = {
+    "auto_mapping": f"remove it from {CONFIG}",
+    "task_type": "give an adapter of a causal language model: another task has another head",
+}
 _OF_TRANSFORMERS = re.compile(r"transformers\.models\.[a-z0-9_.]+ [A-Za-z0-9_]+")
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LEFT_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
@@ -85,7 +88,7 @@ def read(directory: Path) -> dict[str, Any]:
         if key not in _UNDERSTOOD and value and not (key == "auto_mapping" and _names_transformers(value))
     ]
     problems += [
-        Problem(f"{directory}: {key} cannot have this value", settings[key], "restore it from a copy")
+        Problem(f"{directory}: {key} cannot have this value", settings[key], _FIXES.get(key, "restore it from a copy"))
         for key, fits in _UNDERSTOOD.items()
         if settings.get(key) is not None and not fits(settings[key])
     ]
