@@ -147,6 +147,13 @@ def given(config: settings.Config, *sections: str) -> str:
     return redact("".join(f" {shlex.quote(word)}" for word in words))
 
 
+def to_use(base: Mapping[str, Any], source: str) -> str:
+    """How a run of another base model than `source` is used, by that model's record; empty if the sources are equal."""
+    names = {"source": base["source"], "revision": base.get("revision"), "quantization": base.get("quantization")}
+    words = [f" --base.{name} {shlex.quote(value)}" for name, value in names.items() if value and value != "none"]
+    return "" if base["source"] == source else f"; to use it, repeat your command with{redact(''.join(words))}"
+
+
 def command(words: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> str:
     """This process as a person would type it again, environment variables of ours first; without secrets."""
     typed, around = sys.argv if words is None else words, os.environ if environment is None else environment
