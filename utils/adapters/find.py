@@ -147,7 +147,8 @@ def external_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run
     settings = adapter_settings.read(directory)
     named, revision = settings.get("base_model_name_or_path") or "", settings.get("revision") or ""
     made_for = f"{named} {revision}".strip()
-    fix = f"this one is {base.source}; {SAME_BASE}"
+    way = flags.to_use({"source": named, "revision": revision}, base.source)
+    fix = f"this one is {base.source}{way}; {SAME_BASE}"
     problem = Problem(f"{directory} was made for another base model", made_for, fix)
     if is_model(named):
         is_this = Path(named).resolve() == base.directory.resolve()

@@ -93,7 +93,9 @@ def made(
     try:
         factors = compose(parts, recipe)
     except ValueError as error:
-        raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
+        raise ArtefactError(
+            Problem(f"these adapters do not compose: {error}", fix="see --help compose.weights")
+        ) from error
     return Composition(factors, tuple(parts), tuple(found), recipe, _checked(factors, parts, recipe), searched, run)
 
 
@@ -251,7 +253,9 @@ def refuse_recipe(recipe: Recipe, parts: Sequence[Factors]) -> None:
     try:
         weights_at("", recipe, len(parts), depth(parts))
     except ValueError as error:
-        raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
+        raise ArtefactError(
+            Problem(f"these adapters do not compose: {error}", fix="see --help compose.weights")
+        ) from error
 
 
 def _weighted(
