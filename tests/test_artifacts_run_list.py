@@ -110,11 +110,14 @@ class Runs(unittest.TestCase):
         for name, gain in (("little", 0.1), ("much", 0.4)):
             results = {"verdict": "helps", "alone": "task", "contrasts": {"T1": {"estimate": gain}}}
             made(self.root, "evaluation", name, (self.data, self.task), results=results)
+        bare = {"verdict": "undecided", "alone": "domain", "contrasts": {}}
+        made(self.root, "evaluation", "bare", (self.data, self.task), results=bare)
         listed = run_list.entries(self.root / "data", self.root / "models")
         self.assertEqual({one.name: one.verdict for one in listed}["composed/both"], "helps")
         best = {one.name: why for one, why in run_list.best(listed) if one.stage in ("composed", "evaluation")}
         gained = "gain {} nats per token".format
-        self.assertEqual(set(best), {"composed/both", "evaluation/proof", "evaluation/much"})
+        self.assertEqual(set(best), {"composed/both", "evaluation/proof", "evaluation/much", "evaluation/bare"})
+        self.assertEqual(best["evaluation/bare"], "undecided, gain not measured")
         self.assertIn(gained("+0.500"), best["composed/both"])
         self.assertIn(gained("+0.400"), best["evaluation/much"])
 
