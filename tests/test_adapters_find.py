@@ -38,6 +38,7 @@ class NothingFits(unittest.TestCase):
         fix = self.refusal(find.prepared_run, config).problems[-1].fix
         again = cli.resolve(shlex.split(fix.split("prepare_data.py", 1)[1]), {})
         self.assertEqual((again.base, again.data), (config.base, config.data))
+        self.assertEqual((again.run.data_dir, again.run.models_dir), (self.root, self.root))
 
     def test_every_stage_names_the_base_model(self) -> None:
         config = self.config("--base.source", "bases/mine", "--base.quantization", "nf4")
@@ -48,7 +49,7 @@ class NothingFits(unittest.TestCase):
                     self.assertIn("--base.source bases/mine --base.quantization nf4", fix)
 
     def test_the_default_needs_no_flag(self) -> None:
-        self.assertEqual(flags.given(self.config(), "base", "data"), "")
+        self.assertEqual(flags.given(cli.resolve([], {}), "base", "data"), "")
 
     def prepared(self, tokenizer: str, counts: dict[str, object]) -> None:
         first = self.root / "prepared" / "first"

@@ -112,7 +112,7 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
         raise ArtefactError(
             Problem(
                 f"{own[-1].directory} does not say which data it was trained on",
-                fix="prepare data: scripts/prepare_data.py",
+                fix=f"prepare data: {runs.STAGES['prepared']}{flags.given(config, 'base', 'data')}",
             )
         )
     # before hours are spent on controls: what cannot be used is refused here
