@@ -62,8 +62,8 @@ class NothingFits(unittest.TestCase):
     def test_data_of_another_base_model_names_its_flag(self) -> None:
         self.prepared("t2", {})
         said = str(self.refusal(find.prepared_run, self.config()))
-        self.assertIn("prepared with another tokenizer; to use it, repeat your command with", said)
-        words = next(line for line in said.splitlines() if "another tokenizer" in line).partition(" with --")[2]
+        self.assertIn("first: prepared with another tokenizer\n      -> to use it, repeat your command with", said)
+        words = next(line for line in said.splitlines() if "to use it" in line).partition(" with --")[2]
         again = self.config(*shlex.split(f"--{words}")).base
         self.assertEqual((again.source, again.quantization), ("bases/other one", "nf4"))
 
