@@ -41,7 +41,8 @@ class BaselineCommand(unittest.TestCase):
 
     def test_an_adapter_of_another_tool_leaves_the_base_model(self) -> None:
         task = Run(self.root, {"kind": "task", "identity": {"on": "elsewhere"}, "parents": []})
-        self.assertEqual(run_groups._as_trained(self.config, task), " --base.source bases/mine")
+        again = cli.resolve(shlex.split(run_groups._as_trained(self.config, task)), {})
+        self.assertEqual((again.base, again.run.models_dir), (self.config.base, self.root))
 
 
 if __name__ == "__main__":
