@@ -61,7 +61,7 @@ def main(config: Config) -> dict[str, Any]:
     base = preflight.start(config, loads_model=not merge_path and wanted.engine == "local")
     found = composed_adapter.composition(config, base, wanted.adapters) if wanted.adapters != "none" else None
     if found:
-        composed_adapter.say(found)
+        composed_adapter.say(config, found)
         if wanted.adapters == "task" and found.runs[0].manifest["identity"]["on"] == "domain":
             warning("this task adapter was trained on its domain adapter; alone it is not the task baseline")
         base = adapter_tokenizer.with_chosen(base, found.runs)

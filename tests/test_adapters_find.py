@@ -38,6 +38,7 @@ class NothingFits(unittest.TestCase):
         fix = self.refusal(find.prepared_run, config).problems[-1].fix
         again = cli.resolve(shlex.split(fix.split("prepare_data.py", 1)[1]), {})
         self.assertEqual((again.base, again.data), (config.base, config.data))
+        self.assertEqual((again.run.data_dir, again.run.models_dir), (self.root, self.root))
 
     def test_every_stage_names_the_base_model(self) -> None:
         config = self.config("--base.source", "bases/mine", "--base.quantization", "nf4")
@@ -48,20 +49,28 @@ class NothingFits(unittest.TestCase):
                     self.assertIn("--base.source bases/mine --base.quantization nf4", fix)
 
     def test_the_default_needs_no_flag(self) -> None:
-        self.assertEqual(flags.given(self.config(), "base", "data"), "")
+        self.assertEqual(flags.given(cli.resolve([], {}), "base", "data"), "")
 
     def prepared(self, tokenizer: str, counts: dict[str, object]) -> None:
         first = self.root / "prepared" / "first"
         first.mkdir(parents=True)
         (first / "contents.bin").write_bytes(b"documents")
         identity = Identity({"stage": "prepared", "method": 1, "tokenizer": tokenizer})
-        base = {"source": "bases/other", "digest": "d2"}
+        base = {"source": "bases/other one", "revision": "", "quantization": "nf4", "digest": "d2"}
         files.seal(first, runs.manifest("prepared", identity, base=base, parents=[], measured={}, counts=counts))
 
     def test_data_of_another_base_model_names_its_flag(self) -> None:
         self.prepared("t2", {})
         said = str(self.refusal(find.prepared_run, self.config()))
-        self.assertIn("prepared with another tokenizer, with --base.source bases/other", said)
+        self.assertIn("first: prepared with another tokenizer\n      -> to use it, repeat your command with", said)
+        words = next(line for line in said.splitlines() if "to use it" in line).partition(" with --")[2]
+        again = self.config(*shlex.split(f"--{words}")).base
+        self.assertEqual((again.source, again.quantization), ("bases/other one", "nf4"))
+
+    def test_an_adapter_of_another_base_model_names_its_flag(self) -> None:
+        run = Run(self.root, {"base": {"source": "bases/other one", "quantization": "none", "digest": "d2"}})
+        reason = find.for_base(self.config(), self.base)(run)
+        self.assertIn("repeat your command with --base.source 'bases/other one'; if it is the same", reason)
 
     def test_a_training_passes_over_data_without_what_it_trains_on(self) -> None:
         self.prepared("t1", {"documents": {}})

@@ -628,7 +628,10 @@ class Bases(Refusals):
         other = written(base_of(LLAMA, seed=1), lora())
         self.assertEqual(len(adapter_files.load(other, base_of(LLAMA))), 4, "its shapes fit: only the digest can tell")
         named = str(base_of(LLAMA, seed=1).directory)
-        with self.refused("was made for another base model", named, f"this one is {base_of(LLAMA).source}"):
+        with self.refused(
+            "was made for another base model",
+            f"this one is {base_of(LLAMA).source}; to use it, repeat your command with --base.source {named}",
+        ):
             foreign(base_of(LLAMA), other)
 
     def test_hub_id_on_a_local_base_cannot_be_verified_and_is_warned_about(self) -> None:
@@ -722,8 +725,16 @@ class Scripts(unittest.TestCase):
         cases: dict[str, tuple[Path, list[str], tuple[str, ...]]] = {
             "the same folder twice": (self.task, [], ("the same adapter is given twice", str(self.task))),
             "the same adapter in a copy": (changed(self.task / "legal"), [], ("the same adapter is given twice",)),
-            "too few weights": (self.domain, ["--weights", "1"], ("sum of 2 adapters takes 2 weights, got 1",)),
-            "too many weights": (self.domain, ["--weights", "1,1,1"], ("compose.weights has 3 numbers", "takes 2")),
+            "too few weights": (
+                self.domain,
+                ["--weights", "1"],
+                ("sum of 2 adapters takes 2 weights, got 1; one number for each", "task: --weights 1,1"),
+            ),
+            "too many weights": (
+                self.domain,
+                ["--weights", "1,1,1"],
+                ("compose.weights has 3 numbers", "takes 2", "--weights 1,1"),
+            ),
             "too few weights per layer": (
                 self.domain,
                 ["--compose.method", "per_layer", "--weights", "1,1,1"],

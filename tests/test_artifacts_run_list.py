@@ -110,11 +110,14 @@ class Runs(unittest.TestCase):
         for name, gain in (("little", 0.1), ("much", 0.4)):
             results = {"verdict": "helps", "alone": "task", "contrasts": {"T1": {"estimate": gain}}}
             made(self.root, "evaluation", name, (self.data, self.task), results=results)
+        bare = {"verdict": "undecided", "alone": "domain", "contrasts": {}}
+        made(self.root, "evaluation", "bare", (self.data, self.task), results=bare)
         listed = run_list.entries(self.root / "data", self.root / "models")
         self.assertEqual({one.name: one.verdict for one in listed}["composed/both"], "helps")
         best = {one.name: why for one, why in run_list.best(listed) if one.stage in ("composed", "evaluation")}
         gained = "gain {} nats per token".format
-        self.assertEqual(set(best), {"composed/both", "evaluation/proof", "evaluation/much"})
+        self.assertEqual(set(best), {"composed/both", "evaluation/proof", "evaluation/much", "evaluation/bare"})
+        self.assertEqual(best["evaluation/bare"], "undecided, gain not measured")
         self.assertIn(gained("+0.500"), best["composed/both"])
         self.assertIn(gained("+0.400"), best["evaluation/much"])
 
@@ -195,13 +198,22 @@ class Runs(unittest.TestCase):
         flipped, cut = self.root / "flipped.tar", self.root / "cut.tar"
         flipped.write_bytes(content[:at] + b"X" + content[at + 1 :])
         cut.write_bytes(content[: len(content) // 2])
+        header, shorn = self.root / "header.tar", self.root / "shorn.tar"
+        with tarfile.open(archive) as tar:  # the run itself is whole, its parents are lost
+            parent = next(one.offset for one in tar if not one.name.startswith("models/composed/"))
+        header.write_bytes(content[: parent + 3] + b"X" + content[parent + 4 :])
+        shorn.write_bytes(content[:parent])
         hostile = self.root / "hostile.tar"
         with tarfile.open(hostile, "w") as tar:
             tar.add(archive, "models/task/../../../evil")
-        for path in (flipped, cut, hostile, self.root / "absent.tar"):
+        again = "copy it again, or write it again where the run is: python scripts/runs.py export"
+        said = {flipped: again, cut: again, header: again, shorn: again, hostile: "no archive of `runs.py export`"}
+        for path, fix in {**said, self.root / "bot.tar": f"did you mean {archive} "}.items():
             with self.subTest(path.name):
                 done = self.run_script("import", "--runs.archive", str(path), root=other)
                 self.assertEqual((done.returncode, "Traceback" in done.stderr), (2, False), done.stderr)
+                self.assertIn(fix, done.stderr)
+                self.assertNotIn(".import.tmp", done.stderr)
                 self.assertEqual([p for p in other.rglob("*") if p.is_file()], [])
 
 

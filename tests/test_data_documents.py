@@ -331,7 +331,10 @@ class TestErrors(CorpusTest):
     def test_missing_path_is_named_with_the_fix(self):
         message = self.error("no/such/file.txt")
         self.assertIn("'no/such/file.txt' does not exist", message)
-        self.assertIn("correct the path", message)
+        self.assertIn(f"correct the path; it starts at the current folder, {Path.cwd()}", message)
+        self.write("a note.md", "Text.")
+        self.assertIn(f"-> did you mean {self.folder / 'a note.md'}?", self.error(str(self.folder / "a_note.md")))
+        self.assertNotIn("current folder", self.error(str(self.folder / "zzzzzz")))
         self.assertIn("'' does not exist", self.error(""))
 
     def test_unknown_suffix_is_an_error_by_name(self):

@@ -288,6 +288,9 @@ class TestErrors(TaskTest):
 
     def test_source_that_is_no_table(self):
         self.assertIn("does not exist", self.error("no/such/file.jsonl"))
+        (self.folder / "questions.csv").touch()
+        said = self.error(str(self.folder / "question.csv"))
+        self.assertIn(f"does not exist\n      -> did you mean {self.folder / 'questions.csv'}?", said)
         self.assertIn("is a folder", self.error(str(self.folder)))
         self.assertIn("not a table", self.error(self.write("task.txt", "q a")))
         self.assertIn("a file has no splits", self.error(self.rows({"question": "q", "answer": "a"}), split="train"))

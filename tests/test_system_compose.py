@@ -59,7 +59,9 @@ class Composing(unittest.TestCase):
         self.assertLess(found["relative_error"], 1e-5)
         self.assertLess(found["parts_active_to_composed"], 1e-4)
         self.assertGreater(found["composed_to_last_part"], 1e-3)
+        told = f"compose.py --compose.search --preset tiny_minimax_m2 --run.data_dir {self.place.data} --run.models_dir"
         self.assertIn("the weights were not chosen on dev", said)
+        self.assertIn(told, said)
         self.assertIn("exact: relative error", said)
         base = sources.fetch(SECTION, self.place.models)
         composed = adapter_files.load(Path(found["adapter"]), base)

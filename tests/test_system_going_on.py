@@ -121,7 +121,12 @@ class LongerRun(unittest.TestCase):
             self.assertTrue(torch.equal(factors.b_Or, theirs[module].b_Or), module)
         with self.assertRaises(PipelineError) as caught:
             typed(self.place, "train_task_adapter", *longer, "--task.keep_domain", "kl")
-        self.assertIn("--task.keep_domain (flag) differs", str(caught.exception))
+        self.assertIn("which has replay (got 'kl')", str(caught.exception))
+        self.assertIn(f"start anew from the adapter: --task.init_from {short['run']}", str(caught.exception))
+        with self.assertRaises(PipelineError) as caught:
+            typed(self.place, "train_task_adapter", *longer, "--task.lora.rank", "3")
+        self.assertRegex(str(caught.exception), r"which has \d+ \(got 3\)")
+        self.assertIn("train a new adapter: without --task.continue_from", str(caught.exception))
 
     def test_what_is_no_longer_run_is_refused_and_leaves_nothing(self) -> None:
         before = sorted((self.place.models / "domain").iterdir())

@@ -560,7 +560,12 @@ class Data(Tampering):
         )
         other = last_json(forked("prepare_data", *places, "--data.corpus", str(corpus), "--data.task", "none"))["run"]
         refused = forked("train_domain_adapter", *run, other)
-        self.assert_refused(refused, "holds a run with other settings: data was", "give this run its own --run.name")
+        self.assert_refused(
+            refused,
+            "holds a run with other settings: data was",
+            "give this run its own --run.name",
+            f"--inputs.prepared {copy['prepared']}",
+        )
         self.assertTrue(any((made / "checkpoints").glob("step-*")), "what was done is kept")
 
 

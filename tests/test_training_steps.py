@@ -41,7 +41,7 @@ class Announcement(unittest.TestCase):
         """Facts of the event, and of the warning."""
         train = TrainSection(**settings)
         with mock.patch.object(steps, "event") as event, mock.patch.object(steps, "warning") as warning:
-            steps.announce(Data(number), train, steps.total(Data(number), train, "x"), "x")
+            steps.announce(Data(number), train, steps.total(Data(number), train, "x"), "task adapter")
         told = {"what": warning.call_args.args[0], **warning.call_args.kwargs} if warning.called else {}
         return event.call_args.kwargs, told
 
@@ -56,11 +56,11 @@ class Announcement(unittest.TestCase):
         facts, warned = self.said(3, epochs=1, batch_tokens=8_192)
         self.assertEqual(facts["steps"], 3)
         self.assertIn("3 optimiser steps teach little", warned["what"])
-        self.assertIn("train.batch_tokens 1228", warned["fix"])
-        self.assertIn("train.epochs 7", warned["fix"])
+        self.assertIn("--task.train.batch_tokens 1228", warned["fix"])
+        self.assertIn("--task.train.epochs 7", warned["fix"])
         self.assertGreaterEqual(self.said(3, epochs=7)[0]["steps"], steps.FEWEST_STEPS)
         _, warned = self.said(40, max_steps=10)  # where more passes or smaller steps would change nothing
-        self.assertEqual(warned["fix"], f"train.max_steps {steps.FEWEST_STEPS} or more")
+        self.assertEqual(warned["fix"], f"--task.train.max_steps {steps.FEWEST_STEPS} or more")
 
 
 class Identity(unittest.TestCase):

@@ -22,8 +22,11 @@ A message names every problem at once, the offending value, and the command or e
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.secrets import redact
 
@@ -48,6 +51,17 @@ def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     if not close:  # a right field in the wrong section is the commonest slip, and far in edit distance
         close = [c for c in known if c.rpartition(".")[2] == name.rpartition(".")[2]][:3]
     return "did you mean " + " or ".join(f"{prefix}{c}" for c in close) + "?" if close else ""
+
+
+def path_fix(path: str | Path) -> str:
+    """How a path where nothing is can be corrected: what is spelled alike beside it, else where relative ones start."""
+    path, names = Path(path).expanduser(), list[str]()
+    with suppress(OSError):
+        names = [one.name for one in itertools.islice(path.parent.iterdir(), 1_000)]
+    if close := difflib.get_close_matches(path.name, sorted(names), n=2, cutoff=0.6):
+        return "did you mean " + " or ".join(str(path.parent / name) for name in close) + "?"
+    start = "" if path.is_absolute() else f"; it starts at the current folder, {Path.cwd()}"
+    return f"correct the path{start}"
 
 
 # what Python raises if values of JSON that others wrote have an unexpected type

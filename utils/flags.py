@@ -132,19 +132,28 @@ def arguments(config: settings.Config, sections: Sequence[str]) -> list[str]:
 
 
 def given(config: settings.Config, *sections: str) -> str:
-    """The preset and the settings of these sections that are not the preset's, as they are typed; empty if none.
+    """The preset, the settings of these sections and the run directories that are not the preset's, as they are typed.
 
-    It is put behind a command that a message proposes, so that the command is about the same model and data.
+    It is put behind a command that a message proposes, so that the command is about the same model, data and runs.
+    Empty where all are the preset's.
     """
     preset, usual = settings.PRESETS[config.preset](), settings.Config.model_fields["preset"].default
     words = [] if config.preset == usual else ["--preset", config.preset]
     for path in fields():
         value = value_of(config, path)
-        if path.split(".")[0] in sections and value != value_of(preset, path):
+        named = path.split(".")[0] in sections or path in ("run.data_dir", "run.models_dir")
+        if named and value != value_of(preset, path):
             items = [str(one) for one in value] if isinstance(value, tuple) else []
             quoted = [f'"{one}"' if "," in one else one for one in items]
             words += [f"--{path}", ",".join(quoted) if items else str(value)]
     return redact("".join(f" {shlex.quote(word)}" for word in words))
+
+
+def to_use(base: Mapping[str, Any], source: str) -> str:
+    """How a run of another base model than `source` is used, by that model's record; empty if the sources are equal."""
+    names = {"source": base["source"], "revision": base.get("revision"), "quantization": base.get("quantization")}
+    words = [f" --base.{name} {shlex.quote(value)}" for name, value in names.items() if value and value != "none"]
+    return "" if base["source"] == source else f"; to use it, repeat your command with{redact(''.join(words))}"
 
 
 def command(words: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> str:

@@ -166,7 +166,8 @@ def best(listed: Sequence[Entry]) -> list[tuple[Entry, str]]:
             key = (entry.stage, entry.base, entry.data, str(entry.settings.get("on", "")))
         elif entry.verdict in VERDICTS:
             gain, unit, alone = _gain(entry)
-            rank, why = (VERDICTS.index(entry.verdict), -gain), f"{entry.verdict}, gain {gain:+.3f} {unit}"
+            told = "gain not measured" if gain is None else f"gain {gain:+.3f} {unit}"
+            rank, why = (VERDICTS.index(entry.verdict), math.inf if gain is None else -gain), f"{entry.verdict}, {told}"
             # gains in two metrics, or of one adapter and of a composition, do not compare
             key = (entry.stage, entry.base, entry.data, unit, alone)
         else:
@@ -222,12 +223,12 @@ def _last_change(directory: Path) -> float:
     return max((path.lstat().st_mtime for path in [directory, *directory.rglob("*")]), default=0.0)
 
 
-def _gain(entry: Entry) -> tuple[float, str, str]:
+def _gain(entry: Entry) -> tuple[float | None, str, str]:
     """(gain of the evaluation, in what it is counted, the adapter that was judged alone): H3, what composing gained
-    over the task adapter alone; of one adapter what it gained over the base model."""
+    over the task adapter alone; of one adapter what it gained over the base model. None where it was not measured."""
     of = entry if entry.stage == "evaluation" else entry.judging or entry
     results = files.read_object(of.directory / "results.json")
     contrasts = results.get("contrasts", {})
     gain = next((contrasts[name] for name in ("H3", "T1", "D1") if name in contrasts), {}).get("estimate")
     unit = str((results.get("primary") or {}).get("unit", "nats per token"))
-    return float(gain) if isinstance(gain, (int, float)) else 0.0, unit, str(results.get("alone", ""))
+    return float(gain) if isinstance(gain, (int, float)) else None, unit, str(results.get("alone", ""))

@@ -14,10 +14,11 @@ from typing import Any
 from utils import disk
 from utils.artifacts import files, runs
 from utils.artifacts.run_list import CONTROLS, PREPARED, Entry
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import ArtefactError, Problem, path_fix
 from utils.logger import event
 
 DATA, MODELS = "data", "models"
+AGAIN = "copy it again, or write it again where the run is: python scripts/runs.py export RUN --runs.archive FILE"
 
 
 def lineage(entry: Entry, listed: list[Entry]) -> tuple[list[Entry], list[str]]:
@@ -74,11 +75,13 @@ def bring(archive: Path, data_dir: Path, models_dir: Path) -> dict[str, Any]:
     Raises ArtefactError, with nothing left behind, when a file is not what its manifest says, when a path leads out of
     the place it belongs to, or when another run has the same directory.
     """
+    if not archive.is_file():
+        raise ArtefactError(Problem("there is no such archive", str(archive), path_fix(archive)))
     scratch = models_dir / ".import.tmp"
     with files.locked(scratch, "the import"), disk.errors(scratch):
         try:
             _unpack(archive, scratch)
-            places = _checked(scratch, data_dir, models_dir)
+            places = _checked(archive, scratch, data_dir, models_dir)
             brought, here = [], []
             for source, target in places.items():
                 if target.exists():
@@ -102,11 +105,16 @@ def _unpack(archive: Path, scratch: Path) -> None:
                     what = "this is no archive of `runs.py export`: it holds what is no file of a run"
                     raise ArtefactError(Problem(what, member.name))
                 tar.extract(member, scratch, filter="data")
+            end = tar.offset
+        with archive.open("rb") as file:
+            file.seek(end)
+            if file.read(512) != bytes(512):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"a damaged header at byte {end}")
     except (OSError, tarfile.TarError) as error:
-        raise ArtefactError(Problem(f"the archive cannot be read: {error}", str(archive), "copy it again")) from error
+        raise ArtefactError(Problem(f"the archive cannot be read: {error}", str(archive), AGAIN)) from error
 
 
-def _checked(scratch: Path, data_dir: Path, models_dir: Path) -> dict[Path, Path]:
+def _checked(archive: Path, scratch: Path, data_dir: Path, models_dir: Path) -> dict[Path, Path]:
     """Unpacked directory -> where it belongs, after everything was verified."""
     found, problems = {}, []
     for manifest_path in sorted(scratch.glob(f"*/**/{files.MANIFEST}")):
@@ -117,7 +125,9 @@ def _checked(scratch: Path, data_dir: Path, models_dir: Path) -> dict[Path, Path
         try:
             manifest = files.verify(source)
         except ArtefactError as error:
-            problems += error.problems
+            # the paths are those inside the archive: what was unpacked is removed
+            damaged = (one.what.replace(f"{scratch}/", "") for one in error.problems)
+            problems += [Problem(f"the archive is damaged: {what}", str(archive), AGAIN) for what in damaged]
             continue
         kind, group = str(manifest.get("kind")), CONTROLS if place[0] == CONTROLS.rstrip("/") else ""
         if kind not in runs.STAGES or f"{_place(group, kind)}/{source.name}" != "/".join((top, *place)):

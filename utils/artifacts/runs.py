@@ -223,7 +223,8 @@ def parent(
             if not quiet:
                 event(f"using the newest complete {stage} run", path=run.directory)
             return run
-        looked_at.append(Problem(f"{run.directory}: {reason}"))
+        what, way, rest = reason.partition("to use it, ")
+        looked_at.append(Problem(f"{run.directory}: {what.rstrip('; ')}", fix=way + rest))
     missing = Problem(f"no complete {stage} run that fits under {root / stage}", fix=make)
     raise ArtefactError([*looked_at[:5], missing])
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import config as settings
 from utils import flags
-from utils.exceptions import Problem, did_you_mean
+from utils.exceptions import Problem, did_you_mean, path_fix
 
 FLAG = "--config"
 PRINT = "--print-config"
@@ -65,7 +65,8 @@ def as_yaml(config: settings.Config, sections: Sequence[str]) -> str:
 def _settings(name: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
     path = Path(name).expanduser()
     if not name or not path.is_file():
-        problems.append(Problem(f"{FLAG}: there is no such file", name or "(nothing)", f"write {FLAG} FILE.yaml"))
+        fix = path_fix(name) if name else f"write {FLAG} FILE.yaml"
+        problems.append(Problem(f"{FLAG}: there is no such file", name or "(nothing)", fix))
         return
     try:
         content = _parsed(path)

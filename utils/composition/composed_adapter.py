@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from config import BaseModelSection, Config
+from utils import flags
 from utils.adapters import adapter_files, cards, inference_layers, peft_model
 from utils.adapters.factors import Factors, ModuleFactors, scaled
-from utils.artifacts import files
+from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.composition import methods
 from utils.composition.checks import FactorCheck, check
@@ -93,7 +94,9 @@ def made(
     try:
         factors = compose(parts, recipe)
     except ValueError as error:
-        raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
+        raise ArtefactError(
+            Problem(f"these adapters do not compose: {error}", fix="see --help compose.weights")
+        ) from error
     return Composition(factors, tuple(parts), tuple(found), recipe, _checked(factors, parts, recipe), searched, run)
 
 
@@ -126,13 +129,14 @@ def record(found: Composition, base: BaseModel) -> dict[str, Any]:
     }
 
 
-def say(found: Composition) -> None:
+def say(config: Config, found: Composition) -> None:
     """One line about what is used, and one when its weights were not chosen on dev."""
     names = ", ".join(run.directory.as_posix() for run in found.runs)
     weights = found.recipe.weights or (1.0,) * len(found.runs)
     event("composed", adapters=names, method=found.recipe.method, weights=weights, check=found.line())
     if len(found.runs) > 1 and not found.searched:
-        event("the weights were not chosen on dev: python scripts/compose.py --compose.search does that")
+        search = f"{runs.STAGES['composed']} --compose.search{flags.given(config, 'base')}"
+        event(f"the weights were not chosen on dev: {search} does that")
 
 
 def check_on_model(base: BaseModel, found: Composition, section: BaseModelSection, scratch: Path) -> dict[str, Any]:
@@ -251,7 +255,9 @@ def refuse_recipe(recipe: Recipe, parts: Sequence[Factors]) -> None:
     try:
         weights_at("", recipe, len(parts), depth(parts))
     except ValueError as error:
-        raise ArtefactError(Problem(f"these adapters do not compose: {error}", fix="see --weights")) from error
+        raise ArtefactError(
+            Problem(f"these adapters do not compose: {error}", fix="see --help compose.weights")
+        ) from error
 
 
 def _weighted(

@@ -39,7 +39,7 @@ def write(
     if is_searched:
         recipe = _searched(config, probe, recipe, directory)
     made = composed_adapter.made(parts, found, recipe, searched=is_searched)
-    composed_adapter.say(made)
+    composed_adapter.say(config, made)
     if not is_alone:
         _explain(probe, recipe, directory)
     rows = row_support.of(probe.model).to_json() if probe else None

@@ -187,7 +187,8 @@ def problems(section: ComposeSection) -> list[Problem]:
     takes, alone = adapters * each, each if adapters == 2 else 0
     if section.weights and takes and len(section.weights) not in (takes, alone):
         given = len(section.weights)
-        found.append(Problem(f"compose.weights has {given} numbers, {name} of {adapters} adapters takes {takes}"))
+        what = f"compose.weights has {given} numbers, {name} of {adapters} adapters takes {takes}"
+        found.append(Problem(what, fix=_as_typed(adapters, each)))
     if method.needs_weights and not section.weights and not section.search:
         found.append(Problem(f"compose.method {name} needs compose.weights, or --compose.search to find them"))
     if section.search and name not in (SUM, *section.search_methods):
@@ -212,6 +213,12 @@ def _no_choice(what: str, name: str, known: Iterable[str]) -> Problem:
     return Problem(what, name, " ".join(filter(None, (did_you_mean(name, known), f"choices: {listed}"))))
 
 
+def _as_typed(adapters: int, numbers: int) -> str:
+    """The flag with as many weights as are taken, each 1."""
+    each = "one number" if numbers == 1 else f"{numbers} numbers, from the first layer to the last,"
+    return f"{each} for each adapter, domain before task: --weights {','.join('1' * (adapters * numbers))}"
+
+
 def depth(adapters: Sequence[Factors]) -> int:
     """Number of layers up to the deepest that any adapter changes; at least 1."""
     layers = [layer for adapter in adapters for name in adapter if (layer := layer_of(name)) is not None]
@@ -228,7 +235,8 @@ def weights_at(module: str, recipe: Recipe, adapters: int, layers: int, *, layer
     numbers = method.numbers(layers)
     given = recipe.weights or (1.0,) * (adapters * numbers)
     if len(given) != adapters * numbers:
-        raise ValueError(f"{recipe.method} of {adapters} adapters takes {adapters * numbers} weights, got {len(given)}")
+        what = f"{recipe.method} of {adapters} adapters takes {adapters * numbers} weights, got {len(given)}"
+        raise ValueError(f"{what}; {_as_typed(adapters, numbers)}")
     place = layer_of(module) if layer is None else layer
     place = layers - 1 if place is None else place
     return [method.at(given[i * numbers : (i + 1) * numbers], place, layers) for i in range(adapters)]

@@ -7,7 +7,6 @@ deleted whenever no process uses them. Files that have to be parsed are read sid
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections import deque
@@ -30,7 +29,7 @@ from utils.data.tables import (
     iter_hub_rows,
     iter_rows,
 )
-from utils.exceptions import DataError, Problem
+from utils.exceptions import DataError, Problem, path_fix
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -166,8 +165,7 @@ class _Reader:
                 yield self._missing(source)
 
     def _missing(self, source: str) -> Iterator[dict[str, str]]:
-        fix = "correct the path; relative paths start at the folder the command is run from"
-        self.problems.add(f"{source!r} does not exist", os.getcwd(), fix)
+        self.problems.add(f"{source!r} does not exist", fix=path_fix(source))
         yield from ()
 
     def _files_below(self, folder: Path) -> Iterator[Path]:

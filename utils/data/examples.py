@@ -39,7 +39,7 @@ from utils.data.tables import (
     iter_rows,
     table_suffix,
 )
-from utils.exceptions import DataError, Problem
+from utils.exceptions import DataError, Problem, path_fix
 
 __all__ = ["TaskReport", "read_task_examples"]
 
@@ -246,7 +246,7 @@ def _rows_of(
     elif is_hub_id(source):
         yield from iter_hub_rows(source, hub_revision, split=split, cache_dir=cache_dir, problems=problems)
     else:
-        problems.add(f"{source!r} does not exist", str(Path.cwd()), "correct the path; it starts at the current folder")
+        problems.add(f"{source!r} does not exist", fix=path_fix(source))
 
 
 def _parse_cells(values: dict[str, Any], is_text: bool) -> dict[str, Any]:

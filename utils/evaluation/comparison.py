@@ -41,7 +41,7 @@ def compare(
     """
     began = time.perf_counter()
     if used := parts.composed or parts.alone:
-        composed_adapter.say(used)
+        composed_adapter.say(config, used)
     parts = replace(parts, baseline_weight=baseline_weight.chosen(config, base, parts, directory))
     on = scored_rows.material(config, base, parts, directory / ".reading")
     on, retrieval = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from config import BaseModelSection, Config, EvaluateSection
 from utils import flags
 from utils.adapters import adapter_files, find
-from utils.artifacts import files
+from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.composition import composed_adapter, in_use
 from utils.composition.composed_adapter import Composition
@@ -110,7 +112,7 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
         raise ArtefactError(
             Problem(
                 f"{own[-1].directory} does not say which data it was trained on",
-                fix="prepare data: scripts/prepare_data.py",
+                fix=f"prepare data: {runs.STAGES['prepared']}{flags.given(config, 'base', 'data')}",
             )
         )
     # before hours are spent on controls: what cannot be used is refused here
@@ -223,13 +225,23 @@ def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], domain:
     if run is None:
         told = "" if keeping["keep_domain"] == "off" else "".join(f" --task.{k} {v}" for k, v in keeping.items())
         missing["task"] = (
-            "no task adapter was trained on the base with the same settings: train it with accelerate launch "
-            f"scripts/train_task_adapter.py --task.on base{told}{flags.given(config, 'base')}, "
-            "or add --evaluate.controls"
+            "no task adapter was trained on the base with the same settings: train it with "
+            f"{runs.STAGES['task']} --task.on base{told}{_as_trained(config, task)}, or add --evaluate.controls"
         )
     else:
         event("the task row is the adapter trained on the base", path=run.directory)
     return run
+
+
+def _as_trained(config: Config, task: Run) -> str:
+    """The flags of a training with the data and settings of this one, under another name; for one of ours."""
+    if not (task.directory / "config.json").is_file():
+        return flags.given(config, "base")
+    words: list[str | Path] = ["--config", task.directory / "config.json"]
+    with suppress(ArtefactError):  # its data may be gone
+        if (data := find.parent_of(task, "prepared", config.run.data_dir)) is not None:
+            words += ["--inputs.prepared", data.directory]
+    return " " + shlex.join(map(str, [*words, "--run.name", f"{task.directory.name}-on-base"]))
 
 
 def _made(

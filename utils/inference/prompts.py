@@ -15,7 +15,7 @@ from utils.adapters import adapter_tokenizer, inference_layers
 from utils.adapters.factors import Factors
 from utils.artifacts import files
 from utils.data.tables import ProblemList, iter_rows
-from utils.exceptions import DataError, Problem
+from utils.exceptions import DataError, Problem, path_fix
 from utils.inference import generation
 from utils.inference.engines import served_model
 from utils.inference.engines.served_model import AnswerJournal, ServedModel
@@ -31,7 +31,7 @@ from utils.progress import Progress
 def read(path: Path) -> list[dict[str, Any]]:
     """Rows with a prompt or a question. Raises DataError with file and line for what cannot be used."""
     if not path.is_file():
-        raise DataError(Problem("--prompts_file does not exist", str(path)))
+        raise DataError(Problem("--prompts_file does not exist", str(path), path_fix(path)))
     problems = ProblemList()
     found = []
     for row in iter_rows(path, problems):

@@ -78,10 +78,11 @@ def settings_of(config: Config, stage: str, run: Run) -> Config:
         names = path.split(".")
         allowed = names[-1] in (*FREE, "continue_from")
         if names[0] == stage and not allowed and _at(config, names) != _at(theirs, names):
-            fix = f"leave it out, or start anew from the adapter: --{stage}.init_from {run.directory}"
-            problems.append(
-                Problem(f"--{path} ({where}) differs from the run that is gone on from", _at(theirs, names), fix)
-            )
+            anew = f"start anew from the adapter: --{stage}.init_from {run.directory}"
+            if names[1] == "lora":  # the adapter has its rank and modules already
+                anew = f"train a new adapter: without --{stage}.continue_from"
+            what = f"--{path} ({where}) differs from the run that is gone on from, which has {_at(theirs, names)}"
+            problems.append(Problem(what, _at(config, names), f"leave it out, or {anew}"))
     if problems:
         raise ConfigError(problems)
     more = {name: getattr(own.train, name) for name in FREE}

@@ -37,8 +37,9 @@ def announce(data: TrainingData, settings: TrainSection, steps: int, what: str) 
         epochs = math.ceil(FEWEST_STEPS * settings.epochs / steps)
         batch = max(1, settings.batch_tokens * steps // FEWEST_STEPS)
         # max_steps overrides the passes and the size of a step, so nothing else helps where it is set
-        fix = f"more data, smaller steps (train.batch_tokens {batch}) or more passes (train.epochs {epochs})"
+        flag = f"--{what.split()[0]}.train"  # "domain adapter": the section of its settings
+        fix = f"more data, smaller steps ({flag}.batch_tokens {batch}) or more passes ({flag}.epochs {epochs})"
         warning(
             f"{what}: {steps} optimiser steps teach little, at least {FEWEST_STEPS} are advised",
-            fix=f"train.max_steps {FEWEST_STEPS} or more" if settings.max_steps else fix,
+            fix=f"{flag}.max_steps {FEWEST_STEPS} or more" if settings.max_steps else fix,
         )

@@ -7,7 +7,7 @@ others train with it and wait where they have to.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,10 @@ def opened(
 
     def found() -> tuple[Path, Run | None]:
         directory = runs.directory_for(config.run.models_dir, stage, config.run.name, run_label(config), identity)
-        complete = runs.open_run(directory, identity)
+        try:
+            complete = runs.open_run(directory, identity)
+        except ArtefactError as error:
+            raise ArtefactError([*error.problems, *_other_parents(config, directory, identity)]) from error
         if complete is not None:
             checkpoints.keep_last(directory)
             checkpoints.discard(directory / files.SCRATCH)  # a run killed right after it was sealed still has them
@@ -92,6 +95,30 @@ def opened(
         ranks.meet()
         yield replace(run, is_main=False)
     ranks.meet()
+
+
+def _other_parents(config: Config, directory: Path, identity: Identity) -> list[Problem]:
+    """The flags that name what the run in the directory was made from, where that is not what is taken now."""
+    found = []
+    with suppress(ArtefactError):
+        sealed = (directory / files.MANIFEST).exists()
+        recorded = (
+            files.read_manifest(directory)["identity"] if sealed else files.read_object(directory / runs.IDENTITY)
+        )
+        data, domain = ("prepared", config.run.data_dir), ("domain", config.run.models_dir)
+        for name, flag, (kind, root) in (
+            ("data", "--inputs.prepared", data),
+            ("domain_adapter", "--domain_adapter", domain),
+        ):
+            if (was := recorded.get(name)) != identity.values.get(name):
+                here = (run.directory for run in runs.complete_runs(root, kind) if run.digest == was)
+                found += [
+                    Problem(
+                        f"it was made from {path}", fix=f"to take that again, repeat your command with {flag} {path}"
+                    )
+                    for path in here
+                ]
+    return found
 
 
 def with_length(config: Config, data: Run) -> Config:
