@@ -153,6 +153,7 @@ class Runs(unittest.TestCase):
             done = self.run_script("rm", "domain/first", "domain/second", "--yes")
         self.assertEqual(done.returncode, 2)
         self.assertIn("is in use by process", done.stderr)
+        self.assertIn("wait for it, or stop that process", done.stderr)
         self.assertTrue(self.first.directory.is_dir() and self.second.directory.is_dir())
 
     def test_prune_takes_old_leftovers_and_no_complete_run(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def remove(removals: Sequence[Removal]) -> None:
             with locks.locked(_run_of(removal.path), "the run"):
                 pass
         except ArtefactError as error:
-            busy += error.problems
+            busy += [replace(problem, fix="wait for it, or stop that process") for problem in error.problems]
     if busy:
         raise ArtefactError(busy)
     for removal in removals:
