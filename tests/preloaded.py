@@ -6,7 +6,6 @@ here starts a thread or computes with torch, so that a fork is as good as a new 
 
 from __future__ import annotations
 
-import gc
 import importlib
 import pkgutil
 
@@ -26,6 +25,3 @@ for name in (*LIBRARIES, *(module.name for module in pkgutil.walk_packages(utils
 for name in ("support", "fault_support"):
     importlib.import_module(f"tests.{name}")
 langid._get_identifier()
-# no collection in a fork walks through all this again, and copies its pages by doing so
-gc.collect()
-gc.freeze()
