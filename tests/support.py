@@ -56,7 +56,7 @@ PLAIN_TEMPLATE = (
     "{%- for m in messages -%}{{- ']~b]' + m.role + '\n' + m.content + '[e~[\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- ']~b]ai\n' -}}{%- endif -%}"
 )
-PATIENCE = 120.0
+PATIENCE = 300.0
 # in the environment of every script that a workspace runs; test_system_secrets looks for them in all that was written
 SECRETS = {
     "HF_TOKEN": 'a token of "unusual" shape/42',

@@ -285,7 +285,7 @@ def launched(name: str, *nodes: list[str], file: str = FSDP_FILE.name) -> list[C
     env = {k: v for k, v in clean_environment().items() if k != "ACCELERATE_USE_CPU"}  # it has to find that out
     how: dict[str, Any] = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, *words, *script], **how) for words in nodes]
-    said = [process.communicate(timeout=300) for process in processes]
+    said = [process.communicate(timeout=1200) for process in processes]
     return [Completed(p.args, p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
 
 
