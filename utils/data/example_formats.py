@@ -304,7 +304,8 @@ def _likely(row: Row, missing: list[str]) -> dict[str, str]:
     for role in missing:
         named = [name for name in row.unused() if role in name and name not in found.values()]
         asking = [name for name in texts if str(row.values[name]).rstrip().endswith(("?", "？", "؟"))]
-        of_role = [*named, *(asking if role == "question" else []), *(texts if role == "question" else texts[::-1])]
+        in_order = texts if "question" in missing else texts[::-1]  # an answer stands behind its question
+        of_role = [*named, *(asking if role == "question" else []), *in_order]
         if of_role:
             found[role] = of_role[0]
             texts = [name for name in texts if name != of_role[0]]
