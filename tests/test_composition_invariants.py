@@ -93,7 +93,7 @@ class Invariants(unittest.TestCase):
                     weight += delta(f)
         expected = logits(model)
         composed = compose(parts, recipe)
-        self.assertEqual(check(composed, parts, recipe).problems, ())
+        self.assertEqual(check(composed, weighted, exact=METHODS[recipe.method].exact).problems, ())
         found = {"composed": logits(peft_model.add(fresh(architecture), "composed", composed))}
         both = peft_model.add(fresh(architecture), "first", weighted[0])
         both = peft_model.add(both, "second", weighted[1])

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.support import relative, temporary_directory, toy
 from utils.adapters import adapter_files, fused_experts
 from utils.adapters.factors import Factors, ModuleFactors, delta, distance, inner, norm, scaled, stacked, zero_modules
-from utils.composition.checks import check
+from utils.composition.checks import check, relative_errors
 from utils.composition.collisions import collisions
-from utils.composition.methods import METHODS, Recipe, compose, depth, relative_errors, weights_at
+from utils.composition.methods import METHODS, Recipe, compose, depth, weighted, weights_at
 from utils.composition.truncation import tail, truncated
 
 LAYERS = 3
@@ -101,7 +101,7 @@ class ExactMethods(unittest.TestCase):
                 if module in p
             )
             self.assertLessEqual(float((found - expected).norm()), 1e-5 * max(size, 1e-12), module)
-        self.assertEqual(check(composed, parts, recipe).problems, ())
+        self.assertEqual(check(composed, weighted(parts, recipe), exact=METHODS[recipe.method].exact).problems, ())
 
     def test_rank_of_the_sum_is_the_sum_of_the_ranks_of_those_with_a_weight(self) -> None:
         first, second = Q.format(0), V.format(0)
@@ -183,13 +183,13 @@ class ApproximateMethods(unittest.TestCase):
                 continue
             recipe = Recipe(method, weights, rank=5)
             composed = compose(parts, recipe)
-            errors = relative_errors(composed, parts, recipe)
+            errors = relative_errors(composed, weighted(parts, recipe))
             for module, f in composed.items():
                 exact = by_hand(parts, [[w] * LAYERS for w in weights], module)
                 self.assertAlmostEqual(
                     errors[module], float((dense(f) - exact).norm() / exact.norm()), places=4, msg=method
                 )
-            found = check(composed, parts, recipe)
+            found = check(composed, weighted(parts, recipe), exact=METHODS[recipe.method].exact)
             self.assertFalse(found.exact)
             self.assertEqual(found.problems, ())
             self.assertEqual(found.relative_error, max(errors.values()))
@@ -198,9 +198,11 @@ class ApproximateMethods(unittest.TestCase):
     def test_methods_that_keep_everything_are_the_sum(self) -> None:
         parts = [adapter(2, 8, 0), adapter(3, 16, 1)]
         for recipe in (Recipe("sum_truncated"), Recipe("dare", density=1.0)):
-            self.assertLess(max(relative_errors(compose(parts, recipe), parts, recipe).values()), 1e-5, recipe.method)
+            self.assertLess(
+                max(relative_errors(compose(parts, recipe), weighted(parts, recipe)).values()), 1e-5, recipe.method
+            )
         alone = Recipe("ties", density=1.0)
-        self.assertLess(max(relative_errors(compose(parts[:1], alone), parts[:1], alone).values()), 1e-5)
+        self.assertLess(max(relative_errors(compose(parts[:1], alone), weighted(parts[:1], alone)).values()), 1e-5)
 
     def test_dare_depends_on_its_seed_and_on_nothing_else(self) -> None:
         parts = [adapter(2, 8, 0), adapter(3, 16, 1)]
@@ -221,16 +223,19 @@ class Checks(unittest.TestCase):
         name = V.format(1)
         right = composed[name]
         composed[name] = scaled(right, 1.25)
-        self.assertAlmostEqual(relative_errors(composed, parts, recipe)[name], 0.25, places=5)
-        found = check(composed, parts, recipe)
+        self.assertAlmostEqual(relative_errors(composed, weighted(parts, recipe))[name], 0.25, places=5)
+        found = check(composed, weighted(parts, recipe), exact=METHODS[recipe.method].exact)
         self.assertEqual(found.worst_module, name)
         self.assertRegex(found.problems[0], "relative error 0.25 is above 1e-05")
         del composed[name]
-        self.assertAlmostEqual(relative_errors(composed, parts, recipe)[name], 1.0, places=6)
+        self.assertAlmostEqual(relative_errors(composed, weighted(parts, recipe))[name], 1.0, places=6)
         composed[name] = ModuleFactors(right.a_rI * float("nan"), right.b_Or, 1.0)
-        self.assertIn("not finite", " ".join(check(composed, parts, recipe).problems))
+        self.assertIn(
+            "not finite",
+            " ".join(check(composed, weighted(parts, recipe), exact=METHODS[recipe.method].exact).problems),
+        )
         composed["model.layers.0.k_proj"] = right  # a module that no adapter changes
-        self.assertGreater(relative_errors(composed, parts, recipe)["model.layers.0.k_proj"], 1.0)
+        self.assertGreater(relative_errors(composed, weighted(parts, recipe))["model.layers.0.k_proj"], 1.0)
 
     def test_concatenating_expert_tensors_as_they_lie_on_disk_is_caught(self) -> None:
         name = E.format(0)
@@ -239,7 +244,7 @@ class Checks(unittest.TestCase):
         wrong = fused_experts.from_peft(
             torch.cat([a for a, _ in on_disk]), torch.cat([b for _, b in on_disk], dim=1), rank=4, scale=1.0
         )
-        self.assertGreater(check({name: wrong}, parts, Recipe()).relative_error, 0.5)
+        self.assertGreater(check({name: wrong}, weighted(parts, Recipe()), exact=True).relative_error, 0.5)
 
     def test_norms_and_inner_products_are_those_of_the_dense_updates(self) -> None:
         first, second = adapter(2, 8, 0), adapter(5, 3, 1)

@@ -21,8 +21,8 @@ from config import ComposeSection
 from tests.support import ARCHITECTURES, relative, saved_model, temporary_directory
 from utils.adapters import adapter_files, adapter_settings, inference_layers, peft_model
 from utils.adapters.factors import Factors, ModuleFactors, delta, stacked
-from utils.composition.checks import check
-from utils.composition.methods import METHODS, Recipe, compose, recipe_of, relative_errors
+from utils.composition.checks import check, relative_errors
+from utils.composition.methods import METHODS, Recipe, compose, recipe_of, weighted
 from utils.composition.truncation import tail
 from utils.exceptions import ArtefactError
 
@@ -153,7 +153,7 @@ class WeightedAdapter(Defects):
         factors = both(model)
         exact, cut = compose(factors, Recipe()), compose(factors, Recipe("sum_truncated", rank=4))
         self.assert_sum(exact, parts)
-        stated = relative_errors(cut, factors, Recipe("sum_truncated", rank=4))
+        stated = relative_errors(cut, weighted(factors, Recipe("sum_truncated", rank=4)))
         for name, update in added(parts).items():
             self.assertEqual((exact[name].rank, int(torch.linalg.matrix_rank(dense(exact)[name]))), (7, 7))
             self.assertEqual((cut[name].rank, int(torch.linalg.matrix_rank(dense(cut)[name]))), (4, 4))
@@ -162,7 +162,7 @@ class WeightedAdapter(Defects):
             self.assertAlmostEqual(stated[name], expected, places=6)
             self.assertAlmostEqual(tail(stacked([f[name] for f in factors]), 4), expected, places=6)
             self.assertAlmostEqual(float((truncated[name] - update).norm() / update.norm()), expected, places=5)
-        found = check(cut, factors, Recipe("sum_truncated", rank=4))
+        found = check(cut, weighted(factors, Recipe("sum_truncated", rank=4)), exact=False)
         self.assertFalse(found.exact)
         self.assertGreater(found.mean_relative_error, WRONG, "the truncation is not stated")
 
@@ -431,7 +431,7 @@ class Experts(Defects):
                 for weights in ((1.0, 1.0), (0.6, -0.8)):
                     composed = compose(parts, Recipe(weights=weights))
                     self.assert_sum(composed, truths, weights)
-                    self.assertEqual(check(composed, parts, Recipe(weights=weights)).problems, ())
+                    self.assertEqual(check(composed, weighted(parts, Recipe(weights=weights)), exact=True).problems, ())
                     expected = by_hand("minimax_m2", added(truths, weights))
                     self.assertGreater(relative(expected, logits(fresh("minimax_m2"))), WRONG)
                     self.assertLess(relative(ours("minimax_m2", composed), expected), ROUNDING)

@@ -27,7 +27,7 @@ from utils.adapters import adapter_files, inference_layers
 from utils.adapters.factors import Factors, delta
 from utils.artifacts import files
 from utils.artifacts.runs import Run
-from utils.composition import composed_adapter, dev_losses
+from utils.composition import composed_adapter, dev_losses, methods
 from utils.composition.methods import Recipe
 from utils.composition.weights import measured_points
 from utils.composition.weights.points import Point
@@ -257,7 +257,9 @@ class OnTheModel(unittest.TestCase):
         ):
             model = float32_model.in_float32(self.base, SECTION)
             with self.assertRaisesRegex(VerificationError, reason):
-                composed_adapter.check_logits(composed_adapter.weighted_parts(right), wrong, model, IDS, exact=True)
+                composed_adapter.check_logits(
+                    methods.weighted(right.parts, right.recipe), wrong, model, IDS, exact=True
+                )
 
     def test_composed_adapter_per_expert_export_and_merged_model_are_one_model_in_a_fresh_process(self) -> None:
         root = temporary_directory()

@@ -10,7 +10,7 @@ from config import AUTO, Config, LoraSection
 from utils.adapters import find
 from utils.adapters.factors import ModuleFactors
 from utils.artifacts.runs import Run
-from utils.composition import composed_adapter, in_use
+from utils.composition import composed_adapter, in_use, methods
 from utils.data.prepared import Prepared
 from utils.exceptions import ArtefactError
 from utils.logger import event, warning
@@ -67,7 +67,7 @@ def adapter_pair(
     if runs is None:
         return random_factors(model, config.domain.lora, seed=1), random_factors(model, config.task.lora, seed=2)
     found = composed_adapter.composition(config, base)
-    domain, task = composed_adapter.weighted_parts(found)
+    domain, task = methods.weighted(found.parts, found.recipe)
     return domain, task
 
 

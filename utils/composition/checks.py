@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.adapters.factors import Factors, zero_modules
-from utils.composition.methods import METHODS, Recipe, compose, relative_errors
+from utils.adapters.factors import Factors, distance, norm, zero_modules
+from utils.composition.methods import Recipe, compose
 
 # float32 rounding of a sum of a few rank-r products, with room
 EXACT = 1e-5
@@ -35,14 +35,13 @@ class FactorCheck:
     problems: tuple[str, ...]
 
 
-def check(composed: Factors, adapters: Sequence[Factors], recipe: Recipe) -> FactorCheck:
-    """Points 1, 2 and 5 on these adapters. Problems are sentences; none means passed."""
-    errors = relative_errors(composed, adapters, recipe)
+def check(composed: Factors, weighted: Sequence[Factors], *, exact: bool) -> FactorCheck:
+    """Points 1, 2 and 5 on adapters with their weights folded in. Problems are sentences; none means passed."""
+    errors = relative_errors(composed, weighted)
     worst = max(errors, key=lambda module: errors[module])
-    exact = METHODS[recipe.method].exact
     found = {"relative": errors[worst], "identity": 0.0, "absence": 0.0, "order": 0.0}
     if exact:
-        found |= _laws(adapters)
+        found |= _laws(weighted)
     problems = [
         f"{name} error {error:.2g} is above {EXACT:g}" for name, error in found.items() if exact and not error <= EXACT
     ]
@@ -63,21 +62,30 @@ def check(composed: Factors, adapters: Sequence[Factors], recipe: Recipe) -> Fac
     )
 
 
+def relative_errors(composed: Factors, weighted: Sequence[Factors]) -> dict[str, float]:
+    """Per module ||D_composed - sum a_i D_i||_F / ||sum a_i D_i||_F; the weights a_i are folded into the adapters."""
+    errors = {}
+    for module in dict.fromkeys([*composed, *(name for adapter in weighted for name in adapter)]):
+        parts = [adapter[module] for adapter in weighted if module in adapter]
+        # when the parts cancel, their own sizes are what rounding is relative to
+        size = max(distance(None, parts), 1e-3 * sum(map(norm, parts)))
+        errors[module] = distance(composed.get(module), parts) / (size or 1.0)
+    return errors
+
+
 def _laws(adapters: Sequence[Factors]) -> dict[str, float]:
     """Largest relative error of identity, absence and order of the exact sum, on some modules of these adapters."""
     modules = list(dict.fromkeys(name for adapter in adapters for name in adapter))
     modules = modules[:: max(1, len(modules) // SAMPLED_MODULES)]
     some = [kept for a in adapters if (kept := {name: a[name] for name in modules if name in a})]
-    one = Recipe(weights=(1.0,))
-    identity = max(_largest(compose([adapter], one), [adapter], one) for adapter in some)
+    identity = max(_largest(compose([adapter], Recipe()), [adapter]) for adapter in some)
     absence = 0.0
     for i, adapter in enumerate(some):
         alone = tuple(float(i == j) for j in range(len(some)))
-        absence = max(absence, _largest(compose(some, Recipe(weights=alone)), [adapter], one))
-    everything = Recipe(weights=(1.0,) * len(some))
-    order = _largest(compose(some[::-1], everything), some, everything)
+        absence = max(absence, _largest(compose(some, Recipe(weights=alone)), [adapter]))
+    order = _largest(compose(some[::-1], Recipe()), some)
     return {"identity": identity, "absence": absence, "order": order}
 
 
-def _largest(composed: Factors, adapters: Sequence[Factors], recipe: Recipe) -> float:
-    return max(relative_errors(composed, adapters, recipe).values())
+def _largest(composed: Factors, weighted: Sequence[Factors]) -> float:
+    return max(relative_errors(composed, weighted).values())

@@ -17,7 +17,7 @@ import torch
 from config import BaseModelSection, Config
 from utils import flags
 from utils.adapters import adapter_files, cards, inference_layers, peft_model
-from utils.adapters.factors import Factors, ModuleFactors, scaled
+from utils.adapters.factors import Factors
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.composition import methods
@@ -158,7 +158,7 @@ def check_on_model(base: BaseModel, found: Composition, section: BaseModelSectio
         # the weights by the place that the model itself gives a layer: composing goes by names
         places = {name: layers[place] for name, place in layers_of(model, factors).items()}
         _refuse_unplaced(found.recipe, parts, places)
-        parts = _weighted(parts, found.recipe, depth(found.parts), places)
+        parts = methods.weighted(parts, found.recipe, depth(found.parts), places)
         checked = check_logits(parts, factors, model, float32_model.probe(checkpoint), exact=found.check.exact)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -201,11 +201,6 @@ def check_logits(
     if problems:
         raise VerificationError(problems)
     return differences
-
-
-def weighted_parts(found: Composition) -> list[Factors]:
-    """Each adapter with its weights folded in, without the modules where it has weight 0."""
-    return _weighted(found.parts, found.recipe, depth(found.parts), {})
 
 
 def ranks_differ(parts: Sequence[Factors]) -> bool:
@@ -260,17 +255,6 @@ def refuse_recipe(recipe: Recipe, parts: Sequence[Factors]) -> None:
         ) from error
 
 
-def _weighted(
-    parts: Sequence[Factors], recipe: Recipe, layers: int, places: Mapping[str, int]
-) -> list[dict[str, ModuleFactors]]:
-    """Parts with their weights folded in; `places` has a module's layer where that is not to be read off its name."""
-
-    def weight(module: str, i: int) -> float:
-        return weights_at(module, recipe, len(parts), layers, layer=places.get(module))[i]
-
-    return [{m: scaled(f, w) for m, f in part.items() if (w := weight(m, i)) != 0.0} for i, part in enumerate(parts)]
-
-
 def _refuse_unplaced(recipe: Recipe, parts: Sequence[Factors], places: Mapping[str, int]) -> None:
     unplaced = sorted({module for part in parts for module in part} - set(places))
     if METHODS[recipe.method].per_adapter != 1 and unplaced:
@@ -279,7 +263,7 @@ def _refuse_unplaced(recipe: Recipe, parts: Sequence[Factors], places: Mapping[s
 
 
 def _checked(factors: Factors, parts: Sequence[Factors], recipe: Recipe) -> FactorCheck:
-    done = check(factors, parts, recipe)
+    done = check(factors, methods.weighted(parts, recipe), exact=METHODS[recipe.method].exact)
     if done.problems:
         raise VerificationError([Problem(f"the composed adapter is not what it should be: {p}") for p in done.problems])
     return done

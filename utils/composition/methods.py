@@ -8,7 +8,7 @@ computes, so that help and errors do not wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -242,42 +242,39 @@ def weights_at(module: str, recipe: Recipe, adapters: int, layers: int, *, layer
     return [method.at(given[i * numbers : (i + 1) * numbers], place, layers) for i in range(adapters)]
 
 
+def weighted(
+    adapters: Sequence[Factors], recipe: Recipe, layers: int = 0, places: Mapping[str, int] | None = None
+) -> list[dict[str, ModuleFactors]]:
+    """The adapters with their weights folded in; a weight of 0 is absence, so its modules are left out.
+
+    `layers` is the depth where these are only some layers of the adapters, `places` a module's layer where that is
+    not to be read off its name. Raises ValueError for a wrong number of weights.
+    """
+    from utils.adapters.factors import scaled
+
+    layers = layers or depth(adapters)
+    folded: list[dict[str, ModuleFactors]] = [{} for _ in adapters]
+    for module in dict.fromkeys(name for adapter in adapters for name in adapter):
+        weights = weights_at(module, recipe, len(adapters), layers, layer=(places or {}).get(module))
+        for kept, adapter, weight in zip(folded, adapters, weights, strict=True):
+            if module in adapter and weight != 0.0:
+                kept[module] = scaled(adapter[module], weight)
+    return folded
+
+
 def compose(adapters: Sequence[Factors], recipe: Recipe) -> dict[str, ModuleFactors]:
     """The adapters as one adapter, in float32. A weight of 0 is absence: that adapter adds no rank there.
 
     Raises ValueError for a wrong number of weights, unequal shapes at a module, or when nothing is left.
     """
-    layers = depth(adapters)
+    parts = weighted(adapters, recipe)
     composed: dict[str, ModuleFactors] = {}
     for module in dict.fromkeys(name for adapter in adapters for name in adapter):
-        weights = weights_at(module, recipe, len(adapters), layers)
-        parts = _weighted(adapters, weights, module)
-        if parts:
+        if present := [part[module] for part in parts if module in part]:
             try:
-                composed[module] = METHODS[recipe.method].combine(parts, recipe, module)
+                composed[module] = METHODS[recipe.method].combine(present, recipe, module)
             except ValueError as error:
                 raise ValueError(f"{module}: {error}") from error
     if not composed:
         raise ValueError("every weight is 0: that is the base model, not a composition")
     return composed
-
-
-def relative_errors(composed: Factors, adapters: Sequence[Factors], recipe: Recipe) -> dict[str, float]:
-    """Per module ||D_composed - sum a_i D_i||_F / ||sum a_i D_i||_F, with the weights that the recipe has there."""
-    from utils.adapters.factors import distance, norm
-
-    layers = depth(adapters)
-    found = {}
-    for module in dict.fromkeys([*composed, *(name for adapter in adapters for name in adapter)]):
-        parts = _weighted(adapters, weights_at(module, recipe, len(adapters), layers), module)
-        # when the parts cancel, their own sizes are what rounding is relative to
-        size = max(distance(None, parts), 1e-3 * sum(map(norm, parts)))
-        found[module] = distance(composed.get(module), parts) / (size or 1.0)
-    return found
-
-
-def _weighted(adapters: Sequence[Factors], weights: Sequence[float], module: str) -> list[ModuleFactors]:
-    from utils.adapters.factors import scaled
-
-    present = zip(adapters, weights, strict=True)
-    return [scaled(adapter[module], weight) for adapter, weight in present if module in adapter and weight != 0.0]
