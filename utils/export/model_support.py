@@ -51,10 +51,10 @@ def row(config: Config, base: BaseModel) -> dict[str, str]:
         return dict.fromkeys(COLUMNS, f"refused: {problem.what} -> {problem.fix}")
     with tempfile.TemporaryDirectory() as scratch:
         tried = _Tried(config, base, Path(scratch))
-        return {column: _said(check) for column, check in zip(COLUMNS, tried.checks(), strict=True)}
+        return {column: _outcome(check) for column, check in zip(COLUMNS, tried.checks(), strict=True)}
 
 
-def _said(check: Callable[[], str]) -> str:
+def _outcome(check: Callable[[], str]) -> str:
     try:
         return f"works: {check()}"
     except PipelineError as error:
@@ -139,11 +139,11 @@ class _Tried:
         self.composed = compose(self.parts, Recipe())
         ids_BT = float32_model.probe(Checkpoint(self.base.directory))
         model = float32_model.in_float32(self.base, self.section)
-        self.found = composed_adapter.check_logits(self.parts, self.composed, model, ids_BT, exact=True)
-        return f"{len(self.composed)} modules, effect {self.found['composed_to_base']:.0e} of the largest logit"
+        self.differences = composed_adapter.check_logits(self.parts, self.composed, model, ids_BT, exact=True)
+        return f"{len(self.composed)} modules, effect {self.differences['composed_to_base']:.0e} of the largest logit"
 
     def _two_active(self) -> str:
-        return f"both active = composed to {self.found['parts_active_to_composed']:.0e}"
+        return f"both active = composed to {self.differences['parts_active_to_composed']:.0e}"
 
     def _merge(self) -> str:
         target = self.scratch / "merged"

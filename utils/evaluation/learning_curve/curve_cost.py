@@ -14,19 +14,19 @@ def lines(run: RunSection, primary: str) -> list[str]:
     pairs, documents = (SHARES[kind][:-1] for kind in (PAIRS, DOCUMENTS))
     domain, task = newest["domain"], newest["task"]
     is_stacked = bool(domain and task and task.manifest["identity"].get("on") != "base")
-    said, rows, seconds = [], 0, 0.0
+    trainings, rows, seconds = [], 0, 0.0
     if task or not domain:
-        said.append(f"{len(pairs)} task adapters on {_shares(pairs)} of the pairs")
+        trainings.append(f"{len(pairs)} task adapters on {_shares(pairs)} of the pairs")
         rows, seconds = rows + len(pairs), seconds + sum(pairs) * _seconds(task)
     if domain or not task:
-        said.append(f"{len(documents)} domain adapters on {_shares(documents)} of the documents")
+        trainings.append(f"{len(documents)} domain adapters on {_shares(documents)} of the documents")
         rows, seconds = rows + len(documents), seconds + sum(documents) * _seconds(domain)
     if is_stacked:
-        said.append(f"a task adapter on each of these {len(documents)}")
+        trainings.append(f"a task adapter on each of these {len(documents)}")
         seconds += len(documents) * _seconds(task)
     cost = f"about {seconds / 60:,.1f} minutes of training at the pace of the newest runs; " if seconds else ""
     asks = "" if primary in LIKELIHOOD_METRICS else ", each of which answers every test question"
-    text = f"learning curve: train {', '.join(said)}, and score {rows} rows more{asks}"
+    text = f"learning curve: train {', '.join(trainings)}, and score {rows} rows more{asks}"
     return [f"{text} ({cost}what exists with these settings is used again)"]
 
 
