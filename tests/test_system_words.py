@@ -87,7 +87,8 @@ class Words(unittest.TestCase):
     def test_each_kind_of_name_is_seen(self) -> None:
         path = temporary_directory() / "module.py"
         path.write_text(
-            "class Asked:\n    def told(self, said):\n        self.made = odd = said\n        return [found for found in odd]\n"
+            "class Asked:\n    def told(self, said):\n        self.made = odd = said\n"
+            "        return [found for found in odd]\n"
         )
         expected = ["1: Asked", "2: said", "2: told", "3: made", "3: odd", "4: found"]
         self.assertEqual(sorted(text.partition(":")[2] for text in unclear([path])), expected)

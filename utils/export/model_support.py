@@ -37,7 +37,7 @@ COLUMNS = ("domain training", "task training", "compose", "two active", "streame
 MOST_LAYERS = 4
 # nats of one text, between our loss and the model's own
 SAME_NATS = 1e-3
-ASKED = {"id": "x", "document": "x", "question": "What does it do?", "history": [], "answers": ["It counts."]}
+PROMPT = {"id": "x", "document": "x", "question": "What does it do?", "history": [], "answers": ["It counts."]}
 CHOICES = ["It counts.", "It writes one line.", "Nothing"]
 
 
@@ -155,7 +155,7 @@ class _Tried:
     @torch.no_grad()
     def _answer(self) -> str:
         model = inference_layers.attach(self._model(), {"composed": self.composed})
-        prompt = chat.prompt_ids(self.tokenizer, ASKED, self.config.task.system_prompt)
+        prompt = chat.prompt_ids(self.tokenizer, PROMPT, self.config.task.system_prompt)
         (given,) = generation.answer(model, self.tokenizer, [prompt], max_new_tokens=4)
         ids = list(prompt)
         for _ in range(given.tokens):
@@ -168,7 +168,7 @@ class _Tried:
     @torch.no_grad()
     def _score(self) -> str:
         model = inference_layers.attach(self._model(), {"composed": self.composed})
-        example = {**ASKED, "choices": CHOICES, "answer_index": 0}
+        example = {**PROMPT, "choices": CHOICES, "answer_index": 0}
         items, _ = scoring.questions([example], self.tokenizer, self.config.task.system_prompt, 4096)
         device, pad = next(model.parameters()).device, chat.pad_id(self.tokenizer)
         (score,) = scoring.score_questions(
