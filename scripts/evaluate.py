@@ -132,8 +132,7 @@ def _matrix(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils.evaluation.learning_curve import curve_cost
-    from utils.evaluation.metrics import answering_cost
+    from utils.evaluation.costs import answering_cost, control_cost, curve_cost
     from utils.planning import dry_run
 
     name = config.run.name or run_label(config) + "-<fingerprint>"
@@ -153,6 +152,7 @@ def plan(config: Config) -> list[str]:
             "train what is missing of the controls: wrong-domain and random adapter, each with a task adapter on it, a "
             "task adapter of the ranks together, the baseline on the base"
         )
+    trainings += control_cost.lines(settings, config.run)
     engine, count = config.inference.engine, settings.generated_answers
     server = "start vLLM" if engine == "vllm" else f"attach to {config.inference.engine_url}"
     answering = (
