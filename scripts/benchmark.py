@@ -69,21 +69,21 @@ def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
     from utils.planning import dry_run
 
-    wanted = config.benchmark
+    section = config.benchmark
     what = {
-        "inference": f"answer prompts of {wanted.prompt_tokens} tokens in batches of {wanted.batch_sizes} with base, "
-        f"two active, composed and merged, {wanted.repeats} times each in turn",
-        "training": f"train on {wanted.training_tokens:,} tokens with our loop, a plain one, and TRL if it is there",
-        "data": f"prepare synthetic corpora of {', '.join(map(str, wanted.corpus_megabytes))} MB and remove them",
-        "merge": f"build a synthetic checkpoint of {wanted.merge_gigabytes:g} GB, copy and merge it, and remove all",
-        "evaluation": f"score {wanted.evaluation_items} test questions and {wanted.evaluation_document_tokens:,} "
+        "inference": f"answer prompts of {section.prompt_tokens} tokens in batches of {section.batch_sizes} with base, "
+        f"two active, composed and merged, {section.repeats} times each in turn",
+        "training": f"train on {section.training_tokens:,} tokens with our loop, a plain one, and TRL if it is there",
+        "data": f"prepare synthetic corpora of {', '.join(map(str, section.corpus_megabytes))} MB and remove them",
+        "merge": f"build a synthetic checkpoint of {section.merge_gigabytes:g} GB, copy and merge it, and remove all",
+        "evaluation": f"score {section.evaluation_items} test questions and {section.evaluation_document_tokens:,} "
         "tokens of documents with our evaluation, and with lm-eval if it is there",
         "gpu": "train as many layers of a random MiniMax-M2 as fit, with attention and with expert adapters, then "
-        "train, compose, merge and ask a random dense model" + (" (at toy size)" if wanted.gpu_toy else ""),
+        "train, compose, merge and ask a random dense model" + (" (at toy size)" if section.gpu_toy else ""),
     }
     target = config.run.models_dir / "benchmark" / (config.run.name or f"{run_label(config)}-<fingerprint>")
     size = dry_run.lines(config, "benchmark")
-    return [*size, *(what[suite] for suite in wanted.suite), f"write {target}/results.json, summary.txt and plots"]
+    return [*size, *(what[suite] for suite in section.suite), f"write {target}/results.json, summary.txt and plots"]
 
 
 if __name__ == "__main__":

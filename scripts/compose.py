@@ -39,16 +39,16 @@ def main(config: Config) -> dict[str, Any]:
     hub.check(config.hub)
     composed_adapter.refuse_models_inside(config)  # before anything is fetched or built there
     base = preflight.start(config, loads_model=False, shards=config.compose.search)
-    found = find.adapter_runs(config, base)
-    if len(found) == 1:
-        config = composed_adapter.for_one(config, found[0])
-    base = adapter_tokenizer.with_chosen(base, found)
-    data = find.data_of(config, base, found)
-    parts = composed_adapter.load(found, base)
+    adapters = find.adapter_runs(config, base)
+    if len(adapters) == 1:
+        config = composed_adapter.for_one(config, adapters[0])
+    base = adapter_tokenizer.with_chosen(base, adapters)
+    data = find.data_of(config, base, adapters)
+    parts = composed_adapter.load(adapters, base)
     identity = composed_identity(
         config.compose,
         base,
-        found,
+        adapters,
         data,
         config.run.seed,
         is_padded=composed_adapter.ranks_differ(parts),
@@ -56,13 +56,13 @@ def main(config: Config) -> dict[str, Any]:
         rows=row_probe.measured(base, config.base).deciding() if config.compose.search else {},
     )
     directory = runs.directory_for(config.run.models_dir, "composed", config.run.name, run_label(config), identity)
-    composed_adapter.refuse_inside(directory, base, found)
+    composed_adapter.refuse_inside(directory, base, adapters)
     # what is refused leaves no half-made run behind
     composed_adapter.refuse_recipe(composed_adapter.recipe_of(config), parts)
 
     def fill() -> dict[str, Any]:
-        facts = composed_run.write(config, base, found, parts, data, directory)
-        parents = [*found, *([data] if data else [])]
+        facts = composed_run.write(config, base, adapters, parts, data, directory)
+        parents = [*adapters, *([data] if data else [])]
         return runs.manifest(
             "composed",
             identity,
@@ -80,14 +80,14 @@ def main(config: Config) -> dict[str, Any]:
     recorded = run.manifest["composition"]
     pushed = {}
     if config.hub.push_to_hub:
-        evaluation = evaluation_of(config.run.models_dir, base.digest, found, recorded["recipe"])
+        evaluation = evaluation_of(config.run.models_dir, base.digest, adapters, recorded["recipe"])
         pushed["url"] = hub.push(run.adapter, config.hub, message="Composed adapter", evaluation=evaluation)
     return {
         "composed": str(directory),
         "adapter": str(run.adapter),
-        "adapters": [str(r.directory) for r in found],
+        "adapters": [str(r.directory) for r in adapters],
         "method": recorded["recipe"]["method"],
-        "weights": recorded["recipe"]["weights"] or [1.0] * len(found),
+        "weights": recorded["recipe"]["weights"] or [1.0] * len(adapters),
         "searched": recorded["searched"],
         "exact": recorded["exact"],
         "relative_error": recorded["check"]["relative_error"],

@@ -106,19 +106,19 @@ def _matrix(config: Config) -> dict[str, Any]:
 
     matrix_runs.refuse_flags(config)
     base = preflight.start(config)
-    found = matrix_runs.gather(config, base)
-    base = adapter_tokenizer.with_chosen(base, found.runs())
-    identity = matrix.identity_of(config, base, found, turn_format.deciding(adapter_tokenizer.of(base)))
+    members = matrix_runs.gather(config, base)
+    base = adapter_tokenizer.with_chosen(base, members.runs())
+    identity = matrix.identity_of(config, base, members, turn_format.deciding(adapter_tokenizer.of(base)))
     directory = runs.directory_for(config.run.models_dir, "evaluation", config.run.name, run_label(config), identity)
 
     def fill() -> dict[str, Any]:
-        results = matrix.compare(config, base, found, directory)
+        results = matrix.compare(config, base, members, directory)
         files.write_json(directory / "results.json", results)
         files.write_text(directory / "summary.txt", matrix.table(results) + "\n")
         matrix_report.write(directory, results)
         facts = {"measured": results["measured"], "test": results["reads"]["test"]}
         return runs.manifest(
-            "evaluation", identity, base=base.record(), parents=found.runs(), **facts, **sharding.loaded()
+            "evaluation", identity, base=base.record(), parents=members.runs(), **facts, **sharding.loaded()
         )
 
     _, is_there = runs.make(directory, identity, "the matrix", fill)
@@ -132,8 +132,7 @@ def _matrix(config: Config) -> dict[str, Any]:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
-    from utils.evaluation.learning_curve import curve_cost
-    from utils.evaluation.metrics import answering_cost
+    from utils.evaluation.costs import answering_cost, control_cost, curve_cost
     from utils.planning import dry_run
 
     name = config.run.name or run_label(config) + "-<fingerprint>"
@@ -147,22 +146,23 @@ def plan(config: Config) -> list[str]:
             "score the base, each adapter and each pair that can be composed on the pair's own test data",
             f"write {config.run.models_dir / 'evaluation' / name}/report.html with a heat map, and results.json",
         ]
-    made = [f"train what is missing for seeds {', '.join(map(str, settings.seeds))}"] if settings.seeds else []
+    trainings = [f"train what is missing for seeds {', '.join(map(str, settings.seeds))}"] if settings.seeds else []
     if settings.controls:
-        made.append(
+        trainings.append(
             "train what is missing of the controls: wrong-domain and random adapter, each with a task adapter on it, a "
             "task adapter of the ranks together, the baseline on the base"
         )
+    trainings += control_cost.lines(settings, config.run)
     engine, count = config.inference.engine, settings.generated_answers
     server = "start vLLM" if engine == "vllm" else f"attach to {config.inference.engine_url}"
     answering = (
         [f"free that memory, {server}, and ask {count} test questions of every cell"] if engine != "local" else []
     )
     if settings.learning_curve:
-        made += curve_cost.lines(config.run, settings.primary)
+        trainings += curve_cost.lines(config.run, settings.primary)
     return [
         *dry_run.lines(config, "evaluate"),
-        *made,
+        *trainings,
         f"load {config.base.source} once and attach the newest domain, task and base-trained task adapters",
         "score every cell on the test pairs, the held-out documents and general text",
         *(

@@ -45,8 +45,8 @@ def main(config: Config) -> dict[str, Any]:
     from utils.models.parallel import ranks
     from utils.planning import preflight
 
-    wanted, merge_path = config.inference, config.merge.path
-    asks_nothing = not (wanted.prompt or wanted.prompts_file or merge_path)
+    section, merge_path = config.inference, config.merge.path
+    asks_nothing = not (section.prompt or section.prompts_file or merge_path)
     interactive = asks_nothing and sys.stdin.isatty()
     examples = (
         [{"question": text, "context": None, "id": None} for text in prompts.piped()]
@@ -54,46 +54,50 @@ def main(config: Config) -> dict[str, Any]:
         else []
     )
     _refuse(config, has_questions=interactive or bool(examples))
-    if wanted.prompts_file:
-        examples = prompts.read(Path(wanted.prompts_file))
-    if wanted.output_file:
-        files.make_directory(Path(wanted.output_file).parent)
-    base = preflight.start(config, loads_model=not merge_path and wanted.engine == "local")
-    found = composed_adapter.composition(config, base, wanted.adapters) if wanted.adapters != "none" else None
-    if found:
-        composed_adapter.say(config, found)
-        if wanted.adapters == "task" and found.runs[0].manifest["identity"]["on"] == "domain":
+    if section.prompts_file:
+        examples = prompts.read(Path(section.prompts_file))
+    if section.output_file:
+        files.make_directory(Path(section.output_file).parent)
+    base = preflight.start(config, loads_model=not merge_path and section.engine == "local")
+    composed = composed_adapter.composition(config, base, section.adapters) if section.adapters != "none" else None
+    if composed:
+        composed_adapter.say(config, composed)
+        if section.adapters == "task" and composed.runs[0].manifest["identity"]["on"] == "domain":
             warning("this task adapter was trained on its domain adapter; alone it is not the task baseline")
-        base = adapter_tokenizer.with_chosen(base, found.runs)
+        base = adapter_tokenizer.with_chosen(base, composed.runs)
     if merge_path:
-        return _merge(config, base, found)
-    system_prompt = (found.runs[:2][-1].manifest if found else {}).get("system_prompt", config.task.system_prompt)
-    factors, asked = found.factors if found else None, (system_prompt, wanted)
-    adapters = [str(run.directory) for run in found.runs] if found else []
-    if wanted.engine != "local":
-        known = examples or ([{"question": wanted.prompt}] if wanted.prompt else [])
-        belongs_to = [base.digest, [run.digest for run in found.runs] if found else [], str(found and found.recipe)]
+        return _merge(config, base, composed)
+    system_prompt = (composed.runs[:2][-1].manifest if composed else {}).get("system_prompt", config.task.system_prompt)
+    factors, prompt_settings = composed.factors if composed else None, (system_prompt, section)
+    adapters = [str(run.directory) for run in composed.runs] if composed else []
+    if section.engine != "local":
+        known = examples or ([{"question": section.prompt}] if section.prompt else [])
+        belongs_to = [
+            base.digest,
+            [run.digest for run in composed.runs] if composed else [],
+            str(composed and composed.recipe),
+        ]
         how = {"belongs_to": belongs_to, "models_dir": config.run.models_dir, "seed": config.run.seed}
-        with prompts.ServedPrompts.of(base, config.base, factors, *asked, asked=known, **how) as served:
-            return _answered(served, examples, wanted, adapters, interactive=interactive)
+        with prompts.ServedPrompts.of(base, config.base, factors, *prompt_settings, asked=known, **how) as served:
+            return _answered(served, examples, section, adapters, interactive=interactive)
     if examples:
-        model = ranks.Held(prompts.PromptModel, base, config.base, factors, *asked)
+        model = ranks.Held(prompts.PromptModel, base, config.base, factors, *prompt_settings)
     else:
-        model = ranks.undivided(prompts.PromptModel, base, config.base, factors, *asked)
-    return _answered(model, examples, wanted, adapters, interactive=interactive)
+        model = ranks.undivided(prompts.PromptModel, base, config.base, factors, *prompt_settings)
+    return _answered(model, examples, section, adapters, interactive=interactive)
 
 
 def _answered(
-    model: Any, examples: list[dict[str, Any]], wanted: Any, adapters: list[str], *, interactive: bool
+    model: Any, examples: list[dict[str, Any]], section: Any, adapters: list[str], *, interactive: bool
 ) -> dict[str, Any]:
     """Every prompt of a file, a conversation, or one prompt."""
     from utils.inference import prompts
 
     if examples:
-        return prompts.write_answers(examples, model.answer_all(examples), wanted) | {"adapters": adapters}
+        return prompts.write_answers(examples, model.answer_all(examples), section) | {"adapters": adapters}
     if interactive:
         return prompts.converse(model.answer_one)
-    return {"prompt": wanted.prompt, **model.answer_one(wanted.prompt), "adapters": adapters}
+    return {"prompt": section.prompt, **model.answer_one(section.prompt), "adapters": adapters}
 
 
 def _refuse(config: Config, *, has_questions: bool) -> None:
@@ -102,15 +106,15 @@ def _refuse(config: Config, *, has_questions: bool) -> None:
     from utils.exceptions import ConfigError, Problem
     from utils.export import gguf, hub, merge
 
-    wanted, merge_path = config.inference, config.merge.path
-    if not (wanted.prompt or wanted.prompts_file or merge_path or has_questions):
+    section, merge_path = config.inference, config.merge.path
+    if not (section.prompt or section.prompts_file or merge_path or has_questions):
         raise ConfigError(
             Problem(
                 "nothing to answer",
                 fix='give --prompt "...", --prompts_file FILE, questions on standard input, or --merge_path DIR',
             )
         )
-    if config.hub.push_to_hub and wanted.adapters == "none":
+    if config.hub.push_to_hub and section.adapters == "none":
         what = "--adapters none with --merge_path copies the base model, which is not ours to publish"
         raise ConfigError(Problem(what, fix="leave out --push_to_hub"))
     if config.hub.push_to_hub and not merge_path:
@@ -123,16 +127,16 @@ def _refuse(config: Config, *, has_questions: bool) -> None:
             gguf.check(Path(merge_path), config.merge.gguf)
 
 
-def _merge(config: Config, base: Any, found: Any) -> dict[str, Any]:
+def _merge(config: Config, base: Any, composed: Any) -> dict[str, Any]:
     """The standalone model, or a copy of the base alone; then GGUF and the hub, where they were asked for."""
     from utils.export import gguf, hub, merged_model
 
     models_dir, seed = config.run.models_dir, config.run.seed
-    if found:
-        merged = merged_model.make(base, found, config.merge, config.base, models_dir=models_dir, seed=seed)
+    if composed:
+        merged = merged_model.make(base, composed, config.merge, config.base, models_dir=models_dir, seed=seed)
     else:
         merged = merged_model.copy(base, config.merge, config.base, seed=seed)
-    adapters = [str(run.directory) for run in found.runs] if found else []
+    adapters = [str(run.directory) for run in composed.runs] if composed else []
     result = {"merged": str(merged.directory), "adapters": adapters, "reused": merged.is_reused, **merged.checks}
     if config.merge.gguf:
         converted = gguf.convert(merged.directory, config.merge.gguf)

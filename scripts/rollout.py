@@ -82,17 +82,17 @@ def _prompts(config: Config) -> list[Any]:
     from utils.logger import event, warning
     from utils.rollout.edge import golden
 
-    wanted = config.rollout.golden
-    if wanted == "none":
+    setting = config.rollout.golden
+    if setting == "none":
         warning("no golden prompts: nothing is known about the answers, only about errors and speed")
         return []
-    path = Path(wanted) if wanted else None
+    path = Path(setting) if setting else None
     if path is None:
-        found = [run.directory / "task_dev.jsonl" for run in runs.complete_runs(config.run.data_dir, "prepared")]
-        path = next((p for p in found if p.exists()), None)
+        candidates = [run.directory / "task_dev.jsonl" for run in runs.complete_runs(config.run.data_dir, "prepared")]
+        path = next((p for p in candidates if p.exists()), None)
     if path is None or not path.is_file():
         fix = "--rollout.golden FILE.jsonl with question and answers, or --rollout.golden none to go without"
-        raise ArtefactError(Problem("there are no golden prompts", wanted or str(config.run.data_dir), fix))
+        raise ArtefactError(Problem("there are no golden prompts", setting or str(config.run.data_dir), fix))
     prompts = golden.read(path, config.task.system_prompt)
     event("golden prompts", path=path, prompts=len(prompts))
     return prompts
@@ -134,9 +134,9 @@ def _simulate(config: Config) -> dict[str, Any]:
     rows = []
     for base, ratio in [(0.001, 1.0), (0.01, 1.0), (0.05, 1.0), (0.01, 2.0), (0.01, 5.0), (0.05, 2.0), (0.05, 4.0)]:
         scenario = Scenario(base_rate=base, ratio=ratio, looks=1000)
-        found = ramp(scenario, our_gate, policy, runs=config.rollout.runs, seed=config.run.seed)
-        median, late = (float(q) for q in np.percentile(found.canary_units, [50, 95]))
-        rows.append({"error_rate": base, "ratio": ratio, **found.shares, "canary_units": [median, late]})
+        outcome = ramp(scenario, our_gate, policy, runs=config.rollout.runs, seed=config.run.seed)
+        median, late = (float(q) for q in np.percentile(outcome.canary_units, [50, 95]))
+        rows.append({"error_rate": base, "ratio": ratio, **outcome.shares, "canary_units": [median, late]})
     titles = ("error rate", "ratio", "promoted", "rolled back", "deadline")
     print(" ".join(f"{title:>11}" for title in titles) + "   canary units (median, 95%)")
     for row in rows:

@@ -46,9 +46,9 @@ def main(config: Config) -> dict[str, Any]:
         print(run_tables.listing(listed))
         return {"runs": [entry.to_json() for entry in listed]}
     if command == "best":
-        found = run_list.best(listed)
-        print(run_tables.table([(entry.name, entry.data, why) for entry, why in found], ("run", "data", "why")))
-        return {"best": [{**entry.to_json(), "why": why} for entry, why in found]}
+        best_runs = run_list.best(listed)
+        print(run_tables.table([(entry.name, entry.data, why) for entry, why in best_runs], ("run", "data", "why")))
+        return {"best": [{**entry.to_json(), "why": why} for entry, why in best_runs]}
     if command == "prune":
         return _remove(config, run_removal.of_leftovers(listed, older_than_days=section.older_than_days))
     if not chosen or (command == "compare" and len(chosen) < 2) or (command in ("show", "export") and len(chosen) > 1):
@@ -74,8 +74,8 @@ def _remove(config: Config, removals: list[Any]) -> dict[str, Any]:
         run_removal.remove(removals)
     elif removals:
         print("nothing was removed: add --yes")
-    found = [removal.to_json() for removal in removals]
-    return {"removed" if config.runs.yes else "would_remove": found}
+    listed = [removal.to_json() for removal in removals]
+    return {"removed" if config.runs.yes else "would_remove": listed}
 
 
 def _archive(config: Config) -> Path:

@@ -31,24 +31,28 @@ def main(config: Config) -> dict[str, Any]:
 
     if not config.verify.path:
         raise ConfigError(Problem("nothing to verify", fix="python scripts/verify.py PATH"))
-    found = verification.verify(Path(config.verify.path), (config.run.data_dir, config.run.models_dir))
-    problems = [" ".join(str(problem).split()) for problem in found.problems]
-    for line in (*(f"note: {note}" for note in found.notes), *(f"problem: {text}" for text in problems), found.line()):
+    verdict = verification.verify(Path(config.verify.path), (config.run.data_dir, config.run.models_dir))
+    problems = [" ".join(str(problem).split()) for problem in verdict.problems]
+    for line in (
+        *(f"note: {note}" for note in verdict.notes),
+        *(f"problem: {text}" for text in problems),
+        verdict.line(),
+    ):
         print(line)
     support: dict[str, str] = {}
-    if found.kind == "model" and found.trusted:
+    if verdict.kind == "model" and verdict.trusted:
         section = config.base.model_copy(update={"source": config.verify.path, "revision": ""})
         own = config.model_copy(update={"base": section})
         support = model_support.row(own, sources.fetch(section, config.run.models_dir))
         print("\n".join(f"{column:<16} {result}" for column, result in support.items()))
     return {
         "path": config.verify.path,
-        "kind": found.kind,
+        "kind": verdict.kind,
         **({"support": support} if support else {}),
-        "trusted": found.trusted,
-        "checked": found.checked,
+        "trusted": verdict.trusted,
+        "checked": verdict.checked,
         "problems": problems,
-        "notes": found.notes,
+        "notes": verdict.notes,
     }
 
 

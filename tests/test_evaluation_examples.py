@@ -34,7 +34,7 @@ class Examples(unittest.TestCase):
                 mock.Mock(),
                 [ModelRow("task", None), ModelRow("composed", None)],
                 raw,
-                mock.Mock(asked=examples, examples=examples),
+                mock.Mock(answer_examples=examples, examples=examples),
                 mock.Mock(),
                 temporary_directory(),
                 answers_to,

@@ -117,7 +117,7 @@ class Judging(unittest.TestCase):
             ("a good question", ""),
             ("", ""),
         ):
-            self.assertEqual(judging.said(reply), expected, reply)
+            self.assertEqual(judging.preference(reply), expected, reply)
         thinking = self.judged(self.server(lambda a, b: f"<think>B? A!</think>{longer(a, b)}"))
         self.assertEqual(thinking["won"], 8)
         self.assertEqual(self.judged(self.server(lambda a, b: "neither of them"))["unreadable"], 8)

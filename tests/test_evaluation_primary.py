@@ -19,8 +19,9 @@ from utils.artifacts import files
 from utils.cli import resolve
 from utils.data.prepared import Prepared
 from utils.evaluation import verdict
+from utils.evaluation.costs import answering_cost
 from utils.evaluation.intervals import Interval, ratio_interval
-from utils.evaluation.metrics import answering_cost, own_function, primary, text_scores
+from utils.evaluation.metrics import own_function, primary, text_scores
 from utils.evaluation.verdict import Scores, Verdict, judge
 from utils.exceptions import ConfigError
 from utils.rollout.edge import golden

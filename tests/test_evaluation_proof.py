@@ -161,6 +161,15 @@ class Protocol(unittest.TestCase):
             self.assertEqual(latest, Path(reported[stage]["run"]).name)
             self.assertEqual(len(list((self.place.models / stage).glob("*/manifest.json"))), 1)
 
+    def test_the_dry_run_says_how_many_adapters_are_trained(self) -> None:
+        siblings = [run for run in self.runs("controls/domain", "controls/task") if "control" not in run["identity"]]
+        domains, tasks = (sum(run["kind"] == kind for run in siblings) for kind in ("domain", "task"))
+        done = self.place.run("evaluate", *PROTOCOL, str(self.place.root / "other.jsonl"), "--dry-run")
+        self.assertIn(f"in all {domains} domain adapters and {tasks} task adapters are trained (about ", done.stdout)
+        self.assertEqual((domains, tasks), (3, 9))
+        plain = self.place.run("evaluate", "--dry-run")
+        self.assertNotIn("are trained (", plain.stdout)
+
     def test_running_it_again_trains_and_scores_nothing(self) -> None:
         again = self.place.run("evaluate", *PROTOCOL, str(self.place.root / "other.jsonl"))
         self.assertTrue(last_json(again)["reused"])

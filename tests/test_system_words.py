@@ -1,13 +1,14 @@
-"""Names, messages, help and pages use the field's words: what is on this list is written otherwise."""
+"""Names, messages, help and pages use the field's words: what is on these lists is written otherwise."""
 
 from __future__ import annotations
 
+import ast
 import re
 import unittest
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tests.support import ROOT
+from tests.support import ROOT, temporary_directory
 
 # pattern -> what to write instead
 WORDS = {
@@ -30,6 +31,10 @@ WORDS = {
 RECORDED = ('"dealt out": is_dealt_out',)
 PLACES = ("README.md", "CONTRIBUTING.md", "Makefile", "config.py", "docs/**/*.md", "scripts/**/*", "utils/**/*")
 SUFFIXES = (".py", ".md", ".jinja", ".css", ".yaml", ".slurm", ".sh", "")
+# what says what was done and not what it is; a name is the noun that is meant (findings, settings, examples, ...)
+VERBS = ("found", "told", "asked", "wanted", "said", "odd", "made")
+# where these names are gone; other packages follow one by one
+NOUNS_ONLY = ("rollout", "evaluation", "export", "benchmarks", "html")
 
 
 def problems(root: Path) -> Iterator[str]:
@@ -42,6 +47,27 @@ def problems(root: Path) -> Iterator[str]:
                     yield f"{path.relative_to(root)}:{number}: {word.group()!r} -> {instead}"
 
 
+def names(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of everything that a module names: functions, classes, parameters, variables, attributes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+
+
+def unclear(paths: Iterable[Path]) -> Iterator[str]:
+    """Each name that is one of VERBS: `FILE:LINE: NAME`."""
+    for path in sorted(paths):
+        for number, name in names(path):
+            if name.strip("_").lower() in VERBS:
+                yield f"{path.name}:{number}: {name}"
+
+
 class Words(unittest.TestCase):
     def test_words_of_the_list_are_written_otherwise(self) -> None:
         self.assertEqual(list(problems(ROOT)), [])
@@ -49,6 +75,23 @@ class Words(unittest.TestCase):
     def test_every_place_is_looked_at(self) -> None:
         for place in PLACES:
             self.assertTrue(list(ROOT.glob(place)), place)
+
+    def test_names_are_the_nouns_that_are_meant(self) -> None:
+        paths = [*(ROOT / "scripts").glob("*.py")]
+        for package in NOUNS_ONLY:
+            modules = list((ROOT / "utils" / package).rglob("*.py"))
+            self.assertTrue(modules, package)
+            paths += modules
+        self.assertEqual(list(unclear(paths)), [])
+
+    def test_each_kind_of_name_is_seen(self) -> None:
+        path = temporary_directory() / "module.py"
+        path.write_text(
+            "class Asked:\n    def told(self, said):\n        self.made = odd = said\n"
+            "        return [found for found in odd]\n"
+        )
+        expected = ["1: Asked", "2: said", "2: told", "3: made", "3: odd", "4: found"]
+        self.assertEqual(sorted(text.partition(":")[2] for text in unclear([path])), expected)
 
 
 if __name__ == "__main__":

@@ -77,14 +77,14 @@ def most_layers(scale: SuiteScale, lora: LoraSection, free_bytes: float) -> int:
     raise ConfigError(Problem(what, fix="free the GPU's memory, or take a larger one"))
 
 
-def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
+def extrapolation(measured: dict[str, Any], tflops: float) -> dict[str, Any]:
     """The whole MiniMax-M2 on eight GPUs (FSDP2, weights sharded) from what its first layers reached on one.
 
     A layer is assumed to run as fast there, and embeddings and head as efficiently as the layers; the weights of each
     layer are gathered once forward and once backward, either hidden behind the arithmetic or not at all.
     """
     whole, one = sizes(REAL, REAL.moe["num_hidden_layers"]), step(REAL, REAL.attention, "bfloat16")
-    node = PlanSection(gpus=GPUS, gpu_tflops=tflops, utilisation=found["hardware_utilisation"])
+    node = PlanSection(gpus=GPUS, gpu_tflops=tflops, utilisation=measured["hardware_utilisation"])
     time = pass_times.training_pass(whole, one, ProcessLayout(1, GPUS), hardware.of(node))
     not_hidden, hidden = time.rates(GPUS)
     memory = [estimates.training_memory(whole, one, shards=GPUS, careful=careful).total for careful in (False, True)]
@@ -98,7 +98,7 @@ def extrapolation(found: dict[str, Any], tflops: float) -> dict[str, Any]:
         "gathering_seconds": round(time.sent[pass_times.GATHERS], 3),
         "computing_seconds": round(time.own[pass_times.ARITHMETIC], 3),
         "predicted_gib_per_gpu": [round(size / GIB, 1) for size in memory],
-        "measured_to_predicted": found["measured_to_predicted"],
+        "measured_to_predicted": measured["measured_to_predicted"],
     }
 
 

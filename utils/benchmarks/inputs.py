@@ -66,20 +66,20 @@ def adapter_pair(
     """The factors of both runs with the weights that are used folded into the scale, or random ones."""
     if runs is None:
         return random_factors(model, config.domain.lora, seed=1), random_factors(model, config.task.lora, seed=2)
-    found = composed_adapter.composition(config, base)
-    domain, task = methods.weighted(found.parts, found.recipe)
+    composed = composed_adapter.composition(config, base)
+    domain, task = methods.weighted(composed.parts, composed.recipe)
     return domain, task
 
 
 def random_factors(model: torch.nn.Module, lora: LoraSection, seed: int) -> dict[str, ModuleFactors]:
     """Factors of the configured shape; their product is small beside the weights, as a trained one is."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    factors = {}
     named = set(linear_modules.named(model, lora.target_modules)) if AUTO in lora.target_modules else None
     for name, module in model.named_modules():
         is_named = name.rpartition(".")[2] in lora.target_modules if named is None else name in named
         if isinstance(module, torch.nn.Linear) and is_named:
             a_rI = torch.randn(lora.rank, module.in_features, generator=generator) / module.in_features**0.5
             b_Or = torch.randn(module.out_features, lora.rank, generator=generator) * 0.01
-            found[name] = ModuleFactors(a_rI, b_Or, lora.alpha / lora.rank)
-    return found
+            factors[name] = ModuleFactors(a_rI, b_Or, lora.alpha / lora.rank)
+    return factors

@@ -59,14 +59,14 @@ def measure(config: Config, base: BaseModel) -> dict[str, Any]:
         "documents": lambda part: _our_documents(model, tokenizer, part, budget),
     }
     note, theirs = _harness(model, tokenizer, budget, questions, rows)
-    found: dict[str, Any] = {"dtype": str(model.dtype), "batch_tokens": budget, "lm_eval": note, "parts": {}}
+    results: dict[str, Any] = {"dtype": str(model.dtype), "batch_tokens": budget, "lm_eval": note, "parts": {}}
     for name, parts, sizes, unit in (
         ("questions", items, [len(part) for part in items], "items"),
         ("documents", documents, [sum(row["num_tokens"] for row in part) for part in documents], "tokens"),
     ):
         contenders = {"ours": ours[name]} | ({"lm_eval": theirs[name]} if theirs else {})
-        found["parts"][name] = {"unit": unit, "counted": sum(sizes[1:])} | _race(name, contenders, parts, sizes)
-    return found
+        results["parts"][name] = {"unit": unit, "counted": sum(sizes[1:])} | _race(name, contenders, parts, sizes)
+    return results
 
 
 def _race(name: str, contenders: dict[str, Score], parts: Sequence[Any], sizes: Sequence[int]) -> dict[str, Any]:
@@ -102,14 +102,14 @@ def _chosen(examples: Sequence[dict[str, Any]], count: int, seed: int) -> list[d
 
 def _documents(source: Prepared, tokens: int) -> list[dict[str, Any]]:
     """Held-out documents, then those of the corpus, up to so many tokens and at least one a slice."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for which in ("heldout_documents", "corpus"):
         with suppress(ArtefactError):  # there may be none
             for row in source.documents(which).select_columns(["id", "text", "num_tokens"]):
-                if len(found) >= SLICES and sum(known["num_tokens"] for known in found) >= tokens:
-                    return found
-                found.append(row)
-    return found
+                if len(rows) >= SLICES and sum(known["num_tokens"] for known in rows) >= tokens:
+                    return rows
+                rows.append(row)
+    return rows
 
 
 def _slices(rows: Sequence[Any]) -> list[list[Any]]:
@@ -164,12 +164,12 @@ def _harness(
             for item in part
             for candidate in item.candidates
         ]
-        found = iter([-score for score, _ in for_questions._loglikelihood_tokens(requests, disable_tqdm=True)])
-        by_item = [[next(found) for _ in item.candidates] for item in part]
+        nlls = iter([-score for score, _ in for_questions._loglikelihood_tokens(requests, disable_tqdm=True)])
+        by_item = [[next(nlls) for _ in item.candidates] for item in part]
         return [own[at] for item, own in zip(part, by_item, strict=True) for at in (0, *item.choice_of)]
 
     def score_documents(part: Sequence[dict[str, Any]]) -> list[float]:
-        asked = [Instance("loglikelihood_rolling", {}, (row["text"] + tokenizer.eos_token,), 0) for row in part]
-        return [-score for score in for_documents.loglikelihood_rolling(asked, disable_tqdm=True)]
+        requests = [Instance("loglikelihood_rolling", {}, (row["text"] + tokenizer.eos_token,), 0) for row in part]
+        return [-score for score in for_documents.loglikelihood_rolling(requests, disable_tqdm=True)]
 
     return f"lm-eval {lm_eval.__version__}", {"questions": score_questions, "documents": score_documents}

@@ -210,8 +210,8 @@ def fp8_missing() -> str:
     """What this machine lacks to train on a base that stays FP8; empty when nothing is known to be missing."""
     if devices.device().type != "cuda":
         return "no GPU: an FP8 base would be de-quantised"
-    if (found := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
-        return f"compute capability {found[0]}.{found[1]} has no FP8 units, 8.9 is the first that has"
+    if (capability := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} has no FP8 units, 8.9 is the first that has"
     if importlib.util.find_spec("kernels") is None:
         return "the package kernels, which brings the FP8 products, is not installed"
     return ""
@@ -237,14 +237,14 @@ def _dense(config: Config, scale: SuiteScale, scratch: Path) -> dict[str, Any]:
     )
     ids = torch.randint(0, len(toy.tiny_tokenizer()), (count,), generator=torch.Generator().manual_seed(0))
     stream = inputs.TokenStream(ids, torch.arange(count), "random")
-    found = {"training": suite_training.measure(config, base, stream)}
+    results = {"training": suite_training.measure(config, base, stream)}
     _release()
-    found["inference"] = suite_inference.measure(config, base, None, stream)
+    results["inference"] = suite_inference.measure(config, base, None, stream)
     _release()
     model = float32_model.in_float32(base, config.base)
     pair = [inputs.random_factors(model, config.domain.lora, seed) for seed in (1, 2)]
     composed = compose(pair, Recipe())
-    found["parity_dense"] = composed_adapter.check_logits(pair, composed, model, ids[:96].view(2, 48), exact=True)
+    results["parity_dense"] = composed_adapter.check_logits(pair, composed, model, ids[:96].view(2, 48), exact=True)
     del model
     _release()
     began = time.perf_counter()
@@ -253,8 +253,8 @@ def _dense(config: Config, scale: SuiteScale, scratch: Path) -> dict[str, Any]:
         base, composed, scratch / "merged", MergeSection(dtype="float32"), config.base, card="# Random\n", **facts
     )
     kept = ("largest_logit", "max_logit_difference", "adapter_effect_on_logits", "rounding_to_delta")
-    found["merge"] = {"seconds": round(time.perf_counter() - began, 2), **{key: checks[key] for key in kept}}
-    return found
+    results["merge"] = {"seconds": round(time.perf_counter() - began, 2), **{key: checks[key] for key in kept}}
+    return results
 
 
 def _dense_base(config: Config, scale: SuiteScale, directory: Path) -> tuple[BaseModel, Config]:

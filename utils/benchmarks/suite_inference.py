@@ -93,8 +93,8 @@ def variants(
     two = peft_model.add(two, "task", pair[1])
     peft_model.activate(two, ["domain", "task"])
     one = inference_layers.attach(inference_layers.sharing_weights(model), {"composed": composed})
-    found = {"base": model, "two active": two.eval(), "composed": one.eval()}
-    return found | ({"merged": merged} if merged is not None else {})
+    models = {"base": model, "two active": two.eval(), "composed": one.eval()}
+    return models | ({"merged": merged} if merged is not None else {})
 
 
 class SelectedAdapters(torch.nn.Module):
@@ -191,12 +191,12 @@ def _interleaved(
 
 def _summary(ids_BT: torch.Tensor, repeats: dict[str, list[Repeat]], peaks: dict[str, int]) -> dict[str, Any]:
     rows, length = ids_BT.shape
-    found: dict[str, Any] = {"prompt_tokens": length, "batch_size": rows, "models": {}}
+    summary: dict[str, Any] = {"prompt_tokens": length, "batch_size": rows, "models": {}}
     for name, own in repeats.items():
         pairs = list(zip(own, repeats["base"], strict=True))
         steps = [step for repeat in own for step in repeat.steps]
         rates = [rows * (1 + len(r.steps)) / (r.prefill + sum(r.steps)) for r in own]
-        found["models"][name] = {
+        summary["models"][name] = {
             "prefill_ms": _percentiles([repeat.prefill for repeat in own]),
             "decode_ms_per_token": _percentiles(steps),
             "tokens_per_second": round(statistics.median(rates), 2),
@@ -204,7 +204,7 @@ def _summary(ids_BT: torch.Tensor, repeats: dict[str, list[Repeat]], peaks: dict
             "decode_to_base": round(statistics.median(r.decode / b.decode for r, b in pairs), 4),
             "peak_memory_bytes": peaks[name],
         }
-    return found
+    return summary
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -110,7 +110,7 @@ def measure(config: Config) -> dict[str, Any]:
             "largest_file_bytes": max(files_bytes),
         },
         "with_experts": config.benchmark.merge_experts,
-        "contenders": {name: _summary(found) for name, found in runs.items()},
+        "contenders": {name: _summary(pairs) for name, pairs in runs.items()},
     }
 
 
@@ -266,10 +266,10 @@ def _run(what: str, base: Path, adapter: Path, target: Path) -> MergeRun:
         errors.seek(0)
         if child.returncode:
             raise VerificationError(Problem(f"{what} failed", errors.read().strip().splitlines()[-3:]))
-        found = json.loads(out.read().strip().splitlines()[-1])
-    seconds, used = found["seconds"], found["cpu_seconds"]
+        result = json.loads(out.read().strip().splitlines()[-1])
+    seconds, used = result["seconds"], result["cpu_seconds"]
     event(f"measured {what}", seconds=seconds, cpu_seconds=used, anonymous_mb=anonymous // 10**6)
-    return MergeRun(seconds, used, peak, anonymous, found["facts"])
+    return MergeRun(seconds, used, peak, anonymous, result["facts"])
 
 
 def _cpu_seconds() -> float:
@@ -304,8 +304,8 @@ def _main(what: str, base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     elif what == "ours":
         digests: dict[str, str] = {}
         with files.publish(target, dict, digests=digests) as directory:
-            facts, found = merge.write(merge.plan(_base(base), factors, "base"), directory, "# Synthetic\n")
-            digests |= found
+            facts, new_digests = merge.write(merge.plan(_base(base), factors, "base"), directory, "# Synthetic\n")
+            digests |= new_digests
     else:
         facts = merge_check.merged_equals_composed(_base(base), factors, target, BaseModelSection(dtype="bfloat16"))
     return {"seconds": time.perf_counter() - began, "cpu_seconds": _cpu_seconds() - used, "facts": facts}

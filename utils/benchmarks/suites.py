@@ -47,15 +47,15 @@ def refuse_sharded(config: Config) -> None:
 
 
 def _measured(suite: str, config: Config, base: BaseModel, pair: tuple[Run, Run] | None) -> dict[str, Any]:
-    wanted = config.benchmark
+    section = config.benchmark
     if suite == "inference":
-        longest = max(wanted.prompt_tokens) * max(wanted.batch_sizes)
+        longest = max(section.prompt_tokens) * max(section.batch_sizes)
         measured = (config, base, pair, inputs.token_stream(config, base, longest))
         if launcher.current().shard > 1:
             return ranks.everywhere(suite_inference.measure, *measured)
         return suite_inference.measure(*measured)
     if suite == "training":
-        return suite_training.measure(config, base, inputs.token_stream(config, base, wanted.training_tokens))
+        return suite_training.measure(config, base, inputs.token_stream(config, base, section.training_tokens))
     if suite == "data":
         return suite_data.measure(config)
     if suite == "evaluation":

@@ -65,10 +65,12 @@ def searched_alone(
 ) -> ChosenWeights:
     """The weight of one adapter, searched as `of` says on the dev questions of `data`."""
     compose = config.compose.model_copy(update={"max_dev_items": of["max_dev_items"]})
-    asked = config.model_copy(update={"compose": compose, "run": config.run.model_copy(update={"seed": of["seed"]})})
-    dev = dev_losses.dev_data(asked, base, data.directory, system_prompt)
+    dev_config = config.model_copy(
+        update={"compose": compose, "run": config.run.model_copy(update={"seed": of["seed"]})}
+    )
+    dev = dev_losses.dev_data(dev_config, base, data.directory, system_prompt)
     adapter = adapter_files.load(baseline.adapter, base)
     with ranks.Held(DevProbe.on, base, config.base, [adapter], replace(dev, documents=None)) as probe:
-        found = search.search_alone(MeasuredPoints(probe, remembered).on_all)
-    event("the baseline's weight chosen on dev", weight=found.chosen.weights[0], reason=found.reason)
-    return found
+        outcome = search.search_alone(MeasuredPoints(probe, remembered).on_all)
+    event("the baseline's weight chosen on dev", weight=outcome.chosen.weights[0], reason=outcome.reason)
+    return outcome

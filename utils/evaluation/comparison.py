@@ -48,8 +48,8 @@ def compare(
         retrieved_rows.with_retrieval(config, base, parts, on, directory) if config.evaluate.retrieval else (on, {})
     )
     lengths = [len(item.candidates[0]) for item in on.items]
-    if on.asked and (said := task_kinds.too_long(parts.kind, lengths, config.evaluate.max_new_tokens)):
-        warning(said)
+    if on.answer_examples and (caution := task_kinds.too_long(parts.kind, lengths, config.evaluate.max_new_tokens)):
+        warning(caution)
     rows = scored_rows.rows(config, base, parts)
     served_rows.refuse_other_models(config, rows)
     read = _read(parts, on, directory)
@@ -57,9 +57,9 @@ def compare(
     primary = parts.primary.on(on.examples)
     also = [metric.on(on.examples) for metric in task_kinds.metrics(parts.kind)]
     raw, examples = _answered(config, base, rows, raw, on, primary, directory)
-    found = measures.assemble(rows, raw, config.evaluate, config.run.seed, primary, also, parts.which_alone)
+    results = measures.assemble(rows, raw, config.evaluate, config.run.seed, primary, also, parts.which_alone)
     task = parts.first.task
-    found |= {
+    results |= {
         **({"task": _task(config, parts, rows, raw)} if task else {}),
         "examples": examples,
         "test_items": len(on.items),
@@ -79,29 +79,29 @@ def compare(
     }
     if retrieval:
         measured = retrieved_rows.compared(rows, raw, config.evaluate, config.run.seed, primary)
-        found["retrieval"] = retrieval | measured
-        found["sentence"] = f"{found['sentence']} {measured['verdict_sentence']}".strip()
+        results["retrieval"] = retrieval | measured
+        results["sentence"] = f"{results['sentence']} {measured['verdict_sentence']}".strip()
     if config.evaluate.judge:
-        found["judge"] = _judged(config, rows, raw, on, directory)
+        results["judge"] = _judged(config, rows, raw, on, directory)
     if parts.baseline_weight:
-        found["baseline_weight"] = search.to_json(parts.baseline_weight)
+        results["baseline_weight"] = search.to_json(parts.baseline_weight)
     if more is not None:
-        found["learning_curve"] = curve.results(config, base, parts, more, on, raw, primary, directory)
-    found["cautions"] = cautions(found, parts)
+        results["learning_curve"] = curve.results(config, base, parts, more, on, raw, primary, directory)
+    results["cautions"] = cautions(results, parts)
     if parts.composed:
         recorded = composed_adapter.record(parts.composed, base)
-        found["composition"] = {
+        results["composition"] = {
             **{key: recorded[key] for key in ("recipe", "exact", "searched")},
             "adapters": [run.digest for run in parts.composed.runs],
         }
-        found["composed_run"] = str(parts.composed.run.directory) if parts.composed.run else None
-    found["measured"] = {
+        results["composed_run"] = str(parts.composed.run.directory) if parts.composed.run else None
+    results["measured"] = {
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": devices.peak_memory_bytes(),
         "answers": sum(len(scores["answers"]) for scores in raw.values()),
         "answering_seconds": round(sum(scores.get("answering_seconds", 0.0) for scores in raw.values()), 1),
     }
-    return found
+    return results
 
 
 def _answered(
@@ -140,7 +140,7 @@ def _examples(
 ) -> dict[str, Any]:
     """The items where composed won and lost most against the task adapter alone, with what both say."""
     first = {row.cell: row for row in reversed(rows)}
-    if not {"composed", "task"} <= set(first) or not on.asked:
+    if not {"composed", "task"} <= set(first) or not on.answer_examples:
         return {}
     shown = [first["task"], first["composed"]]
 
@@ -148,13 +148,13 @@ def _examples(
         chosen = measures.chosen_examples(raw[shown[1].name], raw[shown[0].name], primary)
         by_name = {str(example["id"]): example for example in on.examples}
         names = [*chosen["won"], *chosen["lost"]]
-        said = {row.cell: {a["name"]: a["text"] for a in raw[row.name]["answers"]} for row in shown}
-        new = [name for name in names if any(name not in texts for texts in said.values())]
+        answers = {row.cell: {a["name"]: a["text"] for a in raw[row.name]["answers"]} for row in shown}
+        new = [name for name in names if any(name not in texts for texts in answers.values())]
         # those that were asked before are not asked again, and for none no model is loaded
         for cell, texts in (answers_to(shown, [by_name[name] for name in new]) if new else {}).items():
-            said[cell] |= dict(zip(new, texts, strict=True))
+            answers[cell] |= dict(zip(new, texts, strict=True))
         scores = {row.cell: raw[row.name] for row in shown}
-        return {kind: measures.described(listed, by_name, scores, said, primary) for kind, listed in chosen.items()}
+        return {kind: measures.described(listed, by_name, scores, answers, primary) for kind, listed in chosen.items()}
 
     return resumable.result(directory / "examples.json", resumable.owner(directory), answered)
 
@@ -194,7 +194,7 @@ def _judged(
     labels = judging.read_labels(Path(settings.judge_labels)) if settings.judge_labels else []
     judge = judging.Judge(settings.judge, directory / "judge.jsonl")
     how = {"resamples": settings.resamples, "seed": config.run.seed}
-    return judging.compared(judge, on.asked, task, composed, labels, **how)
+    return judging.compared(judge, on.answer_examples, task, composed, labels, **how)
 
 
 def _contamination(
@@ -209,18 +209,18 @@ def _contamination(
     return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
 
 
-def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
+def cautions(results: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
     """What a reader has to know before believing the numbers."""
-    notes = [test_reads.sentence(found["reads"])]
-    if found["items_without_document"]:
+    notes = [test_reads.sentence(results["reads"])]
+    if results["items_without_document"]:
         notes.append(
-            f"{found['items_without_document']} of {found['test_items'] + found['left_out']} test questions name no "
-            "document: each counts as one of its own; where some share a source the intervals are too narrow."
+            f"{results['items_without_document']} of {results['test_items'] + results['left_out']} test questions "
+            "name no document: each counts as one of its own; where some share a source the intervals are too narrow."
         )
-    if found["left_out"]:
-        notes.append(f"{found['left_out']} test questions do not fit --evaluate.batch_tokens and are left out.")
-    if found["test_items"] and found["test_documents"] < FEW_DOCUMENTS:
-        documents = f"{found['test_documents']} document{'s' * (found['test_documents'] != 1)}"
+    if results["left_out"]:
+        notes.append(f"{results['left_out']} test questions do not fit --evaluate.batch_tokens and are left out.")
+    if results["test_items"] and results["test_documents"] < FEW_DOCUMENTS:
+        documents = f"{results['test_documents']} document{'s' * (results['test_documents'] != 1)}"
         notes.append(f"The test questions are about {documents}: few to draw conclusions from.")
     if parts.composed and not parts.composed.searched:
         notes.append(
@@ -228,25 +228,25 @@ def cautions(found: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
         )
     if len(parts.families) == 1:
         notes.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
-    if chosen := found.get("baseline_weight"):
+    if chosen := results.get("baseline_weight"):
         (weight,) = chosen["chosen"]["weights"]
         beside = "" if weight == 1 else "; the row task_at_1 has it at weight 1"
         notes.append(f"The task adapter alone has a weight chosen on dev too ({weight:g}), as composed has{beside}.")
-    if keeping := found.get("keeping"):
+    if keeping := results.get("keeping"):
         notes.append(f"What keeps the domain while the task adapter is trained: {keeping['how']} ({keeping['why']}).")
     trained = parts.first.task.manifest["identity"] if parts.first.task else {}
-    if trained.get("retrieval") and "retrieval" not in found:
+    if trained.get("retrieval") and "retrieval" not in results:
         notes.append(
             "The task adapter was trained with passages and asked without: --evaluate.retrieval bm25 asks it with."
         )
-    kept = trained.get("prompt_loss_weight") or (found.get("keeping") or {}).get("how", "off") != "off"
-    if found["verdict"] == "interferes" and "train" in trained and not kept:
+    kept = trained.get("prompt_loss_weight") or (results.get("keeping") or {}).get("how", "off") != "off"
+    if results["verdict"] == "interferes" and "train" in trained and not kept:
         notes.append(
             "A task adapter that reads the domain's documents too may leave more of it: --task.keep_domain replay; "
             "where prompts are long and answers short, so may one that is trained on part of the prompt: "
             "--task.prompt_loss_weight 0.1. Look on dev before you read the test again."
         )
-    silent = [c for c, cell in found["cells"].items() if cell.get("format", {}).get("ended", 1.0) < NEVER_ENDS]
+    silent = [c for c, cell in results["cells"].items() if cell.get("format", {}).get("ended", 1.0) < NEVER_ENDS]
     if silent:
         notes.append(
             f"Most answers of {', '.join(silent)} do not end by themselves: their exact match and F1 mean little."

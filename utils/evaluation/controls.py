@@ -69,12 +69,12 @@ class Trainer:
         section = {key: own[key] for key in SIZES if key in own} | {"corpus": corpus, "task": prepared.NONE}
         config = self._config({"data": section}, int(of.manifest["identity"]["seed"]))
         identity = prepared_identity.identity(config.data, self.base, config.run.seed)
-        return self._found_or_made("prepared", identity, config, "the wrong domain's documents")
+        return self._find_or_make("prepared", identity, config, "the wrong domain's documents")
 
     def domain(self, like: Run, seed: int, data: Run | None = None) -> Run:
         """A domain adapter with the settings and the number of steps of `like`: another seed, or other documents."""
-        said = settings_of(like.manifest)
-        lora, train = LoraSection.model_validate(said["lora"]), dict(said["train"])
+        settings = settings_of(like.manifest)
+        lora, train = LoraSection.model_validate(settings["lora"]), dict(settings["train"])
         what = f"a domain adapter with seed {seed}"
         if data is not None:
             what = f"a wrong-domain adapter with seed {seed}"
@@ -82,7 +82,7 @@ class Trainer:
         source = data or find.parent_by_digest(like, "prepared", self._roots(True))
         section = {"lora": lora, "train": TrainSection.model_validate(train)}
         config = self._config({"domain": section, "inputs": {"prepared": str(source.directory)}}, seed, like)
-        return self._found_or_made("domain", self._trained("domain", like, source, config), config, what)
+        return self._find_or_make("domain", self._trained("domain", like, source, config), config, what)
 
     def random_domain(self, like: Run, seed: int) -> Run:
         """An adapter of random numbers with the shapes of `like` and its norm in every module."""
@@ -118,7 +118,7 @@ class Trainer:
         if rank:
             what = f"a task adapter of rank {rank} with seed {seed}"
         config, identity = self._of_task(like, seed, domain, rank, keeping, documents_of)
-        return self._found_or_made("task", identity, config, what)
+        return self._find_or_make("task", identity, config, what)
 
     def on_base(self, like: Run, documents_of: Run | None) -> Run | None:
         """The complete run trained on the base with the data, steps and settings of `like`, or None."""
@@ -147,15 +147,15 @@ class Trainer:
     ) -> tuple[Config, Identity]:
         """The settings with which a sibling of `like` is trained, on a part of its data where one is given, and what
         decides it."""
-        identity, said = like.manifest["identity"], settings_of(like.manifest)
-        lora = dict(said["lora"])
+        identity, settings = like.manifest["identity"], settings_of(like.manifest)
+        lora = dict(settings["lora"])
         if rank:
             # the same scale, so that the rank is all that differs
             lora |= {"rank": rank, "alpha": lora["alpha"] * _scale_ratio(lora, rank)}
         section = {
             "on": identity["on"] if domain else "base",
             "lora": LoraSection.model_validate(lora),
-            "train": TrainSection.model_validate(part.steps(said["train"]) if part else said["train"]),
+            "train": TrainSection.model_validate(part.steps(settings["train"]) if part else settings["train"]),
             "system_prompt": identity["system_prompt"],
             "prompt_loss_weight": identity.get("prompt_loss_weight", 0.0),
             # joined turns are all turns, in rows of their own form
@@ -178,10 +178,10 @@ class Trainer:
         self, stage: str, like: Run, data: Run, config: Config, *, packs: bool = True, **facts: Any
     ) -> Identity:
         """`packs`: whether documents are read, which a model may not keep apart in a row."""
-        section, told = getattr(config, stage), like.manifest["identity"]
+        section, recorded = getattr(config, stage), like.manifest["identity"]
         # of the model and its prompts, the same for every sibling
-        facts |= {name: told[name] for name in ("turn", "tokenizer_choice") if name in told and stage == "task"}
-        if rows := {name: way for name, way in told.get("rows", {}).items() if packs or name != "packing"}:
+        facts |= {name: recorded[name] for name in ("turn", "tokenizer_choice") if name in recorded and stage == "task"}
+        if rows := {name: way for name, way in recorded.get("rows", {}).items() if packs or name != "packing"}:
             facts["rows"] = rows
         return training_identity.training_identity(
             stage,
@@ -191,14 +191,14 @@ class Trainer:
             section.train,
             seed=config.run.seed,
             dtype=config.base.dtype,
-            native_fp8=told.get("fp8") == "native",
+            native_fp8=recorded.get("fp8") == "native",
             facts=facts,
         )
 
     def _roots(self, of_data: bool) -> tuple[Path, Path]:
         return (self.config.run.data_dir, self.data) if of_data else (self.config.run.models_dir, self.models)
 
-    def _found_or_made(self, stage: str, identity: Identity, config: Config, what: str) -> Run:
+    def _find_or_make(self, stage: str, identity: Identity, config: Config, what: str) -> Run:
         if (run := self.existing(stage, identity)) is not None:
             return run
         event(f"making {what}")
@@ -240,6 +240,6 @@ def _scale_ratio(lora: dict[str, Any], rank: int) -> float:
 def _trained(stage: str, config: Config) -> dict[str, Any]:
     """Train an adapter on every rank; its model's memory is free again afterwards."""
     devices.forget_peak_memory()
-    found = train_domain(config) if stage == "domain" else train_task(config)
+    result = train_domain(config) if stage == "domain" else train_task(config)
     devices.free_memory()
-    return found
+    return result

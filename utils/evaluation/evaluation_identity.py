@@ -53,11 +53,11 @@ def evaluation_identity(
         **({} if config.inference.engine == "local" else {"engine": "server"}),
     }
     searched = baseline_weight.search_of(parts)
-    odd = {name: found["rows"] for name, support in supports.items() if (found := support.deciding())}
+    row_facts = {name: facts["rows"] for name, support in supports.items() if (facts := support.deciding())}
     return Identity.of(
         "evaluation",
         _values(recorded)
-        | ({"rows": odd} if odd else {})
+        | ({"rows": row_facts} if row_facts else {})
         | ({"baseline_weight": searched} if searched else {})
         | dict(turn)
         | base.deciding_tokenizer(),

@@ -29,13 +29,13 @@ def evaluation_of(
     models_dir: Path, base_digest: str, adapters: Sequence[Run], recipe: Mapping[str, Any]
 ) -> Evaluation | None:
     """The newest complete evaluation of exactly these adapters in this order by this recipe, or None."""
-    wanted = files.fingerprint([base_digest, recipe, [run.digest for run in adapters]])
+    fingerprint = files.fingerprint([base_digest, recipe, [run.digest for run in adapters]])
     for run in runs.complete_runs(models_dir, "evaluation"):
         try:
             results = files.read_json(run.directory / "results.json")
             composition = results.get("composition") or {}
-            found = [run.manifest["base"]["digest"], composition.get("recipe"), composition.get("adapters")]
-            if files.fingerprint(found) != wanted:
+            recorded = [run.manifest["base"]["digest"], composition.get("recipe"), composition.get("adapters")]
+            if files.fingerprint(recorded) != fingerprint:
                 continue
             files.verify(run.directory)
         except ArtefactError as error:  # damaged: its numbers are not to be published

@@ -61,7 +61,7 @@ def assemble(
     if alone:
         judged, changes = judge_alone(by_cell, alone, common, primary)
         meaning = {**MEANING, **one_adapter.MEANING}
-        own = {"alone": alone, "changes": {what: plain(found) for what, found in changes.items()}}
+        own = {"alone": alone, "changes": {what: plain(change) for what, change in changes.items()}}
     else:
         judged = judge(by_cell, settings, seed, primary=primary)
     return {
@@ -81,9 +81,9 @@ def assemble(
         "untested": judged.untested,
         "closest_control": judged.closest_control,
         "differences": {
-            f"{cell} - composed": plain(verdict.gain(found, answers["composed"], **common))
-            for cell, found in answers.items()
-            if "composed" in answers and cell != "composed" and len(found.weights)
+            f"{cell} - composed": plain(verdict.gain(other, answers["composed"], **common))
+            for cell, other in answers.items()
+            if "composed" in answers and cell != "composed" and len(other.weights)
         },
         "by_seed": by_seed(by_cell, primary),
         "margin": primary.margin,
@@ -164,7 +164,7 @@ def measured(
     scores: Sequence[Mapping[str, Any]], common: Mapping[str, Any], also: Sequence[PrimaryMetric] = ()
 ) -> dict[str, Any]:
     """Every measure that the data support, its 95% interval by document, and the form of the answers."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
     further = {
         OWN if m.recorded else m.name: (m.source, m.value, m.weight)
@@ -182,20 +182,20 @@ def measured(
             [e.get("document", e["name"]) for e in table[0]],
             **common,
         )
-        found[name] = interval.estimate
+        values[name] = interval.estimate
         if math.isfinite(interval.low):
             intervals[name] = [interval.low, interval.high]
     for name, nll in PERPLEXITIES.items():
-        if nll in found:
-            found[name] = math.exp(min(found[nll], 700.0))
+        if nll in values:
+            values[name] = math.exp(min(values[nll], 700.0))
             if nll in intervals:
                 intervals[name] = [math.exp(min(end, 700.0)) for end in intervals[nll]]
     answers = scores[0].get("answers") or []
     if answers:
-        found["format"] = {name: sum(a[name] for a in answers) / len(answers) for name in FORMAT}
-        found["format"]["tokens"] = sum(a["tokens"] for a in answers) / len(answers)
-        found["format"]["answers"] = len(answers)
-    return {**found, "intervals": intervals}
+        values["format"] = {name: sum(a[name] for a in answers) / len(answers) for name in FORMAT}
+        values["format"]["tokens"] = sum(a["tokens"] for a in answers) / len(answers)
+        values["format"]["answers"] = len(answers)
+    return {**values, "intervals": intervals}
 
 
 def by_seed(by_cell: Mapping[str, list[Any]], primary: PrimaryMetric = ANSWER_NLL) -> dict[str, list[float]]:
@@ -229,7 +229,7 @@ def described(
     names: Sequence[str],
     examples: Mapping[str, dict[str, Any]],
     raw: Mapping[str, Any],
-    said: Mapping[str, dict[str, str]],
+    answers: Mapping[str, dict[str, str]],
     primary: PrimaryMetric = ANSWER_NLL,
 ) -> list[dict[str, Any]]:
     """Examples as the report shows them: question, gold answer, NLL per token, primary value and text of each cell."""
@@ -240,17 +240,17 @@ def described(
             "name": name,
             "question": chat.user_text(examples[name]),
             "gold": examples[name]["answers"][0],
-            "nll": {cell: ANSWER_NLL.value(found[name]) for cell, found in items.items()},
-            "value": {cell: found[name] for cell, found in values.items()},
-            "said": {cell: texts[name] for cell, texts in said.items()},
+            "nll": {cell: ANSWER_NLL.value(by_name[name]) for cell, by_name in items.items()},
+            "value": {cell: by_name[name] for cell, by_name in values.items()},
+            "said": {cell: texts[name] for cell, texts in answers.items()},
         }
         for name in names
     ]
 
 
-def plain(found: Interval) -> dict[str, Any]:
+def plain(interval: Interval) -> dict[str, Any]:
     """An interval as JSON values: what is infinite is null."""
-    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(found).items()}
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(interval).items()}
 
 
 def _by_cell(rows: Sequence[ModelRow], raw: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -44,7 +44,7 @@ def changes(
 
 def judge(
     which: str,
-    found: Mapping[str, Interval],
+    gains: Mapping[str, Interval],
     base: Mapping[str, Scores],
     ours: Mapping[str, Scores],
     *,
@@ -55,13 +55,13 @@ def judge(
     `unit` is what gains in answers are counted in; those of documents are nats per token.
     """
     name, about = CLAIM_OF[which], ABOUT[which]
-    if about not in found:
+    if about not in gains:
         missing = MISSING[which]
         return Verdict("undecided", f"Undecided: {missing}.", {}, {}, {name: missing})
     if tied(base[about], ours[about]):
         missing = f"every answer of the base model and of the {which} adapter has the same value"
         return Verdict("undecided", f"Undecided: {missing}, so nothing is told apart.", {}, {}, {name: missing})
-    claim, unit = found[about], unit if which == TASK else NATS
+    claim, unit = gains[about], unit if which == TASK else NATS
     size = f"{claim.estimate:+.3f} {unit}, 95% [{claim.low:+.3f}, {claim.high:+.3f}]"
     contrasts, p = {name: claim}, {name: claim.p}
     if not np.isfinite(claim.low):
@@ -70,7 +70,7 @@ def judge(
         sentence = f"Undecided: {what} {documents}, too few for an interval ({claim.estimate:+.3f} {unit})."
         return Verdict("undecided", sentence, contrasts, p, {})
     does = {TASK: "answers {} than the base model", DOMAIN: "predicts held-out documents {} than the base model"}[which]
-    rest = _rest(which, found, base)
+    rest = _rest(which, gains, base)
     if claim.p < LEVEL:
         sentence = f"The {which} adapter helps: it {does.format('better')} ({size}){rest}."
         return Verdict("helps", sentence, contrasts, p, {})
@@ -81,17 +81,17 @@ def judge(
     return Verdict("undecided", f"{sentence}{claim.detectable:.3f} could have been seen){rest}.", contrasts, p, {})
 
 
-def _rest(which: str, found: Mapping[str, Interval], base: Mapping[str, Scores]) -> str:
+def _rest(which: str, gains: Mapping[str, Interval], base: Mapping[str, Scores]) -> str:
     """What it cost or brought besides: perplexity gained, kept and forgotten."""
     sentences = []
     if which == DOMAIN:
-        sentences.append(f"perplexity {_perplexities(found[HELD_OUT], base[HELD_OUT])}")
-        if OWN in found and found[OWN].estimate > 0:
-            kept = found[HELD_OUT].estimate / found[OWN].estimate
+        sentences.append(f"perplexity {_perplexities(gains[HELD_OUT], base[HELD_OUT])}")
+        if OWN in gains and gains[OWN].estimate > 0:
+            kept = gains[HELD_OUT].estimate / gains[OWN].estimate
             sentences.append(f"{kept:.0%} of its gain on the documents it was trained on")
     for what in (HELD_OUT, PROSE):
-        if what in found and not (which == DOMAIN and what == HELD_OUT):
-            change = found[what]
+        if what in gains and not (which == DOMAIN and what == HELD_OUT):
+            change = gains[what]
             does = "gains" if change.estimate > 0 else "forgets"
             known = "" if change.low > 0 or change.high < 0 else ", which may be nothing"
             sentences.append(f"of {what} it {does} {_perplexities(change, base[what])} in perplexity{known}")

@@ -56,36 +56,36 @@ def with_retrieval(
     room = _room(config, base)
     scored = {item.name for item in on.items}
     examples = [example for example in on.examples if str(example["id"]) in scored]
-    wanted = config.evaluate.retrieval
+    source = config.evaluate.retrieval
     began, excluded, searching = time.perf_counter(), 0, 0.0
-    if wanted == BM25:
-        found = resumable.result(
+    if source == BM25:
+        recorded = resumable.result(
             directory / "retrieval_on_dev.json",
             resumable.owner(directory),
             lambda: asdict(_chosen_on_dev(config, base, on, prepared, tokenizer, room)),
         )
-        choice = Choice(**found)
+        choice = Choice(**recorded)
         index = PassageIndex(cut(prepared.documents("corpus"), tokenizer, choice.tokens or LENGTHS[0]))
         excluded = sum(map(len, holding_the_question(examples, index.passages)))
         began = time.perf_counter()
         texts = found_in_corpus(index, examples, tokenizer, choice.passages or 1)
         searching = (time.perf_counter() - began) / max(1, len(examples))
     else:
-        choice = Choice(Path(wanted).name, None, None)
-        given = read_passages(Path(wanted), [str(example["id"]) for example in examples])
+        choice = Choice(Path(source).name, None, None)
+        given = read_passages(Path(source), [str(example["id"]) for example in examples])
         texts, excluded = _without_own_text(examples, [given[str(example["id"])] for example in examples])
     answers = {item.name: max(map(len, item.candidates)) for item in on.items}
-    made, counts = [], []
+    extended, counts = [], []
     for example, passages in zip(examples, texts, strict=True):
         left = room - max(answers[str(example["id"])], config.evaluate.max_new_tokens)
         longer, used = with_passages(example, passages, tokenizer, on.system_prompt, left)
-        made.append(longer)
+        extended.append(longer)
         counts.append(used)
-    items, left_out = scoring.questions(made, tokenizer, on.system_prompt, room)
+    items, left_out = scoring.questions(extended, tokenizer, on.system_prompt, room)
     if left_out:  # with_passages never makes a prompt longer than what fits
         raise DataError(Problem("questions with passages do not fit", left_out[:5], "raise --evaluate.batch_tokens"))
-    by_name = {str(example["id"]): example for example in made}
-    asked = [by_name[str(example["id"])] for example in on.asked if str(example["id"]) in by_name]
+    by_name = {str(example["id"]): example for example in extended}
+    answer_examples = [by_name[str(example["id"])] for example in on.answer_examples if str(example["id"]) in by_name]
     facts = {
         **asdict(choice),
         "passages_a_question": sum(counts) / max(1, len(counts)),
@@ -93,7 +93,7 @@ def with_retrieval(
         "seconds_a_search": searching,
     }
     event("questions have passages", **{k: facts[k] for k in ("how", "passages", "tokens", "excluded")})
-    return replace(on, retrieved=items, retrieved_asked=asked), facts
+    return replace(on, retrieved=items, retrieved_answer_examples=answer_examples), facts
 
 
 def compared(
@@ -103,20 +103,24 @@ def compared(
     by_cell: dict[str, list[Any]] = {}
     for row in rows:
         by_cell.setdefault(row.cell, []).append(raw[row.name])
-    scores = verdict.with_spans({cell: primary.scores(found) for cell, found in by_cell.items()})
+    scores = verdict.with_spans({cell: primary.scores(of_seeds) for cell, of_seeds in by_cell.items()})
     common: dict[str, Any] = {"resamples": settings.resamples, "seed": seed}
-    asked = [cell for cell in scores if cell.endswith(RETRIEVAL)]
-    compared_cells = [*(cell for cell in ("task", "composed") if cell in scores), *asked]
+    retrieving = [cell for cell in scores if cell.endswith(RETRIEVAL)]
+    compared_cells = [*(cell for cell in ("task", "composed") if cell in scores), *retrieving]
     gains = {cell: verdict.gain(scores["base"], scores[cell], **common) for cell in compared_cells}
     over = {}
     if "composed" in scores:
-        over = {cell: verdict.gain(scores["composed"], scores[cell], **common) for cell in asked}
-    found = {
+        over = {cell: verdict.gain(scores["composed"], scores[cell], **common) for cell in retrieving}
+    results = {
         "gains": {cell: _plain(one) for cell, one in gains.items()},
         "over_composed": {cell: _plain(one) for cell, one in over.items()},
         "costs": {row.cell: raw[row.name]["per_answer"] for row in reversed(rows) if "per_answer" in raw[row.name]},
     }
-    return {**found, "sentence": sentence(found, primary.unit), "verdict_sentence": in_the_verdict(found, primary.unit)}
+    return {
+        **results,
+        "sentence": sentence(results, primary.unit),
+        "verdict_sentence": in_the_verdict(results, primary.unit),
+    }
 
 
 NAMES = {
@@ -128,15 +132,15 @@ NAMES = {
 }
 
 
-def sentence(found: Mapping[str, Any], unit: str) -> str:
+def sentence(results: Mapping[str, Any], unit: str) -> str:
     """What each buys over the base model: one sentence, with intervals."""
-    gains = [f"{name} {_sized(found['gains'][cell])}" for cell, name in NAMES.items() if cell in found["gains"]]
+    gains = [f"{name} {_sized(results['gains'][cell])}" for cell, name in NAMES.items() if cell in results["gains"]]
     return f"Over the base model: {', '.join(gains)} {unit}."
 
 
-def in_the_verdict(found: Mapping[str, Any], unit: str) -> str:
+def in_the_verdict(results: Mapping[str, Any], unit: str) -> str:
     """Whether retrieval does better than composing, as a sentence for the verdict; empty where that is not shown."""
-    shown = {cell: one for cell, one in found["over_composed"].items() if one["low"] is not None and one["low"] > 0}
+    shown = {cell: one for cell, one in results["over_composed"].items() if one["low"] is not None and one["low"] > 0}
     without = {cell: one for cell, one in shown.items() if cell != f"composed{RETRIEVAL}"}
     if without:
         best = max(without, key=lambda cell: without[cell]["estimate"])
@@ -192,20 +196,20 @@ def _without_own_text(
     examples: Sequence[Mapping[str, Any]], given: Sequence[Sequence[str]]
 ) -> tuple[list[list[str]], int]:
     """A person's passages without those that hold their question's text, and how many these were."""
-    found, excluded = [], 0
+    kept, excluded = [], 0
     for example, passages in zip(examples, given, strict=True):
         each = [Passage(str(at), text, ()) for at, text in enumerate(passages)]
         (own,) = holding_the_question([example], each)
-        found.append([text for at, text in enumerate(passages) if at not in own])
+        kept.append([text for at, text in enumerate(passages) if at not in own])
         excluded += len(own)
-    return found, excluded
+    return kept, excluded
 
 
-def _sized(found: Mapping[str, Any]) -> str:
-    if found["low"] is None or found["high"] is None:
-        return f"{found['estimate']:+.3f} (no interval)"
-    return f"{found['estimate']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+def _sized(interval: Mapping[str, Any]) -> str:
+    if interval["low"] is None or interval["high"] is None:
+        return f"{interval['estimate']:+.3f} (no interval)"
+    return f"{interval['estimate']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
 
 
-def _plain(found: Any) -> dict[str, Any]:
-    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(found).items()}
+def _plain(interval: Any) -> dict[str, Any]:
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(interval).items()}

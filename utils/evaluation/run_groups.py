@@ -93,11 +93,11 @@ class ComparedRuns:
     def runs(self) -> list[Run]:
         """Each run once, in order."""
         used = self.composed or self.alone
-        made = [used.run] if used and used.run else []
+        composed_runs = [used.run] if used and used.run else []
         further = list(used.runs[2 if self.composed else 1 :]) if used else []
         everyone = [run for family in self.families for run in family.runs()]
         everyone += [run for guest in self.guests for run in guest.adapters]
-        return list({run.digest: run for run in [*everyone, self.data, *made, *further]}.values())
+        return list({run.digest: run for run in [*everyone, self.data, *composed_runs, *further]}.values())
 
 
 def gather(config: Config, base: BaseModel) -> ComparedRuns:
@@ -184,7 +184,7 @@ def _family(
         domain,
         task,
         _baseline(config, trainer, missing, domain, task),
-        _made(config, trainer, missing, domain, task, seed),
+        _controls(config, trainer, missing, domain, task, seed),
     )
 
 
@@ -209,24 +209,27 @@ def _sibling(config: Config, trainer: Trainer, missing: dict[str, str], first: R
     if stacked and first.baseline:
         baseline = trainer.task(other_task, seed, None, keeping=decided(other_task), documents_of=other_domain)
     return RunGroup(
-        seed, other_domain, other_task, baseline, _made(config, trainer, missing, other_domain, other_task, seed)
+        seed, other_domain, other_task, baseline, _controls(config, trainer, missing, other_domain, other_task, seed)
     )
 
 
 def _baseline(config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run) -> Run | None:
     """The adapter trained on the base with the same data, steps and settings as `task`."""
-    found = task.manifest["identity"]
-    if found["on"] == "base":
+    identity = task.manifest["identity"]
+    if identity["on"] == "base":
         return task
     keeping = decided(task)
     run = trainer.on_base(task, domain)
     if run is None and config.evaluate.controls:
-        run = trainer.task(task, int(found["seed"]), None, keeping=keeping, documents_of=domain)
+        run = trainer.task(task, int(identity["seed"]), None, keeping=keeping, documents_of=domain)
     if run is None:
-        told = "" if keeping["keep_domain"] == "off" else "".join(f" --task.{k} {v}" for k, v in keeping.items())
+        keeping_flags = (
+            "" if keeping["keep_domain"] == "off" else "".join(f" --task.{k} {v}" for k, v in keeping.items())
+        )
         missing["task"] = (
             "no task adapter was trained on the base with the same settings: train it with "
-            f"{runs.STAGES['task']} --task.on base{told}{_as_trained(config, task)}, or add --evaluate.controls"
+            f"{runs.STAGES['task']} --task.on base{keeping_flags}{_as_trained(config, task)}, or add "
+            "--evaluate.controls"
         )
     else:
         event("the task row is the adapter trained on the base", path=run.directory)
@@ -244,7 +247,7 @@ def _as_trained(config: Config, task: Run) -> str:
     return " " + shlex.join(map(str, [*words, "--run.name", f"{task.directory.name}-on-base"]))
 
 
-def _made(
+def _controls(
     config: Config, trainer: Trainer, missing: dict[str, str], domain: Run | None, task: Run, seed: int
 ) -> dict[str, tuple[Run, ...]]:
     """The controls of one family: nothing without the flag or without a domain adapter."""
@@ -258,7 +261,7 @@ def _made(
     def on_base(**how: Any) -> tuple[Run, ...]:
         return (trainer.task(task, seed, None, documents_of=domain, **{"keeping": keeping, **how}),)
 
-    found: dict[str, tuple[Run, ...]] = {}
+    controls: dict[str, tuple[Run, ...]] = {}
     makers: dict[str, Callable[[], tuple[Run, ...]]] = {
         "random": lambda: with_task(trainer.random_domain(domain, seed)),
         "rank_matched": lambda: on_base(rank=_rank(domain) + _rank(task)),
@@ -272,8 +275,8 @@ def _made(
         data = find.parent_by_digest(domain, "prepared", (config.run.data_dir, config.run.data_dir / "controls"))
         makers["wrong_domain"] = lambda: with_task(trainer.domain(domain, seed, trainer.wrong_data(data)))
     for name, make in makers.items():
-        found[name] = make()
-    return found
+        controls[name] = make()
+    return controls
 
 
 def _can_be_repeated(run: Run) -> bool:

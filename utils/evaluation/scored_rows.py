@@ -88,16 +88,16 @@ class Material:
     items: list[scoring.Question]
     left_out: list[str]
     documents: dict[str, PackedDocuments]
-    asked: list[dict[str, Any]]
+    answer_examples: list[dict[str, Any]]
     every_seed: bool
     system_prompt: str
     pad_id: int
     retrieved: list[scoring.Question] | None = None
-    retrieved_asked: list[dict[str, Any]] = field(default_factory=list)
+    retrieved_answer_examples: list[dict[str, Any]] = field(default_factory=list)
 
-    def asked_of(self, row: ModelRow) -> list[dict[str, Any]]:
+    def answer_examples_of(self, row: ModelRow) -> list[dict[str, Any]]:
         """What a row is asked to answer, with passages or without."""
-        return self.retrieved_asked if row.retrieves else self.asked
+        return self.retrieved_answer_examples if row.retrieves else self.answer_examples
 
     def size_of(self, row: ModelRow) -> int:
         """Questions and rows of documents that are scored, for a progress bar."""
@@ -108,20 +108,20 @@ class Material:
 
 def rows(config: Config, base: BaseModel, parts: ComparedRuns) -> list[ModelRow]:
     """Every row in the order of the report; the first family's come first in each cell."""
-    found = [ModelRow("base", None)]
+    listed = [ModelRow("base", None)]
     for cell in MEANING:
         if cell.endswith(RETRIEVAL):
             continue
         for family in parts.families:
             if cell != "base" and (factors := _factors(cell, family, base, parts)) is not None:
-                found.append(ModelRow(cell, family.seed, factors))
+                listed.append(ModelRow(cell, family.seed, factors))
     for guest in parts.guests:
         adapters = [adapter_files.load(run.adapter, base) for run in guest.adapters]
-        found.append(ModelRow(guest.name, None, compose(adapters, Recipe()) if adapters else None, guest.model))
+        listed.append(ModelRow(guest.name, None, compose(adapters, Recipe()) if adapters else None, guest.model))
     if config.evaluate.retrieval:
-        asked = [row for row in found if f"{row.cell}{RETRIEVAL}" in MEANING]
-        found += [replace(row, cell=f"{row.cell}{RETRIEVAL}") for row in asked]
-    return found
+        retrieving = [row for row in listed if f"{row.cell}{RETRIEVAL}" in MEANING]
+        listed += [replace(row, cell=f"{row.cell}{RETRIEVAL}") for row in retrieving]
+    return listed
 
 
 def row_supports(config: Config, base: BaseModel, parts: ComparedRuns) -> dict[str, RowSupport]:
@@ -152,47 +152,49 @@ def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path
     documents = document_sets.of_data(settings, config.run.seed, base, source, pad_id)
     documents["general"] = document_sets.general(settings, base, tokenizer, pad_id, scratch)
     order = sorted(examples, key=lambda e: hash_share(str(e["id"]), config.run.seed))
-    asked = order[: settings.generated_answers]
+    answer_examples = order[: settings.generated_answers]
     if parts.primary.generates:
         scored = {item.name for item in items}
-        asked = [example for example in examples if str(example["id"]) in scored]
-    return Material(examples, items, left_out, documents, asked, parts.primary.generates, prompt, pad_id)
+        answer_examples = [example for example in examples if str(example["id"]) in scored]
+    return Material(examples, items, left_out, documents, answer_examples, parts.primary.generates, prompt, pad_id)
 
 
-def score(config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, directory: Path) -> dict[str, Any]:
+def score(
+    config: Config, base: BaseModel, model_rows: Sequence[ModelRow], on: Material, directory: Path
+) -> dict[str, Any]:
     """Row name -> its scores, from `directory/cell_<row>.json` where an interrupted call wrote them.
 
     Without generated answers where an engine gives them, which is a phase of its own (`served_rows`).
     """
     of = resumable.owner(directory)
-    paths = {row.name: directory / f"cell_{row.name}.json" for row in wanted}
+    paths = {row.name: directory / f"cell_{row.name}.json" for row in model_rows}
     scored = {name: resumable.read(path, of) for name, path in paths.items()}
-    todo = [row for row in wanted if scored[row.name] is None]
+    todo = [row for row in model_rows if scored[row.name] is None]
     if not todo:
         return scored
-    first_of_cell = {row.cell: row.name for row in reversed(wanted)}
+    first_of_cell = {row.cell: row.name for row in reversed(model_rows)}
     # generating costs far more than scoring: unless it decides, the first seed answers for its cell
     is_first = {row.name: first_of_cell[row.cell] == row.name for row in todo}
     answers = {row.name: config.inference.engine == "local" and (on.every_seed or is_first[row.name]) for row in todo}
-    asked = {row.name: on.asked_of(row) if answers[row.name] else [] for row in todo}
-    total = sum(on.size_of(row) + len(asked[row.name]) for row in todo)
-    event(f"evaluation of {len(todo)} rows", questions=len(on.items), answers=sum(map(len, asked.values())))
+    examples = {row.name: on.answer_examples_of(row) if answers[row.name] else [] for row in todo}
+    total = sum(on.size_of(row) + len(examples[row.name]) for row in todo)
+    event(f"evaluation of {len(todo)} rows", questions=len(on.items), answers=sum(map(len, examples.values())))
     with Whole("evaluation", total=total, unit="item"):
         for row, model in _models(config, base, todo, on):
             is_timed = is_first[row.name] and f"{row.cell.removesuffix(RETRIEVAL)}{RETRIEVAL}" in first_of_cell
             try:
-                found = model.scores(replace(row, factors=None, model=None), asked[row.name], is_timed=is_timed)
+                result = model.scores(replace(row, factors=None, model=None), examples[row.name], is_timed=is_timed)
             except NonFiniteError as error:
                 raise NonFiniteError([replace(problem, value=row.name) for problem in error.problems]) from error
-            scored[row.name] = resumable.write(paths[row.name], found, of)
+            scored[row.name] = resumable.write(paths[row.name], result, of)
     return scored
 
 
 def answers_to(
-    config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material, examples: Sequence[dict[str, Any]]
+    config: Config, base: BaseModel, model_rows: Sequence[ModelRow], on: Material, examples: Sequence[dict[str, Any]]
 ) -> dict[str, list[str]]:
     """What some rows say to some examples: row's cell -> texts."""
-    return {row.cell: model.answers(row.name, examples) for row, model in _models(config, base, wanted, on)}
+    return {row.cell: model.answers(row.name, examples) for row, model in _models(config, base, model_rows, on)}
 
 
 class ScoredModel:
@@ -205,8 +207,8 @@ class ScoredModel:
         self._tokenizer = adapter_tokenizer.of(base)
         self._model = inference_layers.attach(row_probe.load_model(loaded, config.base), adapters).eval()
 
-    def scores(self, of: ModelRow, asked: Sequence[dict[str, Any]], *, is_timed: bool = False) -> dict[str, Any]:
-        """Every item's and document's likelihoods in the state of a row, and its answers to `asked`.
+    def scores(self, of: ModelRow, examples: Sequence[dict[str, Any]], *, is_timed: bool = False) -> dict[str, Any]:
+        """Every item's and document's likelihoods in the state of a row, and its answers to `examples`.
 
         Documents do not depend on passages, so a row with retrieval has none. `is_timed`: what an answer takes, too.
         """
@@ -217,22 +219,22 @@ class ScoredModel:
         scored = []
         if items:
             scored = scoring.score_questions(model, items, pad_id=on.pad_id, what=f"{row}: questions", **common)
-        found: dict[str, Any] = {"items": scoring.to_json(scored)}
+        result: dict[str, Any] = {"items": scoring.to_json(scored)}
         for name, packed in ({} if of.retrieves else on.documents).items():
             what = f"{row}: {name} documents"
-            found[name] = scoring.to_json(scoring.score_documents(model, packed, what=what, **common))
+            result[name] = scoring.to_json(scoring.score_documents(model, packed, what=what, **common))
         began = time.perf_counter()
-        found["answers"] = scoring.answered(
-            model, self._tokenizer, asked, on.system_prompt, settings.max_new_tokens, what=f"{row}: answers"
+        result["answers"] = scoring.answered(
+            model, self._tokenizer, examples, on.system_prompt, settings.max_new_tokens, what=f"{row}: answers"
         )
-        found["answering_seconds"] = round(time.perf_counter() - began, 3)
+        result["answering_seconds"] = round(time.perf_counter() - began, 3)
         if is_timed:
-            found["per_answer"] = {
+            result["per_answer"] = {
                 "prompt_tokens": sum(len(item.prompt) for item in items) / len(items),
-                "seconds": self._seconds_an_answer(asked[:TIMED_ANSWERS]),
+                "seconds": self._seconds_an_answer(examples[:TIMED_ANSWERS]),
             }
         event(f"{row} scored", **({"answer_nll": scoring.summary(scored, [])["answer_nll"]} if scored else {}))
-        return found
+        return result
 
     def loss(self, items: Sequence[scoring.Question], what: str) -> float:
         """NLL per token of gold answers, by the base model alone."""
@@ -263,16 +265,16 @@ class ScoredModel:
 
 
 def _models(
-    config: Config, base: BaseModel, wanted: Sequence[ModelRow], on: Material
+    config: Config, base: BaseModel, model_rows: Sequence[ModelRow], on: Material
 ) -> Iterator[tuple[ModelRow, ranks.Held]]:
     """Each row with the `ScoredModel` that has it; the base is loaded once, with every adapter on it."""
-    on_base = [row for row in wanted if row.model is None]
+    on_base = [row for row in model_rows if row.model is None]
     if on_base:
         adapters = {row.state: row.factors for row in on_base if row.factors}
         with ranks.Held(ScoredModel, config, base, base, adapters, on) as model:
             for row in on_base:
                 yield row, model
-    for row in wanted:
+    for row in model_rows:
         if row.model is not None:
             with ranks.Held(ScoredModel, config, base, row.model, {}, on) as model:
                 yield row, model
@@ -281,8 +283,8 @@ def _models(
 def _factors(cell: str, family: RunGroup, base: BaseModel, parts: ComparedRuns) -> Factors | None:
     """The adapter of a cell in a family, or None where the family does not have it."""
 
-    def load(*found: Any) -> list[Factors]:
-        return [adapter_files.load(run.adapter, base) for run in found]
+    def load(*runs: Any) -> list[Factors]:
+        return [adapter_files.load(run.adapter, base) for run in runs]
 
     if (alone := parts.alone) is not None:
         if cell != parts.which_alone:

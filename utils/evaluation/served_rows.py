@@ -47,14 +47,14 @@ class ServedRows:
 
         `raw` is row's name -> its likelihoods. Raises EngineError.
         """
-        found, cells = dict(raw), set()
+        scored, cells = dict(raw), set()
         for row in sorted(self._rows, key=lambda row: row.model is not None):
             if self._on.every_seed or row.cell not in cells:
-                asked = self._on.asked_of(row)
-                given = self.answers(row, asked)
-                found[row.name] = {**raw[row.name], "answers": scoring.judged(self._tokenizer, asked, given)}
+                examples = self._on.answer_examples_of(row)
+                given = self.answers(row, examples)
+                scored[row.name] = {**raw[row.name], "answers": scoring.judged(self._tokenizer, examples, given)}
             cells.add(row.cell)
-        return found
+        return scored
 
     def answers(self, row: ModelRow, examples: Sequence[dict[str, Any]]) -> list[GeneratedAnswer]:
         """What a row says to some examples. Raises EngineError."""
@@ -77,7 +77,7 @@ class ServedRows:
                 models_dir=self._config.run.models_dir,
                 rank=served_model.rank_of([one.factors for one in self._rows if one.model is row.model]),
                 positions=served_model.positions_of(
-                    self._prompts([*self._on.examples, *self._on.retrieved_asked]), evaluate.max_new_tokens
+                    self._prompts([*self._on.examples, *self._on.retrieved_answer_examples]), evaluate.max_new_tokens
                 ),
                 journal=self._journal,
             )

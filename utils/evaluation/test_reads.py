@@ -79,8 +79,8 @@ def sentence(reads: dict[str, Any]) -> str:
 
 def _lines(path: Path) -> tuple[list[dict[str, str]], int]:
     """The readings, and how many lines are not as this version wrote them: what those say is counted all the same."""
-    found, doubtful = [], 0
+    readings, doubtful = [], 0
     for entry, is_as_written in resumable.lines(path, RECORD):
         doubtful += not is_as_written
-        found.append({key: str(entry.get(key, "")) for key in ("test", "composed", "run", "primary")})
-    return found, doubtful
+        readings.append({key: str(entry.get(key, "")) for key in ("test", "composed", "run", "primary")})
+    return readings, doubtful

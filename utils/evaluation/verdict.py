@@ -65,12 +65,12 @@ class Verdict:
         """As the results say it: estimate, low, high, p, p_holm, detectable and holds of each contrast."""
         return {
             name: {
-                **{k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(found).items()},
+                **{k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(contrast).items()},
                 "p_holm": self.p_holm[name],
                 "holds": self.holds(name),
                 "claim": CLAIMS[name],
             }
-            for name, found in self.contrasts.items()
+            for name, contrast in self.contrasts.items()
         }
 
     def holds(self, name: str) -> bool:
@@ -122,9 +122,9 @@ def judge(
         # both must be shown, so the less convincing one speaks (intersection-union test)
         closest = max(CONTROLS, key=lambda name: (against[name].p, -against[name].low))
         contrasts["H4"] = against[closest]
-    p_holm = holm({name: found.p for name, found in contrasts.items()})
-    found = Verdict("", "", contrasts, p_holm, untested, closest)
-    word, sentence = conclude(found, margin, unit)
+    p_holm = holm({name: contrast.p for name, contrast in contrasts.items()})
+    judged = Verdict("", "", contrasts, p_holm, untested, closest)
+    word, sentence = conclude(judged, margin, unit)
     return Verdict(word, sentence, contrasts, p_holm, untested, closest)
 
 
@@ -183,12 +183,12 @@ def _minus(first_SN: np.ndarray, second_SN: np.ndarray) -> np.ndarray:
     return np.atleast_2d(first_SN) - np.atleast_2d(second_SN)
 
 
-def conclude(found: Verdict, margin: float, unit: str) -> tuple[str, str]:
+def conclude(judged: Verdict, margin: float, unit: str) -> tuple[str, str]:
     """(word, sentence) that follow from the contrasts and their corrected p-values."""
-    holds, contrasts = found.holds, found.contrasts
+    holds, contrasts = judged.holds, judged.contrasts
     h1, h2, h3, h4 = (contrasts.get(name) for name in ("H1", "H2", "H3", "H4"))
     if h2 is None or h3 is None:
-        return "undecided", f"Undecided: {found.untested['H2']}."
+        return "undecided", f"Undecided: {judged.untested['H2']}."
     size = f"{h3.estimate:+.3f} {unit}, 95% [{h3.low:+.3f}, {h3.high:+.3f}]"
     if h3.clusters < 2 or not np.isfinite(h3.low):
         few = f"{h3.clusters} document{'s' if h3.clusters != 1 else ''}"
@@ -204,15 +204,17 @@ def conclude(found: Verdict, margin: float, unit: str) -> tuple[str, str]:
         if not holds("H3"):
             why = f"it is not shown to answer better ({size}; {h3.detectable:.3f} could have been seen)"
         elif h4 is None:
-            why = f"it answers better ({size}); that this is because of the domain is not shown: {found.untested['H4']}"
+            why = (
+                f"it answers better ({size}); that this is because of the domain is not shown: {judged.untested['H4']}"
+            )
         else:
             control = f"{h4.estimate:+.3f} [{h4.low:+.3f}, {h4.high:+.3f}]"
             why = (
                 f"it answers better than the task adapter alone ({size}), but not shown to be better than with the "
-                f"{found.closest_control.replace('_', '-')} adapter ({control})"
+                f"{judged.closest_control.replace('_', '-')} adapter ({control})"
             )
         return "coexists", f"The adapters coexist: composed keeps the domain and answers no worse; {why}."
-    reasons = [found.untested["H1"]] if h1 is None else []
+    reasons = [judged.untested["H1"]] if h1 is None else []
     if h1 is not None and not holds("H1"):
         reasons.append(f"it is open whether the domain is kept ({h1.estimate:.0%}, 95% [{h1.low:.0%}, {h1.high:.0%}])")
     if not holds("H2"):

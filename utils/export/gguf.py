@@ -70,9 +70,9 @@ def target_for(directory: Path, out_type: str) -> Path:
 def find_converter() -> Path | None:
     """llama.cpp's converter, or None. Raises ArtefactError when LLAMA_CPP_DIR is set and does not hold it."""
     if checkout := os.environ.get(CHECKOUT):
-        found = Path(checkout) / CONVERTER
-        if found.is_file():
-            return _absolute(found)
+        path = Path(checkout) / CONVERTER
+        if path.is_file():
+            return _absolute(path)
         raise ArtefactError(
             Problem(f"{CHECKOUT} holds no {CONVERTER}", checkout, f"point it at a checkout of llama.cpp: {GET_IT}")
         )

@@ -257,8 +257,8 @@ def _refuse_private(public: Path, directory: Path) -> None:
     for path in sorted(public.rglob("*")):
         if path.suffix in TEXTS and path.name not in VOCABULARIES and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
-            if found := [place for place in private if place in text]:
+            if matches := [place for place in private if place in text]:
                 name = path.relative_to(public).as_posix()
                 raise ArtefactError(
-                    Problem(f"{name} names a directory of this machine", found[0], "make the artefact without it")
+                    Problem(f"{name} names a directory of this machine", matches[0], "make the artefact without it")
                 )

@@ -248,7 +248,7 @@ def _nothing(amount: float) -> None:
 def _finished(plan: Plan, directory: Path) -> dict[str, dict[str, Any]]:
     """The record of an interrupted merge, as far as the files are still what it says."""
     paths = [directory / RECORD, *sorted(directory.glob(RECORD.replace(".json", "-*.json")))]
-    records = [found for path in paths if (found := resumable.read(path, directory.name)) is not None]
+    records = [record for path in paths if (record := resumable.read(path, directory.name)) is not None]
     if not records:
         return {}
     event("going on with an interrupted merge: checking its finished files")

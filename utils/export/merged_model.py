@@ -32,7 +32,7 @@ class MergedModel:
 
 def make(
     base: BaseModel,
-    found: Composition,
+    composed: Composition,
     settings: MergeSection,
     section: BaseModelSection,
     *,
@@ -44,10 +44,10 @@ def make(
     The card has the numbers of the composition's newest evaluation in `models_dir`. Raises as `merge.merge` does.
     """
     target = Path(settings.path)
-    composed_adapter.refuse_inside(target, base, found.runs)
-    composition = composed_adapter.record(found, base)
-    evaluation = evaluation_of(models_dir, base.digest, found.runs, composition["recipe"])
-    identity = _identity(base, found, composition, settings)
+    composed_adapter.refuse_inside(target, base, composed.runs)
+    composition = composed_adapter.record(composed, base)
+    evaluation = evaluation_of(models_dir, base.digest, composed.runs, composition["recipe"])
+    identity = _identity(base, composed, composition, settings)
     if (target / files.MANIFEST).exists():
         if changed := identity.differences(files.read_manifest(target).get("identity")):
             what = f"{target} holds another merged model: {'; '.join(changed[:8])}"
@@ -57,7 +57,7 @@ def make(
         return MergedModel(target, checks, evaluation, is_reused=True)
 
     def manifest(checks: dict[str, Any]) -> dict[str, Any]:
-        parents = [*found.runs, *([found.run] if found.run and found.run not in found.runs else [])]
+        parents = [*composed.runs, *([composed.run] if composed.run and composed.run not in composed.runs else [])]
         facts = {"composition": composition, "seed": seed}
         return runs.manifest(
             "merged", identity, base=base.record(), parents=parents, measured=checks, **facts, **sharding.loaded()
@@ -65,19 +65,26 @@ def make(
 
     card = cards.merged_card(
         base,
-        found.runs,
-        method=found.recipe.method,
+        composed.runs,
+        method=composed.recipe.method,
         source=composition["source"],
-        weights=found.recipe.weights or (1.0,) * len(found.runs),
-        exact=found.check.exact,
-        searched=found.searched,
+        weights=composed.recipe.weights or (1.0,) * len(composed.runs),
+        exact=composed.check.exact,
+        searched=composed.searched,
         dtype=settings.dtype,
-        check=found.line(),
+        check=composed.line(),
     )
     if evaluation:
         card = model_index.with_evaluation(card, target.name, evaluation)
     checks = merge.merge(
-        base, found.factors, target, settings, section, fingerprint=identity.fingerprint, manifest=manifest, card=card
+        base,
+        composed.factors,
+        target,
+        settings,
+        section,
+        fingerprint=identity.fingerprint,
+        manifest=manifest,
+        card=card,
     )
     event("merged model written", path=target)
     return MergedModel(target, checks, evaluation, is_reused=False)
@@ -103,9 +110,9 @@ def copy(base: BaseModel, settings: MergeSection, section: BaseModelSection, *, 
     return MergedModel(target, checks, None, is_reused=False)
 
 
-def _identity(base: BaseModel, found: Composition, composition: dict[str, Any], settings: MergeSection) -> Identity:
+def _identity(base: BaseModel, composed: Composition, composition: dict[str, Any], settings: MergeSection) -> Identity:
     """Everything that decides the merged weights."""
-    adapters, recipe = [run.digest for run in found.runs], composition["recipe"]
+    adapters, recipe = [run.digest for run in composed.runs], composition["recipe"]
     decides = {"base": base.digest, "adapters": adapters, "recipe": recipe, "dtype": settings.dtype}
     decides |= base.deciding_tokenizer()
     return Identity.of("merged", decides)

@@ -34,10 +34,10 @@ def with_evaluation(card: str, name: str, evaluation: Evaluation) -> str:
     """The card with the evaluation's numbers, instead of those of an earlier one; `name` is the model's."""
     from huggingface_hub import ModelCard
 
-    found = ModelCard(_SECTION.sub("", card))
-    found.data.model_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip("-.") or "model"
-    found.data.eval_results = eval_results(evaluation.results)
-    return str(found).rstrip("\n") + "\n" + "\n".join(_section(evaluation)) + "\n"
+    model_card = ModelCard(_SECTION.sub("", card))
+    model_card.data.model_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip("-.") or "model"
+    model_card.data.eval_results = eval_results(evaluation.results)
+    return str(model_card).rstrip("\n") + "\n" + "\n".join(_section(evaluation)) + "\n"
 
 
 def eval_results(results: dict[str, Any]) -> list[EvalResult]:

@@ -37,7 +37,7 @@ COLUMNS = ("domain training", "task training", "compose", "two active", "streame
 MOST_LAYERS = 4
 # nats of one text, between our loss and the model's own
 SAME_NATS = 1e-3
-ASKED = {"id": "x", "document": "x", "question": "What does it do?", "history": [], "answers": ["It counts."]}
+PROMPT = {"id": "x", "document": "x", "question": "What does it do?", "history": [], "answers": ["It counts."]}
 CHOICES = ["It counts.", "It writes one line.", "Nothing"]
 
 
@@ -51,10 +51,10 @@ def row(config: Config, base: BaseModel) -> dict[str, str]:
         return dict.fromkeys(COLUMNS, f"refused: {problem.what} -> {problem.fix}")
     with tempfile.TemporaryDirectory() as scratch:
         tried = _Tried(config, base, Path(scratch))
-        return {column: _said(check) for column, check in zip(COLUMNS, tried.checks(), strict=True)}
+        return {column: _outcome(check) for column, check in zip(COLUMNS, tried.checks(), strict=True)}
 
 
-def _said(check: Callable[[], str]) -> str:
+def _outcome(check: Callable[[], str]) -> str:
     try:
         return f"works: {check()}"
     except PipelineError as error:
@@ -139,11 +139,11 @@ class _Tried:
         self.composed = compose(self.parts, Recipe())
         ids_BT = float32_model.probe(Checkpoint(self.base.directory))
         model = float32_model.in_float32(self.base, self.section)
-        self.found = composed_adapter.check_logits(self.parts, self.composed, model, ids_BT, exact=True)
-        return f"{len(self.composed)} modules, effect {self.found['composed_to_base']:.0e} of the largest logit"
+        self.differences = composed_adapter.check_logits(self.parts, self.composed, model, ids_BT, exact=True)
+        return f"{len(self.composed)} modules, effect {self.differences['composed_to_base']:.0e} of the largest logit"
 
     def _two_active(self) -> str:
-        return f"both active = composed to {self.found['parts_active_to_composed']:.0e}"
+        return f"both active = composed to {self.differences['parts_active_to_composed']:.0e}"
 
     def _merge(self) -> str:
         target = self.scratch / "merged"
@@ -155,7 +155,7 @@ class _Tried:
     @torch.no_grad()
     def _answer(self) -> str:
         model = inference_layers.attach(self._model(), {"composed": self.composed})
-        prompt = chat.prompt_ids(self.tokenizer, ASKED, self.config.task.system_prompt)
+        prompt = chat.prompt_ids(self.tokenizer, PROMPT, self.config.task.system_prompt)
         (given,) = generation.answer(model, self.tokenizer, [prompt], max_new_tokens=4)
         ids = list(prompt)
         for _ in range(given.tokens):
@@ -168,7 +168,7 @@ class _Tried:
     @torch.no_grad()
     def _score(self) -> str:
         model = inference_layers.attach(self._model(), {"composed": self.composed})
-        example = {**ASKED, "choices": CHOICES, "answer_index": 0}
+        example = {**PROMPT, "choices": CHOICES, "answer_index": 0}
         items, _ = scoring.questions([example], self.tokenizer, self.config.task.system_prompt, 4096)
         device, pad = next(model.parameters()).device, chat.pad_id(self.tokenizer)
         (score,) = scoring.score_questions(

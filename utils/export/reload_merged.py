@@ -35,7 +35,9 @@ def write_logits(directory: str, token_ids: str, out: str) -> None:
     # the automatic class gives the text model alone for some multimodal checkpoints
     named = [getattr(transformers, name, None) for name in settings.architectures or ()]
     usual = transformers.AutoModelForCausalLM
-    kind = next((found for found in named if hasattr(found, "can_generate") and found.can_generate()), usual)
+    kind = next(
+        (candidate for candidate in named if hasattr(candidate, "can_generate") and candidate.can_generate()), usual
+    )
     model = kind.from_pretrained(directory, dtype=torch.float32, **options)
     model.float().eval()
     for module in model.modules():

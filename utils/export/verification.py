@@ -186,13 +186,13 @@ class _Lineage:
             with _collected(self.verdict):
                 self.verdict.checked.append(str(place))
                 self.seen[str(place)] = {"model": base_model.identify(place, recorded["source"], "", None)}
-        found = self.seen[str(place)].get("model")
-        if found is None:
+        model = self.seen[str(place)].get("model")
+        if model is None:
             return None
         for key, what in (("digest", "another model"), ("tokenizer_digest", "another tokenizer or chat template")):
-            if getattr(found, key) != recorded.get(key):
-                self._problem(f"{place} is {what} than {directory} was made with", getattr(found, key)[:16])
-        return found if found.digest == recorded.get("digest") else None
+            if getattr(model, key) != recorded.get(key):
+                self._problem(f"{place} is {what} than {directory} was made with", getattr(model, key)[:16])
+        return model if model.digest == recorded.get("digest") else None
 
     def _contents(self, directory: Path, manifest: Mapping[str, Any], base: BaseModel | None) -> None:
         with _collected(self.verdict):

@@ -33,8 +33,8 @@ class AxisScale:
     @classmethod
     def over(cls, values: Iterable[float]) -> AxisScale:
         """A little more than the values. Raises ValueError when there are none."""
-        found = list(values)
-        low, high = min(found), max(found)
+        numbers = list(values)
+        low, high = min(numbers), max(numbers)
         room = PADDING * (high - low) or 0.5 * abs(low) or 1.0
         return cls(low - room, high + room)
 
@@ -104,7 +104,7 @@ def chart(title: str, series: Sequence[Series], *, x: str, y: str, zero: bool = 
     pieces += [_curve(one, across, up) for one in shown if one.line and len(one.points) > 1]
     pieces += [mark for one in shown if one.mark for mark in _marks(one, across, up)]
     keys = [_key(one) for one in shown if one.key != ""]
-    return _figure("chart", title, keys, HEIGHT, pieces, "".join(_said(one) for one in shown))
+    return _figure("chart", title, keys, HEIGHT, pieces, "".join(_description(one) for one in shown))
 
 
 def bars(
@@ -238,7 +238,7 @@ def _entry(look: str, drawn: Markup, text: str) -> Markup:
     )
 
 
-def _said(one: Series) -> str:
+def _description(one: Series) -> str:
     """A series in words, for who does not see it."""
     (_, first), (_, last) = one.points[0], one.points[-1]
     ys = [py for _, py in one.points]

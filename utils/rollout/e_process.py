@@ -78,8 +78,8 @@ def upper_bound(events: Any, units: Any, alpha: float) -> Any:
     from scipy.stats import beta
 
     events, units = np.asarray(events, dtype=float), np.asarray(units, dtype=float)
-    found = beta.ppf(1 - alpha, events + 1, np.maximum(units - events, 1e-9))
-    return np.where(units > events, found, 1.0)
+    bound = beta.ppf(1 - alpha, events + 1, np.maximum(units - events, 1e-9))
+    return np.where(units > events, bound, 1.0)
 
 
 def _rate(events_by_share: Sequence[tuple[float, Arms]], null: float, alternatives: Sequence[float]) -> Any:

@@ -46,8 +46,8 @@ class Counts:
 
     def units(self) -> tuple[int, int]:
         """Units on (canary, control) over all shares."""
-        found = [arms.get(UNITS, (0, 0)) for arms in self.rates.values()]
-        return sum(c for c, _ in found), sum(p for _, p in found)
+        per_share = [arms.get(UNITS, (0, 0)) for arms in self.rates.values()]
+        return sum(c for c, _ in per_share), sum(p for _, p in per_share)
 
     def to_json(self) -> dict[str, Any]:
         rates = {str(bp): {m: list(arms) for m, arms in metrics.items()} for bp, metrics in self.rates.items()}
@@ -61,18 +61,18 @@ class Counts:
         """
         problems: list[Problem] = []
 
-        def counts(place: str, found: Any, size: int) -> tuple[int, ...]:
-            fits = isinstance(found, (list, tuple)) and len(found) == size
-            if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found):
-                problems.append(Problem(f"{place}: {size} whole numbers from 0", found))
+        def counts(place: str, entry: Any, size: int) -> tuple[int, ...]:
+            fits = isinstance(entry, (list, tuple)) and len(entry) == size
+            if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entry):
+                problems.append(Problem(f"{place}: {size} whole numbers from 0", entry))
                 return (0,) * size
-            return tuple(found)
+            return tuple(entry)
 
-        def named(place: str, found: Any) -> dict[str, Any]:
-            if not isinstance(found, Mapping):
-                problems.append(Problem(f"{place}: an object with a name for each", found))
+        def named(place: str, entry: Any) -> dict[str, Any]:
+            if not isinstance(entry, Mapping):
+                problems.append(Problem(f"{place}: an object with a name for each", entry))
                 return {}
-            return dict(found)
+            return dict(entry)
 
         rates: dict[int, dict[str, Any]] = {}
         for share, metrics in named("rates", values.get("rates") or {}).items():
@@ -86,7 +86,7 @@ class Counts:
             for name, arms in rates[int(share)].items():
                 if whole and (units is None or any(event > unit for event, unit in zip(arms, units, strict=True))):
                     problems.append(Problem(f"rates.{share}.{name}: more events than {UNITS}", [arms, units]))
-        pairs = {m: counts(f"pairs.{m}", found, 3) for m, found in named("pairs", values.get("pairs") or {}).items()}
+        pairs = {m: counts(f"pairs.{m}", entry, 3) for m, entry in named("pairs", values.get("pairs") or {}).items()}
         if problems:
             raise DataError(problems)
         return Counts(rates, pairs)  # type: ignore[arg-type]
@@ -133,9 +133,9 @@ def judge(counts: Counts, here: Counts, policy: Policy, step: RampStep | None) -
         return GateVerdict("rollback", _alarm_text(bad, counts), tuple(findings))
     if step is None:
         return GateVerdict("hold", "no alarm at 100%", tuple(findings))
-    wanted = [_finding(*item) for item in evidence(here, counts, policy, step)]
-    findings += wanted
-    missing = sorted({f.metric for f in wanted} - {f.metric for f in wanted if f.reached})
+    conditions = [_finding(*item) for item in evidence(here, counts, policy, step)]
+    findings += conditions
+    missing = sorted({f.metric for f in conditions} - {f.metric for f in conditions if f.reached})
     if missing:
         return GateVerdict("hold", f"not enough evidence yet: {', '.join(missing)}", tuple(findings))
     return GateVerdict("advance", f"shown not to be worse at {step.share:.2%}", tuple(findings))
@@ -143,18 +143,18 @@ def judge(counts: Counts, here: Counts, policy: Policy, step: RampStep | None) -
 
 def alarms(counts: Counts, policy: Policy) -> list[tuple[str, Any, float]]:
     """Per metric: name, log e-value that the canary is worse, log limit."""
-    found = []
+    tests = []
     for metric in policy.rates:
         by_share = [(bp / FULL_BP, counts.at(bp, metric.name)) for bp in counts.rates]
         log_e = e_process.worse_rate(by_share)
         if metric.name == "errors" and FULL_BP in counts.rates:
             # two tests of one metric: their mean is an e-value again, so the metric's part of the budget is kept
             log_e = np.logaddexp(log_e, _without_control(counts, metric.name)) - math.log(2)
-        found.append((metric.name, log_e, math.log(metric.limit)))
+        tests.append((metric.name, log_e, math.log(metric.limit)))
     for metric in policy.paired:
         losses, wins, _ = counts.pairs.get(metric.name, (0, 0, 0))
-        found.append((metric.name, e_process.worse_pairs(losses, wins), math.log(metric.limit)))
-    return found
+        tests.append((metric.name, e_process.worse_pairs(losses, wins), math.log(metric.limit)))
+    return tests
 
 
 def evidence(here: Counts, counts: Counts, policy: Policy, step: RampStep) -> list[tuple[str, str, Any, float]]:
@@ -166,17 +166,17 @@ def evidence(here: Counts, counts: Counts, policy: Policy, step: RampStep) -> li
     limit = math.log(policy.evidence)
     events, seen = here.at(step.share_bp, "errors"), here.at(step.share_bp, UNITS)
     units = np.maximum(seen, events)  # a session that was counted before a restart may err after it
-    found = [("errors", "not worse", e_process.not_worse_rate([(step.share, events)], step.ratio), limit)]
+    tests = [("errors", "not worse", e_process.not_worse_rate([(step.share, events)], step.ratio), limit)]
     if policy.objective:
-        found.append(
+        tests.append(
             ("errors", "below objective", e_process.below_objective(events[0], units[0], policy.objective), limit)
         )
     if policy.needs_quality:
         for metric in policy.paired:
             if metric.name in ("quality", "output"):
                 results = counts.pairs.get(metric.name, (0, 0, 0))
-                found.append((metric.name, "not worse", e_process.not_worse_pairs(*results, step.margin), limit))
-    return found
+                tests.append((metric.name, "not worse", e_process.not_worse_pairs(*results, step.margin), limit))
+    return tests
 
 
 def _without_control(counts: Counts, metric: str) -> Any:
@@ -213,7 +213,7 @@ def _seen(finding: Finding, counts: Counts) -> str:
     if finding.test == "share":
         return value
     by_arm = [[counts.at(bp, name) for bp in counts.rates] for name in (finding.metric, UNITS)]
-    (bad_c, bad_p), (all_c, all_p) = ([sum(arms[i] for arms in found) for i in (0, 1)] for found in by_arm)
+    (bad_c, bad_p), (all_c, all_p) = ([sum(arms[i] for arms in arm_counts) for i in (0, 1)] for arm_counts in by_arm)
     return f"{bad_c} of {all_c} sessions, production {bad_p} of {all_p}; {value}"
 
 

@@ -158,12 +158,12 @@ def _kept(counts: Counts, chosen: np.ndarray) -> Counts:
         bp: {name: tuple(arm[chosen] for arm in arms) for name, arms in metrics.items()}
         for bp, metrics in counts.rates.items()
     }
-    return Counts(rates, {name: tuple(arm[chosen] for arm in found) for name, found in counts.pairs.items()})  # type: ignore[misc]
+    return Counts(rates, {name: tuple(arm[chosen] for arm in outcomes) for name, outcomes in counts.pairs.items()})  # type: ignore[misc]
 
 
 def _joined(parts: list[Counts]) -> Counts:
-    def stacked(found: list[tuple[Any, ...]]) -> Any:
-        return tuple(np.concatenate(arms) for arms in zip(*found, strict=True))
+    def stacked(pieces: list[tuple[Any, ...]]) -> Any:
+        return tuple(np.concatenate(arms) for arms in zip(*pieces, strict=True))
 
     first = parts[0]
     rates = {

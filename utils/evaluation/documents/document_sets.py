@@ -29,7 +29,7 @@ def of_data(
     """Held-out documents of prepared data ("heldout") and some of those that were trained on ("seen"), as far as they
     are there."""
     window = _window(settings, base)
-    found, most = {}, settings.max_heldout_documents
+    by_name, most = {}, settings.max_heldout_documents
     for name, which, limit in (
         ("heldout", "heldout_documents", most),
         ("seen", "corpus", min(SEEN_DOCUMENTS, most or SEEN_DOCUMENTS)),
@@ -47,8 +47,8 @@ def of_data(
                     "raise --evaluate.max_heldout_documents, or prepare data with more",
                     documents=len(documents),
                 )
-            found[name] = PackedDocuments(documents, window, 0, pad_id)
-    return found
+            by_name[name] = PackedDocuments(documents, window, 0, pad_id)
+    return by_name
 
 
 def general(settings: EvaluateSection, base: BaseModel, tokenizer: Any, pad_id: int, scratch: Path) -> PackedDocuments:

@@ -51,10 +51,10 @@ def results(
         if not point.is_whole
     }
     kept = {name: packed for name, packed in on.documents.items() if of_documents and name == "heldout"}
-    asked = replace(on, documents=kept, asked=on.asked if primary.generates else [])
-    scored = scored_rows.score(config, base, list(rows.values()), asked, directory)
+    material = replace(on, documents=kept, answer_examples=on.answer_examples if primary.generates else [])
+    scored = scored_rows.score(config, base, list(rows.values()), material, directory)
     whole = next(scores for name, scores in raw.items() if name == f"{_cell(parts)}-seed{parts.first.seed}")
-    found: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
     unit = NATS if of_documents else primary.unit
     missing = dict(curve.missing)
     for kind, points in curve.points.items():
@@ -65,39 +65,39 @@ def results(
             continue
         how: dict[str, Any] = {"resamples": config.evaluate.resamples, "seed": config.run.seed, "unseen": unseen}
         doubling = one_doubling([point.size for point in points], loss_KN, weights, clusters, **how)
-        found[kind] = plain(kind, doubling, unit)
+        kinds[kind] = plain(kind, doubling, unit)
     return {
         "of": _cell(parts),
         "about": "held-out documents" if of_documents else "gold answers" if unit == NATS else "answers",
         "unit": unit,
         "loss": f"1 - {primary.title}" if unit != NATS else f"loss, {NATS}",
-        "kinds": found,
+        "kinds": kinds,
         "missing": missing,
-        "sentence": sentence(found, missing),
+        "sentence": sentence(kinds, missing),
     }
 
 
-def plain(kind: str, found: OneDoubling, unit: str = NATS) -> dict[str, Any]:
+def plain(kind: str, doubling: OneDoubling, unit: str = NATS) -> dict[str, Any]:
     """As JSON values, infinite ones as null, with its sentence."""
-    values = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(found).items()}
-    return {**values, "is_shown": found.is_shown, "sentence": one_sentence(kind, found, unit)}
+    values = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(doubling).items()}
+    return {**values, "is_shown": doubling.is_shown, "sentence": one_sentence(kind, doubling, unit)}
 
 
-def one_sentence(kind: str, found: OneDoubling, unit: str = NATS) -> str:
+def one_sentence(kind: str, doubling: OneDoubling, unit: str = NATS) -> str:
     """What twice the data of this kind would bring."""
-    if found.clusters < MIN_CLUSTERS:
-        return f"twice the {kind}: not known, {found.clusters} documents are too few for an interval"
-    if not math.isfinite(found.low):
+    if doubling.clusters < MIN_CLUSTERS:
+        return f"twice the {kind}: not known, {doubling.clusters} documents are too few for an interval"
+    if not math.isfinite(doubling.low):
         return f"twice the {kind}: not known, a loss of 0 lies on no power law"
-    size = f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}] {unit}"
-    said = size if found.is_shown else f"not distinguishable from nothing ({size})"
-    doubts = [BENT] * found.is_bent + [UNTOLD] * found.is_untold
-    return "; ".join([f"twice the {kind}: {said}", *doubts])
+    size = f"{doubling.estimate:+.3f} [{doubling.low:+.3f}, {doubling.high:+.3f}] {unit}"
+    gain = size if doubling.is_shown else f"not distinguishable from nothing ({size})"
+    doubts = [BENT] * doubling.is_bent + [UNTOLD] * doubling.is_untold
+    return "; ".join([f"twice the {kind}: {gain}", *doubts])
 
 
-def sentence(found: Mapping[str, Any], missing: Mapping[str, str]) -> str:
+def sentence(kinds: Mapping[str, Any], missing: Mapping[str, str]) -> str:
     """Everything that is said about more data, in one line."""
-    sentences = [one["sentence"] for one in found.values()]
+    sentences = [one["sentence"] for one in kinds.values()]
     return "; ".join([*sentences, *(f"twice the {kind}: not known, {why}" for kind, why in missing.items())])
 
 
@@ -137,9 +137,9 @@ def _losses(
         table = [one.get("heldout") or [] for one in scores]
         losses = np.array([[d["nll"] for d in row] for row in table], dtype=float)
         return losses, [d["tokens"] for d in table[0]], [d["name"] for d in table[0]], 0.0
-    found = [primary.scores([one]) for one in scores]
-    weights = list(found[0].weights)
+    by_size = [primary.scores([one]) for one in scores]
+    weights = list(by_size[0].weights)
     # values are counted from 0 to 1: what is missing to 1 is the loss
     best = np.array(weights) * float(primary.higher_is_better)
-    loss_KN = np.concatenate([one.loss_SN for one in found]) + best
-    return loss_KN, weights, list(found[0].clusters), primary.span or 0.0
+    loss_KN = np.concatenate([one.loss_SN for one in by_size]) + best
+    return loss_KN, weights, list(by_size[0].clusters), primary.span or 0.0

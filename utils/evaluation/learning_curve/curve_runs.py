@@ -50,8 +50,10 @@ class CurveRuns:
 
     def runs(self) -> list[Run]:
         """Each run that was trained for the curve, once."""
-        made = [run for points in self.points.values() for p in points if not p.is_whole for run in (p.domain, p.task)]
-        return list({run.digest: run for run in made if run is not None}.values())
+        trained = [
+            run for points in self.points.values() for p in points if not p.is_whole for run in (p.domain, p.task)
+        ]
+        return list({run.digest: run for run in trained if run is not None}.values())
 
 
 def gather(config: Config, base: BaseModel, parts: ComparedRuns) -> CurveRuns:
@@ -75,11 +77,11 @@ def gather(config: Config, base: BaseModel, parts: ComparedRuns) -> CurveRuns:
             missing[kind] = reason
             continue
         reached = [float(sum(sizes[:count])) for count in counts]
-        found = [
+        part_points = [
             CurvePoint(size, *trainer.adapters(kind, parts.first, data, count, size / whole))
             for size, count in zip(reached, counts, strict=True)
         ]
-        points[kind] = (*found, CurvePoint(whole, parts.first.domain, parts.first.task, is_whole=True))
+        points[kind] = (*part_points, CurvePoint(whole, parts.first.domain, parts.first.task, is_whole=True))
         event(f"learning curve of {kind}", sizes=", ".join(f"{point.size:,.0f}" for point in points[kind]))
     for kind, why in missing.items():
         warning(f"no learning curve of {kind}: {why}")
@@ -147,12 +149,12 @@ class _PartTrainer(Trainer):
 
     def domain_on(self, like: Run, part: PartOfData, what: str) -> Run:
         """A domain adapter with the settings of `like` on a part of its data, in as many passes."""
-        said, seed = settings_of(like.manifest), int(like.manifest["identity"]["seed"])
-        train = TrainSection.model_validate(part.steps(said["train"]))
-        section = {"lora": LoraSection.model_validate(said["lora"]), "train": train}
+        settings, seed = settings_of(like.manifest), int(like.manifest["identity"]["seed"])
+        train = TrainSection.model_validate(part.steps(settings["train"]))
+        section = {"lora": LoraSection.model_validate(settings["lora"]), "train": train}
         config = self._config({"domain": section, "inputs": {"prepared": str(part.data.directory)}}, seed, like)
         identity = self._trained("domain", like, part.data, config)
-        return self._found_or_made("domain", identity, config, f"a domain adapter on {what}")
+        return self._find_or_make("domain", identity, config, f"a domain adapter on {what}")
 
     def task_on(self, like: Run, part: PartOfData, domain: Run | None, what: str) -> Run:
         """A task adapter with the settings of `like` on a part of its data, in as many passes.
@@ -164,4 +166,4 @@ class _PartTrainer(Trainer):
             keeping["keep_from_step"] = math.ceil(step * part.share)
         seed = int(like.manifest["identity"]["seed"])
         config, identity = self._of_task(like, seed, domain, 0, keeping, None, part)
-        return self._found_or_made("task", identity, config, f"a task adapter on {what}")
+        return self._find_or_make("task", identity, config, f"a task adapter on {what}")

@@ -16,14 +16,14 @@ def part_counts(kind: str, sizes: Sequence[int]) -> list[int]:
 
     `sizes` are those of single ones: 1 of a pair, a document's tokens. Parts reach their share of the sum.
     """
-    whole, found = sum(sizes), []
+    whole, counts = sum(sizes), []
     for share in SHARES[kind][:-1]:
         count, reached = 0, 0
         while reached < share * whole and count < len(sizes):
             reached += sizes[count]
             count += 1
-        found.append(count)
-    return found
+        counts.append(count)
+    return counts
 
 
 def too_few(kind: str, counts: Sequence[int], there: int) -> str:

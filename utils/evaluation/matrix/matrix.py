@@ -31,21 +31,21 @@ from utils.models.base_model import BaseModel
 Raw = Mapping[Scored, Mapping[str, Any]]
 
 
-def identity_of(config: Config, base: BaseModel, found: MatrixRuns, turn: Mapping[str, Any]) -> Identity:
+def identity_of(config: Config, base: BaseModel, members: MatrixRuns, turn: Mapping[str, Any]) -> Identity:
     """What decides a matrix's numbers; `turn` is what stands around answers (`turn_format.deciding`)."""
     section = config.evaluate
     scored = ("margin", "batch_tokens", "max_heldout_documents", "resamples")
-    asked = [task for task in found.tasks if task.digest in found.metrics]
-    metrics = {task.digest: found.metric_of(task) for task in asked}
+    judged_tasks = [task for task in members.tasks if task.digest in members.metrics]
+    metrics = {task.digest: members.metric_of(task) for task in judged_tasks}
     if any(metric.generates for metric in metrics.values()):
         scored = (*scored, "max_new_tokens")
-    kinds = {task: kind.deciding() for task, kind in found.kinds.items() if kind.deciding()}
-    searched = {name_of(pair): of for pair in found.pairs if not pair.why_empty and (of := found.search_of(pair))}
+    kinds = {task: kind.deciding() for task, kind in members.kinds.items() if kind.deciding()}
+    searched = {name_of(pair): of for pair in members.pairs if not pair.why_empty and (of := members.search_of(pair))}
     return Identity.of(
         "evaluation",
         {
-            "matrix": [[run.digest for run in found.domains], [run.digest for run in found.tasks]],
-            "runs": [run.digest for run in found.runs()],
+            "matrix": [[run.digest for run in members.domains], [run.digest for run in members.tasks]],
+            "runs": [run.digest for run in members.runs()],
             "base": base.digest,
             "dtype": str(devices.compute_dtype(config.base.dtype)),
             "quantization": base.quantization,
@@ -60,22 +60,22 @@ def identity_of(config: Config, base: BaseModel, found: MatrixRuns, turn: Mappin
     )
 
 
-def compare(config: Config, base: BaseModel, found: MatrixRuns, directory: Path) -> dict[str, Any]:
+def compare(config: Config, base: BaseModel, members: MatrixRuns, directory: Path) -> dict[str, Any]:
     """Score every pair and conclude. Returns what `results.json` holds."""
     began = time.perf_counter()
-    reads = _reads(found, directory)
-    weights = matrix_scores.baseline_weights(config, base, found, directory)
-    raw = matrix_scores.scores(config, base, found, weights, directory)
-    judged = _judged(config, found, raw, weights)
-    metric = next(iter(found.metrics.values()), ANSWER_NLL)
+    reads = _reads(members, directory)
+    weights = matrix_scores.baseline_weights(config, base, members, directory)
+    raw = matrix_scores.scores(config, base, members, weights, directory)
+    judged = _judged(config, members, raw, weights)
+    metric = next(iter(members.metrics.values()), ANSWER_NLL)
     return {
         "matrix": {
-            "domains": [_described(run) for run in found.domains],
-            "tasks": [{**_described(run), "alone": _alone(found, run)} for run in found.tasks],
-            "pairs": [_result(pair, judged.get(name_of(pair)), weights.get(name_of(pair))) for pair in found.pairs],
+            "domains": [_described(run) for run in members.domains],
+            "tasks": [{**_described(run), "alone": _alone(members, run)} for run in members.tasks],
+            "pairs": [_result(pair, judged.get(name_of(pair)), weights.get(name_of(pair))) for pair in members.pairs],
             "primary": metric.to_json(),
         },
-        "cautions": _cautions(found, reads),
+        "cautions": _cautions(members, reads),
         "reads": reads,
         "command": flags.command(),
         "versions": runs.versions(),
@@ -106,18 +106,18 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _judged(config: Config, found: MatrixRuns, raw: Raw, weights: Mapping[str, float]) -> dict[str, Verdict]:
+def _judged(config: Config, members: MatrixRuns, raw: Raw, weights: Mapping[str, float]) -> dict[str, Verdict]:
     """The verdict on each pair, by its name, with p-values of one family over all of them."""
     how: dict[str, Any] = {"resamples": config.evaluate.resamples, "seed": config.run.seed}
-    metrics = {name_of(pair): found.metric_of(pair.task) for pair in found.pairs if not pair.why_empty}
+    metrics = {name_of(pair): members.metric_of(pair.task) for pair in members.pairs if not pair.why_empty}
     single = {
         name_of(pair): verdict.judge(
-            *_cells(found, pair, raw, weights),
+            *_cells(members, pair, raw, weights),
             margin=metrics[name_of(pair)].margin,
             unit=metrics[name_of(pair)].unit,
             **how,
         )
-        for pair in found.pairs
+        for pair in members.pairs
         if not pair.why_empty
     }
     together = holm({f"{name} {h}": one.p for name, v in single.items() for h, one in v.contrasts.items()})
@@ -130,18 +130,18 @@ def _judged(config: Config, found: MatrixRuns, raw: Raw, weights: Mapping[str, f
 
 
 def _cells(
-    found: MatrixRuns, pair: AdapterPair, raw: Raw, weights: Mapping[str, float]
+    members: MatrixRuns, pair: AdapterPair, raw: Raw, weights: Mapping[str, float]
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
     """(answers, documents) of the rows that a pair is judged by."""
     rows = {BASE: BASE, "domain": name_of(pair.domain), "composed": name_of(pair)}
-    if baseline := matrix_scores.baseline_row(found, pair, weights):
+    if baseline := matrix_scores.baseline_row(members, pair, weights):
         rows["task"] = baseline
-    asked = matrix_scores.questions_of(pair.task, found.data[pair.task.digest])
-    metric = found.metric_of(pair.task)
-    read = found.data.get(pair.domain.digest)
+    questions = matrix_scores.questions_of(pair.task, members.data[pair.task.digest])
+    metric = members.metric_of(pair.task)
+    read = members.data.get(pair.domain.digest)
     answers, documents = {}, {}
     for cell, row in rows.items():
-        if scored := raw.get(Scored(row, QUESTIONS, asked)):
+        if scored := raw.get(Scored(row, QUESTIONS, questions)):
             answers[cell] = metric.scores([scored])
         if scored := raw.get(Scored(row, DOCUMENTS, read.digest[:8])) if read else None:
             documents[cell] = measures.of_documents(scored["items"])
@@ -179,50 +179,50 @@ def _described(run: Any) -> dict[str, Any]:
     }
 
 
-def _alone(found: MatrixRuns, task: Any) -> str:
+def _alone(members: MatrixRuns, task: Any) -> str:
     """What the task adapter alone is, for the reader."""
-    baseline = found.baselines[task.digest]
+    baseline = members.baselines[task.digest]
     if baseline is None:
         return "none was trained on the base with the same settings: train it with --task.on base"
     return "itself" if baseline is task else f"{baseline.directory.name}, trained on the base with the same settings"
 
 
-def _reads(found: MatrixRuns, directory: Path) -> dict[str, Any]:
+def _reads(members: MatrixRuns, directory: Path) -> dict[str, Any]:
     """Each pair's reading of its test split is counted. Returns the record of the split that was read most."""
     read = {**test_reads.NONE, "sentence": ""}
-    for pair in found.pairs:
+    for pair in members.pairs:
         if pair.why_empty:
             continue
-        examples = Prepared(found.data[pair.task.digest].directory).examples("test")
+        examples = Prepared(members.data[pair.task.digest].directory).examples("test")
         known = test_reads.record(
             directory.parent,
             test=test_reads.digest([str(e["id"]) for e in examples], [str(e["question"]) for e in examples]),
             composed=files.fingerprint([pair.domain.digest, pair.task.digest]),
             run=f"{directory.name}/{name_of(pair)}",
-            primary=Path(found.metric_of(pair.task).name).name,
+            primary=Path(members.metric_of(pair.task).name).name,
         )
         if known["reads"] >= read["reads"]:
             read = {**known, "sentence": test_reads.sentence(known)}
     return read
 
 
-def _cautions(found: MatrixRuns, reads: Mapping[str, Any]) -> list[str]:
-    judged = sum(not pair.why_empty for pair in found.pairs)
+def _cautions(members: MatrixRuns, reads: Mapping[str, Any]) -> list[str]:
+    judged = sum(not pair.why_empty for pair in members.pairs)
     notes = [str(reads["sentence"])]
     if judged > 1:
         notes.append(
             f"{judged} pairs were judged on the same test questions: the best of them looks better than it is. "
             "Evaluate the pair that you choose with --evaluate.controls, on questions that it was not chosen by."
         )
-    if any(not pair.composed for pair in found.pairs if not pair.why_empty):
+    if any(not pair.composed for pair in members.pairs if not pair.why_empty):
         notes.append(
             "Pairs that were never composed have weights of 1; python scripts/compose.py --compose.search chooses them."
         )
     return [sentence for sentence in notes if sentence]
 
 
-def _interval(found: Mapping[str, Any] | None, form: str) -> str:
-    if not found:
+def _interval(interval: Mapping[str, Any] | None, form: str) -> str:
+    if not interval:
         return "not tested"
-    ends = ", ".join("?" if found[end] is None else form.format(found[end]) for end in ("low", "high"))
-    return f"{form.format(found['estimate'])} [{ends}]"
+    ends = ", ".join("?" if interval[end] is None else form.format(interval[end]) for end in ("low", "high"))
+    return f"{form.format(interval['estimate'])} [{ends}]"

@@ -96,8 +96,8 @@ def gather(config: Config, base: BaseModel) -> MatrixRuns:
     problems: list[Problem] = []
     domains = _named(config, base, "domain", config.evaluate.matrix_domain, problems)
     tasks = _named(config, base, "task", config.evaluate.matrix_task, problems)
-    for stage, found in (("domain", domains), ("task", tasks)):
-        if not found and not problems:
+    for stage, adapters in (("domain", domains), ("task", tasks)):
+        if not adapters and not problems:
             fix = f"train one: {runs.STAGES[stage]}{flags.given(config, 'base')}"
             problems.append(Problem(f"there is no complete {stage} run of this base model", fix=fix))
     if problems:
@@ -167,7 +167,7 @@ def refuse_flags(config: Config) -> None:
 
 def _named(config: Config, base: BaseModel, stage: str, paths: Sequence[str], problems: list[Problem]) -> list[Run]:
     """The adapters at these paths, or every complete run of the stage; each once."""
-    flag, found = f"--evaluate.matrix_{stage}", []
+    flag, adapters = f"--evaluate.matrix_{stage}", []
     if not paths:
         fits = find.for_base(config, base)
         listed = [run for run in runs.complete_runs(config.run.models_dir, stage) if not fits(run)]
@@ -183,11 +183,11 @@ def _named(config: Config, base: BaseModel, stage: str, paths: Sequence[str], pr
         kind = run.manifest["kind"]
         if kind not in (stage, "further"):
             problems.append(Problem(f"{flag}: this is a {kind} run", path, f"name a {stage} adapter"))
-        elif any(run.digest == other.digest for other in found):
+        elif any(run.digest == other.digest for other in adapters):
             problems.append(Problem(f"{flag}: this adapter is named twice", path, "name it once"))
         else:
-            found.append(run)
-    return found
+            adapters.append(run)
+    return adapters
 
 
 def _pair(config: Config, base: BaseModel, domain: Run, task: Run, data: dict[str, Run]) -> AdapterPair:
@@ -217,6 +217,6 @@ def _baseline(trainer: Trainer, task: Run) -> Run | None:
     below = None
     with suppress(ArtefactError):
         below = find.parent_by_digest(task, "domain", (trainer.config.run.models_dir, trainer.models))
-    if not {"init_from", "continue_from"} & set(identity) and (found := trainer.on_base(task, below)) is not None:
-        return found
+    if not {"init_from", "continue_from"} & set(identity) and (run := trainer.on_base(task, below)) is not None:
+        return run
     return task if on == "domain_ready" else None

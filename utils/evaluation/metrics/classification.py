@@ -48,12 +48,12 @@ def report(scores: Sequence[Mapping[str, Any]], labels: Sequence[str], *, seed: 
     """The confusion matrix of a row's first seed, and macro F1 with its 95% interval by document."""
     counts_CLL, names = confusion(scores[0]["items"], labels)
     total_LL = counts_CLL.sum(0)
-    found: dict[str, Any] = {"confusion": total_LL.tolist(), "macro_f1": macro_f1(total_LL), "interval": None}
+    summary: dict[str, Any] = {"confusion": total_LL.tolist(), "macro_f1": macro_f1(total_LL), "interval": None}
     if len(names) >= MIN_CLUSTERS:
         draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
         drawn = [macro_f1(np.tensordot(row, counts_CLL, axes=1)) for row in draws]
-        found["interval"] = [float(end) for end in np.quantile(drawn, [0.025, 0.975])]
-    return found
+        summary["interval"] = [float(end) for end in np.quantile(drawn, [0.025, 0.975])]
+    return summary
 
 
 def reports(by_cell: Mapping[str, Sequence[Mapping[str, Any]]], labels: Sequence[str], *, seed: int) -> dict[str, Any]:

@@ -20,18 +20,18 @@ from utils.exceptions import ArtefactError, ConfigError, Problem
 def parsed(text: str) -> Any:
     """The JSON object or list that a text is, or None."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, (dict, list)) else None
+    return value if isinstance(value, (dict, list)) else None
 
 
 def field_f1(text: str, golds: Sequence[str]) -> float:
     """F1 over fields, that is paths with their values after normalisation; the order of lists does not count."""
-    found = parsed(text)
-    if found is None:
+    value = parsed(text)
+    if value is None:
         return 0.0
-    own = Counter(_fields(found))
+    own = Counter(_fields(value))
     return max((_f1(own, Counter(_fields(gold))) for one in golds if (gold := parsed(one)) is not None), default=0.0)
 
 
@@ -39,8 +39,8 @@ def is_valid(text: str, schema: Mapping[str, Any]) -> bool:
     """Whether a text is JSON of this schema and nothing else."""
     from jsonschema import Draft202012Validator
 
-    found = parsed(text)
-    return found is not None and Draft202012Validator(schema).is_valid(found)
+    value = parsed(text)
+    return value is not None and Draft202012Validator(schema).is_valid(value)
 
 
 def schema_of(training: Sequence[str], dev: Sequence[str] = ()) -> dict[str, Any]:
@@ -59,13 +59,13 @@ def read_schema(path: Path) -> dict[str, Any]:
 
     fix = "give a JSON schema (json-schema.org, draft 2020-12)"
     try:
-        found = files.read_object(path)
-        Draft202012Validator.check_schema(found)
+        schema = files.read_object(path)
+        Draft202012Validator.check_schema(schema)
     except ArtefactError as error:
         raise ConfigError(Problem(f"evaluate.json_schema: {error.problems[0].what}", str(path), fix)) from error
     except SchemaError as error:
         raise ConfigError(Problem(f"evaluate.json_schema: {error.message}", str(path), fix)) from error
-    return found
+    return schema
 
 
 def _fields(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -76,13 +76,13 @@ def _fields(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for inner in value:
             yield from _fields(inner, f"{path}[]")
     else:
-        said = json.dumps(value) if not isinstance(value, str) else normalised(value) or value
-        yield path, said
+        text = json.dumps(value) if not isinstance(value, str) else normalised(value) or value
+        yield path, text
 
 
-def _f1(found: Counter[tuple[str, str]], gold: Counter[tuple[str, str]]) -> float:
-    total = found.total() + gold.total()
-    return 2 * (found & gold).total() / total if total else 1.0
+def _f1(prediction: Counter[tuple[str, str]], gold: Counter[tuple[str, str]]) -> float:
+    total = prediction.total() + gold.total()
+    return 2 * (prediction & gold).total() / total if total else 1.0
 
 
 def _common(values: Sequence[Any], *, strict: bool) -> dict[str, Any]:

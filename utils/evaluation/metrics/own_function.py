@@ -66,10 +66,10 @@ class OwnFunction:
         """
         gold, nothing = 0.0, 0.0
         for example in examples:
-            said = str(example["answers"][0])
-            first = self.checked(said, example)
-            if self.checked(said, example) != first:
-                raise self._refused("says two things of the same answer; it has to be repeatable", said, example)
+            answer = str(example["answers"][0])
+            first = self.checked(answer, example)
+            if self.checked(answer, example) != first:
+                raise self._refused("says two things of the same answer; it has to be repeatable", answer, example)
             gold, nothing = gold + first, nothing + self.checked("", example)
         if not gold > nothing:
             shown = f"gold answers {gold / len(examples):.4g}, empty ones {nothing / len(examples):.4g} on average"

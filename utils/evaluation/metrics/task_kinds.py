@@ -40,7 +40,7 @@ class TaskKind:
     @property
     def sentence(self) -> str:
         """What was recognised, for the log and the report."""
-        said = {
+        description = {
             "choice": "multiple choice: the choice of the highest likelihood is the answer",
             "classification": f"classification into {len(self.labels)} labels, by the likelihood of each",
             "extraction": "extraction to JSON: validity by schema, and F1 over fields",
@@ -48,7 +48,7 @@ class TaskKind:
             "short answer": "short answers: exact match and token F1",
         }[self.name]
         turns = "; conversations, of which the last turn is scored" if self.multi_turn else ""
-        return f"The pairs are {said}{turns}."
+        return f"The pairs are {description}{turns}."
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -81,8 +81,8 @@ def recognised(prepared: Prepared, schema: Mapping[str, Any] | None = None) -> T
     if schema:
         return TaskKind("extraction", schema=schema, multi_turn=multi_turn)
     if sum(json_answers.parsed(text) is not None for text in firsts) >= MOST * len(firsts):
-        found = json_answers.schema_of(firsts[: len(training)], firsts[len(training) :])
-        return TaskKind("extraction", schema=found, multi_turn=multi_turn)
+        inferred_schema = json_answers.schema_of(firsts[: len(training)], firsts[len(training) :])
+        return TaskKind("extraction", schema=inferred_schema, multi_turn=multi_turn)
     given = [tuple(pair["choices"]) for pair in pairs if pair.get("choices")]
     if len(given) >= MOST * len(pairs):
         same = {tuple(sorted(choices)) for choices in given}

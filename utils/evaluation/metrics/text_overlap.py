@@ -42,10 +42,10 @@ def _words(text: str) -> list[str]:
     return normalised(text, keep_articles=True).split()
 
 
-def _f1(found: list[str], gold: list[str]) -> float:
-    if not found or not gold:
-        return float(found == gold)
-    return 2 * longest_common_subsequence(found, gold) / (len(found) + len(gold))
+def _f1(prediction: list[str], gold: list[str]) -> float:
+    if not prediction or not gold:
+        return float(prediction == gold)
+    return 2 * longest_common_subsequence(prediction, gold) / (len(prediction) + len(gold))
 
 
 @functools.cache

@@ -170,8 +170,8 @@ def page(
         ],
         answers=next((cell["format"]["answers"] for cell in cells.values() if "format" in cell), 0),
         more_data=[
-            report_figures.learning_curve(found, kind, SIZES.get(kind, f"tokens of {kind}"), curve["loss"])
-            for kind, found in curve.get("kinds", {}).items()
+            report_figures.learning_curve(doubling, kind, SIZES.get(kind, f"tokens of {kind}"), curve["loss"])
+            for kind, doubling in curve.get("kinds", {}).items()
         ],
         curves=[
             picture
@@ -260,22 +260,22 @@ def forests(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "name": (other := key.removesuffix(" - composed")),
             "text": cells.get(other, {}).get("meaning", ""),
-            "found": found,
+            "found": difference,
             "style": STYLES.get(other, "other"),
-            **interval_groups.against(found),
+            **interval_groups.against(difference),
         }
-        for key, found in results["differences"].items()
+        for key, difference in results["differences"].items()
     ]
     groups = (
         ("Is the domain kept?", "share of the domain adapter's gain that composed keeps", ["H1"], numbers.share),
         ("Are the answers better?", gained, [name for name in CLAIMS if name != "H1"], numbers.gain),
     )
-    found = [
+    drawn = [
         interval_groups.group(title, axis, [_claim(name, contrasts[name]) for name in names if name in contrasts], form)
         for title, axis, names, form in groups
     ]
-    found.append(interval_groups.group("Composed against every other row", gained, others, numbers.gain))
-    return [group for group in found if group["rows"]]
+    drawn.append(interval_groups.group("Composed against every other row", gained, others, numbers.gain))
+    return [group for group in drawn if group["rows"]]
 
 
 def matrix(cells: Mapping[str, Any], measures: Sequence[Measure]) -> dict[str, Any]:
@@ -283,9 +283,9 @@ def matrix(cells: Mapping[str, Any], measures: Sequence[Measure]) -> dict[str, A
     shown = [m for m in measures if any(m.of(cell) is not None for cell in cells.values())]
     best = {}
     for measure in shown:
-        found = [value for cell in cells.values() if (value := measure.of(cell)) is not None]
-        if measure.better and len(set(found)) > 1:
-            best[measure.key] = min(found) if measure.better == "low" else max(found)
+        values = [value for cell in cells.values() if (value := measure.of(cell)) is not None]
+        if measure.better and len(set(values)) > 1:
+            best[measure.key] = min(values) if measure.better == "low" else max(values)
     absent: dict[str, list[str]] = {}
     for measure in measures:
         if measure not in shown:
@@ -301,14 +301,14 @@ def _of_one(results: Mapping[str, Any], gained: str) -> list[dict[str, Any]]:
         {
             "name": name,
             "text": "base minus adapter",
-            "found": found,
+            "found": interval,
             "style": alone,
-            **interval_groups.against(found),
+            **interval_groups.against(interval),
         }
-        for name, found in results["changes"].items()
+        for name, interval in results["changes"].items()
         if name not in (one_adapter.ANSWERS, one_adapter.ABOUT[alone])
     ]
-    claims = [_claim(name, found, about) for name, found in results["contrasts"].items()]
+    claims = [_claim(name, interval, about) for name, interval in results["contrasts"].items()]
     titled = (
         ("Does it help?", gained if alone == one_adapter.TASK else documents, claims),
         ("What else it changed", documents, changed),
@@ -316,12 +316,12 @@ def _of_one(results: Mapping[str, Any], gained: str) -> list[dict[str, Any]]:
     return [interval_groups.group(title, axis, rows, numbers.gain) for title, axis, rows in titled if rows]
 
 
-def _claim(name: str, found: Mapping[str, Any], about: str = "composed") -> dict[str, Any]:
-    holds = found["holds"]
+def _claim(name: str, contrast: Mapping[str, Any], about: str = "composed") -> dict[str, Any]:
+    holds = contrast["holds"]
     return {
         "name": name,
-        "text": f"{about} {found['claim']}",
-        "found": found,
+        "text": f"{about} {contrast['claim']}",
+        "found": contrast,
         "style": "composed" if holds else "other",
         "filled": holds,
         "result": "shown" if holds else "not shown",

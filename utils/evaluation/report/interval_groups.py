@@ -30,13 +30,13 @@ def group(title: str, axis: str, rows: list[dict[str, Any]], form: Callable[[flo
         scale = report_figures.interval_scale([row["found"] for row in rows])
         chart["svg_axis"] = report_figures.axis_row(scale, "%" if form is numbers.share else "")
         for row in rows:
-            said = f"{row['name']}: {in_words(row['found'], form)}"
-            row["svg"] = report_figures.interval_row(row["found"], scale, row["style"], row["filled"], said)
+            label = f"{row['name']}: {in_words(row['found'], form)}"
+            row["svg"] = report_figures.interval_row(row["found"], scale, row["style"], row["filled"], label)
     return chart
 
 
-def against(found: Mapping[str, Any]) -> dict[str, Any]:
-    low, high = found["low"], found["high"]
+def against(interval: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = interval["low"], interval["high"]
     if low is not None and low > 0:
         return {"result": "better", "colour": "good", "filled": True}
     if high is not None and high < 0:
@@ -52,11 +52,11 @@ def retrieval(results: Mapping[str, Any], primary: Mapping[str, Any]) -> dict[st
         {
             "name": cell,
             "text": results["cells"][cell]["meaning"],
-            "found": found,
+            "found": gain,
             "style": STYLES.get(cell, "other"),
-            **against(found),
+            **against(gain),
         }
-        for cell, found in results["retrieval"]["gains"].items()
+        for cell, gain in results["retrieval"]["gains"].items()
     ]
     axis = f"gain in {primary['title']} over the base model"
     return {**results["retrieval"], "group": group("Over the base model", axis, rows, numbers.gain)}
@@ -64,27 +64,27 @@ def retrieval(results: Mapping[str, Any], primary: Mapping[str, Any]) -> dict[st
 
 def task(results: Mapping[str, Any], measures: Sequence[Any]) -> dict[str, Any] | None:
     """What kind of task it is, its measures in every row on an axis each, and confusion matrices; None if not known."""
-    found = results.get("task")
-    if not found:
+    kind = results.get("task")
+    if not kind:
         return None
     cells = results["cells"]
     groups = [
-        made
+        chart
         for measure in measures
-        if measure.key in DRAWN[found["name"]]
-        and (made := measured(cells, measure.title, measure.meaning, measure.of, measure.interval))["rows"]
+        if measure.key in DRAWN[kind["name"]]
+        and (chart := measured(cells, measure.title, measure.meaning, measure.of, measure.interval))["rows"]
     ]
-    if found.get("cells"):
-        macro = {cell: one["macro_f1"] for cell, one in found["cells"].items()}
-        ends = {cell: one["interval"] for cell, one in found["cells"].items()}
+    if kind.get("cells"):
+        macro = {cell: one["macro_f1"] for cell, one in kind["cells"].items()}
+        ends = {cell: one["interval"] for cell, one in kind["cells"].items()}
         named = {cell: {"meaning": cells[cell]["meaning"], "name": cell} for cell in macro}
         what = "mean F1 of the labels"
         groups.append(
             measured(named, "macro F1", what, lambda cell: macro[cell["name"]], lambda cell: ends[cell["name"]])
         )
-    drawn = [cell for cell in ("task", "composed") if cell in found.get("cells", {})]
-    matrices = [(cell, confusion(found["cells"][cell]["confusion"])) for cell in drawn]
-    return {**found, "groups": groups, "matrices": matrices if len(found["labels"]) <= MOST_DRAWN else []}
+    drawn = [cell for cell in ("task", "composed") if cell in kind.get("cells", {})]
+    matrices = [(cell, confusion(kind["cells"][cell]["confusion"])) for cell in drawn]
+    return {**kind, "groups": groups, "matrices": matrices if len(kind["labels"]) <= MOST_DRAWN else []}
 
 
 def measured(
@@ -100,15 +100,15 @@ def measured(
         if (estimate := value(cell)) is None:
             continue
         low, high = interval(cell) or (None, None)
-        found = {"estimate": estimate, "low": low, "high": high, "null": 0.0}
-        rows.append({"name": name, "text": cell["meaning"], "found": found, "style": STYLES.get(name, "other")})
+        ends = {"estimate": estimate, "low": low, "high": high, "null": 0.0}
+        rows.append({"name": name, "text": cell["meaning"], "found": ends, "style": STYLES.get(name, "other")})
     chart: dict[str, Any] = {"title": title, "axis": axis, "form": numbers.share, "rows": rows}
     if rows:
         scale = report_figures.interval_scale([row["found"] for row in rows])
         chart["svg_axis"] = report_figures.axis_row(scale, "%")
         for row in rows:
-            said = f"{row['name']}: {title} {numbers.share(row['found']['estimate'])}"
-            row["svg"] = report_figures.interval_row(row["found"], scale, row["style"], True, said)
+            label = f"{row['name']}: {title} {numbers.share(row['found']['estimate'])}"
+            row["svg"] = report_figures.interval_row(row["found"], scale, row["style"], True, label)
     return chart
 
 
@@ -117,9 +117,9 @@ def confusion(counts: Sequence[Sequence[int]]) -> list[list[dict[str, Any]]]:
     return [[{"count": count, "share": count / sum(row) if sum(row) else 0.0} for count in row] for row in counts]
 
 
-def in_words(found: Mapping[str, Any], form: Callable[[float], str]) -> str:
-    if found["low"] is None or found["high"] is None:
-        return f"{form(found['estimate'])}, no interval: {found['clusters']} documents are too few"
-    interval = f"95% interval {form(found['low'])} to {form(found['high'])}, against {form(found['null'])}"
-    seen = f", enough documents to see {form(found['detectable'])}" if found.get("detectable") is not None else ""
-    return f"{form(found['estimate'])}, {interval}{seen}"
+def in_words(values: Mapping[str, Any], form: Callable[[float], str]) -> str:
+    if values["low"] is None or values["high"] is None:
+        return f"{form(values['estimate'])}, no interval: {values['clusters']} documents are too few"
+    interval = f"95% interval {form(values['low'])} to {form(values['high'])}, against {form(values['null'])}"
+    seen = f", enough documents to see {form(values['detectable'])}" if values.get("detectable") is not None else ""
+    return f"{form(values['estimate'])}, {interval}{seen}"

@@ -30,33 +30,33 @@ KEPT_BY = {"replay": ", documents mixed in", "kl": ", predictions on prompts hel
 def roles(runs: Sequence[Run]) -> dict[str, str]:
     """What each run is in the comparison, by its digest."""
     data = next((run.digest for run in runs if run.manifest["kind"] == "prepared"), "")
-    found: dict[str, str] = {}
+    by_digest: dict[str, str] = {}
     for run in sorted(runs, key=lambda run: run.manifest["kind"] == "task"):  # a task adapter names what lies below
-        found[run.digest] = _role(run, data, found)
+        by_digest[run.digest] = _role(run, data, by_digest)
     tasks = [run for run in runs if _is_trained(run, "task")]
     for run in tasks:
         rank = run.manifest["identity"]["lora"]["rank"]
         if rank != tasks[0].manifest["identity"]["lora"]["rank"]:
-            found[run.digest] += f", rank {rank}"
-    return found
+            by_digest[run.digest] += f", rank {rank}"
+    return by_digest
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
     """The lines of a training run's metrics, in order; a line that was cut short is none."""
-    path, found = run.directory / runs.METRICS, []
+    path, lines = run.directory / runs.METRICS, []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
         if isinstance(line, dict) and "step" in line:
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def trained(runs: Sequence[Run], kind: str) -> list[tuple[str, str, list[dict[str, Any]]]]:
     """Name, colour and metrics of the runs of a kind on the same data: composed's own, the baseline, and the others."""
-    named, found = roles(runs), []
+    named, series = roles(runs), []
     own = [run for run in runs if _is_trained(run, kind)]
     same = [run for run in own if _data_of(run) == _data_of(own[0])]
     colours = {own[0].digest: "domain" if kind == "domain" else "composed"} if own else {}
@@ -64,8 +64,8 @@ def trained(runs: Sequence[Run], kind: str) -> list[tuple[str, str, list[dict[st
         colours[baseline.digest] = "task"
     for run in same:
         if lines := metrics(run):
-            found.append((named[run.digest], colours.get(run.digest, "other"), lines))
-    return found
+            series.append((named[run.digest], colours.get(run.digest, "other"), lines))
+    return series
 
 
 def training_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def data_of(runs: Sequence[Run]) -> dict[str, Any] | None:
     run = next((run for run in runs if run.manifest["kind"] == "prepared"), None)
     if run is None:
         return None
-    counts, said = run.manifest["counts"], settings_of(run.manifest)["data"]
+    counts, settings = run.manifest["counts"], settings_of(run.manifest)["data"]
     documents, examples = counts.get("documents", {}), counts.get("examples", {})
     return {
         "name": run.directory.name,
@@ -105,7 +105,7 @@ def data_of(runs: Sequence[Run]) -> dict[str, Any] | None:
             *_dropped("documents", {k: v for k, v in documents.items() if k not in PARTS}),
             *_dropped("pairs", {k: v for k, v in examples.items() if k not in SPLITS}),
         ],
-        "settings": {key: value for key, value in said.items() if value not in ("", [], None)},
+        "settings": {key: value for key, value in settings.items() if value not in ("", [], None)},
     }
 
 

@@ -50,22 +50,22 @@ def table(results: dict[str, Any]) -> str:
     for name, numbers in cells.items():
         row = (f"{form.format(numbers[key]) if key in numbers else '-':>14}" for key, _, form in columns)
         lines.append(f"{name:<{first}}" + "".join(row))
-    for cell, found in ((results.get("task") or {}).get("cells") or {}).items():
-        ends = found["interval"]
+    for cell, report in ((results.get("task") or {}).get("cells") or {}).items():
+        ends = report["interval"]
         lines.append(
-            f"  macro F1 of {cell}: {found['macro_f1']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+            f"  macro F1 of {cell}: {report['macro_f1']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
         )
     lines += ["", *textwrap.wrap(_about(results), 110), ""]
     unit = (results.get("primary") or {}).get("unit", NATS)
-    for name, found in results["contrasts"].items():
-        lines.append(f"  {name} {found['claim']}: {'yes' if found['holds'] else 'not shown'}")
-        lines.append(f"     {_interval(name, found, unit)}")
+    for name, contrast in results["contrasts"].items():
+        lines.append(f"  {name} {contrast['claim']}: {'yes' if contrast['holds'] else 'not shown'}")
+        lines.append(f"     {_interval(name, contrast, unit)}")
     for name, why in results["untested"].items():
         lines.append(f"  {name} not tested: {why}")
     lines += ["", *textwrap.wrap(results["sentence"], 110)]
-    changes = {what: found for what, found in results.get("changes", {}).items() if what != ANSWERS}
-    for what, found in changes.items():
-        lines += ["", f"  {what}, base minus {results['alone']}:", f"     {_interval(what, found, NATS)}"]
+    changes = {what: change for what, change in results.get("changes", {}).items() if what != ANSWERS}
+    for what, change in changes.items():
+        lines += ["", f"  {what}, base minus {results['alone']}:", f"     {_interval(what, change, NATS)}"]
     if retrieval := results.get("retrieval"):
         lines += ["", *textwrap.wrap(retrieval["sentence"], 110), *_costs(retrieval)]
     if judge := results.get("judge"):
@@ -117,11 +117,11 @@ def _costs(retrieval: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _interval(name: str, found: dict[str, Any], unit: str) -> str:
+def _interval(name: str, interval: dict[str, Any], unit: str) -> str:
     form = (lambda x: "?" if x is None else f"{x:.0%}") if name == "H1" else lambda x: "?" if x is None else f"{x:+.3f}"
     unit = "" if name == "H1" else f" {unit}"
     return (
-        f"{form(found['estimate'])}{unit}  95% [{form(found['low'])}, {form(found['high'])}]  "
-        f"p {found.get('p_holm', found['p']):.3g}{' (Holm)' if 'p_holm' in found else ''}, "
-        f"could have seen {form(found['detectable'])}"
+        f"{form(interval['estimate'])}{unit}  95% [{form(interval['low'])}, {form(interval['high'])}]  "
+        f"p {interval.get('p_holm', interval['p']):.3g}{' (Holm)' if 'p_holm' in interval else ''}, "
+        f"could have seen {form(interval['detectable'])}"
     )

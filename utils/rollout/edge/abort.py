@@ -31,7 +31,7 @@ def abort(service: Service) -> dict[str, Any]:
     if directory is not None:
         with suppress(OSError):  # first, so that a running controller does not take us for a stranger
             send_command(directory, "abort")
-    answered = to_production(service, is_said=True)
+    answered = to_production(service, with_warning=True)
     if directory is None and not service.damaged:
         service.story()
     end = time.monotonic() + 5 * service.section.tick_seconds + 5
@@ -53,7 +53,7 @@ def abort(service: Service) -> dict[str, Any]:
     raise VerificationError(Problem("the running controller did not take the abort", fix="end its process; share is 0"))
 
 
-def to_production(service: Service, *, is_said: bool = False) -> bool:
+def to_production(service: Service, *, with_warning: bool = False) -> bool:
     """Share 0 in the running balancer and in what it starts with; whether the running one said that it has it."""
     try:
         balancer = service.balancer
@@ -65,7 +65,7 @@ def to_production(service: Service, *, is_said: bool = False) -> bool:
         balancer.set(canary_bp=0, lease_until=0)
         return True
     except BalancerError as error:
-        if is_said:
+        if with_warning:
             warning("the balancer does not answer; its lease ends the canary by itself", reason=str(error))
         return False
 
@@ -137,8 +137,8 @@ def tell_person(service: Service, writer: Journal, facts: dict[str, Any]) -> Non
     with suppress(OSError, PipelineError):
         if not command or journal.read(writer.path).happened("told"):
             return
-    told = {"service": service.section.service, "at": time.time(), **facts}
-    done = on_event.tell(command, told, writer.path.with_name("on_event.log"), service.section.on_event_seconds)
+    message = {"service": service.section.service, "at": time.time(), **facts}
+    done = on_event.tell(command, message, writer.path.with_name("on_event.log"), service.section.on_event_seconds)
     with suppress(OSError):
         writer.event("told", time.time(), done=done)
 

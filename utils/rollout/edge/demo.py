@@ -86,17 +86,17 @@ def run(section: BaseModelSection, models_dir: Path, haproxy: str) -> dict[str, 
     rows = [{"question": _question(c), "answers": [capital]} for c, capital in CAPITALS.items()]
     files.write_text(prompts_path, "".join(json.dumps(row) + "\n" for row in rows))
     prompts = golden.read(prompts_path, "You answer questions briefly and correctly.")
-    found: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     name = f"demo-{time.strftime('%H%M%S')}"
     try:
         for candidate in ("bad", "good"):
             paths = {"production": str(places["production"]), "candidate": str(places[candidate])}
             settings = RolloutSection(service=name, haproxy=haproxy, **paths, **SETTINGS)
-            found[candidate] = _one(service.Service(settings, models_dir), prompts)
-            event(f"the {candidate} candidate: {found[candidate]['outcome']}", **found[candidate])
+            outcomes[candidate] = _one(service.Service(settings, models_dir), prompts)
+            event(f"the {candidate} candidate: {outcomes[candidate]['outcome']}", **outcomes[candidate])
     finally:
         service.stop(service.Service(RolloutSection(service=name, haproxy=haproxy), models_dir))
-    return found
+    return outcomes
 
 
 def _one(target: service.Service, prompts: list[golden.Prompt]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def token_f1(text: str, example: dict[str, Any]) -> float:
 
 def read(path: Path, system_prompt: str) -> list[Prompt]:
     """Prompts of a jsonl file in the common format (question, answers or answer, context). Raises DataError."""
-    found, problems, unreadable = [], [], ProblemList()
+    prompts, problems, unreadable = [], [], ProblemList()
     text = read_text(path, unreadable)
     unreadable.raise_if_any()
     for number, line in enumerate(text.split("\n"), 1):
@@ -65,7 +65,7 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
             if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
                 raise ValueError("a turn has no role or no content")
             "".join([*golds, *(message["content"] for message in messages)]).encode()  # halves of characters are none
-            found.append(Prompt(str(row.get("id", number)), messages, tuple(golds), {**row, "answers": golds}))
+            prompts.append(Prompt(str(row.get("id", number)), messages, tuple(golds), {**row, "answers": golds}))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fix = 'write {"question": "...", "answers": ["..."]}'
             problems.append(
@@ -73,9 +73,9 @@ def read(path: Path, system_prompt: str) -> list[Prompt]:
             )
     if problems:
         raise DataError(problems[:20])
-    if not found:
+    if not prompts:
         raise DataError(Problem("there are no golden prompts", str(path)))
-    return found
+    return prompts
 
 
 def compare(
@@ -85,23 +85,23 @@ def compare(
 
     So is quality where the metric fails on both answers; where it fails on one, that model has lost.
     """
-    found = {"probe_errors": _sign(bool(canary.error), bool(production.error))}
+    signs = {"probe_errors": _sign(bool(canary.error), bool(production.error))}
     if canary.error or production.error:
-        return found
+        return signs
     faults = [answer_metrics.fault(answer.text, answer.finish_reason) for answer in (canary, production)]
-    found["output"] = _sign(bool(faults[0]), bool(faults[1]))
+    signs["output"] = _sign(bool(faults[0]), bool(faults[1]))
     example = {**prompt.example, "answers": list(prompt.golds)}
     scores = [_score(quality, chat.answer_of(answer.text), example) for answer in (canary, production)]
     if max(scores) > -math.inf:
-        found["quality"] = _sign(-scores[0], -scores[1])
+        signs["quality"] = _sign(-scores[0], -scores[1])
     for metric, name in (("first_token", "first_token_s"), ("per_token", "per_token_s")):
         times = [getattr(answer, name) for answer in (canary, production)]
         if all(times):
             slower = max(times) > min(times) * (1 + tolerance) and (
                 metric == "per_token" or abs(times[0] - times[1]) > NOISE_S
             )
-            found[metric] = _sign(times[0], times[1]) if slower else 0
-    return found
+            signs[metric] = _sign(times[0], times[1]) if slower else 0
+    return signs
 
 
 def _score(quality: Quality, text: str, example: dict[str, Any]) -> float:
@@ -117,7 +117,7 @@ def _score(quality: Quality, text: str, example: dict[str, Any]) -> float:
 def without_times(counts: Counts) -> Counts:
     """Without the pairs about speed: they compare models only while the candidate has at most half of the load."""
     return Counts(
-        counts.rates, {m: found for m, found in counts.pairs.items() if m not in ("first_token", "per_token")}
+        counts.rates, {m: outcomes for m, outcomes in counts.pairs.items() if m not in ("first_token", "per_token")}
     )
 
 
@@ -152,7 +152,7 @@ class Prober:
         tolerance: float,
         model: str = "",
         digest: str = "",
-        asked: int = 0,
+        asked_count: int = 0,
         quality: Quality = token_f1,
     ):
         self.prompts = list(prompts)
@@ -162,35 +162,35 @@ class Prober:
         self._options: dict[str, Any] = {"max_tokens": max_tokens, "timeout_s": timeout_s, "model": model}
         self._pool = ThreadPoolExecutor(max_workers=2)
         self._waiting: tuple[Prompt, Future[ServerAnswer], Future[ServerAnswer]] | None = None
-        self._asked, self._due = asked, 0.0
+        self._asked_count, self._due = asked_count, 0.0
         self._digest, self.wrong_model = digest, ""
         self.examples: list[Example] = []
 
     def now(self, count: int) -> Counts:
         """Ask `count` prompts one after another and wait: the check before any user sees the candidate."""
-        found = Counts()
+        counts = Counts()
         for _ in range(min(count, len(self.prompts))):
             self._send()
-            found = found + self._result()
-        return found
+            counts = counts + self._result()
+        return counts
 
     def collect(self) -> Counts:
         """What has been answered since the last call; sends the next pair when it is due."""
-        found = Counts()
+        counts = Counts()
         if self._waiting and all(future.done() for future in self._waiting[1:]):
-            found = self._result()
+            counts = self._result()
         if self.prompts and not self._waiting and time.monotonic() >= self._due:
             self._send()
-        return found
+        return counts
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _send(self) -> None:
-        prompt = self.prompts[self._asked % len(self.prompts)]
+        prompt = self.prompts[self._asked_count % len(self.prompts)]
         self._due = time.monotonic() + self.every_s
         # which one is asked first alternates: the second one finds a busier machine
-        order = [self.canary, self.production][:: 1 if self._asked % 2 else -1]
+        order = [self.canary, self.production][:: 1 if self._asked_count % 2 else -1]
         sent = {address: self._pool.submit(ask, address, prompt.messages, **self._options) for address in order}
         self._waiting = (prompt, sent[self.canary], sent[self.production])
 
@@ -202,9 +202,9 @@ class Prober:
         if self._digest and canary.digest and canary.digest != self._digest:
             self.wrong_model = f"another model answers: digest {canary.digest[:12]}, wanted is {self._digest[:12]}"
         results = compare(prompt, canary, production, self.tolerance, self.quality)
-        if self._asked >= len(self.prompts):  # a greedy answer that is asked for again is no new evidence
+        if self._asked_count >= len(self.prompts):  # a greedy answer that is asked for again is no new evidence
             results = {m: r for m, r in results.items() if m not in ("quality", "output")}
-        self._asked += 1
+        self._asked_count += 1
         worse = [metric for metric in ("probe_errors", "output", "quality") if results.get(metric, 0) > 0]
         if worse and len(self.examples) < 200:
             question = prompt.messages[-1]["content"]

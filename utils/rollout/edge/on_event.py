@@ -27,13 +27,13 @@ LONGEST_TEXT = 4000
 def words(command: str) -> list[str]:
     """The command as its words, its program found. Raises ConfigError."""
     try:
-        found = shlex.split(command)
+        argv = shlex.split(command)
     except ValueError as error:
         raise ConfigError(Problem(f"--rollout.on_event: {error}", command, "quote it as in a shell")) from error
-    if not found or shutil.which(found[0]) is None:
+    if not argv or shutil.which(argv[0]) is None:
         fix = "give a program that can be run; for a pipe or a variable, write a script"
         raise ConfigError(Problem("--rollout.on_event is no command", command, fix))
-    return found
+    return argv
 
 
 def tell(command: str, facts: dict[str, Any], log: Path, seconds: float) -> bool:

@@ -66,10 +66,10 @@ def _verify(service: Service, address: str, candidate: Side, who: str, tries: in
         if not answer.error:
             break
         time.sleep(0.1)
-    found = answer.error
+    problem = answer.error
     # a server that does not send its digest is marked by the balancer only
-    if not found and candidate.digest and answer.digest and answer.digest != candidate.digest:
-        found = f"digest {answer.digest[:16]}"
-    if found:
+    if not problem and candidate.digest and answer.digest and answer.digest != candidate.digest:
+        problem = f"digest {answer.digest[:16]}"
+    if problem:
         fix = "production is the old model; look at the candidate's server, then rollout.py resume, or abort"
-        raise VerificationError(Problem(f"{who} answers with {found}", fix=fix))
+        raise VerificationError(Problem(f"{who} answers with {problem}", fix=fix))

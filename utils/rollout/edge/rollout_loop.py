@@ -181,11 +181,11 @@ class Loop:
     def _command(self) -> str:
         path = self.directory / COMMAND
         try:
-            found = files.regular_bytes(path).decode(errors="replace").strip()
+            command = files.regular_bytes(path).decode(errors="replace").strip()
             path.unlink()
         except OSError:
             return ""
-        return found if found in ("abort", "promote") else ""
+        return command if command in ("abort", "promote") else ""
 
     def _without_disk(self, seen: Observation, error: OSError) -> Decision:
         """Nothing may happen that is not on disk: no canary until it can be written again; the deadline still runs."""
@@ -239,9 +239,9 @@ class Loop:
 
     def _tell(self, decision: Decision, seen: Observation) -> None:
         """The live picture for `status`, and a line in the log when something changed."""
-        told = decision.reason if decision.action != "hold" else f"{self.state.step} {seen.blind or decision.reason}"
-        if told.split(":")[0] != self.shown:
-            self.shown = told.split(":")[0]
+        message = decision.reason if decision.action != "hold" else f"{self.state.step} {seen.blind or decision.reason}"
+        if message.split(":")[0] != self.shown:
+            self.shown = message.split(":")[0]
             say = warning if seen.blind or decision.action in ("rollback", "restart") else event
             share = f"{share_of(self.state, self.policy) / FULL_BP:.2%}"
             say(f"{decision.action}: {decision.reason}", share=share, units=self.state.total.units())

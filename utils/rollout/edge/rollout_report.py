@@ -76,14 +76,14 @@ def page(story: Story, examples: list[dict[str, Any]]) -> str:
 
 
 def _decisions(story: Story) -> list[tuple[float, Decision]]:
-    found, state = [], story.began
+    decisions, state = [], story.began
     for seen in story.observations:
         decision = advance(state, seen, story.policy)
         state = decision.state
-        found.append((seen.at, decision))
+        decisions.append((seen.at, decision))
         if state.is_over:
             break
-    return found
+    return decisions
 
 
 def _share(state: State, policy: Policy) -> int:
@@ -137,13 +137,13 @@ def _chart(decisions: list[tuple[float, Decision]], policy: Policy, start: float
     for name, colour in zip(names, _COLOURS, strict=False):
         points, y = [], y_of(0.0)
         for at, decision in kept:
-            found = [
+            findings = [
                 f
                 for f in (decision.verdict.findings if decision.verdict else ())
                 if (f.metric, f.test) == (name, "worse")
             ]
-            if found:
-                y = y_of(found[0].log_e / found[0].log_limit)
+            if findings:
+                y = y_of(findings[0].log_e / findings[0].log_limit)
                 points.append(f"{x(at):.1f},{y:.1f}")
         pieces.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         ends.append((y, name, colour))
@@ -201,11 +201,19 @@ def _count_table(state: State) -> str:
 
 def _test_table(verdict: GateVerdict | None) -> str:
     rows = []
-    for found in verdict.to_json()["findings"] if verdict else []:
-        bad = found["test"] in ("worse", "share")
-        mark = ("alarm" if bad else "shown") if found["reached"] else ""
-        question = {"worse": "is it worse?", "share": "is the share as set?"}.get(found["test"], f"{found['test']}?")
-        cells = (found["metric"].replace("_", " "), question, short(found["e_value"]), f"{found['limit']:,.0f}", mark)
+    for finding in verdict.to_json()["findings"] if verdict else []:
+        bad = finding["test"] in ("worse", "share")
+        mark = ("alarm" if bad else "shown") if finding["reached"] else ""
+        question = {"worse": "is it worse?", "share": "is the share as set?"}.get(
+            finding["test"], f"{finding['test']}?"
+        )
+        cells = (
+            finding["metric"].replace("_", " "),
+            question,
+            short(finding["e_value"]),
+            f"{finding['limit']:,.0f}",
+            mark,
+        )
         rows.append(
             f"<tr class={'rollback' if mark == 'alarm' else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
         )

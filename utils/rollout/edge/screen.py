@@ -160,27 +160,27 @@ def _counts(state: State) -> list[str]:
 
 def _tests(findings: list[dict[str, Any]]) -> list[str]:
     lines = [f"  {'is it worse? (alarm at the limit)':<34}{'e-value':>10} {'limit':>8}"]
-    for found in [f for f in findings if f["test"] in ("worse", "share")]:
-        lines.append(_test_line(found["metric"], found))
-    wanted = [f for f in findings if f["test"] not in ("worse", "share")]
-    if wanted:
+    for finding in [f for f in findings if f["test"] in ("worse", "share")]:
+        lines.append(_test_line(finding["metric"], finding))
+    evidence = [f for f in findings if f["test"] not in ("worse", "share")]
+    if evidence:
         lines += ["", f"  {'is it shown not to be worse?':<34}{'e-value':>10} {'limit':>8}"]
-    for found in wanted:
-        what = found["metric"] + (", below the objective" if found["test"] == "below objective" else "")
-        lines.append(_test_line(what, found))
+    for finding in evidence:
+        what = finding["metric"] + (", below the objective" if finding["test"] == "below objective" else "")
+        lines.append(_test_line(what, finding))
     return lines
 
 
-def _test_line(name: str, found: dict[str, Any]) -> str:
-    numbers = f"{short(found['e_value']):>10} {found['limit']:>8,.0f}"
-    return f"  {name.replace('_', ' '):<34}{numbers}  {_gauge(found)}"
+def _test_line(name: str, finding: dict[str, Any]) -> str:
+    numbers = f"{short(finding['e_value']):>10} {finding['limit']:>8,.0f}"
+    return f"  {name.replace('_', ' '):<34}{numbers}  {_gauge(finding)}"
 
 
-def _gauge(found: dict[str, Any]) -> str:
+def _gauge(finding: dict[str, Any]) -> str:
     """How far the e-value is on the way from 1 to its limit, by its logarithm."""
-    way = math.log(max(found["e_value"], 1.0)) / math.log(found["limit"])
+    way = math.log(max(finding["e_value"], 1.0)) / math.log(finding["limit"])
     filled = min(_BAR, int(way * _BAR))
-    end = (" ALARM" if found["test"] in ("worse", "share") else " shown") if found["reached"] else ""
+    end = (" ALARM" if finding["test"] in ("worse", "share") else " shown") if finding["reached"] else ""
     return "#" * filled + "." * (_BAR - filled) + end
 
 

@@ -223,9 +223,9 @@ def _process_digest(address: str) -> str:
     if host not in ("127.0.0.1", "localhost"):
         return ""
     with suppress(psutil.Error, OSError):
-        for found in psutil.net_connections("tcp"):
-            if found.status == psutil.CONN_LISTEN and found.laddr.port == int(port) and found.pid:
-                return _directory_digest(Path(psutil.Process(found.pid).cwd()) / MODEL)
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == int(port) and connection.pid:
+                return _directory_digest(Path(psutil.Process(connection.pid).cwd()) / MODEL)
     return ""
 
 
@@ -240,8 +240,8 @@ class Process:
     @property
     def is_running(self) -> bool:
         with suppress(psutil.Error):
-            found = psutil.Process(self.pid)
-            return abs(found.create_time() - self.created) < 1 and found.status() != psutil.STATUS_ZOMBIE
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
         return False
 
     def stop(self, patience_s: float = 10.0) -> None:

@@ -207,10 +207,10 @@ def _end_previous(service: Service, balancer: Balancer) -> None:
 def _switch_on(service: Service, balancer: Balancer) -> None:
     """The balancer with both models and share 0: started, told, or reloaded when its text changed."""
     how = balancer.take(service.layout(with_canary=True))
-    found = balancer.settings()
-    if found[SHARE] != 0:
+    settings = balancer.settings()
+    if settings[SHARE] != 0:
         to_production(service)
-        raise VerificationError(Problem("a fresh balancer does not start with share 0", found))
+        raise VerificationError(Problem("a fresh balancer does not start with share 0", settings))
     if how == "reloaded":
         longest = f"{service.section.reload_drain_seconds:g} s"
         event("the balancer took new settings; answers in progress go on in its former worker", at_most=longest)
@@ -218,7 +218,7 @@ def _switch_on(service: Service, balancer: Balancer) -> None:
 
 
 def _prober(
-    service: Service, prompts: list[golden.Prompt], seed: int, asked: int, quality: golden.Quality
+    service: Service, prompts: list[golden.Prompt], seed: int, asked_count: int, quality: golden.Quality
 ) -> golden.Prober:
     candidate, production = service.side("candidate"), service.side("production")
     if candidate is None or production is None:
@@ -235,26 +235,26 @@ def _prober(
         tolerance=section.latency_tolerance,
         model=section.model_name,
         digest=candidate.digest,
-        asked=asked,
+        asked_count=asked_count,
         quality=quality,
     )
 
 
 def _preflight(service: Service, prober: golden.Prober) -> Counts:
     """Golden prompts before any user: refused when most of them fail on the candidate alone. The pairs count later."""
-    asked = min(service.section.preflight_prompts, len(prober.prompts))
-    found = prober.now(asked)
-    broken = sum(found.pairs.get(metric, (0, 0, 0))[0] for metric in ("probe_errors", "output"))
-    if prober.wrong_model or (asked >= 4 and 2 * broken > asked):
+    count = min(service.section.preflight_prompts, len(prober.prompts))
+    counts = prober.now(count)
+    broken = sum(counts.pairs.get(metric, (0, 0, 0))[0] for metric in ("probe_errors", "output"))
+    if prober.wrong_model or (count >= 4 and 2 * broken > count):
         prober.close()
         candidate = service.side("candidate")
         assert candidate is not None
         candidate.stop()
         shown = prober.examples[0] if prober.examples else None
-        what = prober.wrong_model or f"{broken} of {asked} golden prompts fail on the candidate and not on production"
+        what = prober.wrong_model or f"{broken} of {count} golden prompts fail on the candidate and not on production"
         seen = f"{shown.prompt[:80]} -> {shown.canary[:80]!r}" if shown else None
         raise VerificationError(Problem(f"refused before any user saw it: {what}", seen, "look at the merged model"))
-    return found
+    return counts
 
 
 def _drive(
@@ -327,8 +327,8 @@ def _finish(service: Service, balancer: Balancer, writer: Journal, state: State,
     page = _report(writer, loop)
     reason = "given up by a person before it was carried out" if state.phase == "promoted" else state.reason
     rollout = str(writer.path.parent)
-    told = {"outcome": "rolled_back", "rollout": rollout, "reason": reason, "cause": state.cause, "report": page}
-    tell_person(service, writer, told | {"answers_cut": cut})
+    facts = {"outcome": "rolled_back", "rollout": rollout, "reason": reason, "cause": state.cause, "report": page}
+    tell_person(service, writer, facts | {"answers_cut": cut})
     shown = f"{reason}; {cut} answers were cut" if cut else reason
     raise outcome(Problem(shown, fix=f"what was seen: {page or writer.path}"))
 

@@ -135,12 +135,12 @@ def verify_side(side: Side, section: RolloutSection) -> None:
         patience_s=section.start_timeout_seconds,
         alive=lambda: process is None or process.is_running,
     )
-    found = servers.served_digest(side.address)
-    if not found and not side.digest:
+    digest = servers.served_digest(side.address)
+    if not digest and not side.digest:
         warning("this server does not tell which model it serves; nothing but its answers is checked", at=side.address)
-    elif found != side.digest:
+    elif digest != side.digest:
         fix = "start the right model there, or correct the digest"
-        what = f"{side.address} serves another model: digest {found[:16] or 'unknown'}, wanted is {side.digest[:16]}"
+        what = f"{side.address} serves another model: digest {digest[:16] or 'unknown'}, wanted is {side.digest[:16]}"
         raise VerificationError(Problem(what, fix=fix))
 
 

@@ -154,7 +154,7 @@ class Collector:
                     self._add(share, "slow", unit, arm, once_per="slow")
                 if arm == 1:
                     self._speeds.append(speed)
-        return Counts({bp: {m: (arms[0], arms[1]) for m, arms in found.items()} for bp, found in rates.items()})
+        return Counts({bp: {m: (arms[0], arms[1]) for m, arms in metrics.items()} for bp, metrics in rates.items()})
 
     def forget_units(self) -> None:
         """The ramp starts again: its sessions are units of the first step again. Their events stay counted once."""
@@ -206,8 +206,8 @@ class Collector:
 
 def completed(statistics: Mapping[tuple[str, str], Mapping[str, str]]) -> dict[str, int]:
     """Requests that each backend has finished, from `show stat`."""
-    found = {}
+    requests = {}
     for arm in ARMS:
         row = statistics.get((arm, "BACKEND"))
-        found[arm] = int(row["stot"] or 0) - int(row["scur"] or 0) if row else 0
-    return found
+        requests[arm] = int(row["stot"] or 0) - int(row["scur"] or 0) if row else 0
+    return requests

@@ -47,16 +47,16 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TZ") if name in os.environ}
 
 
-def find_binary(wanted: str) -> Path:
+def find_binary(setting: str) -> Path:
     """The haproxy binary. Raises ArtefactError saying how to get one, with and without root."""
     root = Path(__file__).resolve().parents[4]
-    candidates = [wanted] if wanted else [shutil.which("haproxy") or "", *PLACES]
+    candidates = [setting] if setting else [shutil.which("haproxy") or "", *PLACES]
     for name in filter(None, candidates):
         path = Path(name) if Path(name).is_absolute() else root / name
         if os.access(path, os.X_OK) and path.is_file():
             return path
     fix = "apt-get install haproxy, or without root: sh scripts/launch/get_haproxy.sh"
-    raise ArtefactError(Problem("there is no haproxy binary", wanted or None, fix))
+    raise ArtefactError(Problem("there is no haproxy binary", setting or None, fix))
 
 
 class Balancer:
@@ -120,10 +120,10 @@ class Balancer:
     def port(self) -> int | None:
         """Where it listens by its configuration on disk."""
         with suppress(OSError, UnicodeDecodeError):
-            found = re.search(
+            match = re.search(
                 r"^  bind 127\.0\.0\.1:(\d+)$", files.regular_bytes(self.config).decode(), flags=re.MULTILINE
             )
-            return int(found[1]) if found else None
+            return int(match[1]) if match else None
         return None
 
     def start(self) -> None:
@@ -191,16 +191,16 @@ class Balancer:
     def set(self, **values: int) -> None:
         """Set share or lease in memory, and read them back. Raises BalancerError when they are not there."""
         self.command(*(f"set map {MAP} {name} {value}" for name, value in values.items()))
-        found = self.settings()
-        if any(found.get(name) != value for name, value in values.items()):
-            raise BalancerError(Problem(f"haproxy holds {found}, told was {values}"))
+        settings = self.settings()
+        if any(settings.get(name) != value for name, value in values.items()):
+            raise BalancerError(Problem(f"haproxy holds {settings}, told was {values}"))
 
     def roles(self) -> tuple[int, int]:
         """The slots of production and of the candidate; the same one when there is no candidate."""
         entries = self._entries()
-        told = [entries[role] for role in ROLES if role in entries]
+        slots = [entries[role] for role in ROLES if role in entries]
         try:
-            production, candidate = map(int, told if len(told) == len(ROLES) else self._loaded()[1:])
+            production, candidate = map(int, slots if len(slots) == len(ROLES) else self._loaded()[1:])
         except ValueError:
             raise BalancerError(Problem("haproxy does not tell which slot is whose", str(self.map))) from None
         return production, candidate
@@ -226,10 +226,10 @@ class Balancer:
             where = _resolved(address)
         except BalancerError:
             return []
-        found = re.findall(
+        matches = re.findall(
             r"^(0x[0-9a-f]+): |^  server=s .*addr=(\S+)", self.command("show sess all"), flags=re.MULTILINE
         )
-        return [found[place - 1][0] for place, (_, at) in enumerate(found) if at == where]
+        return [matches[place - 1][0] for place, (_, at) in enumerate(matches) if at == where]
 
     def cut(self, streams: list[str]) -> int:
         """End these streams; how many there were. A command line of HAProxy's has 16 KiB."""
@@ -255,24 +255,24 @@ class Balancer:
 
     def _occupy(self, slot: int, server: Server) -> None:
         """This server in this slot, up: who calls has had an answer from it. Answers of the one before go on."""
-        name, row, wanted = f"slot{slot}/s", self._rows()[f"slot{slot}", "s"], _resolved(server.address)
-        if row["addr"] != wanted:
-            host, port = wanted.rsplit(":", 1)
+        name, row, address = f"slot{slot}/s", self._rows()[f"slot{slot}", "s"], _resolved(server.address)
+        if row["addr"] != address:
+            host, port = address.rsplit(":", 1)
             self.command(f"set server {name} addr {host.strip('[]')} port {port}")
         if not row["status"].startswith("UP"):
             self.command(f"set server {name} state ready", f"set server {name} health up")
         self._put(DIGESTS, **{f"digest{slot}": server.mark})
         row = self._rows()[f"slot{slot}", "s"]
-        if row["addr"] != wanted or not row["status"].startswith("UP"):
-            raise BalancerError(Problem(f"haproxy holds {row['addr']} {row['status']}, told was {wanted} UP"))
+        if row["addr"] != address or not row["status"].startswith("UP"):
+            raise BalancerError(Problem(f"haproxy holds {row['addr']} {row['status']}, told was {address} UP"))
 
     def _put(self, table: str, **values: object) -> None:
         """Entries that the map on disk does not have, read back; never a moment without the old or the new one."""
         held = self._entries(table)
         self.command(*(f"{'set' if n in held else 'add'} map {table} {n} {value}" for n, value in values.items()))
-        found = self._entries(table)
-        if any(found.get(name) != str(value) for name, value in values.items()):
-            raise BalancerError(Problem(f"haproxy holds {found}, told was {values}"))
+        entries = self._entries(table)
+        if any(entries.get(name) != str(value) for name, value in values.items()):
+            raise BalancerError(Problem(f"haproxy holds {entries}, told was {values}"))
 
     def _entries(self, table: str = MAP) -> dict[str, str]:
         lines = [line.split() for line in self.command(f"show map {table}").splitlines()]
@@ -320,7 +320,11 @@ def _resolved(address: str) -> str:
     """host:port with the host as a number, as HAProxy shows it. Raises BalancerError."""
     host, _, port = address.rpartition(":")
     try:
-        family, *_, found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        family, *_, socket_address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
     except (OSError, ValueError) as error:
         raise BalancerError(Problem(f"no such server: {error}", address)) from error
-    return f"[{found[0]}]:{found[1]}" if family == socket.AF_INET6 else f"{found[0]}:{found[1]}"
+    return (
+        f"[{socket_address[0]}]:{socket_address[1]}"
+        if family == socket.AF_INET6
+        else f"{socket_address[0]}:{socket_address[1]}"
+    )

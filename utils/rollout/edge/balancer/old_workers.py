@@ -33,10 +33,10 @@ class OldWorker:
 def old_workers(balancer: Balancer) -> list[OldWorker]:
     """The oldest first. Raises BalancerError when the master does not tell."""
     workers = _workers(balancer.command("show proc", to=MASTER, timeout_s=PATIENCE_S))
-    found = []
+    replaced = []
     for (pid, _), (_, successor_age) in zip(workers[1:], workers, strict=False):
-        found.append(OldWorker(pid, successor_age, _open(balancer, pid)))
-    return found[::-1]
+        replaced.append(OldWorker(pid, successor_age, _open(balancer, pid)))
+    return replaced[::-1]
 
 
 @dataclass
@@ -57,22 +57,22 @@ class DrainWatch:
         if not self.expected:
             return
         try:
-            found = {worker.pid: worker for worker in old_workers(self.balancer)}
+            by_pid = {worker.pid: worker for worker in old_workers(self.balancer)}
         except BalancerError:
             return
         since, self._looked = time.monotonic() - self._looked, time.monotonic()
         for pid, worker in self._last.items():
             if worker.replaced_s + since > self.drain_s - ROUNDING_S:  # a stopped worker is seen for a moment more
-                self.cut += max(0, worker.answers - (found[pid].answers if pid in found else 0))
-        self._last, self.open = found, sum(worker.answers for worker in found.values())
-        self.expected = bool(found)
+                self.cut += max(0, worker.answers - (by_pid[pid].answers if pid in by_pid else 0))
+        self._last, self.open = by_pid, sum(worker.answers for worker in by_pid.values())
+        self.expected = bool(by_pid)
 
 
 def _workers(text: str) -> list[tuple[str, float]]:
     """(process id, age in seconds) of every worker in `show proc`, the youngest first."""
     rows = re.findall(r"^(\d+)\s+worker\s+\d+.*?\s(\d+)d(\d+)h(\d+)m(\d+)s", text, flags=re.MULTILINE)
-    found = [(pid, 86_400.0 * int(d) + 3600 * int(h) + 60 * int(m) + int(s)) for pid, d, h, m, s in rows]
-    return sorted(found, key=lambda worker: worker[1])
+    workers = [(pid, 86_400.0 * int(d) + 3600 * int(h) + 60 * int(m) + int(s)) for pid, d, h, m, s in rows]
+    return sorted(workers, key=lambda worker: worker[1])
 
 
 def _open(balancer: Balancer, pid: str) -> int:

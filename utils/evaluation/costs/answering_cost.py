@@ -43,8 +43,10 @@ def lines(evaluate: EvaluateSection, run: RunSection, prepared: str = "") -> lis
 def _questions(data_dir: Path, prepared: str) -> int | None:
     """Test questions of prepared data; None where there are none yet."""
     try:
-        found = [Path(prepared)] if prepared else [run.directory for run in runs.complete_runs(data_dir, "prepared")]
-        counts = files.read_manifest(found[0]).get("counts", {}) if found else {}
+        directories = (
+            [Path(prepared)] if prepared else [run.directory for run in runs.complete_runs(data_dir, "prepared")]
+        )
+        counts = files.read_manifest(directories[0]).get("counts", {}) if directories else {}
     except ArtefactError:
         return None
     number = counts.get("examples", {}).get("test", {}).get("examples")
