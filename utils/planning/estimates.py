@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 from utils.models.model_shapes import FP8_BLOCK, NF4_BLOCK, TRANSIENT_LAYERS, Dtype, Matrix, ModelSizes
@@ -31,6 +32,8 @@ LOSS_POSITIONS = 128
 TRAINED_BYTES = 16
 # a second adapter on the experts: its measured transient, and that of one alone, in a layer's experts (PEFT 0.21)
 TWO_EXPERT_ADAPTERS, ONE_EXPERT_ADAPTER = 3.67, 1.41
+# standard deviation of how often experts are chosen, over its mean: as unequal as waiting times (exponential)
+POPULARITY_SPREAD = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,31 @@ def weight_bytes(sizes: ModelSizes, dtype: Dtype) -> int:
         for matrix in sizes.matrices
     )
     return quantised + 4 * blocks + (rest - quantised) * plain + router
+
+
+def expected_imbalance(experts: int, ranks: int) -> float:
+    """Rows of the busiest of `ranks` over the mean in one layer, where each has as many experts, whichever they are.
+
+    The share of a rank is the sum over its experts, drawn without replacement; that sum varies by
+    `POPULARITY_SPREAD` x sqrt((ranks - 1) / (experts - 1)) of its mean. Chance between tokens is left out: 1% at 4,096
+    tokens a rank.
+    """
+    if ranks < 2:
+        return 1.0
+    spread = POPULARITY_SPREAD * math.sqrt((ranks - 1) / max(1, experts - 1))
+    return min(ranks, 1 + _largest_of(ranks) * spread)
+
+
+def worst_imbalance(imbalance: float, ranks: int, layers: int) -> float:
+    """The same of the worst of `layers` layers, where `imbalance` is that of one: what memory has to hold."""
+    if ranks < 2:
+        return 1.0
+    return min(ranks, 1 + (imbalance - 1) * _largest_of(ranks * max(1, layers)) / _largest_of(ranks))
+
+
+def _largest_of(count: int) -> float:
+    """The expected largest of so many normal numbers, in standard deviations (Blom 1958)."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def training_memory(
