@@ -26,7 +26,7 @@ from utils.planning import (
     planned_data,
     training_plan,
 )
-from utils.planning.pass_times import EXCHANGE, GATHERS, GRADIENTS, PassTime
+from utils.planning.pass_times import ARITHMETIC, EXCHANGE, GATHERS, GRADIENTS, PassTime
 
 QWEN = qwen3_moe.sizes(QWEN_30B)
 GATHERED, SHARED = ProcessLayout(1, 8), ProcessLayout(1, 8, 8)
@@ -96,6 +96,21 @@ class Figures(unittest.TestCase):
         page = (ROOT / "docs" / "multi_gpu.md").read_text(encoding="utf-8")
         for row in table():
             self.assertIn(row, page)
+        # the example of each formula
+        shared, gathered = time(), time(layout=GATHERED)
+        busiest = shared.own[ARITHMETIC] - gathered.own[ARITHMETIC]
+        for said in (
+            f"= {gathered.own[ARITHMETIC]:.2f} s",
+            f"= {busiest:.3f} s",
+            f"= {gathered.sent[GATHERS]:.2f} s",
+            f"= {shared.sent[GATHERS]:.3f} s",
+            f"= {shared.sent[EXCHANGE]:.3f} s",
+            f"= {shared.sent[GRADIENTS]:.5f} s",
+            *(f"= {rate:,.0f} tokens/s on each GPU" for rate in shared.rates(1)),
+            *(f"= {estimates.expected_imbalance(*of):.2f}\n" for of in ((256, 8), (128, 8), (256, 16))),
+            f"{estimates.worst_imbalance(estimates.expected_imbalance(256, 8), 8, 62):.2f} for MiniMax-M2 on 8 GPUs",
+        ):
+            self.assertIn(said, page)
 
 
 class Imbalance(unittest.TestCase):
@@ -189,7 +204,7 @@ def table() -> list[str]:
                 *(sizes, what),
                 shards=layout.shard,
                 expert_ranks=layout.expert,
-                imbalance=machine.worst_imbalance(sizes, layout),
+                imbalance=machine.imbalance(sizes, layout),
                 careful=careful,
             ).total
             / GIB

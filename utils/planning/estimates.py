@@ -125,7 +125,8 @@ def training_memory(
 
     `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and adapters on the
     experts find the transients of the ones before still there. `whole_logits` is for a loss that is not chunked.
-    Of `expert_ranks` that share the experts it is the busiest, with `imbalance` times the mean of their rows.
+    Of `expert_ranks` that share the experts it is the busiest, with `imbalance` times the mean of their rows in every
+    layer, and more in the worst of them.
     """
     trained = sum(lora_parameters(sizes, step.adapter).values())
     frozen = sum(lora_parameters(sizes, step.below).values()) if step.below else 0
@@ -136,7 +137,9 @@ def training_memory(
     trained, frozen = trained - apart[0], frozen - apart[1]
     layer += share(4 * (trained + frozen), sizes.num_layers)
     outside = _outside(sizes, step.base)
-    saved, working = layer_activations(sizes, step, imbalance, is_shared=expert_ranks > 1)
+    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    saved, _ = layer_activations(sizes, step, imbalance, is_shared=expert_ranks > 1)
+    worst_saved, working = layer_activations(sizes, step, worst, is_shared=expert_ranks > 1)
     width, hidden = step.activation_bytes, sizes.hidden
     # the last norm keeps its input in float32
     kept = step.tokens * 4 * hidden + (
@@ -145,7 +148,7 @@ def training_memory(
     # autocast keeps the factors in bfloat16 too
     casts = share(2 * trained, shards) + share(2 * apart[0], expert_ranks) if step.base != "float32" else 0
     held = share(TRAINED_BYTES * trained + 4 * frozen, shards)
-    workspace = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
+    workspace = (worst_saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
     workspace += _dequantised(sizes, step.base)
     return TrainingMemory(
         weights=share(weight_bytes(sizes, step.base), shards),
@@ -213,7 +216,8 @@ def scoring_memory(
     e, hidden = width_of(base), sizes.hidden
     chunk = min(LOSS_POSITIONS, tokens) * sizes.vocabulary * 8
     mask = tokens * row_tokens * e
-    rows = forward_activations(sizes, e, imbalance, is_shared=expert_ranks > 1)
+    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    rows = forward_activations(sizes, e, worst, is_shared=expert_ranks > 1)
     workspace = mask + max(tokens * rows, tokens * 3 * e * hidden + chunk) + _dequantised(sizes, base)
     return _inference(sizes, base, adapters, 0, workspace, shards, expert_ranks, careful)
 
@@ -234,7 +238,8 @@ def answering_memory(
     """Peak of answering `rows` prompts as one batch: keys and values of all tokens, a layer's twice while it grows."""
     e = width_of(base)
     per_layer = rows * (prompt_tokens + new_tokens) * 2 * sizes.key * e
-    token = forward_activations(sizes, e, imbalance, is_shared=expert_ranks > 1) + e * prompt_tokens
+    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    token = forward_activations(sizes, e, worst, is_shared=expert_ranks > 1) + e * prompt_tokens
     workspace = max(rows * prompt_tokens * token, rows * sizes.vocabulary * 8) + _dequantised(sizes, base)
     cache = per_layer * (sizes.num_layers + 1)
     return _inference(sizes, base, adapters, cache, workspace, shards, expert_ranks, careful)

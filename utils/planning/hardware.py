@@ -88,10 +88,6 @@ class Hardware:
         """Rows of the busiest of the ranks that share experts, over the mean: as set, or as expected."""
         return self.expert_imbalance or estimates.expected_imbalance(sizes.experts, layout.expert)
 
-    def worst_imbalance(self, sizes: ModelSizes, layout: ProcessLayout) -> float:
-        """The same in the layer where it is largest."""
-        return estimates.worst_imbalance(self.imbalance(sizes, layout), layout.expert, sizes.expert_layers)
-
     def exchange_rate(self, layout: ProcessLayout) -> float:
         """Bytes that a rank receives per second while tokens go to the ranks that have their experts."""
         return self.node_rate if layout.expert <= self.gpus else min(self.node_rate, self.network_rate)

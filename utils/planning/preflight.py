@@ -160,9 +160,8 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
     dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
     step = training_plan.step(config, stage, dtype)
     imbalance = config.plan.expert_imbalance or estimates.expected_imbalance(found.experts, machine.expert)
-    worst = estimates.worst_imbalance(imbalance, machine.expert, found.expert_layers)
     memory = estimates.training_memory(
-        *(found, step), shards=machine.shards, expert_ranks=machine.expert, imbalance=worst
+        *(found, step), shards=machine.shards, expert_ranks=machine.expert, imbalance=imbalance
     )
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
