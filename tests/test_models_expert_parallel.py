@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unittest
+from array import array
 from unittest import mock
 
 import torch
@@ -73,13 +74,14 @@ class Rows(unittest.TestCase):
 
         team = mock.Mock(size=2)
         with (
-            mock.patch.object(expert_parallel, "_rows", [3, 1, 5]) as rows,
+            mock.patch.object(expert_parallel, "_rows", array("q", [3, 1, 5])) as rows,
             mock.patch.object(expert_parallel.ranks, "team", return_value=team),
             mock.patch.object(expert_parallel.dist, "all_gather", all_gather),
         ):
             # three of four, three of four, half: each rank has nine of eighteen, and waits twice
-            self.assertEqual(expert_parallel.rows_of_exchanges(), (11.0, 9.0))
-            self.assertEqual(rows, [])
+            self.assertEqual(expert_parallel.rows_of_exchanges(), (11, 9.0))
+            expert_parallel.count_rows()
+            self.assertEqual(len(rows), 0)
 
 
 if __name__ == "__main__":

@@ -208,6 +208,7 @@ class _TrainingLoop:
     def _step(self, epoch: int, step: OptimiserStep, signalled: Callable[[], bool]) -> tuple[float, float, bool]:
         """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
         number = self.state.step
+        expert_parallel.count_rows()
         loss, stop = self._accumulate(epoch, step, signalled)
         gradients.reduce(self.parameters, self.accelerator.num_processes)
         if not self.had_gradients:
