@@ -112,6 +112,7 @@ class Processes(unittest.TestCase):
         for cores, words, environment in (
             (2, "accelerate launch --cpu --num_processes 1 x.py", one),
             (2, "accelerate launch --num_processes 2 x.py", started),
+            (2, "accelerate launch --num_machines 2 --num_processes 2 x.py", started | {"LOCAL_WORLD_SIZE": "1"}),
             (2, "python tests.py --num_processes 4", {}),
             (2, "bash", {"MASTER_ADDR": "127.0.0.1"}),
             (2, "accelerate launch x.py", self.ALONE),
