@@ -605,8 +605,9 @@ class PlanSection(Section):
     """GB/s that a GPU receives from the others of its node; 0 takes that card's (H100 with NVLink: 400)."""
     network_bandwidth_gbs: Annotated[float, Field(gt=0)] = 50.0
     """GB/s between nodes for each GPU: 50 is a 400 Gb/s adapter of its own, 12.5 a 100 Gb/s one."""
-    expert_imbalance: Annotated[float, Field(ge=1)] = 1.25
-    """Rows of the busiest rank over the mean where ranks share experts; metrics.jsonl has yours (expert_rows_*)."""
+    expert_imbalance: Annotated[float, Field(ge=0)] = 0.0
+    """Rows of the busiest rank over the mean where ranks share experts; 0 calculates it for unequally popular experts
+    (1.24 for MiniMax-M2 on 8 ranks). Yours is expert_rows_largest / expert_rows_mean in metrics.jsonl."""
     disk_bandwidth_gbs: Annotated[float, Field(gt=0)] = 1.0
     """GB/s at which a node reads and writes files."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -621,6 +622,13 @@ class PlanSection(Section):
     """Tokens of a held-out document; 0 takes the newest prepared data, or 2,000 without any."""
     test_items: NonNegative = 0
     """Test questions; 0 takes the newest prepared data, or 1,000 without any."""
+
+    @field_validator("expert_imbalance")
+    @classmethod
+    def _no_rank_is_below_the_mean(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError(f"expert_imbalance {value:g}: the busiest rank has at least the mean, so 1 or more")
+        return value
 
     @model_validator(mode="after")
     def _some_memory_is_left(self) -> PlanSection:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unittest
+from array import array
+from unittest import mock
 
 import torch
 
@@ -62,6 +64,24 @@ class Products(unittest.TestCase):
                 for one, other in pairs:
                     self.assertLess(relative(one, other), 1e-4)
                     self.assertEqual(float(one[2].abs().max()), 0.0)  # part of the graph, though it had no row
+
+
+class Rows(unittest.TestCase):
+    def test_the_largest_is_that_of_each_exchange(self) -> None:
+        def all_gather(everyone: list[torch.Tensor], mine: torch.Tensor, group: object) -> None:
+            everyone[0].copy_(mine)
+            everyone[1].copy_(torch.tensor([1, 3, 5]))
+
+        team = mock.Mock(size=2)
+        with (
+            mock.patch.object(expert_parallel, "_rows", array("q", [3, 1, 5])) as rows,
+            mock.patch.object(expert_parallel.ranks, "team", return_value=team),
+            mock.patch.object(expert_parallel.dist, "all_gather", all_gather),
+        ):
+            # three of four, three of four, half: each rank has nine of eighteen, and waits twice
+            self.assertEqual(expert_parallel.rows_of_exchanges(), (11, 9.0))
+            expert_parallel.count_rows()
+            self.assertEqual(len(rows), 0)
 
 
 if __name__ == "__main__":

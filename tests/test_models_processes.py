@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import unittest
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -67,6 +69,56 @@ class Threads(unittest.TestCase):
     def test_where_nothing_tells_how_the_launcher_was_started_the_cores_are_taken(self) -> None:
         self.parent = Path("/nowhere")
         self.assertEqual(self.threads(**LAUNCHED), 8)
+
+
+class Processes(unittest.TestCase):
+    """What is said of a launch on CPUs that is not what it looks like."""
+
+    ONE = "accelerate launch --config_file scripts/launch/cpu.yaml"
+    ALONE: ClassVar = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+
+    def said(self, cores: int, words: str = "", **environment: str) -> str:
+        parent = temporary_directory()
+        (parent / str(os.getppid())).mkdir()
+        (parent / str(os.getppid()) / "cmdline").write_bytes(words.replace(" ", "\0").encode())
+        with (
+            mock.patch.dict(os.environ, environment, clear=True),
+            mock.patch.object(devices, "PROC", parent),
+            mock.patch.object(devices, "_cores", return_value=cores),
+            self.assertLogs("adapters", "WARNING") as logs,
+        ):
+            logging.getLogger("adapters").warning("-")
+            devices.warn_of_processes()
+        return " ".join(f"{record.msg} {getattr(record, 'facts', '')}" for record in logs.records[1:])
+
+    def test_one_process_where_several_were_asked_for(self) -> None:
+        for words in ("--cpu --num_processes 4", "--num-processes=4 --cpu"):
+            found = self.said(2, f"python accelerate launch {words} scripts/evaluate.py", **self.ALONE)
+            for part in ("1 process of the 4", "'cores': 2", self.ONE, "cpu_two_processes.yaml --num_processes 2"):
+                self.assertIn(part, found)
+        found = self.said(1, "accelerate launch --cpu --num_processes 4 x.py", **self.ALONE)
+        self.assertIn(self.ONE, found)
+        self.assertNotIn("cpu_two_processes", found)
+
+    def test_more_processes_than_cores(self) -> None:
+        started = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+        found = self.said(2, "accelerate launch --num_processes 4 x.py", **started)
+        self.assertIn("4 processes wait for each other on 2 cores", found)
+        self.assertIn(f"--num_processes 2, or {self.ONE}", found)
+
+    def test_nothing_of_what_is_as_it_was_asked(self) -> None:
+        one = {name: value for name, value in self.ALONE.items() if name != "MASTER_ADDR"}
+        started = {**self.ALONE, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        for cores, words, environment in (
+            (2, "accelerate launch --cpu --num_processes 1 x.py", one),
+            (2, "accelerate launch --num_processes 2 x.py", started),
+            (2, "accelerate launch --num_machines 2 --num_processes 2 x.py", started | {"LOCAL_WORLD_SIZE": "1"}),
+            (2, "python tests.py --num_processes 4", {}),
+            (2, "bash", {"MASTER_ADDR": "127.0.0.1"}),
+            (2, "accelerate launch x.py", self.ALONE),
+            (2, "accelerate launch --num_processes many x.py", self.ALONE),
+        ):
+            self.assertEqual(self.said(cores, words, **environment), "", words)
 
 
 class Gpus(unittest.TestCase):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import unittest
 from dataclasses import replace
+from statistics import NormalDist
+
+import torch
 
 from tests.support import ROOT
 from tests.test_planning_presets import QWEN_30B
 from tests.test_planning_stages import M2, resolve
+from utils.exceptions import ConfigError
 from utils.models.architectures import minimax_m2, qwen3_moe
 from utils.models.model_shapes import GIB, ModelSizes
 from utils.models.process_layout import ProcessLayout
@@ -21,7 +26,7 @@ from utils.planning import (
     planned_data,
     training_plan,
 )
-from utils.planning.pass_times import EXCHANGE, GATHERS, GRADIENTS, PassTime
+from utils.planning.pass_times import ARITHMETIC, EXCHANGE, GATHERS, GRADIENTS, PassTime
 
 QWEN = qwen3_moe.sizes(QWEN_30B)
 GATHERED, SHARED = ProcessLayout(1, 8), ProcessLayout(1, 8, 8)
@@ -35,24 +40,29 @@ def time(*flags: str, layout: ProcessLayout = SHARED, sizes: ModelSizes = M2) ->
 
 class Figures(unittest.TestCase):
     def test_an_exchange_by_hand(self) -> None:
-        # 3 passes x there and back x 4096 tokens x 8 experts x 62 layers x 3072 x 2 bytes x 1.25 x 7/8, at 400 GB/s
-        expected = 3 * 2 * 4096 * 8 * 62 * 3072 * 2 * 1.25 * 7 / 8 / 400e9
-        self.assertAlmostEqual(time().sent[EXCHANGE] / expected, 1)
+        # 3 passes x there and back x tokens x experts x layers x hidden x 2 bytes x imbalance x 7/8, at 400 GB/s
+        imbalance = 1 + 1.4342 * math.sqrt(7 / 255)
+        expected = 3 * 2 * 4096 * 8 * 62 * 3072 * 2 * imbalance * 7 / 8 / 400e9
+        self.assertAlmostEqual(time().sent[EXCHANGE] / expected, 1, places=4)
         dense = estimates.weight_bytes(M2, "bfloat16") - 2 * M2.parameters["experts"] + 4 * 26_411_008
         self.assertAlmostEqual(time().sent[GATHERS] / (2 * dense * 7 / 8 / 400e9), 1)
 
     def test_they_follow_ranks_bandwidth_experts_and_imbalance(self) -> None:
         usual = time()
         self.assertAlmostEqual(time("--plan.node_bandwidth_gbs=200").sent[EXCHANGE] / usual.sent[EXCHANGE], 2)
-        self.assertAlmostEqual(time("--plan.expert_imbalance=2.5").sent[EXCHANGE] / usual.sent[EXCHANGE], 2)
+        unequal = time("--plan.expert_imbalance=2.5").sent[EXCHANGE]
+        self.assertAlmostEqual(unequal / time("--plan.expert_imbalance=1.25").sent[EXCHANGE], 2)
         self.assertGreater(sum(time("--plan.expert_imbalance=3").own.values()), sum(usual.own.values()))
         four = time(layout=ProcessLayout(1, 8, 4))
-        self.assertAlmostEqual(four.sent[EXCHANGE] / usual.sent[EXCHANGE], (3 / 4) / (7 / 8))
+        fewer = estimates.expected_imbalance(256, 4) / estimates.expected_imbalance(256, 8)
+        self.assertAlmostEqual(four.sent[EXCHANGE] / usual.sent[EXCHANGE], fewer * (3 / 4) / (7 / 8))
         # a shard of two groups gathers half of a quarter of the experts, and a shard of one none
         more = 2 * (2 * M2.parameters["experts"] / 4) / 2 / 400e9
         self.assertAlmostEqual(four.sent[GATHERS] - usual.sent[GATHERS], more)
         half = minimax_m2.sizes({**minimax_m2.PUBLISHED, "num_local_experts": 128})
-        self.assertEqual(time(sizes=half).sent[EXCHANGE], usual.sent[EXCHANGE])
+        equal = [time("--plan.expert_imbalance=1", sizes=sizes).sent[EXCHANGE] for sizes in (half, M2)]
+        self.assertEqual(*equal)
+        self.assertGreater(time(sizes=half).sent[EXCHANGE], 1.05 * usual.sent[EXCHANGE])  # fewer experts even out less
         gathers = [time(layout=GATHERED, sizes=sizes).sent[GATHERS] for sizes in (half, M2)]
         self.assertLess(gathers[0], 0.6 * gathers[1])
         nodes = ProcessLayout(1, 16, 16)
@@ -86,6 +96,50 @@ class Figures(unittest.TestCase):
         page = (ROOT / "docs" / "multi_gpu.md").read_text(encoding="utf-8")
         for row in table():
             self.assertIn(row, page)
+        # the example of each formula
+        shared, gathered = time(), time(layout=GATHERED)
+        busiest = shared.own[ARITHMETIC] - gathered.own[ARITHMETIC]
+        for said in (
+            f"= {gathered.own[ARITHMETIC]:.2f} s",
+            f"= {busiest:.3f} s",
+            f"= {gathered.sent[GATHERS]:.2f} s",
+            f"= {shared.sent[GATHERS]:.3f} s",
+            f"= {shared.sent[EXCHANGE]:.3f} s",
+            f"= {shared.sent[GRADIENTS]:.5f} s",
+            *(f"= {rate:,.0f} tokens/s on each GPU" for rate in shared.rates(1)),
+            *(f"= {estimates.expected_imbalance(*of):.2f}\n" for of in ((256, 8), (128, 8), (256, 16))),
+            f"{estimates.worst_imbalance(estimates.expected_imbalance(256, 8), 8, 62):.2f} for MiniMax-M2 on 8 GPUs",
+        ):
+            self.assertIn(said, page)
+
+
+class Imbalance(unittest.TestCase):
+    def drawn(self, experts: int, ranks: int, layers: int = 1) -> float:
+        """The mean over 20,000 draws of popularities, as waiting times are: the busiest of `ranks` over the mean."""
+        popularity = torch.distributions.Exponential(1.0).sample((20_000 // layers * layers, experts))
+        rank_DR = popularity.view(len(popularity), ranks, -1).sum(-1)
+        return float((rank_DR.amax(1) / rank_DR.mean(1)).view(-1, layers).amax(1).mean())
+
+    def test_what_is_expected_is_what_drawn_popularities_give(self) -> None:
+        torch.manual_seed(0)
+        for experts, ranks in ((256, 2), (256, 4), (256, 8), (256, 16), (128, 8), (64, 8)):
+            expected = estimates.expected_imbalance(experts, ranks)
+            self.assertTrue(0.94 < expected / self.drawn(experts, ranks) < 1.0, (experts, ranks, expected))
+        worst = estimates.worst_imbalance(estimates.expected_imbalance(256, 8), 8, 62)
+        self.assertTrue(0.94 < worst / self.drawn(256, 8, 62) < 1.0, worst)
+
+    def test_chance_alone_is_one_percent(self) -> None:
+        torch.manual_seed(0)
+        chosen = torch.rand(8 * 4096, 256).topk(8).indices // 32  # tokens of 8 ranks, 32 experts on each
+        rows_R = torch.bincount(chosen.flatten(), minlength=8).double()
+        self.assertTrue(1.0 < float(rows_R.max() / rows_R.mean()) < 1.02)
+
+    def test_no_rank_has_more_than_all_and_none_below_the_mean(self) -> None:
+        self.assertEqual((estimates.expected_imbalance(256, 1), estimates.worst_imbalance(3, 1, 62)), (1, 1))
+        self.assertEqual(estimates.expected_imbalance(2, 2), 1 + NormalDist().inv_cdf(1.625 / 2.25))
+        self.assertEqual(estimates.worst_imbalance(1.9, 2, 62), 2)
+        with self.assertRaisesRegex(ConfigError, "expert_imbalance 0.5: the busiest rank has at least the mean"):
+            resolve("--plan.expert_imbalance=0.5")
 
 
 class Plan(unittest.TestCase):
@@ -150,7 +204,7 @@ def table() -> list[str]:
                 *(sizes, what),
                 shards=layout.shard,
                 expert_ranks=layout.expert,
-                imbalance=machine.expert_imbalance,
+                imbalance=machine.imbalance(sizes, layout),
                 careful=careful,
             ).total
             / GIB

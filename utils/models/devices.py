@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from utils.exceptions import ConfigError, Problem
+from utils.logger import warning
 
 PROC = Path("/proc")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -73,6 +74,22 @@ def refuse_missing_gpus() -> None:
     )
 
 
+def warn_of_processes() -> None:
+    """Say where a launch on CPUs is not what it looks like: one process for several, or several for each core.
+
+    `accelerate launch --cpu` starts one process whatever `--num_processes` says (accelerate 1.15).
+    """
+    cores, started, asked = _cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _asked_processes(os.environ)
+    one = "accelerate launch --config_file scripts/launch/cpu.yaml"
+    many = f"accelerate launch --config_file scripts/launch/cpu_two_processes.yaml --num_processes {min(asked, cores)}"
+    if started == 1 and asked > 1:
+        fix = f"{one} (the same, without this), or {many}" if cores > 1 else one
+        warning(f"accelerate started 1 process of the {asked} asked for, as always with --cpu", cores=cores, fix=fix)
+    elif device().type == "cpu" and started > cores:
+        fix = f"--num_processes {cores}, or {one}" if cores > 1 else one
+        warning(f"{started} processes wait for each other on {cores} core{'s' if cores > 1 else ''}", fix=fix)
+
+
 def set_threads(wanted: int) -> int:
     """CPU threads of this process, and how many: `wanted`, or where nobody chose a number its share of the cores.
 
@@ -97,12 +114,31 @@ def _threads_are_chosen(environment: Mapping[str, str]) -> bool:
         return True
     if threads != "1":
         return threads is not None
-    try:  # the launcher is the parent: what it was started with says whether the 1 is its own
-        launcher = PROC / str(os.getppid())
-        variables, words = (launcher / "environ").read_bytes(), (launcher / "cmdline").read_bytes()
+    # what the launcher was started with says whether the 1 is its own
+    chosen = any(variable.startswith("OMP_NUM_THREADS=") for variable in _of_launcher("environ"))
+    return chosen or any(word.startswith("--num_cpu_threads_per_process") for word in _of_launcher("cmdline"))
+
+
+def _of_launcher(what: str) -> list[str]:
+    """The words or the variables that this process's parent was started with; none where the system does not tell."""
+    try:
+        return (PROC / str(os.getppid()) / what).read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return False
-    return b"\0OMP_NUM_THREADS=" in b"\0" + variables or b"--num_cpu_threads_per_process" in words
+        return []
+
+
+def _asked_processes(environment: Mapping[str, str]) -> int:
+    """How many processes the launcher's command line asks for, where it started this one alone; 1 where it does not."""
+    # what accelerate sets for every process, for several, and for several that it started
+    if not {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys() or "WORLD_SIZE" in environment:
+        return 1
+    words = _of_launcher("cmdline")
+    for at, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name.replace("-", "_") == "__num_processes":
+            value = value or "".join(words[at + 1 : at + 2])
+            return int(value) if value.isdigit() else 1
+    return 1
 
 
 def _cores() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 from utils.models.model_shapes import FP8_BLOCK, NF4_BLOCK, TRANSIENT_LAYERS, Dtype, Matrix, ModelSizes
@@ -31,6 +32,8 @@ LOSS_POSITIONS = 128
 TRAINED_BYTES = 16
 # a second adapter on the experts: its measured transient, and that of one alone, in a layer's experts (PEFT 0.21)
 TWO_EXPERT_ADAPTERS, ONE_EXPERT_ADAPTER = 3.67, 1.41
+# standard deviation of how often experts are chosen, over its mean: as unequal as waiting times (exponential)
+POPULARITY_SPREAD = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,31 @@ def weight_bytes(sizes: ModelSizes, dtype: Dtype) -> int:
     return quantised + 4 * blocks + (rest - quantised) * plain + router
 
 
+def expected_imbalance(experts: int, ranks: int) -> float:
+    """Rows of the busiest of `ranks` over the mean in one layer, where each has as many experts, whichever they are.
+
+    The share of a rank is the sum over its experts, drawn without replacement; that sum varies by
+    `POPULARITY_SPREAD` x sqrt((ranks - 1) / (experts - 1)) of its mean. Chance between tokens is left out: 1% at 4,096
+    tokens a rank.
+    """
+    if ranks < 2:
+        return 1.0
+    spread = POPULARITY_SPREAD * math.sqrt((ranks - 1) / max(1, experts - 1))
+    return min(ranks, 1 + _largest_of(ranks) * spread)
+
+
+def worst_imbalance(imbalance: float, ranks: int, layers: int) -> float:
+    """The same of the worst of `layers` layers, where `imbalance` is that of one: what memory has to hold."""
+    if ranks < 2:
+        return 1.0
+    return min(ranks, 1 + (imbalance - 1) * _largest_of(ranks * max(1, layers)) / _largest_of(ranks))
+
+
+def _largest_of(count: int) -> float:
+    """The expected largest of so many normal numbers, in standard deviations (Blom 1958)."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+
+
 def training_memory(
     sizes: ModelSizes,
     step: TrainingStep,
@@ -97,7 +125,8 @@ def training_memory(
 
     `careful` counts what may overlap as overlapping: the next layer is gathered before its turn, and adapters on the
     experts find the transients of the ones before still there. `whole_logits` is for a loss that is not chunked.
-    Of `expert_ranks` that share the experts it is the busiest, with `imbalance` times the mean of their rows.
+    Of `expert_ranks` that share the experts it is the busiest, with `imbalance` times the mean of their rows in every
+    layer, and more in the worst of them.
     """
     trained = sum(lora_parameters(sizes, step.adapter).values())
     frozen = sum(lora_parameters(sizes, step.below).values()) if step.below else 0
@@ -108,7 +137,9 @@ def training_memory(
     trained, frozen = trained - apart[0], frozen - apart[1]
     layer += share(4 * (trained + frozen), sizes.num_layers)
     outside = _outside(sizes, step.base)
-    saved, working = layer_activations(sizes, step, imbalance, is_shared=expert_ranks > 1)
+    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    saved, _ = layer_activations(sizes, step, imbalance, is_shared=expert_ranks > 1)
+    worst_saved, working = layer_activations(sizes, step, worst, is_shared=expert_ranks > 1)
     width, hidden = step.activation_bytes, sizes.hidden
     # the last norm keeps its input in float32
     kept = step.tokens * 4 * hidden + (
@@ -117,7 +148,7 @@ def training_memory(
     # autocast keeps the factors in bfloat16 too
     casts = share(2 * trained, shards) + share(2 * apart[0], expert_ranks) if step.base != "float32" else 0
     held = share(TRAINED_BYTES * trained + 4 * frozen, shards)
-    workspace = (saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
+    workspace = (worst_saved if step.checkpointing else 0) + working + 2 * step.tokens * width * hidden
     workspace += _dequantised(sizes, step.base)
     return TrainingMemory(
         weights=share(weight_bytes(sizes, step.base), shards),
@@ -185,7 +216,8 @@ def scoring_memory(
     e, hidden = width_of(base), sizes.hidden
     chunk = min(LOSS_POSITIONS, tokens) * sizes.vocabulary * 8
     mask = tokens * row_tokens * e
-    rows = forward_activations(sizes, e, imbalance, is_shared=expert_ranks > 1)
+    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    rows = forward_activations(sizes, e, worst, is_shared=expert_ranks > 1)
     workspace = mask + max(tokens * rows, tokens * 3 * e * hidden + chunk) + _dequantised(sizes, base)
     return _inference(sizes, base, adapters, 0, workspace, shards, expert_ranks, careful)
 
@@ -206,7 +238,8 @@ def answering_memory(
     """Peak of answering `rows` prompts as one batch: keys and values of all tokens, a layer's twice while it grows."""
     e = width_of(base)
     per_layer = rows * (prompt_tokens + new_tokens) * 2 * sizes.key * e
-    token = forward_activations(sizes, e, imbalance, is_shared=expert_ranks > 1) + e * prompt_tokens
+    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    token = forward_activations(sizes, e, worst, is_shared=expert_ranks > 1) + e * prompt_tokens
     workspace = max(rows * prompt_tokens * token, rows * sizes.vocabulary * 8) + _dequantised(sizes, base)
     cache = per_layer * (sizes.num_layers + 1)
     return _inference(sizes, base, adapters, cache, workspace, shards, expert_ranks, careful)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from config import AUTO, PlanSection
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
+from utils.planning import estimates
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Hardware:
     network_rate: float
     disk_rate: float
     capability: tuple[int, int]
-    expert_imbalance: float = 1.0
+    expert_imbalance: float = 0.0
     expert_parallel: str = AUTO
 
     @property
@@ -82,6 +83,10 @@ class Hardware:
         if sizes.expert_plan and sizes.experts % count == 0 and form != "fp8" and count > 1:
             found += [replace(one, expert=count) for one in found if one.is_sharded and one.shard % count == 0]
         return tuple(found)
+
+    def imbalance(self, sizes: ModelSizes, layout: ProcessLayout) -> float:
+        """Rows of the busiest of the ranks that share experts, over the mean: as set, or as expected."""
+        return self.expert_imbalance or estimates.expected_imbalance(sizes.experts, layout.expert)
 
     def exchange_rate(self, layout: ProcessLayout) -> float:
         """Bytes that a rank receives per second while tokens go to the ranks that have their experts."""

@@ -87,9 +87,10 @@ def training_pass(
     of_experts = 0
     if layout.expert > 1:
         of_experts = expert_factors(sizes, step.adapter)
-        flops += passes * step.tokens * _busiest_flops(sizes, hardware)
-        flops += step.tokens * shared_lora_flops(sizes, [step.adapter], passes=passes + 1) * hardware.expert_imbalance
-        flops += step.tokens * shared_lora_flops(sizes, below, passes=passes) * hardware.expert_imbalance
+        busiest = step.tokens * hardware.imbalance(sizes, layout)
+        flops += passes * step.tokens * _busiest_flops(sizes, layout, hardware)
+        flops += busiest * shared_lora_flops(sizes, [step.adapter], passes=passes + 1)
+        flops += busiest * shared_lora_flops(sizes, below, passes=passes)
         frozen -= sum(expert_factors(sizes, one) for one in below)
     else:
         flops += expert_lora_flops(sizes, step.adapter, checkpointing=step.checkpointing)
@@ -119,7 +120,7 @@ def scoring_pass(
     sizes: ModelSizes, base: Dtype, tokens: int, row_tokens: int, layout: ProcessLayout, hardware: Hardware
 ) -> PassTime:
     """One forward pass of every rank; frozen adapters are whole everywhere and not gathered."""
-    flops = forward_flops(sizes, row_tokens) + (_busiest_flops(sizes, hardware) if layout.expert > 1 else 0)
+    flops = forward_flops(sizes, row_tokens) + _busiest_flops(sizes, layout, hardware)
     return PassTime(
         tokens,
         _without_zeros(
@@ -175,7 +176,7 @@ def visited_bytes(sizes: ModelSizes, base: Dtype, rows: int, expert_ranks: int =
 
 def exchanging(sizes: ModelSizes, base: Dtype, tokens: int, layout: ProcessLayout, hardware: Hardware) -> float:
     """Seconds in which the busiest rank is sent its experts' inputs in one pass, and sends back what they give."""
-    rows = tokens * sizes.experts_per_token * sizes.expert_layers * hardware.expert_imbalance
+    rows = tokens * sizes.experts_per_token * sizes.expert_layers * hardware.imbalance(sizes, layout)
     return 2 * rows * sizes.hidden * width_of(base) * _received(layout.expert) / hardware.exchange_rate(layout)
 
 
@@ -185,10 +186,10 @@ def shared_lora_flops(sizes: ModelSizes, adapters: Sequence[Adapter], *, passes:
     return 2 * passes * chosen * sum(expert_factors(sizes, one) for one in adapters)
 
 
-def _busiest_flops(sizes: ModelSizes, hardware: Hardware) -> float:
+def _busiest_flops(sizes: ModelSizes, layout: ProcessLayout, hardware: Hardware) -> float:
     """Operations of a forward pass that the busiest rank has more for each of its own tokens."""
     visited = sizes.parameters["experts"] * sizes.experts_per_token / max(1, sizes.experts)
-    return 2 * visited * (hardware.expert_imbalance - 1)
+    return 2 * visited * (hardware.imbalance(sizes, layout) - 1) if layout.expert > 1 else 0
 
 
 def cache_bytes_per_token(sizes: ModelSizes, base: Dtype) -> int:

@@ -159,8 +159,9 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
     machine = Machine.here()
     dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
     step = training_plan.step(config, stage, dtype)
+    imbalance = config.plan.expert_imbalance or estimates.expected_imbalance(found.experts, machine.expert)
     memory = estimates.training_memory(
-        *(found, step), shards=machine.shards, expert_ranks=machine.expert, imbalance=config.plan.expert_imbalance
+        *(found, step), shards=machine.shards, expert_ranks=machine.expert, imbalance=imbalance
     )
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
@@ -293,6 +294,7 @@ def start(config: Config, *, loads_model: bool = True, stage: str = "", shards: 
     whether it loads the model after all.
     """
     devices.refuse_missing_gpus()
+    devices.warn_of_processes()
     if not config.base.source:
         fix = "base.source: a directory, or a hub id with base.revision"
         raise ConfigError(Problem(f"preset {config.preset} names no base model", fix=fix))

@@ -115,7 +115,7 @@ def layouts(
                 *(sizes, what),
                 shards=layout.shard,
                 expert_ranks=layout.expert,
-                imbalance=hardware.expert_imbalance,
+                imbalance=hardware.imbalance(sizes, layout),
                 careful=careful,
             )
             for careful in (False, True)

@@ -242,7 +242,7 @@ def _scoring(
                     *(sizes, form.scored, adapters, tokens, min(row, tokens)),
                     shards=layout.shard,
                     expert_ranks=layout.expert,
-                    imbalance=machine.expert_imbalance,
+                    imbalance=machine.imbalance(sizes, layout),
                     careful=careful,
                 )
                 for careful in (False, True)
@@ -274,7 +274,7 @@ def _answering(
                 config.inference.max_new_tokens,
                 shards=layout.shard,
                 expert_ranks=layout.expert,
-                imbalance=machine.expert_imbalance,
+                imbalance=machine.imbalance(sizes, layout),
                 careful=careful,
             )
             for careful in (False, True)

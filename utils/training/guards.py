@@ -103,18 +103,21 @@ def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
 
     An average of gradients keeps adapters equal only as long as nothing else touches one of them; what is published is
     rank 0's, so the others would have trained for nothing, or it on gradients of something else. Factors of
-    shared experts are compared among the ranks that have the same experts.
+    shared experts are compared among the ranks that have the same experts, shards among the copies of the model (HSDP).
     """
     if ranks.size() == 1:
         return
     held = {name: sharding.checksum(tensor) for name, tensor in sharding.held_whole(module)}
     ranks.refuse_unequal({"step": step, **held}, f"{what}, after step {step},")
-    sums = {name: sharding.checksum(sharding.own(p)) for name, p in expert_parallel.copied_factors(module)}
-    if unequal := ranks.unequal_copies(sums, expert_parallel.group_index(module)):
-        difference = (
-            f"{what}, after step {step}, differs between ranks that share the same experts: {len(unequal)} tensors"
-        )
-        raise VerificationError(Problem(difference, unequal[:5], ranks.SUSPECT))
+    part = expert_parallel.group_index(module)
+    for whose, copied, copy_of in (
+        ("ranks that share the same experts", expert_parallel.copied_factors(module), part),
+        ("copies of the model", *sharding.copied_shards(module)),
+    ):
+        sums = {name: sharding.checksum(sharding.own(parameter)) for name, parameter in copied}
+        if unequal := ranks.unequal_copies(sums, copy_of):
+            difference = f"{what}, after step {step}, differs between {whose}: {len(unequal)} tensors"
+            raise VerificationError(Problem(difference, unequal[:5], ranks.SUSPECT))
 
 
 def refuse_changed(before: str, after: str, what: str) -> None:

@@ -199,15 +199,16 @@ class _TrainingLoop:
         peft_model.refuse_other_state(self.model, active, trainable=schedule.trained)
 
     def _expert_rows(self) -> dict[str, float]:
-        """Rows that experts computed on one rank in this step, where ranks share them: the most, and the mean."""
+        """Rows that experts computed on one rank in this step, where ranks share them: the busiest's, and the mean."""
         if not self.shares_experts:
             return {}
-        rows = expert_parallel.rows_by_rank()
-        return {"expert_rows_largest": max(rows), "expert_rows_mean": sum(rows) / len(rows)}
+        largest, mean = expert_parallel.rows_of_exchanges()
+        return {"expert_rows_largest": largest, "expert_rows_mean": mean}
 
     def _step(self, epoch: int, step: OptimiserStep, signalled: Callable[[], bool]) -> tuple[float, float, bool]:
         """One optimiser step over all processes: (mean loss per token, gradient norm, was any process signalled)."""
         number = self.state.step
+        expert_parallel.count_rows()
         loss, stop = self._accumulate(epoch, step, signalled)
         gradients.reduce(self.parameters, self.accelerator.num_processes)
         if not self.had_gradients:
@@ -257,7 +258,6 @@ class _TrainingLoop:
         loss = micro_batches.mean_loss(self.loss_module, dev, self.accelerator)
         if not math.isfinite(loss):
             raise guards.non_finite(f"dev loss after step {state.step}", [n for b in dev for n in b.names])
-        self._expert_rows()  # these were no step's
         state.dev_losses.append((state.step, loss))
         self.metrics.write(step=state.step, epoch=epoch, dev_loss=loss)
         event(f"{self.what}: dev", step=state.step, loss=loss, perplexity=math.exp(min(loss, 50)))

@@ -17,6 +17,7 @@ Shapes: E experts, S rows (tokens times their experts), r rank, I in_features, O
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,8 @@ _ROW_BYTES = 16
 Owners = list[tuple[str, torch.nn.Module, str]]
 # (A (E, r, I), B (E, O, r), scale) of the local experts
 Update = tuple[torch.Tensor, torch.Tensor, "float | torch.Tensor"]
-# rows that this rank's experts computed since it was last asked
-_rows: list[int] = [0]
+# rows that this rank's experts computed in each exchange since they are counted
+_rows = array("q")
 
 
 @dataclass
@@ -221,13 +222,22 @@ def factor(tensor: torch.Tensor, mesh: DeviceMesh, rank: int | None = None) -> t
     return torch.nn.Parameter(shard, requires_grad=tensor.requires_grad)
 
 
-def rows_by_rank() -> list[int]:
-    """Rows that each rank's experts computed since this was last asked, over all layers; every rank has to ask."""
-    team, mine = ranks.team(), torch.tensor([_rows[0]])
+def count_rows() -> None:
+    """Count from here on what `rows_of_exchanges` tells."""
+    del _rows[:]
+
+
+def rows_of_exchanges() -> tuple[int, float]:
+    """(largest, mean) rows that a rank's experts computed since they are counted; every rank has to ask.
+
+    The largest is that of each exchange, added up: all ranks wait for the busiest one in every layer, and one that has
+    much to do in one layer does not win it back in the next.
+    """
+    team, mine = ranks.team(), torch.tensor(_rows, dtype=torch.int64)
     everyone = [torch.zeros_like(mine) for _ in range(team.size)]
-    dist.all_gather(everyone, mine, group=team.control)
-    _rows[0] = 0
-    return [int(one) for one in everyone]
+    dist.all_gather(everyone, mine, group=team.control)  # ranks exchange together, so equally often
+    rows_RX = torch.stack(everyone)
+    return int(rows_RX.amax(0).sum()), float(rows_RX.sum()) / team.size
 
 
 def implementation() -> type:
@@ -251,7 +261,7 @@ def implementation() -> type:
         def _dispatch_tokens(self, *arguments: torch.Tensor) -> Any:
             found = super()._dispatch_tokens(*arguments)
             if torch._C._current_graph_task_id() == -1:  # not where a backward pass computes it again
-                _rows[0] += len(found[0])
+                _rows.append(len(found[0]))
             return found
 
     return AllToAllWithUpdates

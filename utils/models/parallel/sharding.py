@@ -141,6 +141,17 @@ def held_whole(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers()
 
 
+def copied_shards(module: torch.nn.Module) -> tuple[list[tuple[str, torch.Tensor]], int]:
+    """What is trained and sharded, where other ranks hold the same shards (HSDP), and which of the shards this is."""
+    from torch.distributed.tensor import DTensor
+
+    layout = launcher.current()
+    if layout.replicate == 1:
+        return [], 0
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
+    return [(n, p) for n, p in trained if not expert_parallel.is_factor(p)], ranks.index() % layout.shard
+
+
 def checksum(tensor: torch.Tensor) -> int:
     """The sum of a tensor's 4-byte words as integers: at the speed of the memory, where it is.
 

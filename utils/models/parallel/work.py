@@ -47,6 +47,7 @@ def computed(
     passes = len(parts[0]) if in_step else len(mine)
     scale = sum(amounts) / max(1e-9, sum(amounts[number] for number in mine)) if bar is not None else 0.0
     own: dict[int, R] = {}
+    expert_parallel.count_rows()
     for at in range(passes):
         number = mine[at] if at < len(mine) else 0
         with _agreed(at_once=in_step):
@@ -56,8 +57,8 @@ def computed(
             if bar is not None:
                 bar.advance(amounts[number] * scale)
     if in_step and bar is not None and launcher.current().expert > 1:
-        rows = expert_parallel.rows_by_rank()
-        event("rows of the experts, by rank", largest=max(rows), mean=round(sum(rows) / len(rows)))
+        largest, mean = expert_parallel.rows_of_exchanges()
+        event("rows of the experts on a rank", largest=largest, mean=round(mean))
     everyone: dict[int, R] = {}
     for part in ranks.gathered(own):
         everyone |= part
