@@ -262,7 +262,7 @@ def pair(config: Config, base: BaseModel, *, quiet: bool = False) -> tuple[Run |
         for stage, newest in (("task", task_run), ("domain", domain_run)):
             if runs.complete_runs(config.run.models_dir, stage):
                 newest(config, base)  # it says why none of them fits
-        raise ArtefactError(_nothing_there(config))
+        raise ArtefactError(nothing_there(config))
     task = task_run(config, base, quiet=quiet)
     stacked_on = next((p["digest"] for p in task.manifest["parents"] if p["kind"] == "domain"), None)
     if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
@@ -336,7 +336,8 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
     return fits
 
 
-def _nothing_there(config: Config) -> list[Problem]:
+def nothing_there(config: Config) -> list[Problem]:
+    """What is said where there is neither adapter: how to train each of them."""
     where, hint = config.run.models_dir, flags.given(config, "base")
     commands = {"domain": f"{runs.STAGES['domain']}{hint}", "task": f"{runs.STAGES['task']}{hint} --task.on base"}
     return [
