@@ -108,7 +108,7 @@ class DataSection(Section):
     """Commit of 40 hex digits, if the corpus is a hub dataset."""
     heldout_share: Share = 0.05
     """Share of the corpus's documents that is held out if corpus_heldout is empty; raise it if the report has too few
-    documents to decide H1."""
+    documents to decide H1 or D1."""
     near_duplicates: Literal["keep", "drop"] = "keep"
     """Whether documents that hardly differ from an earlier one stay in the corpus; drop saves training on copies. They
     are never on both sides of a split."""
