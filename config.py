@@ -766,7 +766,8 @@ def _base_problems(base: BaseModelSection) -> list[str]:
             "bitsandbytes does not quantise (nf4 would leave 422.4 of 426.1 GiB), and its checkpoint is FP8, which "
             "bitsandbytes refuses; --base.quantization none"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base.name):
+    is_named = is_wheel or kind == "toy" or bool(base.name)
+    if is_named and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base.name):
         problems.append(f"base.name {base.name!r}: a directory name of letters, digits, '.', '_' or '-'")
     return problems
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import unittest
 
 from config import BaseModelSection
-from tests.support import Completed, Workspace, forked, random_factors, saved_model
+from tests.support import (
+    Completed,
+    Workspace,
+    forked,
+    random_factors,
+    run_script,
+    saved_model,
+    temporary_directory,
+)
 from tests.test_composition_in_use import trained
+from utils.adapters import adapter_files
 from utils.models import loading
 
 
@@ -52,6 +63,27 @@ class ForgottenBase(unittest.TestCase):
             self.assertEqual(done.returncode, 2)
             self.assertIn(made_by, done.stderr)
             self.assertNotIn("fetching", done.stderr)
+
+
+class OtherRevision(unittest.TestCase):
+    def test_an_adapter_of_another_revision_of_the_hub_id_names_the_revision(self) -> None:
+        root, ours, theirs = temporary_directory(), "a" * 40, "b" * 40
+        base = saved_model("llama")
+        shutil.copytree(base.directory, root / "hub" / "models--org--model" / "snapshots" / ours)
+        model = loading.load_model(base, BaseModelSection(source=base.source, dtype="float32"))
+        adapter_files.save(root / "theirs", random_factors(model, ("q_proj",), 3, 6.0, 0), base)
+        path = root / "theirs" / "adapter_config.json"
+        settings = json.loads(path.read_text()) | {"base_model_name_or_path": "org/model", "revision": theirs}
+        path.write_text(json.dumps(settings))
+        place = ["--run.data_dir", str(root / "data"), "--run.models_dir", str(root / "models")]
+        typed = ["--base.source", "org/model", "--base.revision", ours, "--task_adapter", str(root / "theirs")]
+        done = run_script("compose", *place, *typed, env={"HF_HOME": str(root), "HF_HUB_OFFLINE": "1"})
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn(f"repeat your command with --base.revision {theirs}; if it is the same", done.stderr)
+        done = run_script(
+            "compose", *place, *typed, "--inputs.same_base", env={"HF_HOME": str(root), "HF_HUB_OFFLINE": "1"}
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ def refuse(config: Config, reads: Sequence[str]) -> None:
         runs.parent(config.run.data_dir, "prepared", "", lambda run: "", flag="", hint=hint)
     if not found:
         raise ArtefactError(find.nothing_there(config))
-    ways = {flags.to_use(run.manifest["base"], section.source).rpartition(" with ")[2]: run for run in found[::-1]}
+    ways = {
+        flags.to_use(run.manifest["base"], section.source, section.revision).rpartition(" with ")[2]: run
+        for run in found[::-1]
+    }
     meant = f"--base.source {shlex.quote(section.source)}"
     problems = [
         Problem(f"{run.directory} is of another base model", fix=f"to use it, repeat your command with {way}")
