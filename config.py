@@ -108,7 +108,7 @@ class DataSection(Section):
     """Commit of 40 hex digits, if the corpus is a hub dataset."""
     heldout_share: Share = 0.05
     """Share of the corpus's documents that is held out if corpus_heldout is empty; raise it if the report has too few
-    documents to decide H1."""
+    documents to decide H1 or D1."""
     near_duplicates: Literal["keep", "drop"] = "keep"
     """Whether documents that hardly differ from an earlier one stay in the corpus; drop saves training on copies. They
     are never on both sides of a split."""
@@ -774,7 +774,8 @@ def _base_problems(base: BaseModelSection) -> list[str]:
             "bitsandbytes does not quantise (nf4 would leave 422.4 of 426.1 GiB), and its checkpoint is FP8, which "
             "bitsandbytes refuses; --base.quantization none"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base.name):
+    is_named = is_wheel or kind == "toy" or bool(base.name)
+    if is_named and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base.name):
         problems.append(f"base.name {base.name!r}: a directory name of letters, digits, '.', '_' or '-'")
     return problems
 

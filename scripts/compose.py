@@ -26,7 +26,7 @@ MOST_USED = ("compose.search", "compose.weights", "compose.method", "inputs.doma
 def main(config: Config) -> dict[str, Any]:
     """Find the adapters, choose weights, compose, check, explain, save."""
     from utils import logger
-    from utils.adapters import adapter_tokenizer, find
+    from utils.adapters import adapter_tokenizer, find, unmeant_base
     from utils.artifacts import runs
     from utils.composition import composed_adapter, composed_run
     from utils.composition.composed_identity import composed_identity
@@ -38,7 +38,7 @@ def main(config: Config) -> dict[str, Any]:
 
     hub.check(config.hub)
     composed_adapter.refuse_models_inside(config)  # before anything is fetched or built there
-    base = preflight.start(config, loads_model=False, shards=config.compose.search)
+    base = preflight.start(config, loads_model=False, shards=config.compose.search, reads=unmeant_base.ADAPTERS)
     adapters = find.adapter_runs(config, base)
     if len(adapters) == 1:
         config = composed_adapter.for_one(config, adapters[0])

@@ -35,7 +35,7 @@ MOST_USED = (
 def main(config: Config) -> dict[str, Any]:
     """Find or make what belongs together, score every cell, conclude, write down, show."""
     from utils import logger
-    from utils.adapters import adapter_tokenizer
+    from utils.adapters import adapter_tokenizer, unmeant_base
     from utils.artifacts import files, runs
     from utils.evaluation import comparison, run_groups, scored_rows
     from utils.evaluation.evaluation_identity import evaluation_identity
@@ -49,7 +49,7 @@ def main(config: Config) -> dict[str, Any]:
 
     if matrix_runs.is_asked(config):
         return _matrix(config)
-    base = preflight.start(config)
+    base = preflight.start(config, reads=unmeant_base.ADAPTERS)
     parts = run_groups.gather(config, base)
     base = adapter_tokenizer.with_chosen(base, parts.runs())
     supports = scored_rows.row_supports(config, base, parts)
@@ -97,7 +97,7 @@ def main(config: Config) -> dict[str, Any]:
 def _matrix(config: Config) -> dict[str, Any]:
     """Every pair of several domain and task adapters."""
     from utils import logger
-    from utils.adapters import adapter_tokenizer
+    from utils.adapters import adapter_tokenizer, unmeant_base
     from utils.artifacts import files, runs
     from utils.evaluation.matrix import matrix, matrix_report, matrix_runs
     from utils.models import turn_format
@@ -105,7 +105,7 @@ def _matrix(config: Config) -> dict[str, Any]:
     from utils.planning import preflight
 
     matrix_runs.refuse_flags(config)
-    base = preflight.start(config)
+    base = preflight.start(config, reads=unmeant_base.ADAPTERS)
     members = matrix_runs.gather(config, base)
     base = adapter_tokenizer.with_chosen(base, members.runs())
     identity = matrix.identity_of(config, base, members, turn_format.deciding(adapter_tokenizer.of(base)))

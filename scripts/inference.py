@@ -37,7 +37,7 @@ MOST_USED = (
 
 def main(config: Config) -> dict[str, Any]:
     """Compose, then merge or answer."""
-    from utils.adapters import adapter_tokenizer
+    from utils.adapters import adapter_tokenizer, unmeant_base
     from utils.artifacts import files
     from utils.composition import composed_adapter
     from utils.inference import prompts
@@ -58,7 +58,8 @@ def main(config: Config) -> dict[str, Any]:
         examples = prompts.read(Path(section.prompts_file))
     if section.output_file:
         files.make_directory(Path(section.output_file).parent)
-    base = preflight.start(config, loads_model=not merge_path and section.engine == "local")
+    reads = unmeant_base.ADAPTERS if section.adapters != "none" else ()
+    base = preflight.start(config, loads_model=not merge_path and section.engine == "local", reads=reads)
     composed = composed_adapter.composition(config, base, section.adapters) if section.adapters != "none" else None
     if composed:
         composed_adapter.say(config, composed)

@@ -646,12 +646,18 @@ class Bases(Refusals):
 
     def test_hub_id_on_a_base_from_the_hub_has_to_be_that_one_at_that_commit(self) -> None:
         base = replace(base_of(LLAMA), source="org/model", revision="a" * 40)
-        for named, revision in (("org/other", None), ("org/model", "b" * 40)):
+        ours = f"this one is org/model {'a' * 40}; to use it, repeat your command with --base."
+        for named, revision, way in (
+            ("org/other", None, "source org/other"),
+            ("org/model", "b" * 40, f"revision {'b' * 40}; if it is the same in other files, say --inputs.same_base"),
+            (
+                "org/model",
+                "v1",
+                "revision COMMIT, which this prints: git ls-remote https://huggingface.co/org/model v1;",
+            ),
+        ):
             settings = {"base_model_name_or_path": named, "revision": revision}
-            with (
-                self.subTest(settings),
-                self.refused("was made for another base model", named, "this one is org/model"),
-            ):
+            with self.subTest(settings), self.refused("was made for another base model", named, ours + way):
                 foreign(base, changed(good_adapter(LLAMA), settings))
         for revision in (None, "main", "a" * 40):
             settings = {"base_model_name_or_path": "org/model", "revision": revision}

@@ -117,6 +117,77 @@ class SettingsFiles(unittest.TestCase):
         found = cli.resolve(["--config", self.file("printed.yaml", done.stdout)], {})
         self.assertEqual(found.compose.weights, (1.0, 0.5))
 
+    def ways(self, yaml: str, json_text: str, toml: str, flags_given: dict[str, str]) -> list[tuple[list[str], dict]]:
+        """One wish as each way of saying it."""
+        named = [("a.yaml", yaml), ("b.json", json_text), ("c.toml", toml)]
+        words = [word for path, value in flags_given.items() for word in (f"--{path}", value)]
+        return [
+            *((["--config", self.file(name, text)], {}) for name, text in named),
+            (words, {}),
+            ([], {flags.variable(path): value for path, value in flags_given.items()}),
+        ]
+
+    def test_the_same_settings_are_the_same_however_they_are_given(self) -> None:
+        yaml = """
+task: {on: base, keep_domain: off, train: {learning_rate: 2e-4}}
+run: {name: 2024-11-30, seed: 3, expert_parallel: off}
+evaluate: {seeds: 1}
+compose: {weights: 0.5}
+data: {task: 5, corpus: [1, '~/x']}
+"""
+        given = {"task.on": "base", "task.keep_domain": "off", "task.train.learning_rate": "2e-4", "data.task": "5"}
+        given |= {"run.name": "2024-11-30", "run.seed": "3", "run.expert_parallel": "off", "evaluate.seeds": "1"}
+        given |= {"compose.weights": "0.5", "data.corpus": "1,~/x"}
+        nested = {"task": {"on": "base", "keep_domain": "off", "train": {"learning_rate": 2e-4}}, "evaluate.seeds": 1}
+        nested |= {"run": {"name": "2024-11-30", "seed": 3, "expert_parallel": "off"}, "compose": {"weights": 0.5}}
+        nested |= {"data": {"task": 5, "corpus": [1, "~/x"]}}
+        toml = "".join(f"{path} = {json.dumps(value)}\n" for path, value in given.items() if "." not in value)
+        toml += "compose.weights = 0.5\n"
+        found = [cli.resolve(*way) for way in self.ways(yaml, json.dumps(nested), toml, given)]
+        plain = [one.model_dump(exclude={"overrides"}) for one in found]
+        for other in plain[1:]:
+            self.assertEqual(other, plain[0])
+        self.assertEqual(
+            (found[0].task.on, found[0].run.name, found[0].compose.weights), ("base", "2024-11-30", (0.5,))
+        )
+        for one in found:
+            self.assertEqual(set(one.overrides), set(given))
+
+    def test_what_cannot_be_is_refused_however_it_is_given(self) -> None:
+        for yaml, json_text, toml, given, said in (
+            ("run.seed: true", '{"run.seed": true}', "run.seed = true", {"run.seed": "true"}, "run.seed|RUN__SEED"),
+            ("run.sed: 1", '{"run": {"sed": 1}}', "run.sed = 1", {"run.sed": "1"}, "did you mean .*(seed|SEED)"),
+            ("compose.weights: [x]", '{"compose.weights": ["x"]}', "compose.weights = ['x']", {"compose.weights": "x"},
+             "valid number"),
+        ):  # fmt: skip
+            for way in self.ways(yaml, json_text, toml, given):
+                with self.subTest(way), self.assertRaisesRegex(ConfigError, said):
+                    cli.resolve(*way)
+        for text in ("run.name: 1.10", "run.name: true"):
+            with self.assertRaisesRegex(ConfigError, "write it in quotes"):
+                cli.resolve(["--config", self.file("unquoted.yaml", text)], {})
+
+    def test_of_an_own_base_nothing_is_printed_that_is_about_the_presets(self) -> None:
+        script = [sys.executable, str(ROOT / "scripts/prepare_data.py"), "--print-config"]
+        listed = self.file("own.yaml", "base: {source: my_model}\n")
+        for words, variables in (
+            (["--base.source", "my_model"], {}),
+            (["--preset", "minimax_m2", "--base.source", "my_model"], {}),
+            (["--config", listed], {}),
+            ([], {"DTA_BASE__SOURCE": "my_model"}),
+        ):
+            done = subprocess.run(
+                [*script, *words], capture_output=True, text=True, check=True, env=os.environ | variables
+            )
+            found = cli.resolve(["--config", self.file("printed.yaml", done.stdout)], {}).base
+            self.assertEqual((found.source, found.revision, found.sha256, found.name), ("my_model", "", "", ""), words)
+        kept = cli.resolve(["--base.source", "my_model", "--base.name", "mine", "--base.revision", "a" * 40], {})
+        self.assertEqual((kept.base.name, kept.base.revision), ("mine", "a" * 40))
+        self.assertEqual(flags.given(kept, "base").count("--base."), 3)
+        own = cli.resolve(["--base.source", "my_model"], {})
+        self.assertEqual(flags.given(own, "base"), " --base.source my_model")
+        self.assertEqual(set(own.overrides), {"base.source"})
+
     def test_a_former_name_says_what_it_was_renamed_to_wherever_it_is_typed(self) -> None:
         self.assertEqual(len(flags.RENAMED), 6)
         for former, name in flags.RENAMED.items():

@@ -14,7 +14,7 @@ from utils.exceptions import PipelineError
 
 class Sentences(unittest.TestCase):
     def held_out(self, corpus: int, held: int, **settings: object) -> str:
-        data = DataSection(corpus=("docs",), task="none", **settings)
+        data = DataSection(**{"corpus": ("docs",), "task": "pairs.jsonl", **settings})
         parts = {"corpus": corpus, "dev_documents": held, "heldout_documents": held}
         return " ".join(early_warnings.held_out(data, parts))
 
@@ -26,6 +26,8 @@ class Sentences(unittest.TestCase):
         self.assertIn("--data.heldout_share 0.24 ", self.held_out(48, 1))
         self.assertIn("is ignored below 10 documents, there are 9", self.held_out(9, 0))
         self.assertIn("are few", self.held_out(12, 1))
+        self.assertIn("keeps the domain (H1)", self.held_out(12, 1))
+        self.assertIn("the domain adapter helps (D1)", self.held_out(12, 1, task="none"))
         self.assertIn("give more of them with --data.corpus_heldout", self.held_out(100, 3, corpus_heldout=("x",)))
         self.assertEqual(early_warnings.labelled({"test": {"documents": 6}}), [])
         self.assertEqual(early_warnings.labelled({}), [])

@@ -341,6 +341,27 @@ class Columns(Pairs):
         self.assertEqual(len(self.read(*rows, columns=("question=stichwort", "answer=Erklärung"))[0]), 30)
         self.assertIn("--data.columns answer=reaction", self.refused({"question": "q?", "reaction": "a"}))
 
+    def test_of_columns_that_are_equally_likely_all_are_named(self) -> None:
+        row = {"nr": "7", "ask": "Which valve?", "category": "valves", "reaction": "Close it."}
+        message = self.refused(row)
+        self.assertIn("--data.columns question=ask,answer=category (it may be answer=reaction or answer=nr);", message)
+        row = {"kundenfrage": "Which valve?", "gruppe": "Is it one?", "musterantwort": "Close it.", "notiz": "x"}
+        self.assertIn("--data.columns question=kundenfrage,answer=musterantwort;", self.refused(row))
+
+    def test_two_languages_in_one_file_are_a_question(self) -> None:
+        row = {
+            "frage": "Was tut es?",
+            "question": "What does it do?",
+            "antwort": "Es schließt.",
+            "answer": "It closes.",
+        }
+        message = self.refused(row)
+        self.assertIn("2 columns could be the question: question, frage", message)
+        self.assertIn("--data.columns question=question,answer=answer (or question=frage)", message)
+        self.assertEqual(self.one(row, columns=("question=frage", "answer=antwort"))["answers"], ["Es schließt."])
+        half = {"frage": "Was tut es?", "antwort": "Es schließt.", "respuesta": "Lo cierra."}
+        self.assertIn("2 columns could be the answer: antwort, respuesta", self.refused(half))
+
     def test_two_columns_that_could_be_the_answer_are_a_question_unless_they_agree(self) -> None:
         row = {"problem": "q", "solution": "so it is 4", "answer": "4"}
         self.assertIn("2 columns could be the answer: answer, solution", self.refused(row))

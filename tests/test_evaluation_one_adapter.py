@@ -141,6 +141,15 @@ class DomainAlone(Alone, unittest.TestCase):
         for flag in ("--evaluate.primary", "--evaluate.retrieval"):
             self.assertIn(f"{flag} scores answers", said)
 
+    def test_too_few_documents_are_told_of_the_claim_that_is_tested(self) -> None:
+        found, said = typed(self.place, "evaluate", "--evaluate.max_heldout_documents", "1")
+        self.assertIn("whether the domain adapter helps (D1) is not tested", said)
+        self.assertIn("--evaluate.max_heldout_documents 7 scores all of them", said)
+        page = (Path(found["run"]) / "report.html").read_text(encoding="utf-8")
+        for text in (said, page):
+            self.assertNotRegex(text, r"\bH1\b")
+        self.assertIn("claim D1", page)
+
     def test_documents_are_compared_and_no_question_is_read(self) -> None:
         seeds = (0, 5) if WALKS else (0,)
         results = self.evaluated(*(("--evaluate.seeds", "5") if WALKS else ()))

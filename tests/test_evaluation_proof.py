@@ -400,15 +400,18 @@ class Documents(unittest.TestCase):
         (directory / "heldout_documents").mkdir()
         rows = [{"id": f"d{i}", "input_ids": [1, 2, 3], "num_tokens": 3, "utf8_bytes": 3} for i in range(8)]
         source = mock.Mock(directory=directory, documents=lambda which: Dataset.from_list(rows))
-        for limit, is_said in ((5, True), (6, False), (0, False)):
+        more, none = "max_heldout_documents 8 scores all", "no setting of this command adds any"
+        for limit, there, advice in ((5, 8, more), (6, 8, ""), (0, 8, ""), (5, 1, none), (0, 1, none)):
+            source.documents = lambda which, there=there: Dataset.from_list(rows[:there])
             config = cli.resolve(["--evaluate.max_heldout_documents", str(limit)], {})
             with (
                 mock.patch.object(document_sets, "warning") as said,
                 mock.patch.object(document_sets, "_window", return_value=TrainSection(max_sequence_tokens=1024)),
             ):
                 found = document_sets.of_data(config.evaluate, 0, mock.Mock(), source, 0)["heldout"]
-            self.assertEqual(len(found.lengths), limit or 8)
-            self.assertEqual(said.called, is_said, limit)
+            self.assertEqual(len(found.lengths), min(limit or 8, there))
+            self.assertEqual(said.called, bool(advice), limit)
+            self.assertIn(advice, str(said.call_args))
 
 
 class Regimes(unittest.TestCase):

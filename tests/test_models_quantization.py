@@ -39,7 +39,7 @@ from utils.models import loading, model_shapes, quantization, sources
 from utils.models.architectures import minimax_m2
 from utils.models.base_model import BaseModel
 from utils.models.weights.safetensors_io import Checkpoint
-from utils.planning import count_parameters, estimates, hardware, preflight, training_plan
+from utils.planning import base_checks, count_parameters, estimates, hardware, preflight, training_plan
 
 KINDS = ("nf4", "int8")
 IDS = torch.randint(0, 700, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -179,7 +179,7 @@ class Refusals(unittest.TestCase):
         shapes = minimax_m2.sizes(minimax_m2.PUBLISHED)
         kept, whole = (estimates.weight_bytes(shapes, dtype) / model_shapes.GIB for dtype in ("nf4", "bfloat16"))
         self.assertIn(f"nf4 would leave {kept:.1f} of {whole:.1f} GiB", str(caught.exception))
-        (problem,) = preflight.quantization_refusals(shapes, "nf4")
+        (problem,) = base_checks.quantization_refusals(shapes, "nf4")
         self.assertIn(f"{kept:.1f} of {whole:.1f} GiB", problem.what)
         self.assertIn("FP8", problem.what)
 

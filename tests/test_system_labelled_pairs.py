@@ -40,6 +40,21 @@ class Labelled(unittest.TestCase):
         self.assertEqual((done.returncode, "Traceback" in done.stderr), (2, False), done.stderr)
         return done.stderr
 
+    def test_columns_that_are_equally_likely_are_asked_about_with_the_flag_filled_in(self) -> None:
+        rows = [
+            {"frage": f"Was tut {n}?", "question": f"What does {n} do?", "antwort": "A.", "answer": "B."}
+            for n in range(20)
+        ]
+        self.assertIn("--data.columns question=question,answer=answer (or question=frage)", self.refused(rows))
+        self.assertEqual(
+            self.prepare(rows, "--data.columns", "question=frage,answer=antwort")[0]["examples"]["read"]["train"][
+                "examples"
+            ],
+            20,
+        )
+        rows = [{"ask": f"Which is {n}?", "group": "valves", "reaction": "Close it."} for n in range(20)]
+        self.assertIn("--data.columns question=ask,answer=group (it may be answer=reaction);", self.refused(rows))
+
     def test_one_screen_and_the_manifest_say_what_became_of_every_column_row_and_turn(self) -> None:
         rows: list[dict[str, Any]] = [
             {"messages": [asked(f"Unit {n}?"), said(f"{n} bar."), asked("And?"), said(f"{n} litres.")], "mood": "fine"}

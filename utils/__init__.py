@@ -62,6 +62,7 @@ TAKES_CONFIG = (
     *(
         "models.architectures.size_class",
         "adapters.find",
+        "adapters.unmeant_base",
         "planning.base_checks",
         "planning.preflight",
         "planning.plan_report",

@@ -39,6 +39,8 @@ SHORTCUTS = {
 }
 
 
+# about the preset's own base model; empty for another one until they are given
+OF_ONE_BASE = ("base.revision", "base.sha256", "base.name")
 # path -> what to do instead of a setting that is gone
 REMOVED = {
     "evaluate.launcher": "launch the evaluation itself, which trains its controls in the same ranks: accelerate launch "
@@ -139,8 +141,11 @@ def given(config: settings.Config, *sections: str) -> str:
     """
     preset, usual = settings.PRESETS[config.preset](), settings.Config.model_fields["preset"].default
     words = [] if config.preset == usual else ["--preset", config.preset]
+    is_other = config.base.source != preset.base.source
     for path in fields():
         value = value_of(config, path)
+        if is_other and path in OF_ONE_BASE and not value:
+            continue
         named = path.split(".")[0] in sections or path in ("run.data_dir", "run.models_dir")
         if named and value != value_of(preset, path):
             items = [str(one) for one in value] if isinstance(value, tuple) else []
@@ -149,11 +154,22 @@ def given(config: settings.Config, *sections: str) -> str:
     return redact("".join(f" {shlex.quote(word)}" for word in words))
 
 
-def to_use(base: Mapping[str, Any], source: str) -> str:
-    """How a run of another base model than `source` is used, by that model's record; empty if the sources are equal."""
-    names = {"source": base["source"], "revision": base.get("revision"), "quantization": base.get("quantization")}
+def to_use(base: Mapping[str, Any], source: str, revision: str = "") -> str:
+    """How a run of another base model than `source` at `revision` is used, by that model's record.
+
+    Empty where neither differs. A branch or a tag is no revision here, so that its commit has to be looked up.
+    """
+    is_same, theirs = base["source"] == source, base.get("revision") or ""
+    if is_same and theirs in ("", revision):
+        return ""
+    names = {"source": "" if is_same else base["source"], "revision": theirs, "quantization": base.get("quantization")}
+    look_up = ""
+    if theirs and not settings.COMMIT.fullmatch(theirs):
+        names["revision"] = "COMMIT"
+        url = f"https://huggingface.co/{base['source']}"
+        look_up = f", which this prints: git ls-remote {shlex.quote(url)} {shlex.quote(theirs)}"
     words = [f" --base.{name} {shlex.quote(value)}" for name, value in names.items() if value and value != "none"]
-    return "" if base["source"] == source else f"; to use it, repeat your command with{redact(''.join(words))}"
+    return f"; to use it, repeat your command with{redact(''.join(words) + look_up)}"
 
 
 def command(words: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> str:

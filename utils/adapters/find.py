@@ -43,7 +43,7 @@ def prepared_run(config: Config, base: BaseModel, stage: str = "") -> Run:
 
     def fits(run: Run) -> str:
         if run.manifest["identity"]["tokenizer"] != base.tokenizer_digest:
-            return f"prepared with another tokenizer{flags.to_use(run.manifest['base'], base.source)}"
+            return f"prepared with another tokenizer{flags.to_use(run.manifest['base'], base.source, base.revision)}"
         if wanted and not wanted.is_of(run.manifest["identity"]):
             return f"prepared with other settings than {', '.join('--' + path for path in asked)}"
         if stage and TRAINED_ON[stage][0] not in run.manifest["counts"]:
@@ -147,8 +147,8 @@ def external_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run
     settings = adapter_settings.read(directory)
     named, revision = settings.get("base_model_name_or_path") or "", settings.get("revision") or ""
     made_for = f"{named} {revision}".strip()
-    way = flags.to_use({"source": named, "revision": revision}, base.source)
-    fix = f"this one is {base.source}{way}; {SAME_BASE}"
+    way = flags.to_use({"source": named, "revision": revision}, base.source, base.revision)
+    fix = f"this one is {base.source} {base.revision}".rstrip() + f"{way}; {SAME_BASE}"
     problem = Problem(f"{directory} was made for another base model", made_for, fix)
     if is_model(named):
         is_this = Path(named).resolve() == base.directory.resolve()
@@ -262,7 +262,7 @@ def pair(config: Config, base: BaseModel, *, quiet: bool = False) -> tuple[Run |
         for stage, newest in (("task", task_run), ("domain", domain_run)):
             if runs.complete_runs(config.run.models_dir, stage):
                 newest(config, base)  # it says why none of them fits
-        raise ArtefactError(_nothing_there(config))
+        raise ArtefactError(nothing_there(config))
     task = task_run(config, base, quiet=quiet)
     stacked_on = next((p["digest"] for p in task.manifest["parents"] if p["kind"] == "domain"), None)
     if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
@@ -328,7 +328,7 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
         elif found["digest"] != base.digest:
             other, ours = found["digest"][:12], base.digest[:12]
             which = f"made for another base model (digest {other}; this one is {ours})"
-            return f"{which}{flags.to_use(found, base.source)}; {SAME_BASE}"
+            return f"{which}{flags.to_use(found, base.source, base.revision)}; {SAME_BASE}"
         if found.get("tokenizer_digest", base.tokenizer_digest) != base.tokenizer_digest:
             return f"made with another tokenizer or chat template than that of {base.directory}"
         return ""
@@ -336,7 +336,8 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
     return fits
 
 
-def _nothing_there(config: Config) -> list[Problem]:
+def nothing_there(config: Config) -> list[Problem]:
+    """What is said where there is neither adapter: how to train each of them."""
     where, hint = config.run.models_dir, flags.given(config, "base")
     commands = {"domain": f"{runs.STAGES['domain']}{hint}", "task": f"{runs.STAGES['task']}{hint} --task.on base"}
     return [

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,9 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> setting
         fix = did_you_mean(name, settings.PRESETS) or f"presets: {', '.join(settings.PRESETS)}"
         problems.append(Problem("--preset: no such preset", name, fix))
     preset = settings.PRESETS[name]() if known else settings.Config()
+    preset = _without_its_base(preset, _first("base.source", typed, variables, filed))
     sources = filed_from | dict.fromkeys(variables, "environment") | dict.fromkeys(typed, "flag")
-    given = _from_files(filed, preset, problems)
+    given = _from_files(filed, filed_from, preset, problems)
     given |= {path: value for path, texts in (variables | typed).items() for value in _read(path, texts, problems)}
     # here and not in config.py: what is a secret depends on the environment. A prompt is not written, and may hold any
     problems += [
@@ -49,9 +51,6 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> setting
         for path, value in given.items()
         if path != "inference.prompt" and secrets.holds_secret(flags.shown(value))
     ]
-    is_other = given.get("base.source", preset.base.source) != preset.base.source
-    if is_other and preset.base.revision and "base.revision" not in given:  # it is a commit of another repository
-        given["base.revision"], sources["base.revision"] = "", sources["base.source"]
     if not preset.base.source and "base.source" not in given:
         fix = "--base.source DIRECTORY, or --base.source ORG/NAME --base.revision COMMIT"
         problems.append(Problem(f"--preset {name} is for any base model of its size and names none", fix=fix))
@@ -79,14 +78,24 @@ def _preset_by_size(
     filed: Mapping[str, Any], variables: Mapping[str, list[str]], typed: Mapping[str, list[str]]
 ) -> str | None:
     """The preset for the size of a person's own base model, where none was named and its config.json is here."""
-
-    def given(path: str) -> str:
-        found = typed.get(path) or variables.get(path) or filed.get(path) or ""
-        return " ".join(found) if isinstance(found, list) else str(found)
-
-    source = given("base.source")
-    found = size_class.config_of(source, given("base.revision")) if source else None
+    source, revision = (_first(path, typed, variables, filed) for path in ("base.source", "base.revision"))
+    found = size_class.config_of(source, revision) if source else None
     return size_class.preset_for(found) if found else None
+
+
+def _first(path: str, *given: Mapping[str, Any]) -> str:
+    """The text of the first of these that has the setting."""
+    found = next((one[path] for one in given if one.get(path)), "")
+    return " ".join(found) if isinstance(found, list) else str(found)
+
+
+def _without_its_base(preset: settings.Config, source: str) -> settings.Config:
+    """The preset for another base model: what is about its own one (commit, digest, directory) is not used."""
+    if source in ("", preset.base.source):
+        return preset
+    is_built = source.partition(":")[0] in ("wheel", "toy")
+    usual = {path.partition(".")[2]: "" for path in flags.OF_ONE_BASE if not (is_built and path == "base.name")}
+    return preset.model_copy(update={"base": preset.base.model_copy(update=usual)})
 
 
 def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[str]]:
@@ -139,16 +148,31 @@ def _variables(environment: Mapping[str, str], problems: list[Problem]) -> dict[
     return {paths[name.upper()]: [value] for name, value in ours.items() if name.upper() in paths}
 
 
-def _from_files(filed: Mapping[str, Any], preset: settings.Config, problems: list[Problem]) -> dict[str, Any]:
-    """Setting -> value of a file; one that only repeats the preset is nobody's wish, as in a run's config.json."""
+def _from_files(
+    filed: Mapping[str, Any], filed_from: Mapping[str, str], preset: settings.Config, problems: list[Problem]
+) -> dict[str, Any]:
+    """Setting -> value of a file; one that only repeats the preset is nobody's wish, as in a run's config.json.
+
+    A value means what it means behind a flag: one of a list may stand alone, and a whole number is text where text is
+    expected.
+    """
     found = {}
     for path, value in filed.items():
+        is_list, kind = flags.is_list(path), flags.type_of(flags.fields()[path])
+        kind = flags.bare(typing.get_args(kind)[0])[0] if is_list else kind
+        items = value if isinstance(value, list) else [value]
+        if kind in (int, float) and (bad := [one for one in items if isinstance(one, bool)]):
+            what = f"{path} ({filed_from[path]}): input should be a valid number"
+            problems.append(Problem(what, bad[0], f"see --help {path}"))
+            continue
+        if kind not in (int, float, bool):
+            items = [str(one) if isinstance(one, int) and not isinstance(one, bool) else one for one in items]
         if isinstance(value, str):
             read = list(_read(path, [value], problems))
-        elif isinstance(value, list):
-            read = [[_at_home(one, path) if isinstance(one, str) else one for one in value]]
+        elif isinstance(value, list) or (is_list and value is not None):
+            read = [[_at_home(one, path) if isinstance(one, str) else one for one in items]]
         else:
-            read = [value]
+            read = items
         for one in read:
             usual = json.loads(json.dumps(flags.value_of(preset, path), default=str))
             if one != usual:
@@ -232,4 +256,6 @@ def _told(path: str, item: Any, sources: Mapping[str, str]) -> list[Problem]:
         return [Problem(f"{path}: {line}" if path else line) for line in message.splitlines()]
     source = sources.get(path, "flag")
     spelled = {"environment": flags.variable(path), "flag": f"--{path}"}.get(source, f"{path} ({source})")
-    return [Problem(f"{spelled}: {message[0].lower()}{message[1:]}", item["input"], f"see --help {path}")]
+    is_unquoted = item["type"] == "string_type" and source.startswith("file ")
+    fix = "write it in quotes" if is_unquoted else f"see --help {path}"
+    return [Problem(f"{spelled}: {message[0].lower()}{message[1:]}", item["input"], fix)]

@@ -7,10 +7,11 @@ the same. Its `preset` is where the rest starts from. Of several files the last 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import config as settings
 from utils import flags
@@ -95,14 +96,33 @@ def _settings(name: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
 
 def _parsed(path: Path) -> Any:
     text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return json.loads(text)
-    if path.suffix == ".toml":
+    if path.suffix.lower() == ".toml":
         return tomllib.loads(text)
+    return _yaml(text) or {}
+
+
+def _yaml(text: str) -> Any:
+    """YAML by the scalars of its version 1.2: `on`, `off`, `no` and a date are text, as they are behind a flag.
+
+    PyYAML reads 1.1, in which `task: {on: base}` has the key True.
+    """
     import yaml
 
+    class Core(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    for tag, pattern, first in (
+        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+        ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", "-+.0123456789"),
+        ("merge", r"<<", "<"),
+    ):
+        Core.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first))
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.load(text, Loader=Core)
     except yaml.YAMLError as error:
         raise ValueError(error) from error
 

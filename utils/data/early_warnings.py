@@ -20,7 +20,8 @@ def held_out(data: DataSection, documents: Mapping[str, int]) -> list[str]:
     if held >= INTERVAL_DOCUMENTS:
         return []
     what = f"{held} held-out document{'s' * (held != 1)}: with fewer than {INTERVAL_DOCUMENTS} it cannot be tested "
-    what += "whether composed keeps the domain (H1), and the verdict stays undecided; "
+    claim = "the domain adapter helps (D1)" if data.task == "none" else "composed keeps the domain (H1)"
+    what += f"whether {claim}, and the verdict stays undecided; "
     if data.corpus_heldout:
         return [f"{what}give more of them with --data.corpus_heldout (half of them choose, half report)"]
     if whole < SHARED_DOCUMENTS:

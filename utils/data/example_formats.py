@@ -14,7 +14,7 @@ from utils.data.labelled import choices, conversations, marks, values
 from utils.data.labelled.choices import Unsure
 from utils.data.labelled.conversations import Turn, read_turns
 from utils.data.labelled.nested import is_of_rows, unfolded, wrapper
-from utils.data.labelled.roles import ColumnMap, Row
+from utils.data.labelled.roles import ColumnMap, Row, has_name_of
 from utils.data.labelled.row_text import (
     LeftOutError,
     RowError,
@@ -287,8 +287,11 @@ def _explain(row: Row, question: object) -> RowError:
             "the first line is read as the names of the columns, and is a question", listed, fix, of_file=True
         )
     missing = [role for role, value in (("question", question), ("answer", row.filled("answer"))) if is_missing(value)]
-    mapped = ",".join(f"{role}={column}" for role, column in _likely(row, missing).items())
-    fix = f"nearest shape: question + answer; say which columns they are: --data.columns {mapped}; " if mapped else ""
+    likely = _likely(row, missing)
+    mapped = ",".join(f"{role}={columns[0]}" for role, columns in likely.items())
+    others = " or ".join(f"{role}={name}" for role, columns in likely.items() for name in columns[1:3])
+    fix = "nearest shape: question + answer; say which columns they are: --data.columns "
+    fix = f"{fix}{mapped}{f' (it may be {others})' if others else ''}; " if mapped else ""
     what = {"question": "no question", "answer": "no answers"}[missing[0]] if len(missing) == 1 else "unknown shape"
     # with nothing else in the row there is no column to name
     return RowError(
@@ -296,17 +299,20 @@ def _explain(row: Row, question: object) -> RowError:
     )
 
 
-def _likely(row: Row, missing: list[str]) -> dict[str, str]:
-    """Role -> a column of text that nothing was read from: one whose name has the role in it, for the question one that
-    asks, else the first."""
+def _likely(row: Row, missing: list[str]) -> dict[str, list[str]]:
+    """Role -> columns of text that nothing was read from: those whose name has one of the role's names in it, for the
+    question those that ask, else all, the likeliest first; more than one where they are equally likely."""
     texts = [n for n in row.unused() if isinstance(row.values[n], str) and n not in ("", "id", "text")]
-    found: dict[str, str] = {}
+    texts.sort(key=lambda name: not any(map(str.isalpha, str(row.values[name]))))  # numbers say what a row is
+    found: dict[str, list[str]] = {}
     for role in missing:
-        named = [name for name in row.unused() if role in name and name not in found.values()]
+        taken = [columns[0] for columns in found.values()]
+        named = [name for name in row.unused() if name not in taken and has_name_of(role, name)]
         asking = [name for name in texts if str(row.values[name]).rstrip().endswith(("?", "？", "؟"))]
         in_order = texts if "question" in missing else texts[::-1]  # an answer stands behind its question
-        of_role = [*named, *(asking if role == "question" else []), *in_order]
-        if of_role:
-            found[role] = of_role[0]
+        if role == "question":
+            named = [name for name in named if name in asking] or named or asking
+        if of_role := named or in_order:
+            found[role] = of_role
             texts = [name for name in texts if name != of_role[0]]
     return found

@@ -149,7 +149,8 @@ def material(config: Config, base: BaseModel, parts: ComparedRuns, scratch: Path
     if not items and task:
         raise DataError(Problem("no test item can be scored", len(left_out), "raise --evaluate.batch_tokens"))
     pad_id = chat.pad_id(tokenizer)
-    documents = document_sets.of_data(settings, config.run.seed, base, source, pad_id)
+    claim = {"": "H1", "domain": "D1"}.get(parts.which_alone, "")
+    documents = document_sets.of_data(settings, config.run.seed, base, source, pad_id, claim=claim)
     documents["general"] = document_sets.general(settings, base, tokenizer, pad_id, scratch)
     order = sorted(examples, key=lambda e: hash_share(str(e["id"]), config.run.seed))
     answer_examples = order[: settings.generated_answers]

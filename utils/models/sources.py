@@ -132,6 +132,21 @@ def _publish(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         older_spellings.add(temporary)
 
 
+def is_here(section: BaseModelSection, models_dir: Path) -> bool:
+    """Whether `fetch` would neither build nor download anything."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    kind, _, rest = section.source.partition(":")
+    if kind in ("wheel", "toy") and rest:
+        return (models_dir / "base" / section.name / files.MANIFEST).exists()
+    try:
+        cached = try_to_load_from_cache(section.source, "config.json", revision=section.revision or None)
+    except HFValidationError:
+        cached = None
+    return Path(section.source).is_dir() or isinstance(cached, str)
+
+
 def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
     """The base model's directory, made if it is not there. Raises ArtefactError with the command that fixes it."""
     kind, _, rest = section.source.partition(":")

@@ -14,12 +14,12 @@ from utils.exceptions import ArtefactError, ConfigError, Problem
 from utils.logger import event
 from utils.models import devices, loading
 from utils.models.base_model import BaseModel
-from utils.models.model_shapes import ModelSizes
+from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.models.parallel import expert_parallel, launcher, ranks
 from utils.models.process_layout import ProcessLayout
 from utils.models.structure import linear_modules, model_class
 from utils.models.weights import tensor_names
-from utils.planning import hardware, pass_times, training_plan
+from utils.planning import estimates, hardware, pass_times, training_plan
 
 
 def check(config: Config, base: BaseModel, stages: Sequence[str]) -> None:
@@ -48,6 +48,28 @@ def check(config: Config, base: BaseModel, stages: Sequence[str]) -> None:
         problems += found
     if problems:
         raise ArtefactError(list({str(problem): problem for problem in problems}.values()))
+
+
+def quantization_refusals(found: ModelSizes, kind: Dtype, *, sharded: bool = False) -> list[Problem]:
+    """Why a model of these shapes cannot be quantised, with the numbers; empty for one that can.
+
+    `sharded`: the launcher would have FSDP shard the weights over its ranks.
+    """
+    fix = "leave out --base.quantization"
+    if sharded:  # accelerate leaves bytes out of sharding, so each rank would hold all of them
+        what = "FSDP does not shard weights in 4 or 8 bits"
+        return [Problem(what, kind, f"{fix}, or launch with scripts/launch/one_gpu.yaml")]
+    if found.experts:
+        whole, kept = estimates.weight_bytes(found, "bfloat16") / GIB, estimates.weight_bytes(found, kind) / GIB
+        what = (
+            f"{found.model_type} keeps {found.parameters['experts'] / found.total:.0%} of its weights in fused "
+            f"experts, which bitsandbytes does not quantise: {kind} would leave {kept:,.1f} of {whole:,.1f} GiB"
+        )
+        also = ", and it refuses an FP8 checkpoint" if found.stored == "fp8" else ""
+        return [Problem(what + also, kind, fix)]
+    if found.stored == "fp8":
+        return [Problem("the checkpoint is FP8: bitsandbytes refuses it", kind, f"{fix}, or give a bfloat16 copy")]
+    return []
 
 
 def share_experts(config: Config, base: BaseModel, sizes: ModelSizes | None, stage: str, *, native_fp8: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import BaseModelSection, Config, reason_of
-from utils.adapters import own_modules, peft_model
+from utils.adapters import own_modules, peft_model, unmeant_base
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, ConfigError, PipelineError, Problem, is_out_of_memory
 from utils.logger import event, warning
@@ -70,7 +70,7 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     dtype, why = loaded_dtype(config.base), ""
     if config.base.quantization != PLAIN:
         sharded = loads_model and Machine.here().shards > 1
-        if cannot := quantization_refusals(found, dtype, sharded=sharded):
+        if cannot := base_checks.quantization_refusals(found, dtype, sharded=sharded):
             raise ArtefactError(cannot)
     if found.stored == "fp8":
         choice = keep_fp8(config, stage) if stage else Fp8Choice(False, "only training can keep it FP8")
@@ -286,12 +286,19 @@ def _preset(found: ModelSizes) -> str:
     return f"--preset {published.preset} " if published else ""
 
 
-def start(config: Config, *, loads_model: bool = True, stage: str = "", shards: bool | None = None) -> BaseModel:
+def start(
+    config: Config,
+    *,
+    loads_model: bool = True,
+    stage: str = "",
+    shards: bool | None = None,
+    reads: tuple[str, ...] = (),
+) -> BaseModel:
     """Threads, seed and the base model on every rank; one of each node fetches or builds it while the others wait.
 
     A model that this machine cannot hold is refused before it is fetched, unless the script only streams its files.
     `stage` is the adapter that the script trains, if it does; `shards` says of a script that streams files first
-    whether it loads the model after all.
+    whether it loads the model after all; `reads` are the stages of runs without which there is nothing to do.
     """
     devices.refuse_missing_gpus()
     devices.warn_of_processes()
@@ -301,6 +308,7 @@ def start(config: Config, *, loads_model: bool = True, stage: str = "", shards: 
     if stage and config.preset.startswith("size_"):
         event(f"preset {config.preset}: {reason_of(config.preset)}")
     check(config, loads_model=loads_model, stage=stage)
+    unmeant_base.refuse(config, unmeant_base.PREPARED if stage else reads)
     base = ranks.everywhere(_ready, config)
     if loads_model if shards is None else shards:
         found = _understood(files.read_object(base.directory / "config.json"))
@@ -325,25 +333,3 @@ def _ready(config: Config) -> BaseModel:
     fix = "give every node the same files: a file system that all of them see, or copies of one digest"
     ranks.refuse_unequal({"digest": base.digest}, "the base model", ArtefactError, fix)
     return base
-
-
-def quantization_refusals(found: ModelSizes, kind: Dtype, *, sharded: bool = False) -> list[Problem]:
-    """Why a model of these shapes cannot be quantised, with the numbers; empty for one that can.
-
-    `sharded`: the launcher would have FSDP shard the weights over its ranks.
-    """
-    fix = "leave out --base.quantization"
-    if sharded:  # accelerate leaves bytes out of sharding, so each rank would hold all of them
-        what = "FSDP does not shard weights in 4 or 8 bits"
-        return [Problem(what, kind, f"{fix}, or launch with scripts/launch/one_gpu.yaml")]
-    if found.experts:
-        whole, kept = estimates.weight_bytes(found, "bfloat16") / GIB, estimates.weight_bytes(found, kind) / GIB
-        what = (
-            f"{found.model_type} keeps {found.parameters['experts'] / found.total:.0%} of its weights in fused "
-            f"experts, which bitsandbytes does not quantise: {kind} would leave {kept:,.1f} of {whole:,.1f} GiB"
-        )
-        also = ", and it refuses an FP8 checkpoint" if found.stored == "fp8" else ""
-        return [Problem(what + also, kind, fix)]
-    if found.stored == "fp8":
-        return [Problem("the checkpoint is FP8: bitsandbytes refuses it", kind, f"{fix}, or give a bfloat16 copy")]
-    return []

@@ -13,19 +13,27 @@ from typing import Any
 from utils.data.labelled.row_text import RowError, is_missing, normal
 
 Family = tuple[str, ...]
-_QUESTION = ("question", "question_text", "question_stem", "frage", "pregunta", "domanda", "pergunta", "vraag")
+# in other languages: of two that are filled, also of two of these, neither is the likelier
+_QUESTION = ("frage", "pregunta", "domanda", "pergunta", "vraag")
 _QUESTION += ("问题", "問題", "質問", "вопрос", "질문", "السؤال", "pytanie", "soru", "fråga", "spørgsmål", "spørsmål")
 _QUESTION += ("kysymys", "otázka", "питання", "kérdés", "întrebare", "ερώτηση", "שאלה", "سوال", "سؤال", "pertanyaan")
 _QUESTION += ("câu_hỏi", "คำถาม", "प्रश्न")
-_ANSWER = ("answers", "answer", "answer_text", "antwort", "réponse", "reponse", "respuesta", "risposta", "resposta")
-_ANSWER += ("antwoord", "答案", "回答", "ответ", "답변", "정답", "الجواب", "final_answer", "odpowiedź", "cevap", "svar")
+_ANSWER = ("antwort", "réponse", "reponse", "respuesta", "risposta", "resposta")
+_ANSWER += ("antwoord", "答案", "回答", "ответ", "답변", "정답", "الجواب", "odpowiedź", "cevap", "svar")
 _ANSWER += ("vastaus", "odpověď", "відповідь", "válasz", "răspuns", "απάντηση", "תשובה", "پاسخ", "جواب", "jawaban")
 _ANSWER += ("câu_trả_lời", "คำตอบ", "उत्तर")
-_CONTEXT = ("context", "contexts", "kontext", "contexte", "contexto", "contesto", "上下文", "文脈", "контекст")
+_CONTEXT = ("kontext", "contexte", "contexto", "contesto", "上下文", "文脈", "контекст")
 # role -> families of names. In a family the first filled one counts; two filled families are a question to the person
 STRONG: dict[str, tuple[Family, ...]] = {
-    "question": (_QUESTION, ("prompt", "user_prompt"), ("query", "user_query"), ("problem", "problem_statement")),
+    "question": (
+        ("question", "question_text", "question_stem"),
+        _QUESTION,
+        ("prompt", "user_prompt"),
+        ("query", "user_query"),
+        ("problem", "problem_statement"),
+    ),
     "answer": (
+        ("answers", "answer", "answer_text", "final_answer"),
         _ANSWER,
         ("correct_answers", "best_answer", "correct_answer", "right_answer", "gold_answer", "ground_truth"),
         ("expected_output", "expectedoutput", "expected_answer", "reference_answer", "ideal", "ground_truths"),
@@ -34,7 +42,12 @@ STRONG: dict[str, tuple[Family, ...]] = {
         ("completion", "completions"),
         ("solution", "solutions"),
     ),
-    "context": (_CONTEXT, ("passage", "passages", "passage_text"), ("paragraph", "paragraphs")),
+    "context": (
+        ("context", "contexts"),
+        _CONTEXT,
+        ("passage", "passages", "passage_text"),
+        ("paragraph", "paragraphs"),
+    ),
     "system": (("system", "system_prompt", "system_message", "sys_prompt", "systeminstruction", "system_instruction"),),
     "history": (("history", "chat_history", "conversation_history"),),
     "messages": (
@@ -79,6 +92,7 @@ _MAYBE_A_MODELS = ("response", "responses", "assistant_response", "model_respons
 ROLE_KEYS = ("role", "from", "speaker", "author")
 # what Kahoot and its kind write behind a column's name
 _HINT = re.compile(r"\s+[-–—]\s+(?:max|choose|select|optional|required)\b.*", re.DOTALL)
+_OTHER_LANGUAGES = (_QUESTION, _ANSWER, _CONTEXT)
 # names that other lists have, too: a conversation is seen by its turns
 _MAYBE_TURNS = ("contents", "items")
 # roles that several columns together may have, joined; the others have one
@@ -94,6 +108,11 @@ def column_name(name: object) -> str:
     """
     plain = unicodedata.normalize("NFC", str(name)).strip().strip("\ufeff").lower()
     return re.sub(r"[\s.\-/]+", "_", _HINT.sub("", plain).replace("(s)", "s"))
+
+
+def has_name_of(role: str, column: str) -> bool:
+    """Whether a column's name has one of the role's own in it, as `kundenfrage` and `reply_text` have."""
+    return role in column or any(name in column for family in STRONG.get(role, ()) for name in family if len(name) > 3)
 
 
 def are_turns(value: object) -> bool:
@@ -161,8 +180,11 @@ class Row:
         if role in self.column_map.columns:
             return [column for column in self.column_map.columns[role] if not is_missing(self.values.get(column))]
         for families in (STRONG.get(role, ()), WEAK.get(role, ())):
-            firsts = [next((n for n in family if self.has(n) and self._may_be(role, n)), None) for family in families]
-            if found := [name for name in firsts if name is not None]:
+            found: list[str] = []
+            for family in families:
+                filled = [n for n in family if n in self.values and self.has(n) and self._may_be(role, n)]
+                found += filled if family in _OTHER_LANGUAGES else filled[:1]
+            if found:
                 is_asked = role == "answer" and set(found) <= set(_MAYBE_A_MODELS) and self.has("reference")
                 return [*found, *(["reference"] if is_asked else [])]
         return []
@@ -200,11 +222,22 @@ class Row:
             if role in JOINED and len(names) > 1:
                 return [self.values[name] for name in names]
             return self.values[names[0]] if names else None
-        if len(names) > 1 and len({normal(str(self.values[name])) for name in names}) > 1:
-            flag = f"--data.columns {role}={names[0]}"
+        if self._differ(names):
+            # of all roles, so that one command says it
+            said = [f"{role}={names[0]}"]
+            said += [
+                f"{other}={many[0]}"
+                for other in ("question", "answer", "context")
+                if other != role and other not in self.column_map.columns and self._differ(many := self.filled(other))
+            ]
             what = f"{len(names)} columns could be the {role}: {', '.join(names)}"
-            raise RowError(what, self.values[names[0]], f"say which: {flag} (or {names[1]})", of_file=True)
+            fix = f"say which: --data.columns {','.join(said)} (or {role}={names[1]})"
+            raise RowError(what, self.values[names[0]], fix, of_file=True)
         return self.values[names[0]] if names else None
+
+    def _differ(self, names: Sequence[str]) -> bool:
+        """Whether several columns say several things."""
+        return len({normal(str(self.values[name])) for name in names}) > 1
 
     def unused(self) -> list[str]:
         """Filled columns that were not read."""

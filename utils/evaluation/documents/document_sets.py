@@ -20,14 +20,16 @@ from utils.models.structure import model_class
 
 WINDOW_TOKENS = 1024
 SEEN_DOCUMENTS = 60
+# claim that rests on held-out documents -> what it is about
+ABOUT = {"H1": "whether the domain is kept (H1)", "D1": "whether the domain adapter helps (D1)"}
 GENERAL = Path(__file__).with_name("general.jsonl")
 
 
 def of_data(
-    settings: EvaluateSection, seed: int, base: BaseModel, source: Prepared, pad_id: int
+    settings: EvaluateSection, seed: int, base: BaseModel, source: Prepared, pad_id: int, *, claim: str = "H1"
 ) -> dict[str, PackedDocuments]:
     """Held-out documents of prepared data ("heldout") and some of those that were trained on ("seen"), as far as they
-    are there."""
+    are there. `claim` is the one that rests on the held-out ones; with none their number is nobody's concern."""
     window = _window(settings, base)
     by_name, most = {}, settings.max_heldout_documents
     for name, which, limit in (
@@ -36,19 +38,27 @@ def of_data(
     ):
         if (source.directory / which).is_dir():
             documents = source.documents(which)
+            there = len(documents)
             if limit and len(documents) > limit:
                 ids = documents["id"][:]
                 order = sorted(range(len(ids)), key=lambda i, ids=ids: hash_share(ids[i], seed))
                 documents = documents.select(sorted(order[:limit]))
-            if name == "heldout" and len(documents) < MIN_CLUSTERS:
+            if name == "heldout" and claim and len(documents) < MIN_CLUSTERS:
                 # said before the hours that an evaluation may take
-                warning(
-                    f"whether the domain is kept (H1) is not tested with fewer than {MIN_CLUSTERS} held-out documents: "
-                    "raise --evaluate.max_heldout_documents, or prepare data with more",
-                    documents=len(documents),
-                )
+                few = f"{ABOUT[claim]} is not tested with fewer than {MIN_CLUSTERS} held-out documents: "
+                warning(f"{few}{_more(there)}", scored=len(documents), held_out=there)
             by_name[name] = PackedDocuments(documents, window, 0, pad_id)
     return by_name
+
+
+def _more(there: int) -> str:
+    """How more of the held-out documents that are `there` are scored, or that it takes other data."""
+    if there >= MIN_CLUSTERS:
+        return f"--evaluate.max_heldout_documents {there} scores all of them"
+    return (
+        "no setting of this command adds any; prepare data with more (--data.corpus_heldout PATH, "
+        "or a larger --data.heldout_share) and train anew"
+    )
 
 
 def general(settings: EvaluateSection, base: BaseModel, tokenizer: Any, pad_id: int, scratch: Path) -> PackedDocuments:

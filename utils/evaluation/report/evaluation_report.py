@@ -183,7 +183,7 @@ def page(
         interference=_read(composed, "interference.json"),
         pictures=pictures,
         composed=composed,
-        data=report_facts.data_of(runs),
+        data=report_facts.data_of(runs, alone),
         lineage=report_facts.lineage_rows(results, runs),
         settings={k: v for k, v in (settings or {}).items() if k in ("evaluate", "dtype", "seed")},
         figures=numbers,

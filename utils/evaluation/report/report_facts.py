@@ -15,15 +15,19 @@ TRAINED_ON = {"domain": "on the domain adapter", "domain_ready": "ready for the 
 PARTS = {
     "corpus": "the domain adapter was trained on them",
     "dev_documents": "for choosing: dev losses, weights",
-    "heldout_documents": "for reporting: held-out perplexity, claim H1",
+    "heldout_documents": "for reporting: held-out perplexity",
 }
 SPLITS = {
     "train": "the task adapter was trained on them",
     "dev": "for choosing: dev losses, weights",
-    "test": "for reporting: claims H2 to H4",
+    "test": "for reporting",
 }
-
-
+# the one adapter that is judged, or "" -> part or split -> what rests on it
+CLAIMS = {
+    "": {"heldout_documents": ", claim H1", "test": ": claims H2 to H4"},
+    "domain": {"heldout_documents": ", claim D1", "test": ", not read here"},
+    "task": {"test": ": claim T1"},
+}
 KEPT_BY = {"replay": ", documents mixed in", "kl": ", predictions on prompts held"}
 
 
@@ -88,19 +92,24 @@ def lineage_rows(results: Mapping[str, Any], runs: Sequence[Run]) -> list[dict[s
     return [{"role": named.get(one["digest"], one["kind"]), **one} for one in results.get("lineage", [])]
 
 
-def data_of(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Counts of the prepared data as rows, what was dropped, and where it came from; None when it is not among them."""
+def data_of(runs: Sequence[Run], alone: str = "") -> dict[str, Any] | None:
+    """Counts of the prepared data as rows, what was dropped, and where it came from; None when it is not among them.
+
+    `alone` is the one adapter that is judged ("domain", "task"), if it is one.
+    """
     run = next((run for run in runs if run.manifest["kind"] == "prepared"), None)
     if run is None:
         return None
     counts, settings = run.manifest["counts"], settings_of(run.manifest)["data"]
     documents, examples = counts.get("documents", {}), counts.get("examples", {})
+    claims = CLAIMS[alone]
+    parts, splits = ({name: use + claims.get(name, "") for name, use in uses.items()} for uses in (PARTS, SPLITS))
     return {
         "name": run.directory.name,
         "documents": [
-            {"name": name, "use": use, **documents[name]} for name, use in PARTS.items() if name in documents
+            {"name": name, "use": use, **documents[name]} for name, use in parts.items() if name in documents
         ],
-        "examples": [{"name": name, "use": use, **examples[name]} for name, use in SPLITS.items() if name in examples],
+        "examples": [{"name": name, "use": use, **examples[name]} for name, use in splits.items() if name in examples],
         "dropped": [
             *_dropped("documents", {k: v for k, v in documents.items() if k not in PARTS}),
             *_dropped("pairs", {k: v for k, v in examples.items() if k not in SPLITS}),

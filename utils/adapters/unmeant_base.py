@@ -1,0 +1,65 @@
+"""A base model that nobody named is not built or downloaded for runs that are of another, or that are not there."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from config import PRESETS, Config
+from utils import flags
+from utils.adapters import find
+from utils.artifacts import files, runs
+from utils.artifacts.runs import Run
+from utils.exceptions import ArtefactError, Problem
+from utils.models import sources
+from utils.secrets import redact
+
+PREPARED, ADAPTERS = ("prepared",), ("domain", "task", "composed")
+
+
+def refuse(config: Config, reads: Sequence[str]) -> None:
+    """Raises ArtefactError where the script `reads` runs of these stages, and none can fit before the base is made.
+
+    Only where the preset's base model is not here yet: one that is here costs nothing to compare by digest, and one
+    that a setting names may be the same model under another name.
+    """
+    section, usual = config.base, PRESETS[config.preset]().base.source
+    is_named = "base.source" in config.overrides or section.source != usual
+    if not reads or is_named or config.inputs.same_base or sources.is_here(section, config.run.models_dir):
+        return
+    found = _candidates(config, reads)
+    if found is None or any(run.manifest["base"]["source"] == section.source for run in found):
+        return
+    if not found and reads == PREPARED:
+        hint = flags.given(config, "base", "data")
+        runs.parent(config.run.data_dir, "prepared", "", lambda run: "", flag="", hint=hint)
+    if not found:
+        raise ArtefactError(find.nothing_there(config))
+    ways = {
+        flags.to_use(run.manifest["base"], section.source, section.revision).rpartition(" with ")[2]: run
+        for run in found[::-1]
+    }
+    meant = f"--base.source {shlex.quote(section.source)}"
+    problems = [
+        Problem(f"{run.directory} is of another base model", fix=f"to use it, repeat your command with {way}")
+        for way, run in reversed(ways.items())
+    ]
+    what = (
+        f"no setting names the base model, and no run is of the usual one, {redact(section.source)}, which is not here"
+    )
+    raise ArtefactError([*problems[:5], Problem(what, fix=f"to build or download it first: {redact(meant)}")])
+
+
+def _candidates(config: Config, reads: Sequence[str]) -> list[Run] | None:
+    """The runs that a command could read, newest first; None where it names what is no run of ours."""
+    inputs, named = config.inputs, [config.inputs.prepared]
+    if reads == ADAPTERS:
+        settings = config.evaluate
+        named = [inputs.domain_adapter, inputs.task_adapter, inputs.composed, *config.compose.also]
+        named += [*settings.also, *settings.matrix_domain, *settings.matrix_task]
+    if any(named):
+        own = [find.own_run(Path(path)) for path in named if path]
+        return [runs.checked(place, files.read_manifest(place)) for place in own] if all(own) else None
+    root = config.run.data_dir if reads == PREPARED else config.run.models_dir
+    return [run for stage in reads for run in runs.complete_runs(root, stage)]
