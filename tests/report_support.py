@@ -19,7 +19,7 @@ from utils.artifacts import files
 from utils.artifacts.runs import Run
 from utils.data.contamination import Contamination, Overlap
 from utils.evaluation import measures
-from utils.evaluation.report import evaluation_report
+from utils.evaluation.report import evaluation_report, largest_differences
 from utils.evaluation.scored_rows import ModelRow
 
 SEEDS = (0, 7)
@@ -101,10 +101,10 @@ def evaluation(
     examples: dict[str, Any] = {}
     if {"task", "composed"} <= set(cells) and kinds.get("answers", True):
         asked = {f"q{i}": {"question": f"{question} {i}", "answers": [f"gold {i}"]} for i in range(QUESTIONS)}
-        chosen = measures.chosen_examples(first["composed"], first["task"])
+        chosen = largest_differences.chosen(first["composed"], first["task"])
         shown = {cell: first[cell] for cell in ("task", "composed")}
         said = {cell: {name: f"{cell} says {name}" for name in asked} for cell in shown}
-        examples = {kind: measures.described(names, asked, shown, said) for kind, names in chosen.items()}
+        examples = {kind: largest_differences.described(names, asked, shown, said) for kind, names in chosen.items()}
     found |= {
         "examples": examples,
         "test_items": QUESTIONS,

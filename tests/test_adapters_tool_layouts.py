@@ -34,7 +34,7 @@ from tests.test_adapters_other_tools import (
     made_by_peft,
     written,
 )
-from utils.adapters import adapter_files, adapter_settings, find
+from utils.adapters import adapter_files, find, other_tools
 from utils.exceptions import ArtefactError
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -101,7 +101,7 @@ class Refused(unittest.TestCase):
         directory = changed(good_adapter(LLAMA))
         (directory / WEIGHTS).unlink()
         harm = directory / "harm"
-        torch.save({"x": _Harm(harm)}, directory / adapter_settings.PICKLED)
+        torch.save({"x": _Harm(harm)}, directory / other_tools.PICKLED)
         command = shlex.split(self.refusal(directory).partition("no code of them: ")[2])
         done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
         self.assertIn("Unsupported", done.stderr)

@@ -19,7 +19,7 @@ from peft.utils.hotswap import hotswap_adapter
 
 from config import ComposeSection
 from tests.support import ARCHITECTURES, relative, saved_model, temporary_directory
-from utils.adapters import adapter_files, adapter_settings, inference_layers, peft_model
+from utils.adapters import adapter_files, inference_layers, other_tools, peft_model
 from utils.adapters.factors import Factors, ModuleFactors, delta, stacked
 from utils.composition.checks import check, relative_errors
 from utils.composition.methods import METHODS, Recipe, compose, recipe_of, weighted
@@ -264,7 +264,7 @@ class WeightedAdapter(Defects):
         # and again in stock PEFT, from disk: written as an ordinary adapter, whose scale is alpha / r
         base, directory = saved_model("llama"), temporary_directory()
         adapter_files.save(directory, composed, base)
-        self.assertFalse(adapter_settings.read(directory)["use_rslora"])
+        self.assertFalse(other_tools.read(directory)["use_rslora"])
         plain = PeftModel.from_pretrained(fresh("llama"), str(directory))
         self.assertLess(relative(logits(plain), by_hand("llama", *parts)), ROUNDING)
 

@@ -21,7 +21,7 @@ from utils.composition.search import ChosenWeights, search
 from utils.composition.weights import measured_points
 from utils.composition.weights.points import SURE, Keeping, Point, paired, pareto
 from utils.data.batches import PackedDocuments
-from utils.data.pairs import tokenise_pairs
+from utils.data.pair_rows import tokenise_pairs
 from utils.inference import scoring
 from utils.models.architectures import toy
 

@@ -19,7 +19,7 @@ from config import InferenceSection, TrainSection
 from tests.support import PLAIN_TEMPLATE, temporary_directory
 from utils.data.batches import BucketedPairs, pad
 from utils.data.example_formats import RowError, to_common
-from utils.data.pairs import tokenise_pairs
+from utils.data.pair_rows import tokenise_pairs
 from utils.exceptions import DataError
 from utils.inference import generation, scoring
 from utils.models import chat

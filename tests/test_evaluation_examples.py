@@ -9,6 +9,7 @@ from unittest import mock
 
 from tests.support import temporary_directory
 from utils.evaluation import comparison, measures
+from utils.evaluation.report import largest_differences
 from utils.evaluation.scored_rows import ModelRow
 
 
@@ -27,7 +28,7 @@ class Examples(unittest.TestCase):
         }
         examples = [{"id": name} for name in "abc"]
         with (
-            mock.patch.object(measures, "chosen_examples", return_value={"won": ["a", "b"], "lost": ["c"]}),
+            mock.patch.object(largest_differences, "chosen", return_value={"won": ["a", "b"], "lost": ["c"]}),
             mock.patch.object(measures, "described", lambda names, by_name, scores, said, primary: said),
         ):
             found = comparison._examples(

@@ -39,6 +39,7 @@ from utils.adapters.factors import ModuleFactors, norm, random_like
 from utils.artifacts import files
 from utils.evaluation import comparison, measures, test_reads
 from utils.evaluation.documents import document_sets
+from utils.evaluation.report import largest_differences
 from utils.exceptions import ConfigError
 from utils.export import hub
 from utils.models.architectures import toy
@@ -521,7 +522,7 @@ class Measures(unittest.TestCase):
     def test_examples_are_chosen_by_the_gain_per_token(self) -> None:
         ours = self.SCORES["items"]
         others = [{**i, "answer_nll": i["answer_nll"] + (4 - n) * i["answer_tokens"]} for n, i in enumerate(ours)]
-        found = measures.chosen_examples({"items": ours}, {"items": others})
+        found = largest_differences.chosen({"items": ours}, {"items": others})
         self.assertEqual(found["won"], ["q0", "q1", "q2", "q3"])
         self.assertEqual(found["lost"][:3], ["q15", "q14", "q13"])
         self.assertEqual(len(found["lost"]), 10)

@@ -11,7 +11,7 @@ import torch
 
 from tests.support import temporary_directory
 from utils import logger
-from utils.data.pairs import tokenise_pairs
+from utils.data.pair_rows import tokenise_pairs
 from utils.exceptions import DataError
 from utils.inference import generation, scoring
 from utils.models import chat, turn_format

@@ -19,7 +19,7 @@ from utils.adapters import peft_model
 from utils.artifacts import files
 from utils.data.batches import BucketedPairs
 from utils.data.kept_pairs import DocumentRows, DocumentWindows, DomainKeeping, HeldRows, KeptPairs
-from utils.data.pairs import Pair
+from utils.data.pair_rows import Pair
 from utils.models.architectures import toy
 from utils.models.losses import IGNORED, NextTokenLoss
 from utils.models.rows import row_support

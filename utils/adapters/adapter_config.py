@@ -1,7 +1,4 @@
-"""What `adapter_config.json` says: read strictly, and written so that every tool reads the same.
-
-Only what leaves the update at scale * B @ A is understood; every other setting has to be off.
-"""
+"""Ranks, scales and targets of `adapter_config.json`: written so that every tool reads the same, and found again."""
 
 from __future__ import annotations
 

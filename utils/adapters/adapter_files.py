@@ -15,7 +15,7 @@ import torch
 
 from config import LoraSection
 from utils import disk
-from utils.adapters import adapter_config, adapter_settings, adapter_state, fused_experts
+from utils.adapters import adapter_config, adapter_state, fused_experts, other_tools
 from utils.adapters.factors import Factors, ModuleFactors, norm, padded
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
@@ -63,7 +63,7 @@ def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFact
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    settings = adapter_settings.read(directory)
+    settings = other_tools.read(directory)
     try:
         state = load_file(directory / adapter_config.WEIGHTS)
     except (SafetensorError, KeyError) as error:  # KeyError: a number format that torch does not have

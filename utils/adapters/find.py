@@ -8,7 +8,7 @@ from pathlib import Path
 
 from config import PRESETS, BaseModelSection, Config
 from utils import flags
-from utils.adapters import adapter_files, adapter_settings, adapter_tokenizer, cards
+from utils.adapters import adapter_files, adapter_tokenizer, cards, other_tools
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.data import prepared_identity
@@ -144,7 +144,7 @@ def external_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run
         raise ArtefactError(
             Problem(f"{directory.parent} is an unfinished run", fix="run the same training command again")
         )
-    settings = adapter_settings.read(directory)
+    settings = other_tools.read(directory)
     named, revision = settings.get("base_model_name_or_path") or "", settings.get("revision") or ""
     made_for = f"{named} {revision}".strip()
     way = flags.to_use({"source": named, "revision": revision}, base.source, base.revision)

@@ -24,7 +24,7 @@ from utils.composition.search import ChosenWeights
 from utils.composition.weights.measured_points import PART, REST, REST_DOCUMENTS, MeasuredPoints
 from utils.composition.weights.points import Point
 from utils.data.batches import Batch, BucketedPairs, PackedDocuments
-from utils.data.pairs import tokenise_pairs
+from utils.data.pair_rows import tokenise_pairs
 from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
 from utils.exceptions import ArtefactError, DataError, NonFiniteError, Problem

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from config import TrainSection
-from utils.data.pairs import Pair
+from utils.data.pair_rows import Pair
 from utils.models.losses import IGNORED
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from utils.evaluation.learning_curve import curve
 from utils.evaluation.learning_curve.curve_runs import CurveRuns
 from utils.evaluation.metrics import classification, judging, task_kinds
 from utils.evaluation.metrics.primary import PrimaryMetric
+from utils.evaluation.report import largest_differences
 from utils.evaluation.run_groups import ComparedRuns
 from utils.evaluation.scored_rows import Material, ModelRow
 from utils.logger import warning
@@ -145,7 +146,7 @@ def _examples(
     shown = [first["task"], first["composed"]]
 
     def answered() -> dict[str, Any]:
-        chosen = measures.chosen_examples(raw[shown[1].name], raw[shown[0].name], primary)
+        chosen = largest_differences.chosen(raw[shown[1].name], raw[shown[0].name], primary)
         by_name = {str(example["id"]): example for example in on.examples}
         names = [*chosen["won"], *chosen["lost"]]
         answers = {row.cell: {a["name"]: a["text"] for a in raw[row.name]["answers"]} for row in shown}
@@ -154,7 +155,10 @@ def _examples(
         for cell, texts in (answers_to(shown, [by_name[name] for name in new]) if new else {}).items():
             answers[cell] |= dict(zip(new, texts, strict=True))
         scores = {row.cell: raw[row.name] for row in shown}
-        return {kind: measures.described(listed, by_name, scores, answers, primary) for kind, listed in chosen.items()}
+        return {
+            kind: largest_differences.described(listed, by_name, scores, answers, primary)
+            for kind, listed in chosen.items()
+        }
 
     return resumable.result(directory / "examples.json", resumable.owner(directory), answered)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.adapters import adapter_config, adapter_files, adapter_settings, find
+from utils.adapters import adapter_config, adapter_files, find, other_tools
 from utils.artifacts import files, manifests, runs
 from utils.exceptions import ArtefactError, PipelineError, Problem
 from utils.logger import event
@@ -224,7 +224,7 @@ def _model(verdict: Verification, directory: Path, *, is_new: bool = True) -> No
 def _external(verdict: Verification, directory: Path) -> str:
     """An adapter of another tool: what it says is scale * B * A, and what it holds is that. Returns its digest."""
     verdict.checked.append(str(directory))
-    settings = adapter_settings.read(directory)
+    settings = other_tools.read(directory)
     named = settings.get("base_model_name_or_path") or ""
     if find.is_model(named):
         adapter_files.load(directory, base_model.identify(Path(named), named, "", None))

@@ -8,7 +8,7 @@ from typing import Any
 from config import Config
 from utils.adapters import adapter_files, adapter_tokenizer, find, peft_model
 from utils.artifacts.runs import Run
-from utils.data import batches, pairs
+from utils.data import batches, pair_rows
 from utils.data.batches import Batch, BucketedPairs
 from utils.data.prepared import Prepared
 from utils.data.retrieval.retrieved_prompts import for_training
@@ -46,7 +46,7 @@ def train_task(config: Config) -> dict[str, Any]:
     facts = task_facts(config.task, domain) | training_identity.start_facts(initial, finished) | deciding
     facts |= training_identity.keep_facts(config.task, config.compose.domain_retention, source)
     facts |= turn_format.deciding(adapter_tokenizer.of(base)) | base.deciding_tokenizer()
-    if config.task.turns == "all" and pairs.trains_earlier_turns(data.manifest["counts"]):
+    if config.task.turns == "all" and pair_rows.trains_earlier_turns(data.manifest["counts"]):
         facts |= {"turns": "joined"}  # how turns make rows decides which of them make a step
     identity = training_identity.identity_of(config, "task", base, data, **facts)
     if finished:
@@ -80,10 +80,10 @@ def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, l
     if task.retrieval:
         splits = (examples, dev)
         examples, dev = for_training(prepared, splits, tokenizer, task.system_prompt, longest)
-    trained, report = pairs.tokenise_pairs(examples, tokenizer, task.system_prompt, longest, all_turns=turns)
-    pairs.check_usable(report, task.max_unusable_share, longest)
+    trained, report = pair_rows.tokenise_pairs(examples, tokenizer, task.system_prompt, longest, all_turns=turns)
+    pair_rows.check_usable(report, task.max_unusable_share, longest)
     trained = BucketedPairs(trained, settings, config.run.seed, pad, prompt_loss_weight=task.prompt_loss_weight)
-    dev_pairs, of_dev = pairs.tokenise_pairs(dev, tokenizer, task.system_prompt, longest)
-    pairs.warn_of_cuts(report, of_dev, longest)
+    dev_pairs, of_dev = pair_rows.tokenise_pairs(dev, tokenizer, task.system_prompt, longest)
+    pair_rows.warn_of_cuts(report, of_dev, longest)
     found = asdict(report) | {"dev": asdict(of_dev)}
     return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), found

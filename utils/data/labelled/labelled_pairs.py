@@ -17,7 +17,7 @@ from utils.data.domains.built_in import BuiltIn
 from utils.data.examples import read_task_examples
 from utils.data.labelled import headings, token_lengths
 from utils.data.labelled.groups import spellings
-from utils.data.pairs import refuse_reasoning
+from utils.data.pair_rows import refuse_reasoning
 from utils.data.splits import SPLITS, hash_share, leaks, split_by_document
 from utils.exceptions import DataError, Problem
 from utils.logger import event, warning

@@ -1,4 +1,4 @@
-"""The `adapter_config.json` of any tool, read strictly, and what other tools leave in place of PEFT's two files.
+"""Adapters as any tool leaves them: their `adapter_config.json`, read strictly or refused with the reason.
 
 Only what leaves the update at scale * B @ A is understood; every other setting has to be off.
 """
