@@ -29,7 +29,7 @@ class Examples(unittest.TestCase):
         examples = [{"id": name} for name in "abc"]
         with (
             mock.patch.object(largest_differences, "chosen", return_value={"won": ["a", "b"], "lost": ["c"]}),
-            mock.patch.object(measures, "described", lambda names, by_name, scores, said, primary: said),
+            mock.patch.object(largest_differences, "described", lambda names, by_name, scores, said, primary: said),
         ):
             found = comparison._examples(
                 mock.Mock(),
