@@ -145,7 +145,7 @@ class AsOneProcess(Same):
         self.assertGreater(len(expected), 5)
         for way in EXPERTS:
             with self.subTest(way):
-                self.assertEqual(different(cells(way), expected, 1e-4), [])
+                self.assertEqual(different(cells(way), expected), [])
 
     def test_scores_and_answers_of_an_evaluation_and_its_weight_search(self) -> None:
         for architecture in ("minimax_m2", "qwen3_moe"):
