@@ -51,6 +51,8 @@ class Files(unittest.TestCase):
         with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w") as made:
             for name in source.namelist():
                 document = f"<w:document {WORD}><w:body>{body}</w:body></w:document>".encode()
+                if name in parts:
+                    continue
                 made.writestr(name, document if name == "word/document.xml" else source.read(name))
             for name, content in parts.items():
                 made.writestr(name, content)

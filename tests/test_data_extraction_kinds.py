@@ -7,7 +7,7 @@ import unittest
 import zipfile
 
 from tests.support import Workspace
-from tests.test_data_extraction import Files
+from tests.test_data_extraction import WORD, Files
 from utils.artifacts import files
 from utils.data.extraction.formats import read_file
 
@@ -132,6 +132,37 @@ class Overlooked(Files):
         found = read_file(self.folder / "a.pptx")
         self.assertEqual(found.documents[0][1], "By region\n | East | West\nSales | 19.2 | 0.3\n\nplan\ndo")
         self.assertEqual(found.notes, [])
+
+    def test_numbers_of_word_are_those_that_it_shows(self) -> None:
+        def level(at: int, form: str, text: str, more: str = "") -> str:
+            inside = f'<w:start w:val="1"/><w:numFmt w:val="{form}"/>{more}<w:lvlText w:val="{text}"/>'
+            return f'<w:lvl w:ilvl="{at}">{inside}</w:lvl>'
+
+        def numbered(number: int, at: int, text: str, style: str = "") -> str:
+            style = f'<w:pStyle w:val="{style}"/>' if style else ""
+            place = f'<w:numPr><w:ilvl w:val="{at}"/><w:numId w:val="{number}"/></w:numPr>'
+            return f"<w:p><w:pPr>{style}{place}</w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+        steps = level(0, "decimal", "%1.") + level(1, "lowerLetter", "%2)")
+        heads = level(0, "upperRoman", "Article %1") + level(1, "decimal", "%1.%2", "<w:isLgl/>")
+        lists = "".join(
+            f'<w:abstractNum w:abstractNumId="{n}">{one}</w:abstractNum>'
+            for n, one in enumerate((steps, heads, level(0, "bullet", "o")))
+        )
+        anew = '<w:lvlOverride w:ilvl="0"><w:startOverride w:val="1"/></w:lvlOverride>'
+        for number, (definition, more) in enumerate(((0, ""), (1, ""), (2, ""), (0, anew)), 1):
+            lists += f'<w:num w:numId="{number}"><w:abstractNumId w:val="{definition}"/>{more}</w:num>'
+        between = "<w:p><w:r><w:t>A remark.</w:t></w:r></w:p>"
+        body = numbered(2, 0, "Scope", "Heading1") + numbered(2, 1, "Pumps", "Heading2") + numbered(1, 0, "Open.")
+        body += numbered(1, 1, "Left.") + numbered(1, 1, "Right.") + between + numbered(1, 0, "Close.")
+        body += between + numbered(4, 0, "Anew.") + between + numbered(3, 0, "Dot.") + numbered(2, 0, "End", "Heading1")
+        text = self.docx(body, **{"word/numbering.xml": f"<w:numbering {WORD}>{lists}</w:numbering>"})
+        self.assertEqual(
+            text,
+            "# Article I Scope\n\n## 1.1 Pumps\n\n1. Open.\n    a) Left.\n    b) Right.\n\nA remark.\n\n2. Close.\n\n"
+            "A remark.\n\n1. Anew.\n\nA remark.\n\n- Dot.\n\n# Article II End",
+        )
+        self.assertEqual(+self.found.removed, {})
 
     def test_sphinx_markup_is_read_as_its_page_shows_it(self) -> None:
         self.assertEqual(

@@ -40,6 +40,8 @@ _TEX_SCRIPT = re.compile(r"math/tex", re.I)
 # a table that lays out a page holds these
 _NO_CELL = frozenset(["h1", "h2", "h3", "h4", "h5", "h6", "pre", "main", "article"])
 _LONGEST_CELL = 1000
+# of an item, by whoever made HTML of another format: what stands in front of it
+ITEM_NUMBER = "data-item-number"
 
 
 def extract_html(markup: str) -> Extracted:
@@ -257,8 +259,8 @@ class _Walker:
             blocks.line()
 
     def _item(self, element: Element) -> None:
-        mark = "- "
-        if self._lists and self._lists[-1][0] == "ol":
+        mark = f"{element.get(ITEM_NUMBER)} " if element.get(ITEM_NUMBER) else "- "
+        if self._lists and self._lists[-1][0] == "ol" and not element.get(ITEM_NUMBER):
             number = _number(element.get("value"), self._lists[-1][1])
             self._lists[-1][1] = number + 1
             mark = f"{_counted(number, element.get('type') or self._lists[-1][2])}. "

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.data.extraction import tex_macros
 from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import Extracted
+from utils.data.extraction.markup import tex_macros
 from utils.data.extraction.pages.html_text import page_text, parse
 
 # docutils' level of what it could not understand
@@ -37,7 +37,7 @@ def extract_rst(path: Path) -> Extracted:
     """
     from docutils.core import publish_doctree, publish_from_doctree
 
-    from utils.data.extraction import sphinx_markup
+    from utils.data.extraction.markup import sphinx_markup
 
     source, encoding = decode(path.read_bytes())
     notes = [f"read as {encoding}"] if encoding else []
