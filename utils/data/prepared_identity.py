@@ -25,8 +25,9 @@ LIMITS = same_names("max_documents", "max_train_examples", "max_dev_examples", "
 INVENTED = same_names("invented_towns", "invented_attributes")
 # raised when the same files give other documents; 2: nothing is deleted unsaid, see `data.extraction`; 3: columns of a
 # PDF that stand close, parts of pages that unfold, encodings by other names; 4: mailboxes, subtitles, OpenDocument
-# texts, code of pages that stands line by line in a table (all 2026-11-30)
-READING_METHOD = 4
+# texts, code of pages that stands line by line in a table; 5: forwarded messages, charts, Sphinx, LaTeX macros of a
+# file, letters and numbers of lists (all 2026-11-30)
+READING_METHOD = 5
 # what one file may take decides which files are read
 READING = same_names("file_seconds", "file_memory_mb", "near_duplicates", "personal_data")
 # raised when the same labelled rows are read otherwise than before: pairs that were read the old way are read anew

@@ -126,6 +126,8 @@ def decode(content: bytes, *, markup: bool = False) -> tuple[str, str]:
             return content[0 if encoding else 3 :].decode(encoding or "utf-8", "replace"), encoding
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace"), "utf-16"
+    if unmarked := _unmarked_utf16(content[:4096]):
+        return content.decode(unmarked, "replace"), unmarked
     try:
         return content.decode("utf-8"), ""
     except UnicodeDecodeError as error:
@@ -139,6 +141,14 @@ def decode(content: bytes, *, markup: bool = False) -> tuple[str, str]:
         raise NoTextError(
             f"not UTF-8, at byte {at} of the line (got {bad!r})", kind=NOT_UTF8, place=f":{line}", fix=fix
         ) from None
+
+
+def _unmarked_utf16(start: bytes) -> str:
+    """UTF-16 that has no byte order mark, as some databases write it: every other byte of most texts is 0."""
+    even, odd = (start[at::2].count(0) / max(1, len(start) // 2) for at in (0, 1))
+    if max(even, odd) < 0.4 or min(even, odd) > 0.05:
+        return ""
+    return "utf-16-le" if odd > even else "utf-16-be"
 
 
 def _declared(content: bytes, markup: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 NO_TEXT = "no text could be extracted"
 MENUS, HIDDEN, RUNNING = "menus, headers and footers of web pages", "hidden text", "running headers and footers"
+DRAWN = "words in drawings and form fields of pages"
 
 
 class NoTextError(Exception):

@@ -42,8 +42,8 @@ _READERS: dict[str, tuple[str, str]] = {
     ".mbox": ("mail_text", "extract_mailbox"),
     ".srt": ("subtitles", "extract_subtitles"),
     ".vtt": ("subtitles", "extract_subtitles"),
-    ".rst": ("markup_text", "extract_rst"),
-    ".tex": ("markup_text", "extract_tex"),
+    ".rst": ("markup.markup_text", "extract_rst"),
+    ".tex": ("markup.markup_text", "extract_tex"),
     **dict.fromkeys(HTML_SUFFIXES, ("pages.html_text", "")),
 }
 # in a child process, under limits: what is parsed; plain text takes as long as its bytes

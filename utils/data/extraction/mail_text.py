@@ -11,9 +11,15 @@ from typing import Any
 from utils.data.extraction.extracted import Extracted, NoTextError
 from utils.data.extraction.pages.html_text import extract_html
 
+# messages inside messages
+DEEPEST = 20
+
 
 def extract_mail(path: Path) -> Extracted:
-    """Subject, sender, receivers, date and body of a message; attachments are counted."""
+    """Subject, sender, receivers, date and body of a message, and of those that it forwards; attachments are counted.
+
+    A body may be in several parts, as Apple's Mail writes it around a picture.
+    """
     text, attached = _message(message_from_bytes(path.read_bytes(), policy=policy.default))
     if not text:
         raise NoTextError("the message has no text")
@@ -40,13 +46,23 @@ def _parsed(file: Any) -> Any:
     return message_from_bytes(file.read(), policy=policy.default)
 
 
-def _message(message: Any) -> tuple[str, int]:
+def _message(message: Any, depth: int = 0) -> tuple[str, int]:
     """(head and body, "" without text; number of attachments)."""
     head = [f"{name}: {message[name]}" for name in ("From", "To", "Cc", "Date", "Subject") if message[name]]
     body = message.get_body(preferencelist=("plain", "html"))
-    text = _body(body) if body is not None else ""
-    attached = sum(1 for _ in message.iter_attachments()) if message.is_multipart() else 0
-    return ("\n".join(head) + f"\n\n{text}" if text.strip() or message["Subject"] else ""), attached
+    texts, attached = [_body(body)] if body is not None else [], 0
+    for part in message.iter_attachments() if message.is_multipart() else ():
+        if part.get_content_type() == "message/rfc822" and depth < DEEPEST:
+            text, inside = _message(part.get_content(), depth + 1)
+            texts, attached = [*texts, text], attached + inside
+        elif part.get_content_type() in ("text/plain", "text/html") and not (
+            part.is_attachment() or part.get_filename()
+        ):
+            texts.append(_body(part))
+        else:
+            attached += 1
+    text = "\n\n".join(one.strip("\r\n") for one in texts if one.strip())
+    return ("\n".join(head) + f"\n\n{text}" if text or message["Subject"] else ""), attached
 
 
 def _left_out(attached: int, empty: int) -> list[str]:

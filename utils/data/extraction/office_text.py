@@ -55,7 +55,7 @@ def extract_pptx(path: Path) -> Extracted:
     slides, removed, drawn = [], Counter[str](), 0
     for slide in Presentation(str(path)).slides:
         blocks = list(_shapes(slide.shapes))
-        drawn += sum(_is_drawn(shape) for shape in slide.shapes)
+        drawn += sum(_is_drawn(shape) and not _drawn_text(shape) for shape in slide.shapes)
         if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
             blocks.append(slide.notes_slide.notes_text_frame.text)
         text = "\n\n".join(block.strip() for block in blocks if block.strip())
@@ -67,13 +67,45 @@ def extract_pptx(path: Path) -> Extracted:
         raise NoTextError("the presentation has no text")
     text = "\n\n".join(slides)
     visible = visible_characters(text) + removed.total() if removed else 0
-    notes = [f"{drawn} charts and diagrams were left out"] if drawn else []
+    notes = [f"{drawn} embedded objects were left out"] if drawn else []
     return Extracted.whole(text, visible=visible, removed=removed, notes=notes)
 
 
 def _is_drawn(shape: Any) -> bool:
     """Whether a shape is a chart, a diagram or an embedded file, whose words are in another part."""
     return shape._element.tag.endswith("}graphicFrame") and not getattr(shape, "has_table", False)
+
+
+def _drawn_text(shape: Any) -> str:
+    """The words of a diagram (SmartArt), a line for each of its boxes; of a chart title and numbers, as a table.
+
+    Empty where there are none, or for a kind of chart that python-pptx does not know.
+    """
+    if getattr(shape, "has_chart", False):
+        try:
+            return _chart_text(shape.chart)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return ""
+    lines = []
+    for ids in (e for e in shape._element.iter() if local_name(e) == "relIds"):
+        name = next((value for key, value in ids.attrib.items() if key.endswith("}dm")), "")
+        if name in shape.part.rels and not shape.part.rels[name].is_external:
+            data = parse_xml(shape.part.related_part(name).blob)
+            for box in (e for e in data.iter() if local_name(e) == "t" and len(e)):
+                words = (e.text or "" for e in box.iter() if local_name(e) == "t" and not len(e))
+                lines.append(" ".join("".join(words).split()))
+    return "\n".join(filter(None, lines))
+
+
+def _chart_text(chart: Any) -> str:
+    title = chart.chart_title.text_frame.text if chart.has_title and chart.chart_title.has_text_frame else ""
+    lines = [" ".join(title.split())]
+    for plot in chart.plots:
+        lines.append(CELL.join(["", *(" ".join(str(label).split()) for label in plot.categories)]).rstrip())
+        for series in plot.series:
+            values = ("" if value is None else _cell(value) for value in series.values)
+            lines.append(CELL.join([" ".join((series.name or "").split()), *values]))
+    return "\n".join(filter(None, lines))
 
 
 def _rows(rows: list[list[Any]]) -> Iterator[str]:
@@ -86,12 +118,14 @@ def _rows(rows: list[list[Any]]) -> Iterator[str]:
 def _cell(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
+    if isinstance(value, float):
+        return f"{value:.15g}"  # as Excel shows it: 3.3, not 3.3000000000000003
     return " ".join(str(value).split())
 
 
 def _shapes(shapes: Any) -> Iterator[str]:
     """Texts of shapes as they are read: from top to bottom, then from left to right; groups one after the other."""
-    placed = [s for s in shapes if s.has_text_frame or s.shape_type == 6 or getattr(s, "has_table", False)]
+    placed = [s for s in shapes if s.has_text_frame or s.shape_type == 6 or s._element.tag.endswith("}graphicFrame")]
     titles = [s for s in placed if s.is_placeholder and s.placeholder_format.type in (1, 3)]
     others = sorted((s for s in placed if s not in titles), key=lambda s: (s.top or 0, s.left or 0))
     for shape in (*titles, *others):
@@ -99,6 +133,8 @@ def _shapes(shapes: Any) -> Iterator[str]:
             yield from _shapes(shape.shapes)
         elif getattr(shape, "has_table", False):
             yield "\n".join(CELL.join(" ".join(c.text.split()) for c in row.cells) for row in shape.table.rows)
+        elif _is_drawn(shape):
+            yield _drawn_text(shape)
         else:
             text = shape.text_frame.text.replace("\v", "\n")
             yield f"# {' '.join(text.split())}" if shape in titles and text.strip() else text

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from utils.data.extraction import word_numbering
 from utils.data.extraction.archives import open_archive, parse_xml
 from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import HIDDEN, RUNNING, Extracted, NoTextError, visible_characters
@@ -59,6 +60,9 @@ def extract_docx(path: Path) -> Extracted:
                     notes.append(f"{chunks} embedded documents were left out")
                 _normalise(root, hidden, removed)
                 visible += sum(visible_characters(t.text or "") for t in root.iter(_WORD + "t"))
+                if name == main and _STYLES[1] in names:
+                    parsed = [parse_xml(archive.read(part)) if part in names else None for part in _STYLES[::-1]]
+                    word_numbering.write_numbers(root, word_numbering.Numbering.of(*parsed), _run)
                 changed[name] = _slim(root)
         changed |= {name: _slim(parse_xml(archive.read(name))) for name in _STYLES if name in names}
         for name in names:
@@ -74,6 +78,7 @@ def extract_docx(path: Path) -> Extracted:
         raise NoTextError("its tables or lists are nested too deeply")
     for link in [a for a in root.iter("a") if (a.text or "") == "↑"]:
         link.text = ""
+    visible += word_numbering.take_numbers(root)
     found = page_text(root, None)
     text = found.documents[0][1]
     if not text.strip():

@@ -137,6 +137,12 @@ def hidden_characters(element: Element) -> int:
     return sum(visible_characters(text or "") for text in (*texts, *tails))
 
 
+def drawn_characters(element: Element) -> int:
+    """Characters that a drawing shows, or a field that is filled in."""
+    texts = element.iter("text") if element.tag == "svg" else [element] if element.tag == "textarea" else []
+    return sum(visible_characters("".join(one.itertext())) for one in texts)
+
+
 def _is_hidden(element: Element) -> bool:
     """Whether a page hides an element and a reader cannot open it: tabs and what unfolds are text of the page."""
     style = element.get("style")

@@ -6,16 +6,23 @@ code. Parsed by lxml, walked once without recursion: pages nest as deep as their
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from html import escape
 from html.parser import HTMLParser
 from typing import Any
 
-from utils.data.extraction.extracted import MENUS, Extracted, NoTextError, visible_characters
+from utils.data.extraction.extracted import DRAWN, MENUS, Extracted, NoTextError, visible_characters
 from utils.data.extraction.pages.code_views import join_code_lines
 from utils.data.extraction.pages.formulas import formula_text
-from utils.data.extraction.pages.html_boilerplate import NOT_TEXT, PageParts, hidden_characters, is_not_text
+from utils.data.extraction.pages.html_boilerplate import (
+    NOT_TEXT,
+    PageParts,
+    drawn_characters,
+    hidden_characters,
+    is_not_text,
+)
 from utils.data.extraction.pages.text_blocks import TextBlocks
 
 Element = Any
@@ -33,6 +40,8 @@ _TEX_SCRIPT = re.compile(r"math/tex", re.I)
 # a table that lays out a page holds these
 _NO_CELL = frozenset(["h1", "h2", "h3", "h4", "h5", "h6", "pre", "main", "article"])
 _LONGEST_CELL = 1000
+# of an item, by whoever made HTML of another format: what stands in front of it
+ITEM_NUMBER = "data-item-number"
 
 
 def extract_html(markup: str) -> Extracted:
@@ -88,6 +97,7 @@ def page_text(root: Element, parts: PageParts | None) -> Extracted:
     """The text below an element; `parts` says which of it to leave out, None leaves out nothing that is visible."""
     walker = _Walker(parts)
     walker.walk(root)
+    walker.removed = +walker.removed
     visible = walker.written + walker.removed.total()
     notes = [f"{walker.hidden:,} characters that the page hides were left out"] if walker.hidden else []
     return Extracted.whole(walker.blocks.text(), visible=visible, removed=walker.removed, notes=notes)
@@ -158,7 +168,11 @@ class _Walker:
         if element.tag == "script" and _TEX_SCRIPT.match(element.get("type") or ""):
             self.blocks.inline(f"${' '.join((element.text or '').split())}$")
             return True
+        if element.tag == "input" and _is_task(element):
+            self.blocks.inline("[ ] " if element.get("checked") is None else "[x] ")
+            return True
         if is_not_text(element):
+            self.removed[DRAWN] += drawn_characters(element)
             self.hidden += hidden_characters(element)
             return True
         if self.parts is not None and element is not self.parts.main and self.parts.is_boilerplate(element):
@@ -191,7 +205,7 @@ class _Walker:
         if tag in _HEADINGS:
             blocks.prefix(_HEADINGS[tag])
         elif tag in ("ul", "ol", "dl"):
-            self._lists.append([tag, _number(element.get("start"), 1)])
+            self._lists.append([tag, _number(element.get("start"), 1), element.get("type", "1")])
             blocks.indent(len(self._lists) > 1)
         elif tag == "li":
             self._item(element)
@@ -245,11 +259,11 @@ class _Walker:
             blocks.line()
 
     def _item(self, element: Element) -> None:
-        mark = "- "
-        if self._lists and self._lists[-1][0] == "ol":
+        mark = f"{element.get(ITEM_NUMBER)} " if element.get(ITEM_NUMBER) else "- "
+        if self._lists and self._lists[-1][0] == "ol" and not element.get(ITEM_NUMBER):
             number = _number(element.get("value"), self._lists[-1][1])
             self._lists[-1][1] = number + 1
-            mark = f"{number}. "
+            mark = f"{_counted(number, element.get('type') or self._lists[-1][2])}. "
         self.blocks.prefix(mark)
         self.blocks.indent(False)
 
@@ -301,6 +315,24 @@ def _language(pre: Element) -> str:
         ):
             return found[1]
     return ""
+
+
+def _is_task(box: Element) -> bool:
+    """Whether a box to tick says whether an item of a list is done."""
+    if (box.get("type") or "").lower() != "checkbox":
+        return False
+    names = [e.get("class") or "" for e in (box, *itertools.islice(box.iterancestors(), 3))]
+    return any("task-list" in name or "contains-task" in name for name in names)
+
+
+def _counted(number: int, kind: str) -> str:
+    """The number of an item as its list counts: 3, c, C, iii or III."""
+    if kind in ("a", "A") and 0 < number <= 26:
+        return chr(ord(kind) + number - 1)
+    if kind in ("i", "I") and 0 < number < 40:
+        roman = "x" * (number // 10) + ("", "i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix")[number % 10]
+        return roman.upper() if kind == "I" else roman
+    return str(number)
 
 
 def _is_exponent(element: Element) -> bool:

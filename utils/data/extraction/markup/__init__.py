@@ -1,0 +1,1 @@
+"""Markup languages as text: reStructuredText, Sphinx's too, and LaTeX."""
