@@ -15,7 +15,7 @@ from utils.artifacts import files
 from utils.evaluation import verdict
 from utils.evaluation.matrix import matrix, matrix_report, matrix_scores
 from utils.evaluation.matrix.matrix_runs import AdapterPair, MatrixRuns
-from utils.evaluation.matrix.matrix_scores import DOCUMENTS, QUESTIONS, Scored, name_of, questions_of, wanted
+from utils.evaluation.matrix.matrix_scores import DOCUMENTS, QUESTIONS, Scored, name_of, questions_of, to_score
 from utils.evaluation.metrics.primary import ANSWER_NLL
 from utils.exceptions import PipelineError
 
@@ -168,9 +168,9 @@ class Family(unittest.TestCase):
             AdapterPair(domains[0], tasks[1], why_empty="no"),
         )
         found = MatrixRuns(tuple(domains), tuple(tasks), pairs, data, {t.digest: t for t in tasks})
-        rows = [one.row for one in wanted(found, {}) if one.what == QUESTIONS]
+        rows = [one.row for one in to_score(found, {}) if one.what == QUESTIONS]
         self.assertEqual(sorted(rows), sorted(["base", name_of(tasks[0]), name_of(pairs[0]), name_of(pairs[1])]))
-        self.assertFalse([one for one in wanted(found, {}) if one.what == DOCUMENTS])
+        self.assertFalse([one for one in to_score(found, {}) if one.what == DOCUMENTS])
 
     def test_a_baseline_has_the_weight_that_was_chosen_for_its_pair(self) -> None:
         domains, tasks = [run(f"d{i}", "domain") for i in range(2)], [run("t", "task")]
@@ -179,7 +179,7 @@ class Family(unittest.TestCase):
         found = MatrixRuns(tuple(domains), tuple(tasks), pairs, data, {tasks[0].digest: tasks[0]})
         weights = {name_of(pairs[1]): 0.5}
         task = name_of(tasks[0])
-        self.assertIn(f"{task}@0.5", [one.row for one in wanted(found, weights)])
+        self.assertIn(f"{task}@0.5", [one.row for one in to_score(found, weights)])
         on = matrix_scores.states(found, weights)
         self.assertEqual((on[task], on[f"{task}@0.5"]), ({task: 1.0}, {task: 0.5}))
         # the first pair is worse than its baseline at weight 1, the second better than its own at 0.5
