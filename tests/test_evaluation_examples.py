@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from tests.support import temporary_directory
-from utils.evaluation import comparison, measures
+from utils.evaluation import comparison
 from utils.evaluation.report import largest_differences
 from utils.evaluation.scored_rows import ModelRow
 
