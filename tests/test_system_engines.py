@@ -8,6 +8,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
+from tests import launch_support
 from tests.engine_support import left_in, owned_by, stub_python, until
 from tests.support import SECRETS, Script, Workspace, last_json, write_jsonl
 from utils.artifacts import files
@@ -65,6 +66,20 @@ class Engines(unittest.TestCase):
         shown = [example["said"] for kind in results["examples"].values() for example in kind]
         self.assertTrue(shown and all(set(said) == {"task", "composed"} for said in shown))
         files.verify(directory)
+
+    def test_several_ranks_ask_one_server_and_say_what_one_process_says(self) -> None:
+        flags = (*self.vllm, "--task.on", "base", "--evaluate.generated_answers", "3", "--run.name")
+        environment = {rank: {**SECRETS, "ENGINE_STUB": "{}"} for rank in range(2)}
+        results = {}
+        for way in ("python", "whole", "sharded"):
+            done = launch_support.result(
+                launch_support.launch(self.place, way, "evaluate", *flags, f"asked-{way}", env=environment)
+            )
+            results[way] = launch_support.read(Path(done["run"]) / "results.json")
+        for way in ("whole", "sharded"):
+            for part in ("cells", "examples"):
+                self.assertEqual(launch_support.different(results["python"][part], results[way][part]), [], way)
+        self.assertEqual({numbers["format"]["answers"] for numbers in results["whole"]["cells"].values()}, {3})
 
     def test_answers_to_a_file_are_gone_on_with_and_nothing_is_left_beside_them(self) -> None:
         target = self.place.root / "answers.jsonl"
