@@ -10,7 +10,7 @@ from tests import toy_architectures
 from tests.support import temporary_directory
 from utils.data.labelled import labelled_pairs
 from utils.exceptions import DataError
-from utils.models import chat, templates
+from utils.models import chat, template_fitting
 
 # written after those of Gemma 2 and Mistral 7B v0.1
 GEMMA = (
@@ -69,7 +69,7 @@ class Systems(unittest.TestCase):
             )
 
     def test_it_is_said_once(self) -> None:
-        templates._say_moved.cache_clear()
+        template_fitting._say_moved.cache_clear()
         with self.assertLogs("adapters", "INFO") as said:
             prompt(GEMMA, "Be brief.")
             prompt(GEMMA, "Be very brief.")
@@ -115,9 +115,9 @@ class Turns(unittest.TestCase):
 
     def test_the_form_is_asked_once_for_a_template(self) -> None:
         tokenizer = toy_architectures.tokenizer(GEMMA)
-        first = templates.form_of(tokenizer)
+        first = template_fitting.form_of(tokenizer)
         self.assertEqual((first.system, first.neighbours, first.parts), (False, False, False))
-        self.assertIs(templates.form_of(toy_architectures.tokenizer(GEMMA)), first)
+        self.assertIs(template_fitting.form_of(toy_architectures.tokenizer(GEMMA)), first)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ PURE = (
     "planning.memory.activations",
     *("composition.methods", "composition.approximate_methods", "composition.truncation", "composition.checks"),
     *("composition.weights.points", "composition.weights.compass", "composition.weights.surface"),
-    "composition.weights.parts",
+    "composition.weights.dev_parts",
     *("composition.weights.modelled", "composition.search", "composition.collisions"),
     *("evaluation.intervals", "evaluation.verdict"),
     *("evaluation.one_adapter", "evaluation.learning_curve.power_law", "evaluation.learning_curve.curve_sizes"),

@@ -15,7 +15,7 @@ import yaml
 
 from utils.artifacts import files
 from utils.artifacts.runs import Run
-from utils.models import chat, templates
+from utils.models import chat, template_fitting
 from utils.models.base_model import BaseModel
 from utils.models.directory_checks import CONFIG
 from utils.models.model_shapes import PLAIN
@@ -208,7 +208,7 @@ def _answer(base: BaseModel, system_prompt: str) -> list[str]:
     turns = [{"role": "system", "content": system_prompt}] if system_prompt else []
     turns.append({"role": "user", "content": "Your question"})
     if system_prompt and (base.directory / "tokenizer_config.json").is_file():
-        turns = templates.fitted(chat.load_tokenizer(base.directory), turns)
+        turns = template_fitting.fitted(chat.load_tokenizer(base.directory), turns)
     return [
         "messages = [",
         *(f"    {json.dumps(turn)}," for turn in turns),

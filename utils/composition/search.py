@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.composition.methods import METHODS, SUM
-from utils.composition.weights import compass, parts
+from utils.composition.weights import compass, dev_parts
 from utils.composition.weights.modelled import NOTHING, ModelledSearch
 from utils.composition.weights.points import SURE, Allows, Evaluate, Keeping, Point, best_of, one, paired, pareto
 
@@ -140,7 +140,7 @@ class _Dev:
             return point
         whole = {(p.method, p.weights): p for p in (*self.alone, *self.seen.values())}
         known = [(p, self.on_part(p.method, p.weights)) for p in whole.values()]
-        return parts.corrected(point, known, self.adapters)
+        return dev_parts.corrected(point, known, self.adapters)
 
     def keeping_on_part(self, keeping: Keeping) -> Keeping:
         """What has to be kept, with the part speaking for all of dev."""

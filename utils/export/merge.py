@@ -26,7 +26,7 @@ from utils.adapters.factors import Factors, ModuleFactors, norm
 from utils.artifacts import files, resumable
 from utils.exceptions import ArtefactError, NonFiniteError, Problem, VerificationError
 from utils.export import merge_check
-from utils.export.rounding import figures, squared_norm
+from utils.export.rounding_error import figures, squared_norm
 from utils.logger import event
 from utils.models import older_spellings
 from utils.models.architectures import registry

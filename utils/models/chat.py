@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
-from utils.models import templates, turn_format
+from utils.models import template_fitting, turn_format
 from utils.models.architectures import registry
 from utils.models.directory_checks import CONFIG, readable, text_part
 from utils.models.turn_format import THINK_END, THINK_MARKS, THINK_START, TemplateError, opens_thinking
@@ -147,7 +147,7 @@ def _rendered(
     """The conversation as the template writes it, in the form that it takes. Raises TemplateError where it refuses."""
     from jinja2.exceptions import TemplateError as Refused
 
-    tools, fitted = example.get("tools") or None, templates.fitted(tokenizer, turns)
+    tools, fitted = example.get("tools") or None, template_fitting.fitted(tokenizer, turns)
     try:
         return str(tokenizer.apply_chat_template(fitted, tools=tools, tokenize=False, add_generation_prompt=opens))
     except (Refused, TypeError, ValueError, AttributeError, KeyError) as error:

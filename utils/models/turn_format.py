@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from utils.models import templates
+from utils.models import template_fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def writes_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
 def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template's generation prompt leaves a think block open."""
     probe = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    fitted = templates.fitted(tokenizer, probe, says=False)
+    fitted = template_fitting.fitted(tokenizer, probe, says=False)
     rendered = tokenizer.apply_chat_template(fitted, tokenize=False, add_generation_prompt=True)
     return str(rendered).rstrip().endswith(THINK_START)
 
@@ -160,7 +160,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *
     """The conversation as the template writes it; empty where it refuses."""
     from jinja2.exceptions import TemplateError as Refused
 
-    fitted = templates.fitted(tokenizer, turns, says=False)
+    fitted = template_fitting.fitted(tokenizer, turns, says=False)
     try:
         return str(tokenizer.apply_chat_template(fitted, tokenize=False, add_generation_prompt=opens))
     except (Refused, TypeError, ValueError, AttributeError, KeyError):
