@@ -15,7 +15,7 @@ import pyarrow
 from config import COLUMN_ROLES
 from tests.support import temporary_directory
 from utils.data.examples import TaskReport, read_task_examples
-from utils.data.labelled import marks, report, roles
+from utils.data.labelled import column_roles, marks, report
 from utils.data.splits import leaks
 from utils.exceptions import DataError
 
@@ -387,14 +387,14 @@ class Columns(Pairs):
 
     def test_every_role_of_the_flag_is_known(self) -> None:
         known = {
-            *roles.STRONG,
+            *column_roles.STRONG,
             "choices",
             "answer_index",
             "answer_number",
             "document",
             "source",
             "ignore",
-            *roles.ALIASES,
+            *column_roles.ALIASES,
         }
         self.assertEqual(set(COLUMN_ROLES), known)
 

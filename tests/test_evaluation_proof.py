@@ -43,7 +43,7 @@ from utils.evaluation.report import largest_differences
 from utils.exceptions import ConfigError
 from utils.export import hub
 from utils.models.architectures import toy
-from utils.training import schedules
+from utils.training.schedules import active_adapters
 
 FOUR = ["base", "domain", "task", "composed"]
 STACKED = ["task_without_domain"]
@@ -435,11 +435,11 @@ class Regimes(unittest.TestCase):
             shutil.rmtree(run["run"])
 
     def test_domain_ready_sees_the_domain_in_about_half_of_the_steps_and_always_on_dev(self) -> None:
-        seen = [schedules.domain_is_on(0, step) for step in range(1000)]
+        seen = [active_adapters.domain_is_on(0, step) for step in range(1000)]
         self.assertAlmostEqual(sum(seen) / 1000, 0.5, delta=0.05)
-        self.assertEqual(seen, [schedules.domain_is_on(0, step) for step in range(1000)])
-        self.assertNotEqual(seen, [schedules.domain_is_on(1, step) for step in range(1000)])
-        self.assertTrue(schedules.domain_is_on(0, None))
+        self.assertEqual(seen, [active_adapters.domain_is_on(0, step) for step in range(1000)])
+        self.assertNotEqual(seen, [active_adapters.domain_is_on(1, step) for step in range(1000)])
+        self.assertTrue(active_adapters.domain_is_on(0, None))
 
 
 class RandomControl(unittest.TestCase):

@@ -12,9 +12,10 @@ from config import BaseModelSection
 from tests import toy_architectures
 from tests.support import random_factors, temporary_directory
 from utils.export import merge
-from utils.models import base_model, loading
+from utils.models import loading
 from utils.models.base_model import BaseModel
 from utils.models.structure import linear_modules
+from utils.models.weights import companion_files
 from utils.models.weights.safetensors_io import Checkpoint
 
 BESIDE = {
@@ -85,7 +86,7 @@ class Companions(unittest.TestCase):
         save_file(load_file(base.directory / "model.safetensors"), shards / "one-of-one.safetensors")
         shutil.copyfile(base.directory / "config.json", shards / "config.json")
         self.assertEqual([path.name for path in Checkpoint(shards).headers], ["one-of-one.safetensors"])
-        self.assertNotIn(Path("README.md"), base_model.companions(base.directory))
+        self.assertNotIn(Path("README.md"), companion_files.companions(base.directory))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.artifacts import resumable
 from utils.exceptions import ArtefactError, NonFiniteError, VerificationError
 from utils.export import merge, merge_check, reload_merged
-from utils.models import base_model, loading, older_spellings
+from utils.models import loading, older_spellings
 from utils.models.base_model import BaseModel
-from utils.models.weights import fp8, layer_sample, safetensors_io
+from utils.models.weights import companion_files, fp8, layer_sample, safetensors_io
 
 SECTION = BaseModelSection(dtype="float32")
 ROUTERS = ("block_sparse_moe.gate.weight", "block_sparse_moe.e_score_correction_bias")
@@ -620,7 +620,7 @@ class Refused(unittest.TestCase):
     def test_too_small_a_disk_is_told_to_the_byte_before_anything_is_written(self) -> None:
         base = checkpoint("llama", torch.bfloat16)
         target, _ = merged(base, on_attention(base), dtype="float32")
-        copied = [base.directory / path for path in base_model.companions(base.directory)]
+        copied = [base.directory / path for path in companion_files.companions(base.directory)]
         needed = sum(path.stat().st_size for path in (*copied, *target.glob("*.safetensors")))
         again = temporary_directory() / "merged"
         for free, fits in ((needed - 1, False), (needed, True)):
@@ -712,7 +712,7 @@ class Resumed(unittest.TestCase):
         interrupted = mock.patch.object(merge, "_write_companions", side_effect=KeyboardInterrupt)
         with contextlib.suppress(KeyboardInterrupt), interrupted:
             merged(base, on_attention(base), target)
-        companions = sum((base.directory / p).stat().st_size for p in base_model.companions(base.directory))
+        companions = sum((base.directory / p).stat().st_size for p in companion_files.companions(base.directory))
         with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=companions)):
             merged(base, on_attention(base), target)
         self.assertTrue(target.is_dir())

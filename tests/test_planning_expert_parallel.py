@@ -20,10 +20,10 @@ from utils.planning import (
     base_checks,
     estimates,
     hardware,
-    launch_files,
     pass_times,
     plan_report,
     planned_data,
+    stage_commands,
     training_plan,
 )
 from utils.planning.pass_times import ARITHMETIC, EXCHANGE, GATHERS, GRADIENTS, PassTime
@@ -168,10 +168,10 @@ class Plan(unittest.TestCase):
             layouts = hardware.of(resolve(*flags).plan).layouts_of(M2, form)  # type: ignore[arg-type]
             self.assertEqual({one.expert for one in layouts}, {1})
         config = resolve("--plan.gpus=6", "--plan.gpu_memory_gib=180")
-        self.assertIn("expert_parallel=off", launch_files.command(config, M2, "domain", ProcessLayout(1, 6)))
-        self.assertNotIn("expert_parallel", launch_files.command(config, M2, "domain", ProcessLayout(6, 1)))
+        self.assertIn("expert_parallel=off", stage_commands.command(config, M2, "domain", ProcessLayout(1, 6)))
+        self.assertNotIn("expert_parallel", stage_commands.command(config, M2, "domain", ProcessLayout(6, 1)))
         self.assertNotIn(
-            "expert_parallel", launch_files.command(config, replace(M2, expert_plan=False), "domain", GATHERED)
+            "expert_parallel", stage_commands.command(config, replace(M2, expert_plan=False), "domain", GATHERED)
         )
 
     def test_it_pays_where_the_pass_is_faster(self) -> None:

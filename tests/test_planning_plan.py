@@ -28,7 +28,7 @@ from utils.artifacts import files
 from utils.exceptions import ArtefactError, ConfigError
 from utils.models.architectures import minimax_m2
 from utils.models.model_shapes import GIB
-from utils.planning import dry_run, hardware, launch_files, plan_report, planned_data, preflight, ways
+from utils.planning import dry_run, hardware, plan_report, planned_data, preflight, stage_commands, ways
 from utils.planning.preflight import Machine
 from utils.training import training_run
 
@@ -312,7 +312,7 @@ class LaunchFiles(unittest.TestCase):
                     config = resolve(*flags)
                     layouts = hardware.of(config.plan).layouts
                     layout = layouts[min(at, len(layouts) - 1)]
-                    command = launch_files.command(config, sizes, "domain", layout).split()
+                    command = stage_commands.command(config, sizes, "domain", layout).split()
                     words = command[2 : command.index("scripts/train_domain_adapter.py")]
                     words = ["0" if word == "RANK" else word for word in words]
                     self.assertTrue((ROOT / words[1]).is_file(), words)

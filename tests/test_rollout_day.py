@@ -20,8 +20,8 @@ from tests.test_rollout_kills import LEASE_S, POLICY, LoopTest, Silent
 from utils.exceptions import BalancerError
 from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
 from utils.rollout.edge.journal import Journal, read
+from utils.rollout.edge.request_log import Collector
 from utils.rollout.edge.rollout_loop import Loop, Timing
-from utils.rollout.edge.traffic import Collector
 from utils.rollout.policy import UNITS
 
 # written by HAProxy 2.6.12; numbers are replaced

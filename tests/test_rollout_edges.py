@@ -38,9 +38,9 @@ from utils.rollout.edge.balancer.haproxy_layout import Layout, Server
 from utils.rollout.edge.balancer.old_workers import DrainWatch
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.load import Load
+from utils.rollout.edge.request_log import Collector, LogSink, completed
 from utils.rollout.edge.servers import ServerAnswer
 from utils.rollout.edge.service import policy_of
-from utils.rollout.edge.traffic import Collector, LogSink, completed
 from utils.rollout.gate import Counts
 from utils.rollout.policy import UNITS, Policy
 
@@ -248,7 +248,7 @@ class LogLines(unittest.TestCase):
 
     def test_memory_is_bounded_by_forgetting_the_oldest_sessions(self) -> None:
         collector = Collector()
-        with unittest.mock.patch("utils.rollout.edge.traffic.REMEMBERED", 10):
+        with unittest.mock.patch("utils.rollout.edge.request_log.REMEMBERED", 10):
             rates(*[line(u=f"s{i}") for i in range(25)], collector=collector)
             again = rates(line(u="s24"), line(u="s0"), collector=collector)
         self.assertEqual(again[UNITS], (1, 0))

@@ -186,7 +186,7 @@ class Unequal(unittest.TestCase):
         self.assertFalse((run / files.MANIFEST).exists() or list(run.glob("checkpoints/step-*")))
 
     def test_an_adapter_that_drifts_in_one_process_is_not_written(self) -> None:
-        ended = start("ddp", "drifting", before=(None, At("utils.training.schedules.learning_rate", Drift(), 1)))
+        ended = start("ddp", "drifting", before=(None, At("utils.training.training_loop.learning_rate", Drift(), 1)))
         said = r"domain adapter, after step 4, differs between rank 0 and 1, in 1 of \d+ values: .*lora_A"
         self.assert_refused("drifting", ended, said)
 

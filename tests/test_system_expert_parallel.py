@@ -206,7 +206,7 @@ class Diverged(unittest.TestCase):
     def assert_refused(self, way: str, rank: int, experts: bool, said: str) -> None:
         here = place("qwen3_moe")
         name = f"drifts-{way}-{experts}"
-        drift = At("utils.training.schedules.learning_rate", Drift(experts), 1)
+        drift = At("utils.training.training_loop.learning_rate", Drift(experts), 1)
         ended = here.train_task(way, experts=True, name=name, before={rank: drift})
         self.assertEqual([done.returncode for done in ended], [UNEQUAL] * 4, ended[0].stderr[-2000:])
         self.assertRegex(ended[0].stderr, f"task adapter, after step 2, differs between {said}")

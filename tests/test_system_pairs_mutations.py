@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.support import temporary_directory
 from utils.data.examples import TaskReport, read_task_examples
-from utils.data.labelled.roles import column_name
+from utils.data.labelled.column_roles import column_name
 from utils.exceptions import DataError
 
 CHANGES = 2000 if os.environ.get("FAULT_TESTS") == "long" else 250

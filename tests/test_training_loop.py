@@ -26,7 +26,7 @@ from utils.artifacts import files
 from utils.data.batches import PackedDocuments
 from utils.data.prepared import Prepared
 from utils.inference.scoring import score_documents
-from utils.training.schedules import learning_rate
+from utils.training.schedules.learning_rate import learning_rate
 from utils.training.steps import FEWEST_STEPS
 
 SETTINGS = {

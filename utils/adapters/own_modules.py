@@ -22,10 +22,11 @@ from utils.adapters import adapter_config
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event
-from utils.models.base_model import TOKENIZER_FILES, BaseModel, copy_companions, identify
+from utils.models.base_model import TOKENIZER_FILES, BaseModel, identify
 from utils.models.directory_checks import leads_out, text_part
 from utils.models.structure import model_class
 from utils.models.weights import safetensors_io, tensor_names
+from utils.models.weights.companion_files import copy_companions
 from utils.models.weights.safetensors_io import Checkpoint
 
 PREFIX = "base_model.model."

@@ -16,7 +16,7 @@ from typing import Any
 
 from utils.composition.methods import METHODS, SUM
 from utils.composition.weights import compass, dev_parts
-from utils.composition.weights.modelled import NOTHING, ModelledSearch
+from utils.composition.weights.modelled_search import NOTHING, ModelledSearch
 from utils.composition.weights.points import SURE, Allows, Evaluate, Keeping, Point, best_of, one, paired, pareto
 
 FOLDS = 2

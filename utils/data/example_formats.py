@@ -12,9 +12,9 @@ from typing import Any
 
 from utils.data.labelled import choices, conversations, marks, values
 from utils.data.labelled.choices import Unsure
+from utils.data.labelled.column_roles import ColumnMap, Row, has_name_of
 from utils.data.labelled.conversations import Turn, read_turns
 from utils.data.labelled.nested import is_of_rows, unfolded, wrapper
-from utils.data.labelled.roles import ColumnMap, Row, has_name_of
 from utils.data.labelled.row_text import (
     LeftOutError,
     RowError,

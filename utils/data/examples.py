@@ -23,9 +23,9 @@ from typing import Any
 
 from utils.data.example_formats import LeftOutError, Read, RowError, expand, read_row
 from utils.data.labelled import groups, marks
+from utils.data.labelled.column_roles import ColumnMap, column_name
 from utils.data.labelled.file_look import look_at_file
 from utils.data.labelled.report import TaskReport
-from utils.data.labelled.roles import ColumnMap, column_name
 from utils.data.labelled.row_text import CONTROLS, is_missing
 from utils.data.tables import (
     LONGEST_DOCUMENT,

@@ -30,9 +30,10 @@ from utils.export.rounding_error import figures, squared_norm
 from utils.logger import event
 from utils.models import older_spellings
 from utils.models.architectures import registry
-from utils.models.base_model import BaseModel, companions, copy_companions
+from utils.models.base_model import BaseModel
 from utils.models.parallel import ranks, work
 from utils.models.weights import fp8, safetensors_io, tensor_names
+from utils.models.weights.companion_files import companions, copy_companions
 from utils.models.weights.safetensors_io import Checkpoint, Header, Tensor
 from utils.progress import Progress
 

@@ -8,7 +8,6 @@ code.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,9 +32,6 @@ TOKENIZER_FILES = (
     ),
     *("vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
-# what a copy with other weights leaves behind: weights in any format, code, what is written anew
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".py")
-_MADE_ANEW = ("config.json", "README.md", files.MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -98,24 +94,6 @@ def identify(directory: Path, source: str, revision: str, cache: Path | None) ->
     manifest = files.read_manifest(directory) if (directory / files.MANIFEST).is_file() else {}
     made_from = str(manifest.get("made_from", ""))
     return BaseModel(directory, source, revision, model_digest, _digest(tokenizer, cache), made_from=made_from)
-
-
-def companions(directory: Path) -> list[Path]:
-    """What belongs to a model beside config.json and weights, relative to it: tokenizer, templates, processor, licence.
-
-    Everything that lies there but weights, their indices and code; of its folders only that of the chat templates.
-    """
-    found = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
-    found = [p for p in found if p.name not in _MADE_ANEW and not p.name.endswith((*_NOT_COPIED, ".index.json"))]
-    found += directory.glob(f"{directory_checks.TEMPLATES}/*.jinja")
-    return sorted(path.relative_to(directory) for path in found)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy them to another directory."""
-    for path in companions(source):
-        (target / path).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / path, target / path)
 
 
 def _digest(paths: list[Path], cache: Path | None) -> str:

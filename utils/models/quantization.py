@@ -167,7 +167,7 @@ def _readable(checkpoint: Checkpoint, kind: str) -> Checkpoint:
 
 
 def _write(checkpoint: Checkpoint, kind: str, directory: Path) -> None:
-    from utils.models.base_model import copy_companions
+    from utils.models.weights.companion_files import copy_companions
 
     wanted = {f"{name}.weight" for name in linear_modules(checkpoint.directory)[0]}
     places = tensor_names.places(checkpoint.directory, checkpoint.homes)

@@ -13,8 +13,8 @@ from utils.exceptions import ArtefactError, Problem
 from utils.models.architectures import registry
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.planning import estimates, hardware, plan_report, planned_data, stage_costs, training_plan, ways
-from utils.planning.launch_files import STAGES
 from utils.planning.plan_report import gb, gib
+from utils.planning.stage_commands import STAGES
 
 
 def lines(config: Config, script: str) -> list[str]:

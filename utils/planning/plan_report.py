@@ -11,10 +11,10 @@ from typing import Any
 from config import Config, PlanSection, reason_of
 from utils import flags
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
-from utils.planning import estimates, hardware, launch_files, stage_costs, training_plan, ways
+from utils.planning import estimates, hardware, stage_commands, stage_costs, training_plan, ways
 from utils.planning.estimates import Adapter
-from utils.planning.launch_files import STAGES
 from utils.planning.planned_data import PlannedData
+from utils.planning.stage_commands import STAGES
 from utils.planning.stage_costs import StageCost
 from utils.planning.training_plan import StagePlan
 from utils.planning.ways import Way
@@ -183,8 +183,8 @@ def _training(config: Config, sizes: ModelSizes, base: Dtype, way: Way, stage: s
     if chosen.step.below and chosen.step.below.experts:
         lines.append(f"  {BOTH_ON_EXPERTS}")
     if config.plan.nodes > 1:
-        script = launch_files.COMMANDS[stage].script
-        lines.append(f"  with Slurm: sbatch {launch_files.LAUNCH}/minimax_m2.slurm scripts/{script}.py ...")
+        script = stage_commands.COMMANDS[stage].script
+        lines.append(f"  with Slurm: sbatch {stage_commands.LAUNCH}/minimax_m2.slurm scripts/{script}.py ...")
     return lines
 
 
@@ -218,7 +218,7 @@ def _facts(config: Config, sizes: ModelSizes, base: Dtype, way: Way, stage: str)
     return {
         "trainable_parameters": sum(estimates.lora_parameters(sizes, chosen.step.adapter).values()),
         "tokens_per_second": [round(rate, 1) for rate in chosen.rates],
-        "launch_file": launch_files.launch_file(config.plan, chosen.layout),
+        "launch_file": stage_commands.launch_file(config.plan, chosen.layout),
         "layout": asdict(chosen.layout),
         "layouts": [
             {

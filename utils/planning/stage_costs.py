@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from config import LIKELIHOOD_METRICS, PRESETS, Config
 from utils.models.model_shapes import Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
-from utils.planning import estimates, hardware, launch_files, pass_times
+from utils.planning import estimates, hardware, pass_times, stage_commands
 from utils.planning.estimates import Fit
 from utils.planning.hardware import Hardware
-from utils.planning.launch_files import STAGES
 from utils.planning.pass_times import MEMORY, PassTime
 from utils.planning.planned_data import PlannedData
+from utils.planning.stage_commands import STAGES
 from utils.planning.ways import ScoringPlan, Way
 
 # tokens per second and processor of preparing, slowest and fastest of three measured corpora on 2 cores, 4 bytes a
@@ -81,7 +81,7 @@ def _prepare(way: Way, sizes: ModelSizes, machine: Hardware, data: PlannedData) 
     tokens = data.domain_tokens + data.task_tokens
     slow, fast = PREPARED_TOKENS
     verdict: Fit = "fits" if machine.host_bytes >= PREPARING_BYTES else "tight"
-    command = launch_files.command(_without_training(way.config), sizes, "prepare", None)
+    command = stage_commands.command(_without_training(way.config), sizes, "prepare", None)
     return StageCost("prepare", command, (0, 0), PREPARING_BYTES, verdict, (tokens / fast, tokens / slow), "tokenising")
 
 
@@ -93,7 +93,7 @@ def _training(way: Way, sizes: ModelSizes, machine: Hardware, stage: str, data: 
     fits: Fit = "no" if plan.refused else _with_host(plan.verdict, host, machine)
     return StageCost(
         stage,
-        launch_files.command(config, sizes, stage, plan.layout),
+        stage_commands.command(config, sizes, stage, plan.layout),
         (plan.low.total, plan.high.total),
         host,
         fits,
@@ -167,9 +167,9 @@ def _scoring_stage(
     return StageCost(
         stage,
         (
-            launch_files.command(_without_training(way.config), sizes, stage, plan.layout)
+            stage_commands.command(_without_training(way.config), sizes, stage, plan.layout)
             if stage != "evaluate"
-            else launch_files.command(way.config, sizes, stage, plan.layout)
+            else stage_commands.command(way.config, sizes, stage, plan.layout)
         ),
         (plan.low.total, plan.high.total),
         host,
@@ -186,7 +186,7 @@ def _merge(way: Way, sizes: ModelSizes, machine: Hardware) -> StageCost:
     stored, made = estimates.weight_bytes(sizes, sizes.stored), estimates.weight_bytes(sizes, written)
     host = max(estimates.checking_bytes(sizes), min(2 * made, 10 * 10**9))
     seconds = (max(stored, made) / machine.disk_rate, (stored + 2 * made) / machine.disk_rate)
-    command = launch_files.command(_without_training(way.config), sizes, "merge", None)
+    command = stage_commands.command(_without_training(way.config), sizes, "merge", None)
     note = f"writes {made / 1e9:,.0f} GB in {written}; no GPU"
     fits: Fit = "fits" if host <= machine.host_bytes else "no"
     return StageCost("merge", command, (0, 0), host, fits, seconds, "disk", note)

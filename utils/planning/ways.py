@@ -18,8 +18,8 @@ from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, pass_times, training_plan
 from utils.planning.estimates import Fit, InferenceMemory
 from utils.planning.hardware import CARDS, Hardware
-from utils.planning.launch_files import STAGES
 from utils.planning.native_fp8 import KERNELS, LEAST_CAPABILITY
+from utils.planning.stage_commands import STAGES
 from utils.planning.training_plan import ORDER, StagePlan, verdict_of
 
 SHORTER_ROWS = (4096, 2048, 1024, 512)

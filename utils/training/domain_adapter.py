@@ -15,7 +15,7 @@ from utils.models.base_model import BaseModel
 from utils.models.rows import row_probe
 from utils.planning import preflight
 from utils.training import going_on, trackers, training_identity, training_run
-from utils.training.schedules import AdapterSchedule
+from utils.training.schedules.active_adapters import AdapterSchedule
 
 
 def train_domain(config: Config) -> dict[str, Any]:

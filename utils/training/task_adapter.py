@@ -18,7 +18,7 @@ from utils.models.rows import row_probe
 from utils.planning import preflight
 from utils.training import going_on, trackers, training_identity, training_run
 from utils.training.keeping import keeping_data
-from utils.training.schedules import AdapterSchedule
+from utils.training.schedules.active_adapters import AdapterSchedule
 from utils.training.training_identity import task_facts
 
 

@@ -28,9 +28,10 @@ from utils.models.devices import peak_memory_bytes
 from utils.models.losses import NextTokenLoss
 from utils.models.parallel import expert_parallel, launcher, ranks, sharding
 from utils.progress import Progress
-from utils.training import checkpoints, gradients, guards, micro_batches, schedules, steps
+from utils.training import checkpoints, gradients, guards, micro_batches, steps
 from utils.training.keeping import keep_domain
 from utils.training.keeping.keep_domain import DomainLook, KeepDomain
+from utils.training.schedules.learning_rate import learning_rate
 from utils.training.training_setup import TrainingOutcome, TrainingSetup
 
 
@@ -219,7 +220,7 @@ class _TrainingLoop:
             names = guards.from_every_rank(self.accelerator, self.names)
             raise guards.non_finite(f"gradient norm of step {number + 1}", names)
         for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = schedules.learning_rate(number, self.total, self.settings)
+            parameter_group["lr"] = learning_rate(number, self.total, self.settings)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm, stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from utils.data.labelled.roles import Row, column_name
+from utils.data.labelled.column_roles import Row, column_name
 from utils.data.labelled.row_text import RowError, is_missing, is_number, normal, text_of, truth
 
 LISTS = ("choices", "options", "answer_options", "answer_choices", "alternatives", "endings", "candidates")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.data.labelled import marks
-from utils.data.labelled.roles import ROLE_KEYS
+from utils.data.labelled.column_roles import ROLE_KEYS
 from utils.data.labelled.row_text import LeftOutError, RowError, clean, is_missing, only_thoughts, split_thinking
 
 Turn = dict[str, Any]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from utils.data.labelled.roles import ColumnMap
+from utils.data.labelled.column_roles import ColumnMap
 
 Names = Mapping[str, str]
 # what stands behind the page of a web site, or the name of a file, is a place in it; a row of a table is no place

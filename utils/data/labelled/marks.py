@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from utils.data.labelled.roles import Row
+from utils.data.labelled.column_roles import Row
 from utils.data.labelled.row_text import LeftOutError, RowError, is_missing, is_number, normal, truth
 
 # OpenAI; axolotl, ms-swift and others

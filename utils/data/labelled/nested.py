@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.data.labelled import choices, groups, marks
-from utils.data.labelled.roles import STRONG, WEAK, are_turns, column_name
+from utils.data.labelled.column_roles import STRONG, WEAK, are_turns, column_name
 
 _WRAPPERS = ("data", "examples", "rows", "items", "questions", "instances", "results")
 # objects whose keys say where a row comes from, and nothing else

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.data.labelled import marks
-from utils.data.labelled.roles import Row
+from utils.data.labelled.column_roles import Row
 from utils.data.labelled.row_text import (
     LeftOutError,
     RowError,

@@ -24,7 +24,7 @@ from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
 from utils.rollout.edge.balancer.old_workers import DrainWatch
 from utils.rollout.edge.golden import Prober, without_times
 from utils.rollout.edge.journal import Journal
-from utils.rollout.edge.traffic import Collector, LogSink, completed
+from utils.rollout.edge.request_log import Collector, LogSink, completed
 from utils.rollout.gate import Counts
 from utils.rollout.policy import FULL_BP, Policy
 

@@ -36,9 +36,9 @@ from utils.rollout.edge.balancer.haproxy_layout import SHARE
 from utils.rollout.edge.balancer.old_workers import old_workers
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.promotion import publish
+from utils.rollout.edge.request_log import Collector
 from utils.rollout.edge.rollout_loop import Loop, Timing, send_command
 from utils.rollout.edge.service_state import Service, Side, open_side, verify_side
-from utils.rollout.edge.traffic import Collector
 from utils.rollout.gate import Counts
 from utils.rollout.policy import Policy, RampStep
 

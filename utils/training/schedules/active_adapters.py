@@ -1,12 +1,9 @@
-"""What follows from the number of a step alone, so that a resumed run does the same: learning rate and adapters."""
+"""Which adapters are switched on in a step: by its number alone, so that a resumed run does the same."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from random import Random
-
-from config import TrainSection
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,3 @@ def domain_is_on(seed: int, step: int | None) -> bool:
     A function of the step alone; dev (None) is measured with it on.
     """
     return step is None or Random(f"{seed}:domain:{step}").random() < 0.5
-
-
-def learning_rate(step: int, total: int, settings: TrainSection) -> float:
-    """Linear warm-up, then a cosine to min_learning_rate_ratio of the peak; a pure function of the step."""
-    warmup = max(1, round(settings.warmup_ratio * total))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    share = (step - warmup) / max(1, total - warmup)
-    floor = settings.min_learning_rate_ratio
-    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))

@@ -1,0 +1,1 @@
+"""What follows from the number of a step alone, so that a resumed run does the same."""
