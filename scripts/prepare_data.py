@@ -39,6 +39,7 @@ def main(config: Config) -> dict[str, Any]:
 
     base, prompt = preflight.start(config, loads_model=False), config.task.system_prompt
     base_checks.check(config, base, ("domain", "task"))
+    base_checks.measured_rows(config, base, ("domain", "task"))
     identity = prepared_identity.identity(config.data, base, config.run.seed)
     directory = runs.directory_for(config.run.data_dir, "prepared", config.run.name, run_label(config), identity)
     has_task = config.data.task != prepared.NONE

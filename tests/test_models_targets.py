@@ -6,7 +6,10 @@ import functools
 import json
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from config import AUTO, BaseModelSection, LoraSection
 from tests import toy_architectures
@@ -94,6 +97,63 @@ class Auto(unittest.TestCase):
                 adapted = peft_model.attach(toy_architectures.model(name).requires_grad_(False), "d", LoraSection())
                 preflight.check_trainable(adapted, config, "domain", base)
                 self.assertEqual(sizes.vocabulary, toy_architectures.VOCABULARY)
+
+
+class Kinds(unittest.TestCase):
+    """What is no part of attention or MLP, whatever it is called."""
+
+    def test_blocks_that_weigh_lists_beside_the_layers_and_blocks_without_gradients_are_left_out(self) -> None:
+        model = Streams(torch.nn.Module())
+        reasons = linear_modules._judged(model)  # type: ignore[arg-type]
+        for name, said in {
+            "parts.0": "outside the decoder's layers",
+            "parts.1": "outside the decoder's layers",
+            "layers.0.mixing.share": "only weighs",
+            "layers.0.attention.chooser.score": "Chooser computes without gradients",
+            "layers.0.moe.gate.rank": "it is a router",
+        }.items():
+            self.assertIn(said, reasons[name])
+        self.assertEqual(
+            linear_modules.named(model, (AUTO,)),  # type: ignore[arg-type]
+            ["layers.0.near", "layers.0.attention.into", "layers.0.attention.back", "layers.0.moe.into"],
+        )
+
+
+class Streams(torch.nn.Module):
+    """Modules of a decoder that keeps several streams, chooses tokens, and routes through a gate of its own."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=32))
+        self.words, self.parts = torch.nn.Embedding(8, 32), torch.nn.ModuleList([torch.nn.Linear(32, 32) for _ in "ab"])
+        layer.near, layer.mixing = torch.nn.Linear(32, 6), torch.nn.Module()
+        layer.mixing.share = torch.nn.Linear(32, 3)
+        layer.attention, layer.moe = torch.nn.Module(), torch.nn.Module()
+        layer.attention.into, layer.attention.back = torch.nn.Linear(32, 20), torch.nn.Linear(20, 32)
+        layer.attention.chooser = Chooser()
+        layer.moe.gate, layer.moe.into = torch.nn.Module(), torch.nn.Linear(32, 32)
+        layer.moe.gate.rank, layer.moe.stack = torch.nn.Linear(32, 5), torch.nn.Module()
+        layer.moe.stack.weight = torch.nn.Parameter(torch.zeros(5, 32, 7))
+        self.layers = torch.nn.ModuleList([layer])
+
+    def get_decoder(self) -> torch.nn.Module:
+        return self
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.words
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+class Chooser(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = torch.nn.Linear(32, 4)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(x).topk(2, dim=-1).indices
 
 
 class Classes(unittest.TestCase):

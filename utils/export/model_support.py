@@ -46,6 +46,7 @@ def row(config: Config, base: BaseModel) -> dict[str, str]:
     try:
         chat.load_tokenizer(base.directory)
         base_checks.check(config, base, ("domain", "task"))
+        base_checks.measured_rows(config, base, ("domain", "task"))
     except ArtefactError as error:
         problem = error.problems[0]
         return dict.fromkeys(COLUMNS, f"refused: {problem.what} -> {problem.fix}")

@@ -40,9 +40,12 @@ def in_float32(base: BaseModel, section: BaseModelSection) -> Any:
 
 def visiting_every_expert(model: Any) -> Any:
     """The model, whose routers now choose all experts for every token."""
-    for module in model.modules():
-        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
-            module.top_k = module.num_experts
+    counts = {path: module.num_experts for path, module in model.named_modules() if hasattr(module, "num_experts")}
+    for path, module in model.named_modules():
+        if hasattr(module, "top_k"):
+            # of attention over experts only what is inside knows their number
+            inside = (count for at, count in counts.items() if at.startswith(f"{path}."))
+            module.top_k = counts.get(path, next(inside, module.top_k))
     return model
 
 

@@ -17,6 +17,8 @@ from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.models.parallel import expert_parallel, launcher, ranks
 from utils.models.process_layout import ProcessLayout
+from utils.models.rows import row_probe
+from utils.models.rows.row_support import BY_PADDING, RowSupport
 from utils.models.structure import linear_modules, model_class
 from utils.models.weights import tensor_names
 from utils.planning import estimates, hardware, pass_times, training_plan
@@ -70,6 +72,31 @@ def quantization_refusals(found: ModelSizes, kind: Dtype, *, sharded: bool = Fal
     if found.stored == "fp8":
         return [Problem("the checkpoint is FP8: bitsandbytes refuses it", kind, f"{fix}, or give a bfloat16 copy")]
     return []
+
+
+def measured_rows(config: Config, base: BaseModel, stages: Sequence[str]) -> RowSupport:
+    """What was measured on the base model. Raises ArtefactError where these stages' adapters could not be trained.
+
+    Measured at the first call for a base model, on some of its layers: that takes seconds.
+    """
+    support, problems = row_probe.measured(base, config.base), []
+    if not support.untrained:
+        return support
+    model = model_class.outline(base.directory)
+    usable = [leaf for leaf in linear_modules.leaves(linear_modules.adaptable(model)) if leaf not in support.untrained]
+    for stage in stages:
+        setting = f"{stage}.lora.target_modules"
+        leaves = linear_modules.leaves(linear_modules.named(model, getattr(config, stage).lora.target_modules))
+        reasons = {leaf: support.untrained[leaf] for leaf in leaves if leaf in support.untrained}
+        fix = f"--{setting} {','.join(usable)}" if usable else "give another --base.source"
+        for reason in dict.fromkeys(reasons.values()):
+            if reason == BY_PADDING:
+                fix = "set pad_token in its tokenizer_config.json to another token, such as its eos_token"
+            what = f"{base.directory} cannot be trained on all of {setting}: {reason}"
+            problems.append(Problem(what, [leaf for leaf in reasons if reasons[leaf] == reason], fix))
+    if problems:
+        raise ArtefactError(problems)
+    return support
 
 
 def share_experts(config: Config, base: BaseModel, sizes: ModelSizes | None, stage: str, *, native_fp8: bool) -> None:

@@ -12,8 +12,7 @@ from utils.data.batches import Batch, PackedDocuments
 from utils.data.prepared import Prepared
 from utils.models import chat
 from utils.models.base_model import BaseModel
-from utils.models.rows import row_probe
-from utils.planning import preflight
+from utils.planning import base_checks, preflight
 from utils.training import going_on, trackers, training_identity, training_run
 from utils.training.schedules.active_adapters import AdapterSchedule
 
@@ -27,7 +26,7 @@ def train_domain(config: Config) -> dict[str, Any]:
     data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base, "domain")
     config = training_run.with_length(config, data)
     initial = find.initial_run(config, base, "domain")
-    rows = row_probe.measured(base, config.base)
+    rows = base_checks.measured_rows(config, base, ("domain",))
     facts = training_identity.start_facts(initial, finished) | rows.deciding("packing", "head")
     identity = training_identity.identity_of(config, "domain", base, data, **facts)
     if finished:

@@ -14,8 +14,7 @@ from utils.data.prepared import Prepared
 from utils.data.retrieval.retrieved_prompts import for_training
 from utils.models import chat, turn_format
 from utils.models.base_model import BaseModel
-from utils.models.rows import row_probe
-from utils.planning import preflight
+from utils.planning import base_checks, preflight
 from utils.training import going_on, trackers, training_identity, training_run
 from utils.training.keeping import keeping_data
 from utils.training.schedules.active_adapters import AdapterSchedule
@@ -38,7 +37,7 @@ def train_task(config: Config) -> dict[str, Any]:
     base = adapter_tokenizer.with_chosen(base, [run for run in (domain, initial) if run])
     parents, frozen = [data, *filter(None, (domain, initial, finished))], ["domain"] if domain else []
     schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)
-    rows = row_probe.measured(base, config.base)
+    rows = base_checks.measured_rows(config, base, ("task",))
     config, source = keeping_data.resolved(config, base, data, domain)
     if source and source.digest != data.digest:
         parents.append(source)

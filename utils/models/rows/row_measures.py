@@ -52,7 +52,7 @@ def measure(model: Any, *, vocabulary: int, skipped: Sequence[int] = (), size: i
 
     `why` is set when what follows a token changes it: that is no causal language model.
     """
-    texts = _texts(vocabulary, skipped, size, next(model.parameters()).device)
+    texts = _texts(vocabulary, skipped, size)
     alone = [_own_nll(model, piece) for piece in texts.pieces]
     joined = _own_nll(model, [token for piece in texts.rows[0] for token in piece])
     moved = float((joined[-len(alone[1]) :] - alone[1]).abs().max())
@@ -83,7 +83,7 @@ def measure(model: Any, *, vocabulary: int, skipped: Sequence[int] = (), size: i
 def measure_attention(model: Any, *, vocabulary: int, skipped: Sequence[int] = (), size: int = 4) -> RowSupport:
     """As `measure`, for a model in bfloat16: its attention blocks alone, by their hidden states, and no candidates."""
     _silence_all_but_attention(model)
-    texts = _texts(vocabulary, skipped, size, model.device)
+    texts = _texts(vocabulary, skipped, size)
     decoder = model_class.decoder(model)
 
     def hidden(**how: Any) -> torch.Tensor:
@@ -180,7 +180,12 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(torch.nan_to_num((one - other).abs().max(), nan=UNLIKE, posinf=UNLIKE))
 
 
-def _texts(vocabulary: int, skipped: Sequence[int], size: int, device: torch.device) -> _Texts:
+def documents(*, vocabulary: int, skipped: Sequence[int] = (), size: int = 4) -> list[list[list[int]]]:
+    """The documents that are compared, in two rows of unequal length."""
+    return _texts(vocabulary, skipped, size).rows
+
+
+def _texts(vocabulary: int, skipped: Sequence[int], size: int) -> _Texts:
     """Random pieces, the same every time: 12 to 24 times `size` tokens, candidates of a few."""
     generator = torch.Generator().manual_seed(0)
     usable = torch.tensor(sorted(set(range(vocabulary)) - set(skipped)))

@@ -2,7 +2,8 @@
 
 A small model of at least one decoder layer of each kind computes in float32, with every window shortened so that a
 prompt can be longer. Two documents in a row are compared with each alone, candidates that share a prompt with each
-alone, our output head with the model's own logits. A way that moves a token by more than 1e-4 nats is not used.
+alone, our output head with the model's own logits. A way that moves a token by more than 1e-4 nats is not used. One
+backward pass of the training loss shows whether the model can be trained.
 Flash attention has no float32: there the attention blocks alone compute in bfloat16, and hidden states are compared.
 """
 
@@ -24,11 +25,11 @@ from config import AUTO, BaseModelSection
 from utils.artifacts import files, resumable
 from utils.exceptions import MALFORMED, ArtefactError, Problem, is_out_of_memory
 from utils.logger import event, warning
-from utils.models import devices, float32_model, loading
+from utils.models import chat, devices, float32_model, loading
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
 from utils.models.parallel import ranks, sharding
-from utils.models.rows import row_measures, row_support
+from utils.models.rows import gradient_measures, row_measures, row_support
 from utils.models.rows.row_support import ALONE, RowSupport
 from utils.models.structure import layer_kinds, model_class
 from utils.models.weights import layer_sample
@@ -36,7 +37,7 @@ from utils.models.weights.safetensors_io import Checkpoint
 from utils.models.weights.tensor_names import number_in
 
 # raised when the same model would be measured otherwise
-METHOD = 2
+METHOD = 3
 # tokens of the shortened windows; the pieces are longer and shorter than it. With few learnt positions all is a quarter
 WINDOW = 64
 # an environment variable that transformers reads while it loads
@@ -82,7 +83,7 @@ def load_model(base: BaseModel, section: BaseModelSection) -> Any:
 def _key(base: BaseModel, section: BaseModelSection) -> str:
     """What a measurement holds for."""
     where = [section.attention, importlib.metadata.version("transformers"), devices.device().type]
-    return files.fingerprint([METHOD, base.digest, base.quantization, *where])
+    return files.fingerprint([METHOD, base.digest, base.tokenizer_digest, base.quantization, *where])
 
 
 def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) -> RowSupport:
@@ -107,17 +108,30 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
         with float32_model.frugal_loading(), _whole():
             model = loading.load_model(sample, plain, dtype=torch.float32)
         found = row_measures.measure(float32_model.visiting_every_expert(model), **which)
+        if not found.why:
+            rows = row_measures.documents(**which)
+            untrained = gradient_measures.untrained(model, found, rows, _pad_id(base, rows[0][0][0]))
+            found = replace(found, untrained=untrained)
         if not is_flash:
             return found
         del model
         with _whole():
             narrow = loading.load_model(sample, section, dtype=torch.bfloat16)
-        return replace(row_measures.measure_attention(narrow, **which), head=found.head, pads_left=found.pads_left)
+        of_flash = row_measures.measure_attention(narrow, **which)
+        return replace(of_flash, head=found.head, pads_left=found.pads_left, untrained=found.untrained)
     except (ArtefactError, MemoryError, RuntimeError, AssertionError, *MALFORMED) as error:
         reason = "memory ran out" if is_out_of_memory(error) else str(error).strip().splitlines()[0][:200]
         return replace(ALONE, why=reason or type(error).__name__)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _pad_id(base: BaseModel, usual: int) -> int:
+    """What training pads rows with; another token where the model's tokenizer is none to train with."""
+    try:
+        return chat.pad_id(chat.load_tokenizer(base.directory))
+    except ArtefactError:
+        return usual
 
 
 @contextmanager

@@ -26,6 +26,8 @@ Way = Literal["positions", "mask", "layer_masks", "window_mask", "varlen", "none
 PACKING: tuple[Way, ...] = ("positions", "layer_masks", "mask", "window_mask", "varlen")
 CANDIDATES: tuple[Way, ...] = ("mask", "layer_masks", "window_mask")
 _ATTRIBUTE = "row_support"
+# why no gradient helps where only padding makes it NaN
+BY_PADDING = "its gradient is NaN where a row is padded"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class RowSupport:
     `packing` is the way for independent documents, `candidates` that for answers that share a prompt in their row;
     `head` is "fused" where hidden states times the output head are the model's logits, else "model". `pads_left`:
     prompts of unequal length are answered in one batch as they are alone. `measured` has the largest difference of
-    each way that was tried, in nats; `why` the reason where nothing could be measured.
+    each way that was tried, in nats; `why` the reason where nothing could be measured. `untrained`: leaf name of a
+    linear module -> why a training step would not change it.
     """
 
     packing: Way = "positions"
@@ -44,6 +47,7 @@ class RowSupport:
     pads_left: bool = True
     measured: dict[str, float] = field(default_factory=dict)
     why: str = ""
+    untrained: dict[str, str] = field(default_factory=dict)
 
     @property
     def packs(self) -> bool:

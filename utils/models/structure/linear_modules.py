@@ -1,8 +1,9 @@
 """The linear modules of a language model that an adapter may take, found in the model and not by a list of names.
 
 They are those of the decoder's layers: attention, MLP, and what stands in their place. Not among them: the output head,
-embeddings, vision and audio towers, routers, and modules whose weight the model's own code reads beside calling them,
-because an adapter on the module would be passed by there (state-space mixers do so for their fused kernels).
+embeddings, vision and audio towers, routers, blocks that only weigh (they give nothing as wide as the model) or compute
+without gradients, and modules whose weight the model's own code reads beside calling them, because an adapter on the
+module would be passed by there (state-space mixers do so for their fused kernels).
 """
 
 from __future__ import annotations
@@ -77,22 +78,27 @@ def unplaced(directory: Path, names: Iterable[str]) -> list[str]:
 def _judged(model: PreTrainedModel) -> dict[str, str]:
     """Path of every linear module in the decoder -> why an adapter cannot take it; empty when it can."""
     decoder, prefix = model_class.decoder(model), model_class.decoder_path(model)
-    head = model.get_output_embeddings()
+    head, widths = model.get_output_embeddings(), _widths(model)
     found = {}
     for path, module in decoder.named_modules():
         if not is_linear(module) or module is head or ".lora_" in f".{path}" or path.endswith("base_layer"):
             continue
-        found[f"{prefix}.{path}".lstrip(".")] = _reason(decoder, path, module)
+        found[f"{prefix}.{path}".lstrip(".")] = _reason(decoder, path, module, widths)
     return found
 
 
-def _reason(decoder: torch.nn.Module, path: str, module: torch.nn.Module) -> str:
+def _reason(decoder: torch.nn.Module, path: str, module: torch.nn.Module, widths: set[int]) -> str:
     owner_path, _, leaf = path.rpartition(".")
-    owner = decoder.get_submodule(owner_path)
-    if not any(part.isdigit() for part in path.split(".")):
+    owner, parts = decoder.get_submodule(owner_path), path.split(".")
+    layer = next((at for at, part in enumerate(parts[:-1]) if part.isdigit()), None)  # a linear one in a list is none
+    if layer is None:
         return "it lies outside the decoder's layers"
+    if not _gives(decoder.get_submodule(".".join(parts[:-1][: layer + 2])), widths):
+        return "it only weighs: its block gives nothing as wide as the model"
     if _routes(decoder, owner_path, getattr(module, "base_layer", module)):
         return "it is a router"
+    if _has_no_gradient(type(owner)):
+        return f"{type(owner).__name__} computes without gradients"
     if leaf in _read_weights(type(owner)):
         return f"{type(owner).__name__} also reads its weight itself, past an adapter on it"
     return ""
@@ -107,10 +113,44 @@ def _routes(decoder: torch.nn.Module, owner_path: str, module: torch.nn.Module) 
         experts = getattr(block, "experts", None)
         if isinstance(experts, torch.nn.Module):
             number = getattr(experts, "num_experts", None) or len(list(experts.children()))
-            stacked = [p.shape[0] for p in experts.parameters(recurse=False) if p.ndim == 3]
-            if count == 1 or count in {number, *stacked}:
+            if count == 1 or count in {number, *_stacked(experts)}:
                 return True
+        if any(count in _stacked(child) for child in block.children()):
+            return True
     return False
+
+
+def _stacked(module: torch.nn.Module) -> set[int]:
+    """How many matrices its parameters hold one above the other, as fused experts do."""
+    is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
+    return set() if is_convolution else {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3}
+
+
+def _widths(model: PreTrainedModel) -> set[int]:
+    """How wide the model is between its layers; with its embeddings, which a few models project to it."""
+    settings = model.config.get_text_config()
+    table = model.get_input_embeddings()
+    return {getattr(settings, "hidden_size", None) or table.embedding_dim, table.embedding_dim}
+
+
+def _gives(block: torch.nn.Module, widths: set[int]) -> bool:
+    """Whether a block, or one linear module, has a matrix with outputs as wide as the model; experts' are fused."""
+    for module in block.modules():
+        if is_linear(module):
+            inner = getattr(module, "base_layer", module)
+            if getattr(inner, "out_features", getattr(inner, "nf", None)) in widths:
+                return True
+    return any(p.ndim == 3 and widths & set(p.shape[1:]) for p in block.parameters())
+
+
+@functools.cache
+def _has_no_gradient(kind: type) -> bool:
+    """Whether the whole of a class's forward pass is under `no_grad`: what chooses tokens for others does so."""
+    try:
+        source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError, AttributeError):
+        return False
+    return re.match(r"\s*@torch\.(no_grad|inference_mode)\b", source) is not None
 
 
 @functools.cache

@@ -103,9 +103,9 @@ def decoder(model: Any) -> torch.nn.Module:
 
 
 def decoder_path(model: Any) -> str:
-    """Where `decoder` lies in the model; empty for the whole."""
+    """Where `decoder` lies in the model; empty for the whole, and for what is none of its modules."""
     found = decoder(model)
-    return next(name for name, module in causal(model).named_modules() if module is found)
+    return next((name for name, module in causal(model).named_modules() if module is found), "")
 
 
 def position_table(model: Any) -> int | None:

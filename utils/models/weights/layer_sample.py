@@ -19,8 +19,8 @@ from utils.models.weights import safetensors_io
 from utils.models.weights.safetensors_io import Checkpoint
 from utils.models.weights.tensor_names import decoder_list, layer_of, number_in
 
-# what configurations call the number of layers
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# what configurations call the number of layers; some say it twice
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 
 
 def choose(checkpoint: Checkpoint, factors: Iterable[str], available_bytes: int) -> list[int]:
@@ -49,10 +49,14 @@ def choose(checkpoint: Checkpoint, factors: Iterable[str], available_bytes: int)
 def layer_count(checkpoint: Checkpoint) -> int:
     """Decoder layers of the language model. Raises ArtefactError where config.json does not say."""
     settings = text_settings(checkpoint.config)
-    if (key := _count_key(settings)) is None:
+    if key := _count_key(settings):
+        return int(settings[key])
+    # some only list the kind of each, and transformers counts
+    found = getattr(model_class.settings_of(checkpoint.directory).get_text_config(), COUNTS[0], None)
+    if not isinstance(found, int):
         known = ", ".join(COUNTS)
         raise ArtefactError(Problem("config.json does not say how many layers the model has", fix=f"name it: {known}"))
-    return int(settings[key])
+    return found
 
 
 def layer_list(checkpoint: Checkpoint) -> str | None:
@@ -129,7 +133,8 @@ def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
         key: _of_layers(value, layers) if _is_per_layer(key, value, count, usual) else value
         for key, value in {**types, **text_settings(settings)}.items()
     }
-    inner[_count_key(inner) or COUNTS[0]] = len(layers)
+    said = [key for key in {_count_key(inner) or COUNTS[0], *COUNTS} if inner.get(key) == count]
+    inner |= dict.fromkeys(said or [COUNTS[0]], len(layers))
     files.write_json(
         directory / "config.json", {**settings, "text_config": inner} if "text_config" in settings else inner
     )
