@@ -81,11 +81,13 @@ def _drawn_text(shape: Any) -> str:
 
     Empty where there are none, or for a kind of chart that python-pptx does not know.
     """
-    if getattr(shape, "has_chart", False):
-        try:
-            return _chart_text(shape.chart)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            return ""
+    try:
+        return _chart_text(shape.chart) if getattr(shape, "has_chart", False) else _diagram_text(shape)
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, NoTextError):  # its part is damaged
+        return ""
+
+
+def _diagram_text(shape: Any) -> str:
     lines = []
     for ids in (e for e in shape._element.iter() if local_name(e) == "relIds"):
         name = next((value for key, value in ids.attrib.items() if key.endswith("}dm")), "")
