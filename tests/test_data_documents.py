@@ -252,6 +252,16 @@ class TestDrops(CorpusTest):
         self.assertRegex(self.error(str(self.folder / "secret.pdf")), "secret.pdf: no text .*encrypted")
         self.assertRegex(self.error(str(self.folder / "damaged.docx")), "damaged.docx: no text")
 
+    def test_rows_of_a_table_in_a_folder_that_are_not_utf_8_are_left_out_and_counted(self):
+        rows = [b'{"text": "fine"}', b'{"text": "na\xefve"}', b'{"text": "plain"}', b'{"text": "caf\xe9"}', b"{"]
+        self.write("a.jsonl", b"\n".join(rows))
+        self.write("b.jsonl", '{"text": "a mark \ufffd of its own"}\n')
+        with self.assertLogs("utils.data.corpus.read_report", "WARNING") as logged:
+            dataset, report = self.read()
+        self.assertEqual(sorted(dataset.values()), ["a mark \ufffd of its own", "fine", "plain"])
+        self.assertEqual(report.dropped, {"rows that are not UTF-8": 2, "malformed rows": 1})
+        self.assertIn("a.jsonl:2: not UTF-8", " ".join(logged.output))
+
     def test_report_counts_characters_and_bytes_and_is_json(self):
         self.write("a.txt", "naïve")
         _, report = self.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import unittest
 import zipfile
 
@@ -13,6 +14,7 @@ from utils.data.extraction.formats import read_file
 
 DIAGRAM = "http://schemas.openxmlformats.org/drawingml/2006/diagram"
 DRAWING = "http://schemas.openxmlformats.org/drawingml/2006/main"
+RELATED = "http://schemas.openxmlformats.org/package/2006/relationships"
 RELATIONS = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 FRAME = (
     '<p:graphicFrame xmlns:p="http://schemas.openxmlformats.org/presentationml/2006/main" '
@@ -196,6 +198,42 @@ class Overlooked(Files):
         self.assertEqual(text, "a. one\nb. two\n\nIV. four\n\n- [x] done\n- [ ] open")
         found = read_file(self.folder / "a.html")
         self.assertEqual(found.removed, {"words in drawings and form fields of pages": 9})
+
+    def test_headings_and_pictures_of_notebooks(self) -> None:
+        shown = {"data": {"image/png": "x", "text/plain": ["<Figure size 640x480>"]}, "output_type": "display_data"}
+        value = {"data": {"text/plain": ["<Table of 2>"]}, "output_type": "execute_result"}
+        cells = [
+            {"cell_type": "heading", "level": 2, "source": ["Oil"]},
+            {"cell_type": "code", "input": "x", "outputs": [shown, value]},
+        ]
+        text = self.text("a.ipynb", json.dumps({"nbformat": 3, "worksheets": [{"cells": cells}]}))
+        self.assertEqual(text, "## Oil\n\n```\nx\n```\n\n```\n<Table of 2>\n```")
+        self.assertEqual(read_file(self.folder / "a.ipynb").notes, ["1 outputs that are no text were left out"])
+
+    def test_formulas_without_a_value_are_counted(self) -> None:
+        main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+        kinds = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+        parts = {
+            "[Content_Types].xml": '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
+            '<Default Extension="xml" ContentType="application/xml"/><Default Extension="rels" ContentType='
+            '"application/vnd.openxmlformats-package.relationships+xml"/><Override PartName="/xl/workbook.xml" '
+            f'ContentType="{kinds}.sheet.main+xml"/></Types>',
+            "_rels/.rels": f'<Relationships xmlns="{RELATED}"><Relationship Id="a" Type="{RELATIONS}/officeDocument" '
+            'Target="xl/workbook.xml"/></Relationships>',
+            "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{RELATIONS}"><sheets><sheet name="S" sheetId="1" '
+            'r:id="b"/></sheets></workbook>',
+            "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{RELATED}"><Relationship Id="b" '
+            f'Type="{RELATIONS}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
+            "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{main}"><sheetData><row r="1"><c r="A1"><v>2</v></c>'
+            '<c r="B1"><f>A1*2</f><v>4</v></c><c r="C1"><f>A1*3</f></c><c r="D1"><f>A1</f><v/></c></row></sheetData>'
+            "</worksheet>",
+        }
+        with zipfile.ZipFile(self.folder / "a.xlsx", "w") as made:
+            for name, content in parts.items():
+                made.writestr(name, content)
+        found = read_file(self.folder / "a.xlsx")
+        self.assertEqual(found.documents[0][1], "# S\n\n2 | 4")
+        self.assertRegex(found.notes[0], "^2 formulas have no value")
 
     def test_numbers_of_a_workbook_are_those_that_it_shows(self) -> None:
         from utils.data.extraction.office_text import _cell

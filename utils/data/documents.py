@@ -233,8 +233,8 @@ class _Reader:
         found, without_column = ProblemList() if skips else self.problems, self.tally.dropped[NO_COLUMN]
         yield from text_rows(iter_rows(file.path, found), file.name, found, self.tally, self.look)
         if skips and found:
-            # of rows without a text column the first is complained of, and all are counted
-            if malformed := len(found) - (self.tally.dropped[NO_COLUMN] > without_column):
+            # of rows without a text column or not in UTF-8 the first is complained of, and all are counted
+            if malformed := len(found) - (self.tally.dropped[NO_COLUMN] > without_column) - found.has_bad_bytes:
                 self.tally.dropped[BAD_ROW] += malformed
             for problem in found.shown:
                 self.tally.name(str(problem))

@@ -21,7 +21,7 @@ from typing import Any
 from utils.data.tabular.binary_rows import parquet_rows, workbook_rows
 from utils.data.tabular.delimited import delimited_rows
 from utils.data.tabular.json_rows import json_rows, jsonl_rows
-from utils.data.tabular.text_lines import COMPRESSED, Complain, PlacedRow, whole_text
+from utils.data.tabular.text_lines import BAD_BYTES, COMPRESSED, Complain, PlacedRow, whole_text
 from utils.exceptions import DataError, Problem
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -52,6 +52,8 @@ class ProblemList:
     def __init__(self) -> None:
         self._shown: list[Problem] = []
         self._hidden = 0
+        self.has_bad_bytes = False
+        """Whether bytes that are not UTF-8 were complained of, which is done once a file."""
 
     def __len__(self) -> int:
         return len(self._shown) + self._hidden
@@ -63,6 +65,7 @@ class ProblemList:
 
     def add(self, what: str, value: object = None, fix: str = "") -> None:
         """Record one problem; a long value is cut to 80 characters."""
+        self.has_bad_bytes |= BAD_BYTES in what
         if len(self._shown) < SHOWN_PROBLEMS:
             self._shown.append(Problem(what, shorten(value), fix))
         else:

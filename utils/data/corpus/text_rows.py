@@ -7,12 +7,13 @@ from typing import Any
 
 from utils.data.corpus.first_look import LookAhead
 from utils.data.corpus.read_report import ReadTally
-from utils.data.extraction.cleaning import cleaned
+from utils.data.extraction.cleaning import MARK, cleaned
 from utils.data.extraction.formats import SPLIT
 from utils.data.tables import LONGEST_DOCUMENT, ProblemList, TableRow
 
 TEXT_COLUMNS = ("text", "content", "contents", "body", "document", "article", "passage", "page_content", "markdown")
 NO_COLUMN = "rows without a text column"
+NOT_UTF8_ROW = "rows that are not UTF-8"
 
 
 def text_rows(
@@ -37,6 +38,9 @@ def text_rows(
             tally.columns_not_used.update(str(name) for name in row.values if name not in (column, "id"))
         text = _text(row, column, problems)
         if text is None:
+            continue
+        if problems.has_bad_bytes and MARK in text:
+            tally.dropped[NOT_UTF8_ROW] += 1
             continue
         clean = cleaned(text)
         tally.characters_extracted += len(text)

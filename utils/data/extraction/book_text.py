@@ -52,6 +52,8 @@ def extract_notebook(path: Path) -> Extracted:
     parts, dropped = [], 0
     for cell in cells:
         source = _joined(cell.get("source") or cell.get("input"))
+        if cell.get("cell_type") == "heading" and source:  # of notebooks before format 4
+            source = f"{'#' * _level(cell)} {source}"
         is_code = cell.get("cell_type") == "code"
         parts.append(f"```{language}\n{source}\n```" if is_code and source.strip() else source)
         for output in cell.get("outputs", []):
@@ -65,6 +67,11 @@ def extract_notebook(path: Path) -> Extracted:
     return Extracted.whole(text, notes=notes)
 
 
+def _level(cell: dict[str, Any]) -> int:
+    level = cell.get("level")
+    return min(max(level, 1), 6) if isinstance(level, int) else 1
+
+
 def _printed(output: dict[str, Any]) -> str:
     """What an output shows as text: what was printed, a value, an error; "" for a picture."""
     data = output.get("data") or {}
@@ -72,7 +79,9 @@ def _printed(output: dict[str, Any]) -> str:
         return "\n".join(output.get("traceback") or []) or f"{output.get('ename')}: {output.get('evalue')}"
     for kind in ("text/plain", "text/markdown", "text/latex"):
         if text := _joined(output.get("text") or data.get(kind)):
-            return text
+            # a picture's `<Figure size 640x480>` is not seen
+            is_name = kind == "text/plain" and text.startswith("<") and any(one.startswith("image/") for one in data)
+            return "" if is_name else text
     page = _joined(data.get("text/html"))
     return extract_html(page).documents[0][1] if page.strip() else ""
 

@@ -52,8 +52,9 @@ def _message(message: Any, depth: int = 0) -> tuple[str, int]:
     body = message.get_body(preferencelist=("plain", "html"))
     texts, attached = [_body(body)] if body is not None else [], 0
     for part in message.iter_attachments() if message.is_multipart() else ():
-        if part.get_content_type() == "message/rfc822" and depth < DEEPEST:
-            text, inside = _message(part.get_content(), depth + 1)
+        inside_it = part.get_payload() if part.get_content_type() == "message/rfc822" else None
+        if isinstance(inside_it, list) and inside_it and depth < DEEPEST:
+            text, inside = _message(inside_it[0], depth + 1)
             texts, attached = [*texts, text], attached + inside
         elif part.get_content_type() in ("text/plain", "text/html") and not (
             part.is_attachment() or part.get_filename()

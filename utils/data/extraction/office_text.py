@@ -17,16 +17,24 @@ BESIDE_CELLS = "comments and text boxes of workbooks"
 _BESIDE_CELLS = re.compile(r"xl/(?:comments/?[^/]*|drawings/drawing[^/]*)\.xml")
 
 
+# a formula that the program which wrote the file did not compute
+_SHEET = re.compile(r"xl/worksheets/[^/]*\.xml")
+_WITHOUT_VALUE = re.compile(rb"(?:</f>|<f [^<>]*/>)(?:<v ?/>|<v></v>)?</c>")
+
+
 def extract_workbook(path: Path) -> Extracted:
     """The visible sheets of an Excel or OpenDocument workbook, a line for each row that has a cell with a value."""
     from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
     removed: Counter[str] = Counter()
+    valueless = 0
     if path.suffix.lower() != ".xls":
         with open_archive(path) as archive:
             for name in filter(_BESIDE_CELLS.fullmatch, archive.namelist()):
                 texts = (e.text or "" for e in parse_xml(archive.read(name)).iter() if local_name(e) == "t")
                 removed[BESIDE_CELLS] += sum(map(visible_characters, texts))
+            for name in filter(_SHEET.fullmatch, archive.namelist()):
+                valueless += len(_WITHOUT_VALUE.findall(archive.read(name)))
     try:
         workbook = CalamineWorkbook.from_path(str(path))
     except CalamineError as error:
@@ -42,9 +50,11 @@ def extract_workbook(path: Path) -> Extracted:
             removed[HIDDEN] += characters
         elif lines:
             sheets.append("\n".join([f"# {sheet.name}", "", *lines]))
+    what = f"{valueless:,} formulas have no value in the file: open it in Excel or LibreOffice, and save it"
+    notes = [what] if valueless else []
     if not sheets:
-        raise NoTextError("the workbook has no text")
-    return Extracted.whole("\n\n".join(sheets), visible=visible, removed=+removed)
+        raise NoTextError("; ".join(["the workbook has no text", *notes]))
+    return Extracted.whole("\n\n".join(sheets), visible=visible, removed=+removed, notes=notes)
 
 
 def extract_pptx(path: Path) -> Extracted:
@@ -81,11 +91,13 @@ def _drawn_text(shape: Any) -> str:
 
     Empty where there are none, or for a kind of chart that python-pptx does not know.
     """
-    if getattr(shape, "has_chart", False):
-        try:
-            return _chart_text(shape.chart)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            return ""
+    try:
+        return _chart_text(shape.chart) if getattr(shape, "has_chart", False) else _diagram_text(shape)
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, NoTextError):  # its part is damaged
+        return ""
+
+
+def _diagram_text(shape: Any) -> str:
     lines = []
     for ids in (e for e in shape._element.iter() if local_name(e) == "relIds"):
         name = next((value for key, value in ids.attrib.items() if key.endswith("}dm")), "")

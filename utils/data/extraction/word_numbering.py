@@ -22,7 +22,7 @@ _MARKED = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 _ITEM, _BLOCKS = "li", ("li", "p", "h1", "h2", "h3", "h4", "h5", "h6", "td", "th", "dt", "dd")
 _ROMAN = ((1000, "m"), (900, "cm"), (500, "d"), (400, "cd"), (100, "c"), (90, "xc"), (50, "l"), (40, "xl"))
 _ROMAN += ((10, "x"), (9, "ix"), (5, "v"), (4, "iv"), (1, "i"))
-_LARGEST = 10_000
+_LARGEST, _LONGEST = 10_000, 60
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _shown(levels: dict[int, _Level], count: dict[int, int], at: int) -> str:
         form = "decimal" if levels[at].is_legal else levels[level].form
         return _counted(count.get(level, levels[level].start), form)
 
-    return re.sub(r"%([1-9])", number, levels[at].text).strip()
+    return re.sub(r"%([1-9])", number, levels[at].text[:_LONGEST]).strip()
 
 
 def _counted(number: int, form: str) -> str:

@@ -18,6 +18,7 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SAMPLE = 30
 # rows below a line of its own that show that it is no name of a column
 FEWEST_BELOW = 3
+BAD_BYTES = "not UTF-8"
 ABOVE = "rows above the names of the columns are passed over"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -70,7 +71,7 @@ def lines(path: Path, complain: Complain) -> Iterator[tuple[int, str]]:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             if not bad_bytes:
-                what = f"{path}:{number}: not UTF-8, at byte {error.start + 1} of the line"
+                what = f"{path}:{number}: {BAD_BYTES}, at byte {error.start + 1} of the line"
                 fix = "iconv -f <its encoding> -t UTF-8 (Excel writes WINDOWS-1252, or save it as CSV UTF-8)"
                 complain(what, raw[error.start : error.start + 4].hex(" "), fix)
             bad_bytes, text = True, raw.decode("utf-8", "replace")
@@ -79,7 +80,8 @@ def lines(path: Path, complain: Complain) -> Iterator[tuple[int, str]]:
                 fix = "it is binary or UTF-16: convert it to UTF-8 text, or take it out of the sources"
                 complain(f"{path}:{number}: contains a NUL byte", fix=fix)
             bad_nul, text = True, text.replace("\0", "")
-        # a bad line is handed on all the same: the csv reader counts lines, and a problem stops the run anyway
+        # a bad line is handed on all the same: the csv reader counts lines, and a problem stops the run; where it does
+        # not, documents with marks are left out
         yield number, text
 
 

@@ -70,7 +70,7 @@ def extract_tex(path: Path) -> Extracted:
     source, encoding = decode(path.read_bytes())
     options = {"math_mode": "verbatim", "keep_comments": False, "strict_latex_spaces": False}
     notes = [f"read as {encoding}"] if encoding else []
-    prepared = tex_macros.with_whole_addresses(tex_macros.written_out(source))
+    prepared = tex_macros.written_out(tex_macros.with_whole_addresses(source))
     converter = _converter()(latex_context=_latex_context(), **options)
     try:
         text = converter.latex_to_text(prepared, tolerant_parsing=True, latex_context=_walker_context())

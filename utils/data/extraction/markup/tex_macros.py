@@ -11,28 +11,36 @@ _DEFINITION = re.compile(
     r"\\(?:re|provide)?newcommand\*?\s*\{?\s*\\([A-Za-z]+)\s*\}?\s*(?:\[(\d)\])?(\s*\[)?|\\def\s*\\([A-Za-z]+)\s*(?=\{)"
 )
 # passes over the text, for macros in the bodies of others; and how much longer than the file a text may become
-_PASSES, _LONGEST = 5, 4
+_PASSES, _LONGEST = 10, 4
+# characters of a body, an argument or an address
+_LONGEST_GROUP, _LONGEST_LINE = 20_000, 500
+# an escaped character is none, nor is what stands in a comment; an address has no comments
+_BRACE, _BLANKS = re.compile(r"\\.|%[^\n]*|[{}]", re.DOTALL), re.compile(r"\s*")
+_BRACE_OF_ADDRESS = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def written_out(source: str) -> str:
-    """The text without these definitions, and what they define in place of its names. Definitions of another form, and
-    macros that would make the text four times as long, stay as they are."""
+    """The text without these definitions, and what they define in place of its names.
+
+    As it is where that would make it four times as long, or where macros are in macros ten times over.
+    """
     rest, macros = _definitions(source)
     text = rest
+    longest = _LONGEST * len(source) + 1000
     for _ in range(_PASSES if macros else 0):
-        before, text = text, _replaced(text, macros)
-        if len(text) > _LONGEST * len(source) + 1000:
+        before, text = text, _replaced(text, macros, longest)
+        if len(text) > longest:
             return source
         if text == before:
-            break
-    return text
+            return text
+    return source if macros else rest
 
 
 def with_whole_addresses(source: str) -> str:
     """The text with every `%` in the address of a link escaped: there it begins no comment."""
-    kept, at = [], 0
+    kept, at, groups = [], 0, _Braces(source, _BRACE_OF_ADDRESS)
     for found in re.finditer(r"\\(?:href|url|nolinkurl)(?![A-Za-z])", source):
-        if found.start() >= at and (group := _group(source, found.end())) is not None:
+        if found.start() >= at and (group := groups.at(found.end())) is not None:
             address = re.sub(r"(?<!\\)%", r"\\%", group[0])
             kept += [source[at : found.end()], f"{{{address}}}"]
             at = group[1]
@@ -42,7 +50,7 @@ def with_whole_addresses(source: str) -> str:
 def _definitions(source: str) -> tuple[str, dict[str, tuple[int, str | None, str]]]:
     """(text without them, name -> number of arguments, the first one's usual value, body)."""
     macros: dict[str, tuple[int, str | None, str]] = {}
-    kept, at = [], 0
+    kept, at, groups = [], 0, _Braces(source)
     for found in _DEFINITION.finditer(source):
         if found.start() < at or _is_commented(source, found.start()):
             continue
@@ -52,7 +60,7 @@ def _definitions(source: str) -> tuple[str, dict[str, tuple[int, str | None, str
             usual, end = source[end:close], close + 1
             if close < 0:
                 continue
-        if (body := _group(source, end)) is None:
+        if (body := groups.at(end)) is None:
             continue
         name = found[1] or found[4]
         if not re.search(rf"\\{name}(?![A-Za-z@])", body[0]):  # one that names itself would never end
@@ -62,18 +70,18 @@ def _definitions(source: str) -> tuple[str, dict[str, tuple[int, str | None, str
     return "".join([*kept, source[at:]]), macros
 
 
-def _replaced(text: str, macros: dict[str, tuple[int, str | None, str]]) -> str:
+def _replaced(text: str, macros: dict[str, tuple[int, str | None, str]], longest: int) -> str:
     names = "|".join(map(re.escape, sorted(macros, key=len, reverse=True)))
-    kept, at = [], 0
+    kept, at, length, groups = [], 0, 0, _Braces(text)
     for found in re.finditer(rf"\\({names})(?![A-Za-z@])", text):
-        if found.start() < at:
+        if found.start() < at or length > longest:
             continue
         count, usual, body = macros[found[1]]
         arguments, end = [], found.end()
         if usual is not None:
             given = re.compile(r"\s*\[([^\[\]]*)\]").match(text, end)
             arguments, end = [given[1] if given else usual], given.end() if given else end
-        while len(arguments) < count and (group := _group(text, end)) is not None:
+        while len(arguments) < count and (group := groups.at(end)) is not None:
             arguments, end = [*arguments, group[0]], group[1]
         if len(arguments) < count:
             continue
@@ -82,23 +90,31 @@ def _replaced(text: str, macros: dict[str, tuple[int, str | None, str]]) -> str:
         for number, argument in enumerate(arguments, 1):
             body = body.replace(f"#{number}", argument)
         kept += [text[at : found.start()], body]
+        length += len(kept[-1]) + len(kept[-2])
         at = end
     return "".join([*kept, text[at:]])
 
 
-def _group(text: str, at: int) -> tuple[str, int] | None:
-    """(what stands in the braces that open here, behind blanks; where they have ended)."""
-    start = re.compile(r"\s*\{").match(text, at)
-    depth, place = 1, start.end() if start else len(text)
-    begin = place
-    while place < len(text):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if not depth:
-            return text[begin:place], place + 1
-        place += 2 if text[place] == "\\" else 1
-    return None
+class _Braces:
+    """The braces of a text and their partners, found in one pass: a file may open a million and close none."""
+
+    def __init__(self, text: str, brace: re.Pattern[str] = _BRACE):
+        self._text, self._ends, opened = text, dict[int, int](), list[int]()
+        for found in brace.finditer(text):
+            if found[0] == "{":
+                opened.append(found.start())
+            elif found[0] == "}" and opened:
+                self._ends[opened.pop()] = found.start()
+
+    def at(self, place: int) -> tuple[str, int] | None:
+        """(what stands in the braces that open here, behind blanks; where they have ended)."""
+        start = _BLANKS.match(self._text, place).end()  # type: ignore[union-attr]
+        if (end := self._ends.get(start)) is None or end - start > _LONGEST_GROUP:
+            return None
+        return self._text[start + 1 : end], end + 1
 
 
 def _is_commented(text: str, at: int) -> bool:
-    line = text[text.rfind("\n", 0, at) + 1 : at]
+    before = text[max(0, at - _LONGEST_LINE) : at]
+    line = before[before.rfind("\n") + 1 :]
     return bool(re.search(r"(?<!\\)%", line))
