@@ -13,7 +13,7 @@ from tests.test_composition_layers import composed
 from utils import cli
 from utils.adapters import adapter_files, adapter_tokenizer
 from utils.artifacts.runs import Run
-from utils.composition import in_use
+from utils.composition import chosen_adapters
 from utils.exceptions import ArtefactError
 from utils.models import chat, loading
 from utils.models.base_model import BaseModel
@@ -94,7 +94,7 @@ class Tokenizers(unittest.TestCase):
             given = ["--base.source", str(self.base.directory), "--base.dtype", "float32"]
             places = ["--run.models_dir", str(models), "--run.data_dir", str(models.parent / "data")]
             config = cli.resolve(["--preset", PRESET, *given, *places], {})
-            found = in_use.in_use(config, self.base)
+            found = chosen_adapters.in_use(config, self.base)
             self.assertEqual((found.is_alone, found.composed.directory if found.composed else None), (False, made))
             used = adapter_tokenizer.with_chosen(self.base, found.adapters).tokenizer_from
             self.assertEqual(used, directory if choice == "adapter" else None)

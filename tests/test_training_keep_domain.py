@@ -18,8 +18,8 @@ from tests.support import Workspace, last_json, random_factors, relative
 from utils.adapters import peft_model
 from utils.artifacts import files
 from utils.data.batches import BucketedPairs
-from utils.data.kept_pairs import DocumentRows, DocumentWindows, DomainKeeping, HeldRows, KeptPairs
 from utils.data.pair_rows import Pair
+from utils.data.replay_and_kl import DocumentRows, DocumentWindows, DomainKeeping, HeldRows, KeptPairs
 from utils.models.architectures import toy
 from utils.models.losses import IGNORED, NextTokenLoss
 from utils.models.rows import row_support

@@ -10,7 +10,7 @@ from config import AUTO, Config, LoraSection
 from utils.adapters import find
 from utils.adapters.factors import ModuleFactors
 from utils.artifacts.runs import Run
-from utils.composition import composed_adapter, in_use, methods
+from utils.composition import chosen_adapters, composed_adapter, methods
 from utils.data.prepared import Prepared
 from utils.exceptions import ArtefactError
 from utils.logger import event, warning
@@ -51,7 +51,7 @@ def token_stream(config: Config, base: BaseModel, count: int) -> TokenStream:
 def adapter_runs(config: Config, base: BaseModel) -> tuple[Run, Run] | None:
     """The domain and task run that would be served together, or None."""
     try:
-        domain, task = in_use.pair(config, base)
+        domain, task = chosen_adapters.pair(config, base)
     except ArtefactError:
         domain, task = None, None
     if domain is None or task is None:

@@ -22,7 +22,7 @@ from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.composition import methods
 from utils.composition.checks import FactorCheck, check
-from utils.composition.in_use import in_use
+from utils.composition.chosen_adapters import in_use
 from utils.composition.methods import METHODS, SUM, Recipe, compose, depth, weights_at
 from utils.exceptions import ArtefactError, Problem, VerificationError
 from utils.logger import event

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.labelled import choices, conversations, marks, values
+from utils.data.labelled import choices, conversation_formats, marks, values
 from utils.data.labelled.choices import Unsure
 from utils.data.labelled.column_roles import ColumnMap, Row, has_name_of
-from utils.data.labelled.conversations import Turn, read_turns
+from utils.data.labelled.conversation_formats import Turn, read_turns
 from utils.data.labelled.nested import is_of_rows, unfolded, wrapper
 from utils.data.labelled.row_text import (
     LeftOutError,
@@ -232,8 +232,8 @@ def _common(
     reasoning: str | None = None,
     calls: list[dict[str, Any]] | None = None,
 ) -> Columns:
-    tools = conversations.read_tools(row.value("tools"))
-    if tools and not calls and (calls := conversations.calls_in(answers)):
+    tools = conversation_formats.read_tools(row.value("tools"))
+    if tools and not calls and (calls := conversation_formats.calls_in(answers)):
         answers = [""]
     accepted: list[str] = []
     for item in answers if isinstance(answers, list) else [answers]:

@@ -14,7 +14,7 @@ from utils import flags
 from utils.adapters import adapter_files, find
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
-from utils.composition import composed_adapter, in_use
+from utils.composition import chosen_adapters, composed_adapter
 from utils.composition.composed_adapter import Composition
 from utils.composition.search import ChosenWeights
 from utils.data.prepared import Prepared
@@ -105,7 +105,7 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
 
     Raises ArtefactError when a run is missing that cannot be made here.
     """
-    domain, task = in_use.pair(config, base)
+    domain, task = chosen_adapters.pair(config, base)
     own = [run for run in (domain, task) if run is not None]
     data = find.data_of(config, base, own[-1:])
     if data is None:

@@ -21,7 +21,7 @@ from utils.adapters import expert_factors, peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import METRICS
 from utils.data.batches import OptimiserStep
-from utils.data.kept_pairs import KeptPairs
+from utils.data.replay_and_kl import KeptPairs
 from utils.exceptions import ArtefactError, ConfigError, Interrupted, Problem, is_out_of_memory
 from utils.logger import event, warning
 from utils.models.devices import peak_memory_bytes

@@ -14,7 +14,7 @@ from utils.adapters import adapter_files, find
 from utils.adapters.factors import Factors
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
-from utils.composition import in_use
+from utils.composition import chosen_adapters
 from utils.composition.methods import Recipe, compose
 from utils.data.prepared import Prepared
 from utils.evaluation.baseline_weight import search_behind
@@ -201,7 +201,7 @@ def _pair(config: Config, base: BaseModel, domain: Run, task: Run, data: dict[st
         )
     if not (data[task.digest].directory / "task_test.jsonl").is_file() or not _has_test(data[task.digest]):
         return AdapterPair(domain, task, why_empty=f"{data[task.digest].directory.name} has no test questions")
-    return AdapterPair(domain, task, in_use.made_of(config, base, [domain, task]))
+    return AdapterPair(domain, task, chosen_adapters.made_of(config, base, [domain, task]))
 
 
 def _has_test(data: Run) -> bool:

@@ -16,8 +16,8 @@ from utils.adapters import adapter_tokenizer, find
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.data.batches import BucketedPairs
-from utils.data.kept_pairs import WINDOW_TOKENS, DocumentWindows, KeptPairs
 from utils.data.prepared import Prepared
+from utils.data.replay_and_kl import WINDOW_TOKENS, DocumentWindows, KeptPairs
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event
 from utils.models import chat
