@@ -53,6 +53,12 @@ class Composing(unittest.TestCase):
         done = self.place.run("compose", *flags)
         return last_json(done), done.stderr + done.stdout
 
+    def test_search_that_is_proposed_is_about_the_adapters_that_were_named(self) -> None:
+        named = [word for n in ("domain", "task") for word in (f"--{n}_adapter", str(self.reported[n]["run"]))]
+        done = self.place.run("inference", *named, "--prompt", "What?", "--inference.max_new_tokens", "1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(f"compose.py --compose.search {' '.join(named)} --preset tiny_minimax_m2", done.stderr)
+
     def test_composed_adapter_is_an_ordinary_one_that_equals_both_and_is_used_from_then_on(self) -> None:
         found, said = self.compose("--weights", "1,0.5")
         self.assertEqual((found["method"], found["weights"], found["searched"]), ("sum", [1.0, 0.5], False))

@@ -6,6 +6,7 @@ use when no setting says how to compose, so what a search chose is what is used.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -135,7 +136,12 @@ def say(config: Config, found: Composition) -> None:
     weights = found.recipe.weights or (1.0,) * len(found.runs)
     event("composed", adapters=names, method=found.recipe.method, weights=weights, check=found.line())
     if len(found.runs) > 1 and not found.searched:
-        search = f"{runs.STAGES['composed']} --compose.search{flags.given(config, 'base')}"
+        # adapters that were named are not those that the command would take by itself
+        named = {"inputs.domain_adapter", "inputs.task_adapter", "inputs.composed"} & set(config.overrides)
+        which = [
+            f" --{r.manifest['kind']}_adapter {shlex.quote(r.directory.as_posix())}" for r in found.runs[:2] if named
+        ]
+        search = f"{runs.STAGES['composed']} --compose.search{''.join(which)}{flags.given(config, 'base')}"
         event(f"the weights were not chosen on dev: {search} does that")
 
 
