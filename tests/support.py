@@ -38,7 +38,7 @@ from tests import PRELOADED
 from utils import logger
 from utils.adapters.factors import ModuleFactors
 from utils.exceptions import ArtefactError
-from utils.export import merge_check, reload_merged
+from utils.export import merge_check, merged_logits
 from utils.models import sources
 from utils.models.architectures import toy
 from utils.models.base_model import BaseModel
@@ -365,13 +365,13 @@ def _as_main(
 
 
 def reloaded_in_a_fork(command: Sequence[str], **_: Any) -> Completed[str]:
-    """Instead of a new interpreter for `reload_merged.py DIRECTORY IDS LOGITS`, whose imports take eight seconds."""
+    """Instead of a new interpreter for `merged_logits.py DIRECTORY IDS LOGITS`, whose imports take eight seconds."""
     read, write = os.pipe()
     if not (pid := os.fork()):
         try:
-            reload_merged.end_with_parent()
+            merged_logits.end_with_parent()
             sys.modules.pop("peft", None)
-            reload_merged.write_logits(*command[-3:])
+            merged_logits.write_logits(*command[-3:])
             os._exit(0)
         except BaseException:  # noqa: BLE001 - told as the interpreter tells it
             os.write(write, traceback.format_exc().encode())

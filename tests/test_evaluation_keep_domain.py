@@ -17,7 +17,7 @@ from utils.artifacts import files
 from utils.composition import search
 from utils.composition.weights.points import Point
 from utils.evaluation import baseline_weight, scored_rows
-from utils.training.keeping import keep_domain
+from utils.training.keeping import keep_decision
 
 FEW = ["--evaluate.generated_answers", "0", "--evaluate.resamples", "100", "--evaluate.max_heldout_documents", "6"]
 ASKED = ["--compose.max_dev_items", "12", "--compose.max_dev_documents", "6", "--compose.search_methods", "sum"]
@@ -139,7 +139,7 @@ class Weight(unittest.TestCase):
     def test_without_a_search_nothing_is_searched_and_identities_stay(self) -> None:
         for composed in (None, mock.Mock(run=None), mock.Mock(searched=False)):
             self.assertIsNone(baseline_weight.search_of(mock.Mock(composed=composed)))
-        self.assertEqual(keep_domain.OFF.how, "off")
+        self.assertEqual(keep_decision.OFF.how, "off")
 
 
 if __name__ == "__main__":

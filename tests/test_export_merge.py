@@ -29,7 +29,7 @@ from utils.adapters import peft_model
 from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.artifacts import resumable
 from utils.exceptions import ArtefactError, NonFiniteError, VerificationError
-from utils.export import merge, merge_check, reload_merged
+from utils.export import merge, merge_check, merged_logits
 from utils.models import loading, older_spellings
 from utils.models.base_model import BaseModel
 from utils.models.weights import companion_files, fp8, layer_sample, safetensors_io
@@ -752,7 +752,7 @@ class SelfCheck(unittest.TestCase):
         base, ids = checkpoint("llama"), temporary_directory() / "ids"
         save_file({"input_ids": IDS}, ids)
         with self.assertRaisesRegex(SystemExit, "brought in peft"):
-            reload_merged.write_logits(str(base.directory), str(ids), str(ids.with_name("logits")))
+            merged_logits.write_logits(str(base.directory), str(ids), str(ids.with_name("logits")))
         self.assertFalse(ids.with_name("logits").exists())
 
     def test_right_merges_pass_in_every_dtype(self) -> None:

@@ -18,14 +18,14 @@ from tests.support import Workspace, last_json, random_factors, relative
 from utils.adapters import peft_model
 from utils.artifacts import files
 from utils.data.batches import BucketedPairs
+from utils.data.mixed_in_documents import DocumentRows, DocumentWindows, DomainKeeping, HeldRows, KeptPairs
 from utils.data.pair_rows import Pair
-from utils.data.replay_and_kl import DocumentRows, DocumentWindows, DomainKeeping, HeldRows, KeptPairs
 from utils.models.architectures import toy
 from utils.models.losses import IGNORED, NextTokenLoss
 from utils.models.rows import row_support
 from utils.models.rows.row_support import RowSupport
-from utils.training.keeping import keep_domain
-from utils.training.keeping.keep_domain import DomainLook, KeepDomain
+from utils.training.keeping import keep_decision
+from utils.training.keeping.keep_decision import DomainLook, KeepDomain
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 TRAIN = [
@@ -217,13 +217,13 @@ class Decision(unittest.TestCase):
             (0.8, 0.05, "replay"),
             (-1.0, 0.05, "replay"),
         ):
-            found = keep_domain.decide(self.look(kept, noise=noise), self.SETTINGS, 9)
+            found = keep_decision.decide(self.look(kept, noise=noise), self.SETTINGS, 9)
             self.assertEqual(found["how"], how, (kept, found["why"]))
             self.assertEqual(found["from_step"], 9 if how != "off" else 0)
             self.assertAlmostEqual(found["kept"], kept)
         without = KeepDomain("auto", 0.1, retention=0.9)
-        self.assertEqual(keep_domain.decide(self.look(0.2), without, 9)["how"], "kl")
-        nothing = keep_domain.decide(self.look(0.2, gain=-1.0), self.SETTINGS, 9)
+        self.assertEqual(keep_decision.decide(self.look(0.2), without, 9)["how"], "kl")
+        nothing = keep_decision.decide(self.look(0.2, gain=-1.0), self.SETTINGS, 9)
         self.assertEqual(nothing["how"], "off")
         self.assertIn("does not gain", nothing["why"])
 
@@ -261,7 +261,7 @@ class Runs(unittest.TestCase):
         whole, manifest = self.whole
         keeping = manifest["measured"]["keeping"]
         self.assertEqual((keeping["how"], keeping["decided_itself"]), ("replay", True), keeping)
-        self.assertEqual(keeping["from_step"], round(keep_domain.LOOK_SHARE * manifest["measured"]["steps"]))
+        self.assertEqual(keeping["from_step"], round(keep_decision.LOOK_SHARE * manifest["measured"]["steps"]))
         self.assertIn("its documents are mixed in", manifest["said"])
         steps = lines(whole)
         script = self.place.start("train_task_adapter", *TRAIN, *AUTO, "--run.name", "stopped")

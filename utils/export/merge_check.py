@@ -38,7 +38,7 @@ SUM_TOLERANCE = 1e-6
 # the files are right but if they are of use: 16 bits took 2% at MiniMax-M2's width; from half on noise takes over
 LARGEST_ROUNDING = 0.5
 SCRATCH = ".selfcheck"
-RELOAD = Path(__file__).with_name("reload_merged.py")
+RELOAD = Path(__file__).with_name("merged_logits.py")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class TrainingState:
     best_dev_loss: float = float("inf")
     best_step: int = 0
     dev_losses: list[tuple[int, float]] = field(default_factory=list)
-    # what keeps the domain, once that is decided (`keep_domain.decide`)
+    # what keeps the domain, once that is decided (`keep_decision.decide`)
     keeping: dict[str, Any] | None = None
 
 

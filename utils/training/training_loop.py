@@ -21,7 +21,7 @@ from utils.adapters import expert_factors, peft_model
 from utils.artifacts import files
 from utils.artifacts.runs import METRICS
 from utils.data.batches import OptimiserStep
-from utils.data.replay_and_kl import KeptPairs
+from utils.data.mixed_in_documents import KeptPairs
 from utils.exceptions import ArtefactError, ConfigError, Interrupted, Problem, is_out_of_memory
 from utils.logger import event, warning
 from utils.models.devices import peak_memory_bytes
@@ -29,8 +29,8 @@ from utils.models.losses import NextTokenLoss
 from utils.models.parallel import expert_parallel, launcher, ranks, sharding
 from utils.progress import Progress
 from utils.training import checkpoints, gradients, guards, micro_batches, steps
-from utils.training.keeping import keep_domain
-from utils.training.keeping.keep_domain import DomainLook, KeepDomain
+from utils.training.keeping import keep_decision
+from utils.training.keeping.keep_decision import DomainLook, KeepDomain
 from utils.training.schedules.learning_rate import learning_rate
 from utils.training.training_setup import TrainingOutcome, TrainingSetup
 
@@ -106,7 +106,7 @@ class _TrainingLoop:
             if self.state.step >= self.total and newest == self.setup.go_on_from:
                 what = f"{self.what}: the finished run has made {self.state.step} steps, and {self.total} are asked for"
                 raise ConfigError(Problem(what, fix="ask for more: more epochs, or a larger max_steps"))
-        keep_domain.say(self.what, self.state.keeping)
+        keep_decision.say(self.what, self.state.keeping)
         ranks.first(
             lambda: checkpoints.require_space(self.checkpoints, self.parameters, self.settings.keep_checkpoints)
         )
@@ -271,7 +271,7 @@ class _TrainingLoop:
         data = self.setup.data
         if self.setup.keep is None or not isinstance(data, KeptPairs):
             return step
-        return data.with_keeping(step, self.state.step, keep_domain.keeping_of(self.state.keeping))
+        return data.with_keeping(step, self.state.step, keep_decision.keeping_of(self.state.keeping))
 
     def _decide_keeping(self, settings: KeepDomain) -> None:
         """Look at what the steps until here did to dev documents, and decide what is done from here on."""
@@ -281,8 +281,8 @@ class _TrainingLoop:
             with peft_model.switched(self.model, names):
                 found.append(micro_batches.sums(self.loss_module, windows, self.accelerator))
         look = DomainLook(*found, tokens=sum(batch.num_labels for batch in windows))
-        state.keeping = ranks.first(lambda: keep_domain.decide(look, settings, state.step))
-        keep_domain.say(self.what, state.keeping)
+        state.keeping = ranks.first(lambda: keep_decision.decide(look, settings, state.step))
+        keep_decision.say(self.what, state.keeping)
         if state.keeping["how"] != "off":
             # the best on dev is the best answers: one of before would bring back what the domain lost
             state.best_dev_loss, state.best_step, self.best = float("inf"), 0, {}

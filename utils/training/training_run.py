@@ -29,7 +29,7 @@ from utils.models.parallel import ranks, sharding
 from utils.models.rows import row_probe, row_support
 from utils.planning import preflight
 from utils.training import checkpoints, trackers, training_loop
-from utils.training.keeping.keep_domain import KeepDomain
+from utils.training.keeping.keep_decision import KeepDomain
 from utils.training.schedules.active_adapters import AdapterSchedule
 from utils.training.training_setup import TrainingOutcome, TrainingSetup
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import TrainSection
 from utils.data.batches import Batch, TrainingData
-from utils.training.keeping.keep_domain import KeepDomain
+from utils.training.keeping.keep_decision import KeepDomain
 from utils.training.schedules.active_adapters import AdapterSchedule
 
 if TYPE_CHECKING:

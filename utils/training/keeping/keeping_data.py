@@ -16,15 +16,15 @@ from utils.adapters import adapter_tokenizer, find
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.data.batches import BucketedPairs
+from utils.data.mixed_in_documents import WINDOW_TOKENS, DocumentWindows, KeptPairs
 from utils.data.prepared import Prepared
-from utils.data.replay_and_kl import WINDOW_TOKENS, DocumentWindows, KeptPairs
 from utils.exceptions import ArtefactError, Problem
 from utils.logger import event
 from utils.models import chat
 from utils.models.base_model import BaseModel
 from utils.training import steps, training_identity
-from utils.training.keeping import keep_domain
-from utils.training.keeping.keep_domain import KeepDomain
+from utils.training.keeping import keep_decision
+from utils.training.keeping.keep_decision import KeepDomain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,8 +86,8 @@ def kept(
         why_not = "there are no dev documents to look at"
     elif task.keep_domain == "auto":
         total = steps.total(pairs, settings, "task adapter")
-        wanted = round(keep_domain.LOOK_TOKENS_SHARE * total * together.step_tokens / size)
-        count = max(keep_domain.FEWEST_WINDOWS, min(keep_domain.MOST_WINDOWS, wanted))
+        wanted = round(keep_decision.LOOK_TOKENS_SHARE * total * together.step_tokens / size)
+        count = max(keep_decision.FEWEST_WINDOWS, min(keep_decision.MOST_WINDOWS, wanted))
         dev = windows(Prepared(data.directory).documents(DEV), 0)
         watched = [dev.batch([number]) for number in range(count)]
     return together, KeepDomain(

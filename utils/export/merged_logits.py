@@ -1,6 +1,6 @@
 """Run as a program in a fresh process: the logits of a model directory, loaded as a user of transformers loads it.
 
-    python -P reload_merged.py DIRECTORY TOKEN_IDS.safetensors LOGITS.safetensors
+    python -P merged_logits.py DIRECTORY TOKEN_IDS.safetensors LOGITS.safetensors
 
 It imports nothing of this project and refuses to have loaded peft: a merged model has to work without both. -P keeps
 this folder off the import path, where gguf.py would stand for the package of that name that transformers looks for.

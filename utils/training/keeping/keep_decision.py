@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from utils.data.batches import Batch
-from utils.data.replay_and_kl import DomainKeeping, How
+from utils.data.mixed_in_documents import DomainKeeping, How
 from utils.logger import event
 
 # of the run's steps: late enough to have passed the warm-up, early enough to win back what was lost
