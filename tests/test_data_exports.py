@@ -326,7 +326,7 @@ class Documents(Files):
         slides.save(str(self.folder / "a.pptx"))
         found = read_file(self.folder / "a.pptx")
         self.assertEqual(found.notes, ["1 embedded objects were left out"])
-        self.assertEqual(found.documents[0][1], "# Depths\n\n | east\nmetres | 9\n\ncell")
+        self.assertEqual(found.documents[0][1], "# Depths\n\n| east\nmetres | 9\n\ncell")
 
     def test_pages_unfold_and_keep_their_sections(self) -> None:
         page = "<main><p>Well.</p><div role=tabpanel hidden>Second tab.</div><div class='expand-content' "
