@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from typing import Any
@@ -308,7 +309,7 @@ class Documents(Files):
         self.assertTrue(found.documents[0][1].endswith("\n\ncell"))
         self.assertEqual(found.removed, {"comments and text boxes of workbooks": 11})
 
-    def test_charts_of_slides_are_counted(self) -> None:
+    def test_embedded_objects_of_slides_are_counted(self) -> None:
         from pptx import Presentation
         from pptx.chart.data import CategoryChartData
         from pptx.enum.chart import XL_CHART_TYPE
@@ -321,10 +322,11 @@ class Documents(Files):
         data.add_series("metres", (9,))
         slide.shapes.add_chart(XL_CHART_TYPE.PIE, 0, 0, 9999, 9999, data)
         slide.shapes.add_table(1, 1, 0, 0, 9999, 9999).table.cell(0, 0).text = "cell"
+        slide.shapes.add_ole_object(io.BytesIO(b"sheet"), "Package", 0, 0)
         slides.save(str(self.folder / "a.pptx"))
         found = read_file(self.folder / "a.pptx")
-        self.assertEqual(found.notes, ["1 charts and diagrams were left out"])
-        self.assertIn("cell", found.documents[0][1])
+        self.assertEqual(found.notes, ["1 embedded objects were left out"])
+        self.assertEqual(found.documents[0][1], "# Depths\n\n| east\nmetres | 9\n\ncell")
 
     def test_pages_unfold_and_keep_their_sections(self) -> None:
         page = "<main><p>Well.</p><div role=tabpanel hidden>Second tab.</div><div class='expand-content' "
