@@ -161,12 +161,13 @@ class AsOneProcess(Same):
                 run = Path(result(launch(here, way, "compose", "--run.name", f"c-{way}", *pinned, *search))["composed"])
                 return {name: read(run / name) for name in ("search.json", "interference.json")}
 
-            scores, weights = cells("python"), searched("python")
-            self.assertGreaterEqual(len(scores), 3)
-            for way in EXPERTS:
-                with self.subTest(f"{architecture} {way}"):
-                    self.assertEqual(different(cells(way), scores), [])
-                    self.assertEqual(different(searched(way), weights, 1e-4), [])
+            # a search leaves weights that later evaluations of the same adapters take
+            for what, found, tolerance in (("evaluate", cells, 1e-5), ("search", searched, 1e-4)):
+                expected = found("python")
+                self.assertGreaterEqual(len(expected), 2)
+                for way in EXPERTS:
+                    with self.subTest(f"{architecture} {way} {what}"):
+                        self.assertEqual(different(found(way), expected, tolerance), [])
 
     def test_the_first_rank_reads_for_all_where_ranks_cannot_read_their_part(self) -> None:
         here = place("minimax_m2")
