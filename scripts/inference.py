@@ -71,20 +71,18 @@ def main(config: Config) -> dict[str, Any]:
     system_prompt = (composed.runs[:2][-1].manifest if composed else {}).get("system_prompt", config.task.system_prompt)
     factors, prompt_settings = composed.factors if composed else None, (system_prompt, section)
     adapters = [str(run.directory) for run in composed.runs] if composed else []
+    belongs_to = [
+        base.digest,
+        [run.digest for run in composed.runs] if composed else [],
+        str(composed and composed.recipe),
+    ]
     if section.engine != "local":
         known = examples or ([{"question": section.prompt}] if section.prompt else [])
-        belongs_to = [
-            base.digest,
-            [run.digest for run in composed.runs] if composed else [],
-            str(composed and composed.recipe),
-        ]
         how = {"belongs_to": belongs_to, "models_dir": config.run.models_dir, "seed": config.run.seed}
         with prompts.ServedPrompts.of(base, config.base, factors, *prompt_settings, asked=known, **how) as served:
             return _answered(served, examples, section, adapters, interactive=interactive)
-    if examples:
-        model = ranks.Held(prompts.PromptModel, base, config.base, factors, *prompt_settings)
-    else:
-        model = ranks.undivided(prompts.PromptModel, base, config.base, factors, *prompt_settings)
+    make = ranks.Held if examples else ranks.undivided
+    model = make(prompts.PromptModel, base, config.base, factors, *prompt_settings, belongs_to)
     return _answered(model, examples, section, adapters, interactive=interactive)
 
 

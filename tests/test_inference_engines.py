@@ -27,10 +27,11 @@ from tests.engine_support import RunningStub, left_in, owned_by, stub_python, un
 from tests.support import ROOT, clean_environment, expert_factors, random_factors, saved_model, temporary_directory
 from utils.cli import help_text
 from utils.exceptions import EngineError, PipelineError
+from utils.inference.answer_journal import AnswerJournal
 from utils.inference.engines import endpoint, engine, server_process, vllm_command
 from utils.inference.engines.endpoint import Sampling
 from utils.inference.engines.engine import Engine
-from utils.inference.engines.served_model import AnswerJournal, ServedModel, positions_of
+from utils.inference.engines.served_model import ServedModel, positions_of
 from utils.inference.engines.vllm_command import EngineNeeds
 from utils.models import chat, loading, sources
 from utils.models.architectures import registry

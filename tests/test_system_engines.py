@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import unittest
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Any
 
 from tests import launch_support
 from tests.engine_support import left_in, owned_by, stub_python, until
+from tests.fault_support import At
 from tests.support import SECRETS, Script, Workspace, last_json, write_jsonl
 from utils.artifacts import files
 from utils.evaluation.served_rows import ANSWERS
 
 QUESTIONS = 12
+
+
+def killed_now() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Engines(unittest.TestCase):
@@ -92,6 +98,26 @@ class Engines(unittest.TestCase):
         rows = [json.loads(line) for line in target.read_text().splitlines()]
         self.assertEqual([row["id"] for row in rows], list(range(QUESTIONS)))
         self.assertFalse(partial.exists())
+
+    def test_answers_of_this_process_to_a_file_are_gone_on_with(self) -> None:
+        rows = [{"id": number, "question": "What does it do? " + "word " * number} for number in range(100)]
+        asked, target = write_jsonl(self.place.root / "many.jsonl", rows), self.place.root / "local.jsonl"
+        flags = ("--task.on", "base", "--inference.max_new_tokens", "8", "--prompts_file", str(asked), "--output_file")
+        whole = last_json(self.place.run("inference", *flags, str(self.place.root / "whole.jsonl")))
+        for ranks in (1, 2):
+            with self.subTest(ranks=ranks):
+                way = "python" if ranks == 1 else "whole"
+                killed = dict.fromkeys(range(ranks), At("utils.inference.generation.answer", killed_now, 2))
+                ended = launch_support.launch(self.place, way, "inference", *flags, str(target), before=killed)
+                self.assertEqual([done.returncode for done in ended], [-signal.SIGKILL] * ranks)
+                parts = sorted(target.parent.glob(".local.jsonl.partial.jsonl*"))
+                self.assertEqual(len(parts), ranks)
+                again = launch_support.launch(self.place, way, "inference", *flags, str(target))
+                self.assertEqual(launch_support.result(again)["answered"], whole["answered"])
+                self.assertIn("on disk already", again[0].stderr)
+                self.assertEqual(target.read_text(), (self.place.root / "whole.jsonl").read_text())
+                self.assertEqual(list(target.parent.glob(".local.jsonl.partial.jsonl*")), [])
+                target.unlink()
 
     def test_ctrl_c_and_sigterm_leave_nothing_and_sigkill_leaves_it_to_the_next_start(self) -> None:
         target = self.place.root / "stopped.jsonl"

@@ -16,8 +16,9 @@ from utils.artifacts import resumable
 from utils.evaluation.scored_rows import Material, ModelRow
 from utils.exceptions import ConfigError, Problem
 from utils.inference import scoring
+from utils.inference.answer_journal import AnswerJournal
 from utils.inference.engines import served_model
-from utils.inference.engines.served_model import AnswerJournal, ServedModel
+from utils.inference.engines.served_model import ServedModel
 from utils.inference.generation import GeneratedAnswer
 from utils.models import chat
 from utils.models.base_model import BaseModel

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from config import InferenceSection
+from utils.artifacts import files
 from utils.exceptions import DataError, Problem
-from utils.logger import printable
+from utils.inference.answer_journal import AnswerJournal
+from utils.logger import event, printable
 from utils.models import chat, turn_format
 from utils.models.losses import autocast
 from utils.models.parallel import ranks, work
@@ -155,10 +158,14 @@ def answer_all(
     system_prompt: str,
     settings: InferenceSection,
     bar: Progress | None = None,
+    *,
+    what: str = "",
+    journal: AnswerJournal | None = None,
 ) -> list[GeneratedAnswer]:
-    """Answers to many examples in their order, prompts of similar length together.
+    """Answers to many examples in their order, prompts of similar length together; `what` shows a bar of its own.
 
-    What is sampled depends on the seed and on the batch, and not on the rank that answers it.
+    What is sampled depends on the seed and on the batch, and not on the rank that answers it. Batches that stand in
+    the journal are not answered again.
     """
     prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -170,11 +177,18 @@ def answer_all(
         groups[-1].append(i)
 
     seed = torch.initial_seed()
+    sampled = [settings.max_new_tokens, settings.temperature, settings.top_p]
+    keys = [
+        files.fingerprint([[list(prompts[i]) for i in rows], *sampled, (seed, number) if settings.temperature else 0])
+        for number, rows in enumerate(groups)
+    ]
+    known = ranks.first(journal.known) if journal else {}
+    open_groups = [number for number, key in enumerate(keys) if key not in known]
 
     def answered(number: int) -> list[GeneratedAnswer]:
         if settings.temperature > 0:
             torch.manual_seed((seed * 1_000_003 + number) % 2**63)
-        return answer(
+        made = answer(
             model,
             tokenizer,
             [prompts[i] for i in groups[number]],
@@ -182,9 +196,18 @@ def answer_all(
             temperature=settings.temperature,
             top_p=settings.top_p,
         )
+        if journal:
+            journal.add(keys[number], [asdict(one) for one in made])
+        return made
 
     # what an answer costs is what is generated, and only then known
-    sizes = [len(rows) for rows in groups]
-    found = work.computed(range(len(groups)), sizes, answered, bar, sizes)
-    answers = {i: given for rows, part in zip(groups, found, strict=True) for i, given in zip(rows, part, strict=True)}
+    sizes = [len(groups[number]) for number in open_groups]
+    done = len(prompts) - sum(sizes)
+    if done:
+        event(f"{what}: on disk already", answers=done, open=sum(sizes))
+    with Progress(what, total=len(prompts), unit="prompt", done=done) if what else nullcontext(bar) as shown:
+        found = dict(zip(open_groups, work.computed(open_groups, sizes, answered, shown, sizes), strict=True))
+    for number in set(range(len(groups))) - set(open_groups):
+        found[number] = [GeneratedAnswer(**kept) for kept in known[keys[number]]]
+    answers = {i: given for n, rows in enumerate(groups) for i, given in zip(rows, found[n], strict=True)}
     return [answers[i] for i in range(len(prompts))]

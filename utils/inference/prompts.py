@@ -17,15 +17,15 @@ from utils.artifacts import files
 from utils.data.tables import ProblemList, iter_rows
 from utils.exceptions import DataError, Problem, path_fix
 from utils.inference import generation
+from utils.inference.answer_journal import AnswerJournal
 from utils.inference.engines import served_model
-from utils.inference.engines.served_model import AnswerJournal, ServedModel
+from utils.inference.engines.served_model import ServedModel
 from utils.inference.generation import GeneratedAnswer
 from utils.logger import event, warning
 from utils.models import chat
 from utils.models.base_model import BaseModel
 from utils.models.parallel import ranks
 from utils.models.rows import row_probe
-from utils.progress import Progress
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -66,18 +66,20 @@ class PromptModel:
         factors: Factors | None,
         system_prompt: str,
         settings: InferenceSection,
+        belongs_to: Any,
     ):
         self._tokenizer = adapter_tokenizer.of(base)
         adapters = {"composed": factors} if factors else {}
         self._model = inference_layers.attach(row_probe.load_model(base, section), adapters)
         self._system_prompt, self._settings = system_prompt, settings
+        self._journal = journal(settings, belongs_to, "answer")
 
     def answer_all(self, examples: list[dict[str, Any]]) -> list[GeneratedAnswer]:
         """Answers in the order of what `read` gave."""
-        with Progress("answers", total=len(examples), unit="prompt") as bar:
-            return generation.answer_all(
-                self._model, self._tokenizer, examples, self._system_prompt, self._settings, bar
-            )
+        how = (self._system_prompt, self._settings)
+        return generation.answer_all(
+            self._model, self._tokenizer, examples, *how, what="answers", journal=self._journal
+        )
 
     def answer_one(self, question: str) -> dict[str, str]:
         """Answer as the tokens are made: the answer to stdout, what stands in the template's think block to stderr."""
@@ -127,7 +129,7 @@ class ServedPrompts:
     ) -> ServedPrompts:
         """For these questions, or for any where none are known before.
 
-        Answers to a file grow beside it (`partial`), and are gone on from where they belong to the same (`belongs_to`).
+        Answers to a file grow beside it (`journal`), and are gone on from where they belong to the same (`belongs_to`).
         """
         ids = prompt_ids(adapter_tokenizer.of(base), asked, system_prompt)
         model = ServedModel(
@@ -138,11 +140,7 @@ class ServedPrompts:
             rank=served_model.rank_of([factors]),
             positions=served_model.positions_of(ids, settings.max_new_tokens) if ids else 0,
             seed=seed,
-            journal=(
-                AnswerJournal(partial(settings.output_file), files.fingerprint(belongs_to))
-                if settings.output_file
-                else None
-            ),
+            journal=journal(settings, belongs_to, "ids"),
         )
         return cls(model, factors, system_prompt, settings)
 
@@ -167,10 +165,12 @@ def prompt_ids(tokenizer: Any, examples: Sequence[dict[str, Any]], system_prompt
     return [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
 
 
-def partial(output_file: str) -> Path:
-    """Where the answers that are there already stand while the others are asked for."""
-    path = Path(output_file)
-    return path.with_name(f".{path.name}.partial.jsonl")
+def journal(settings: InferenceSection, belongs_to: Any, holds: str) -> AnswerJournal | None:
+    """Where the answers to a file that are there already stand while the others are asked for."""
+    if not settings.output_file:
+        return None
+    path = Path(settings.output_file)
+    return AnswerJournal(path.with_name(f".{path.name}.partial.jsonl"), files.fingerprint(belongs_to), holds)
 
 
 def write_answers(
@@ -184,7 +184,8 @@ def write_answers(
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     if settings.output_file:
         files.write_text(Path(settings.output_file), lines + "\n")
-        partial(settings.output_file).unlink(missing_ok=True)
+        if grown := journal(settings, None, ""):
+            grown.discard()
     else:
         print(lines)
     return {"answered": len(rows), "output_file": settings.output_file or None}

@@ -4,5 +4,5 @@ engine         start or attach, load(adapter), ask(ids), stop
 endpoint       the API: requests with retries, and what each failure means
 vllm_command   how vLLM is started for a base model, its adapters and the GPUs that are there
 server_process the started server: ready, ended, and what a killed command left      server_guard   its parent
-served_model   prompts in, answers out: what is on disk already is not asked again
+served_model   prompts in, answers out: what is on disk already (answer_journal) is not asked again
 """

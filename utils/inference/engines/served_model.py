@@ -7,16 +7,17 @@ server that dies costs the open requests only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from config import BaseModelSection, InferenceSection
 from utils.adapters import adapter_tokenizer
 from utils.adapters.factors import Factors
-from utils.artifacts import files, resumable
+from utils.artifacts import files
 from utils.exceptions import DataError, Problem
 from utils.inference import generation
+from utils.inference.answer_journal import AnswerJournal
 from utils.inference.engines.endpoint import Sampling
 from utils.inference.engines.engine import Engine
 from utils.inference.engines.vllm_command import EngineNeeds
@@ -29,25 +30,6 @@ from utils.progress import Progress
 
 # transformers keeps the likeliest 50 tokens where a model's configuration says nothing and answers are sampled
 USUAL_TOP_K = 50
-
-
-@dataclass(frozen=True)
-class AnswerJournal:
-    """Answers on disk, a line each; `of` is what they belong to. Lines of anything else, or changed ones, are none."""
-
-    path: Path
-    of: str
-
-    def known(self) -> dict[str, list[int]]:
-        """Key -> token ids."""
-        return {
-            entry["key"]: entry["ids"]
-            for entry, is_as_written in resumable.lines(self.path, self.of)
-            if is_as_written and isinstance(entry.get("ids"), list)
-        }
-
-    def add(self, key: str, ids: list[int]) -> None:
-        resumable.append(self.path, {"key": key, "ids": ids}, self.of)
 
 
 class ServedModel:
