@@ -196,6 +196,13 @@ class Kinds(unittest.TestCase):
                 NextTokenLoss(model)(ids, torch.arange(60)[None], ids.roll(-1, 1)).backward()
                 refuse_without_gradient(peft_model.trainable_parameters(model))
 
+    def test_layers_counted_in_other_words_and_attention_over_experts_are_probed(self) -> None:
+        """Two words for the number of layers, none but the list of their kinds, `top_k` above the experts."""
+        for name in ("xlstm", "nemotron_h", "jetmoe"):
+            with self.subTest(name):
+                found = measured(fetched(toy_architectures.build(name, temporary_directory() / name)))
+                self.assertEqual((found.why, found.untrained), ("", {}))
+
     def test_memory_that_runs_out_and_what_is_no_model_of_modules_refuse_nothing(self) -> None:
         for error in (MemoryError(), RuntimeError("can't allocate memory: 8 bytes"), AttributeError("x")):
             with mock.patch.object(gradient_measures, "_step", side_effect=error):

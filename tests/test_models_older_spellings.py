@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from tests import toy_architectures
+from tests import toy_architectures, toy_specs
 from utils.artifacts import files
 from utils.models import base_model, older_spellings
 
 # rope alone, with scaling, one for each kind of layer, under other names; of no kind that transformers 4 knows; none
-LLAMA3 = {key: value for key, value in toy_architectures._LLAMA3_ROPE.items() if key != "rope_theta"}
+LLAMA3 = {key: value for key, value in toy_specs._LLAMA3_ROPE.items() if key != "rope_theta"}
 WANTED: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 10000.0},
     "llama3": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},

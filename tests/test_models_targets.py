@@ -40,6 +40,9 @@ EXPECTED = {
     "jamba": {*ATTENTION, *MLP, "in_proj", "x_proj", "out_proj"},
     "gemma3": {*ATTENTION, *MLP},
     "mistral3": {*ATTENTION, *MLP},
+    "jetmoe": {"kv_proj"},
+    "deepseek_v32": {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *MLP},
+    "gemma3n_text": {*ATTENTION, *MLP, "linear_left", "linear_right", "per_layer_input_gate", "per_layer_projection"},
     "qwen3_5_moe": {*ATTENTION, *MLP, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"},
 }
 NEVER = ("vision", "visual", "lm_head", "router", "embed", "shared_expert_gate", "projector", ".experts.")
@@ -222,6 +225,11 @@ class Refused(unittest.TestCase):
                 base_model.identify(directory, str(directory), "", None)
         fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         self.assertEqual(directory_checks.quantised({"quantization_config": fp8}, "x"), [])
+
+    def test_weights_that_layers_share_are_refused_with_the_names_that_remain(self) -> None:
+        base = base_of("zamba2")
+        with self.assertRaisesRegex(ArtefactError, "--domain.lora.target_modules in_proj,linear"):
+            base_checks.check(cli.resolve(["--base.source", str(base.directory)], {}), base, ("domain",))
 
     def test_rows_longer_than_position_table_are_refused_before_training(self) -> None:
         base = base_of("gpt2")

@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tests import toy_architectures
 from tests.support import ROOT, temporary_directory
@@ -25,7 +26,8 @@ def measured(name: str) -> tuple[str, dict[str, Cell]]:
     """The row of one architecture; data are prepared once in each process."""
     warnings.simplefilter("ignore")
     base = toy_architectures.build(name, temporary_directory() / name)
-    return name, row(base, data=_DATA)
+    cells = row(base, data=_DATA)
+    return name, {at: replace(cell, reason=cell.reason.replace(str(base), name)) for at, cell in cells.items()}
 
 
 def table(rows: Rows) -> str:

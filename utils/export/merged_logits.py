@@ -22,6 +22,15 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def visit_every_expert(model: Any) -> None:
+    """As `float32_model.visiting_every_expert`: the model that was checked before did so too."""
+    counts = {path: module.num_experts for path, module in model.named_modules() if hasattr(module, "num_experts")}
+    for path, module in model.named_modules():
+        if hasattr(module, "top_k"):
+            inside = (count for at, count in counts.items() if at.startswith(f"{path}."))
+            module.top_k = counts.get(path, next(inside, module.top_k))
+
+
 def write_logits(directory: str, token_ids: str, out: str) -> None:
     """Save the float32 logits of `directory` on the ids of one file to another, every expert visited by every token."""
     import torch
@@ -40,9 +49,7 @@ def write_logits(directory: str, token_ids: str, out: str) -> None:
     )
     model = kind.from_pretrained(directory, dtype=torch.float32, **options)
     model.float().eval()
-    for module in model.modules():
-        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
-            module.top_k = module.num_experts
+    visit_every_expert(model)
     with torch.no_grad():
         logits = model(load_file(token_ids)["input_ids"], use_cache=False).logits.float()
     if "peft" in sys.modules:

@@ -41,7 +41,9 @@ def check(config: Config, base: BaseModel, stages: Sequence[str]) -> None:
         named = [*linear_modules.named(model, lora.target_modules), *fused]
         if not found and (lost := linear_modules.unplaced(base.directory, named)):
             what = f"{base.directory} keeps these weights in another form than the model, so no adapter can be merged"
-            found.append(Problem(what, lost[:3], f"leave them out of --{stage}.lora.target_modules"))
+            kept = set(linear_modules.leaves(named)) - set(linear_modules.leaves(lost))
+            usable = [leaf for leaf in linear_modules.leaves(named) if leaf in kept]
+            found.append(Problem(what, lost[:3], _other_targets(stage, usable)))
         longest = model_class.position_table(model)
         tokens = getattr(config, stage).train.max_sequence_tokens
         if longest and tokens > longest:
@@ -88,7 +90,7 @@ def measured_rows(config: Config, base: BaseModel, stages: Sequence[str]) -> Row
         setting = f"{stage}.lora.target_modules"
         leaves = linear_modules.leaves(linear_modules.named(model, getattr(config, stage).lora.target_modules))
         reasons = {leaf: support.untrained[leaf] for leaf in leaves if leaf in support.untrained}
-        fix = f"--{setting} {','.join(usable)}" if usable else "give another --base.source"
+        fix = _other_targets(stage, usable)
         for reason in dict.fromkeys(reasons.values()):
             if reason == BY_PADDING:
                 fix = "set pad_token in its tokenizer_config.json to another token, such as its eos_token"
@@ -97,6 +99,10 @@ def measured_rows(config: Config, base: BaseModel, stages: Sequence[str]) -> Row
     if problems:
         raise ArtefactError(problems)
     return support
+
+
+def _other_targets(stage: str, usable: Sequence[str]) -> str:
+    return f"--{stage}.lora.target_modules {','.join(usable)}" if usable else "give another --base.source"
 
 
 def share_experts(config: Config, base: BaseModel, sizes: ModelSizes | None, stage: str, *, native_fp8: bool) -> None:
