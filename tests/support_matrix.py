@@ -25,7 +25,7 @@ from scripts import compose, evaluate, inference, prepare_data, train_domain_ada
 from tests.support import relative, temporary_directory, write_jsonl
 from utils import cli, logger
 from utils.exceptions import PipelineError
-from utils.export import merge_check, reload_merged
+from utils.export import merge_check, merged_logits
 from utils.export.model_support import COLUMNS
 
 WORKS, REFUSED, WRONG, LATER = "works", "refused", "WRONG", "FAILS LATER"
@@ -258,7 +258,7 @@ def _reloaded(directory: Path, ids_BT: torch.Tensor, scratch: Path) -> torch.Ten
     """In this process: a fresh one takes as long as everything else, and other tests start it."""
     with torch.no_grad():
         model = stock(directory)
-        reload_merged.visit_every_expert(model)
+        merged_logits.visit_every_expert(model)
         return model(ids_BT, use_cache=False).logits.float()
 
 
