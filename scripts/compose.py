@@ -26,7 +26,7 @@ MOST_USED = ("compose.search", "compose.weights", "compose.method", "inputs.doma
 def main(config: Config) -> dict[str, Any]:
     """Find the adapters, choose weights, compose, check, explain, save."""
     from utils import logger
-    from utils.adapters import adapter_tokenizer, find, unmeant_base
+    from utils.adapters import adapter_tokenizer, parent_runs, unmeant_base
     from utils.artifacts import runs
     from utils.composition import composed_adapter, composed_run
     from utils.composition.composed_identity import composed_identity
@@ -39,11 +39,11 @@ def main(config: Config) -> dict[str, Any]:
     hub.check(config.hub)
     composed_adapter.refuse_models_inside(config)  # before anything is fetched or built there
     base = preflight.start(config, loads_model=False, shards=config.compose.search, reads=unmeant_base.ADAPTERS)
-    adapters = find.adapter_runs(config, base)
+    adapters = parent_runs.adapter_runs(config, base)
     if len(adapters) == 1:
         config = composed_adapter.for_one(config, adapters[0])
     base = adapter_tokenizer.with_chosen(base, adapters)
-    data = find.data_of(config, base, adapters)
+    data = parent_runs.data_of(config, base, adapters)
     parts = composed_adapter.load(adapters, base)
     identity = composed_identity(
         config.compose,

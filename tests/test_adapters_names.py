@@ -18,7 +18,7 @@ from config import AUTO, BaseModelSection, LoraSection
 from tests import toy_architectures
 from tests.support import relative, temporary_directory
 from utils import cli
-from utils.adapters import adapter_config, adapter_files, cards, find, inference_layers, own_modules, peft_model
+from utils.adapters import adapter_config, adapter_files, cards, inference_layers, own_modules, parent_runs, peft_model
 from utils.adapters.factors import Factors, delta
 from utils.composition.methods import Recipe, compose
 from utils.exceptions import ArtefactError
@@ -313,7 +313,7 @@ class SameBase(unittest.TestCase):
         def run(*flags: str) -> Any:
             config = cli.resolve(["--base.source", str(base.directory), *flags], {})
             config = config.model_copy(update={"run": config.run.model_copy(update={"models_dir": other.parent})})
-            return find.external_run(config, base, "domain", adapter)
+            return parent_runs.external_run(config, base, "domain", adapter)
 
         with self.assertRaisesRegex(ArtefactError, "made for another base model(.|\n)*--inputs.same_base true"):
             run()

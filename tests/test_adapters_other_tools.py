@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from config import BaseModelSection, Config, tiny_minimax_m2
 from tests.support import Completed, Workspace, last_json, relative, saved_model, temporary_directory
 from utils import logger
-from utils.adapters import adapter_config, adapter_files, find, peft_model
+from utils.adapters import adapter_config, adapter_files, parent_runs, peft_model
 from utils.adapters.factors import Factors, delta
 from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
@@ -143,7 +143,7 @@ def settings_for(models: Path) -> Config:
 
 
 def foreign(base: BaseModel, path: Path) -> Run:
-    return find.external_run(settings_for(temporary_directory()), base, "domain", path)
+    return parent_runs.external_run(settings_for(temporary_directory()), base, "domain", path)
 
 
 class Refusals(unittest.TestCase):
@@ -245,7 +245,7 @@ class Found(Refusals):
             config = config.model_copy(
                 update={"inputs": config.inputs.model_copy(update={"domain_adapter": str(path)})}
             )
-            found = find.domain_run(config, base_of(LLAMA))
+            found = parent_runs.domain_run(config, base_of(LLAMA))
             self.assertEqual((found.directory, found.digest), (run.directory, run.digest))
 
     def test_unfinished_run_of_ours_is_not_taken_for_an_adapter_of_another_tool(self) -> None:
@@ -642,7 +642,7 @@ class Bases(Refusals):
                 run = foreign(base_of(LLAMA), source)
             self.assertIn("cannot be verified", logged.output[0])
             self.assertEqual(logged.records[0].facts["made_for"], named or "not said")
-            self.assertEqual(run.manifest["identity"]["on"], find.EXTERNAL)
+            self.assertEqual(run.manifest["identity"]["on"], parent_runs.EXTERNAL)
 
     def test_hub_id_on_a_base_from_the_hub_has_to_be_that_one_at_that_commit(self) -> None:
         base = replace(base_of(LLAMA), source="org/model", revision="a" * 40)

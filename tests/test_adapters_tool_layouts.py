@@ -34,7 +34,7 @@ from tests.test_adapters_other_tools import (
     made_by_peft,
     written,
 )
-from utils.adapters import adapter_files, find, other_tools
+from utils.adapters import adapter_files, other_tools, parent_runs
 from utils.exceptions import ArtefactError
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -73,7 +73,7 @@ class Read(unittest.TestCase):
                 self.assertGreater(relative(expected, plain), AN_EFFECT)
                 found = adapter_files.load(directory, base_of(LLAMA))
                 self.assertLess(relative(by_hand(base_of(LLAMA), found), expected), ROUNDING)
-                self.assertEqual(foreign(base_of(LLAMA), directory).manifest["identity"]["on"], find.EXTERNAL)
+                self.assertEqual(foreign(base_of(LLAMA), directory).manifest["identity"]["on"], parent_runs.EXTERNAL)
 
 
 class Refused(unittest.TestCase):

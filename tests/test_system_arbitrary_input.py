@@ -25,7 +25,7 @@ from tests.fault_support import LONG
 from tests.support import PRESET, temporary_directory
 from tests.whole_pipeline import Whole, whole
 from utils import cli, flags, secrets
-from utils.adapters import adapter_config, adapter_files, find
+from utils.adapters import adapter_config, adapter_files, parent_runs
 from utils.artifacts import files, manifests, runs
 from utils.data import tables
 from utils.data.documents import DOCUMENT_SUFFIXES, read_documents
@@ -256,8 +256,8 @@ class Manifests(Arbitrary):
             target.write_text(json.dumps(forged))  # halves of characters are written as escapes
             config = cli.resolve(["--preset", PRESET, *copy.flags], {})
             for read in (
-                lambda: find.adapter_runs(config, toy_base()),
-                lambda: find.data_of(config, toy_base(), find.adapter_runs(config, toy_base())),
+                lambda: parent_runs.adapter_runs(config, toy_base()),
+                lambda: parent_runs.data_of(config, toy_base(), parent_runs.adapter_runs(config, toy_base())),
                 lambda: runs.complete_runs(copy.roots[1], "composed"),
                 lambda: sources.fetch(BaseModelSection(source=str(copy["merged"])), copy.roots[1]),
             ):

@@ -33,7 +33,7 @@ from tests.support import (
 )
 from tests.whole_pipeline import Whole, whole
 from utils import cli
-from utils.adapters import adapter_config, find
+from utils.adapters import adapter_config, parent_runs
 from utils.artifacts import files
 from utils.data import prepared
 from utils.data.corpus import prepared_documents
@@ -118,8 +118,10 @@ class Files(Tampering):
         for kind, other in (("domain", "task"), ("composed", "domain")):
             for _, path in self.each_damage(copy[kind], copy[other]):
                 with self.refused(named(path)):
-                    find.any_run(config_for(copy), base, copy[kind], flag="--domain_adapter")
-        self.assertEqual(find.any_run(config_for(copy), base, copy["domain"], flag="").manifest["kind"], "domain")
+                    parent_runs.any_run(config_for(copy), base, copy[kind], flag="--domain_adapter")
+        self.assertEqual(
+            parent_runs.any_run(config_for(copy), base, copy["domain"], flag="").manifest["kind"], "domain"
+        )
 
     def test_of_a_merged_model_also_when_its_digest_is_remembered_and_the_file_has_the_same_size_and_time(self) -> None:
         copy = whole()[0].copy()
@@ -142,7 +144,7 @@ class Files(Tampering):
         copy = whole()[0].copy()
         for _, path in self.each_damage(copy["prepared"], copy["domain"]):
             with self.refused(named(path)):
-                find.prepared_run(config_for(copy, "--inputs.prepared", str(copy["prepared"])), toy_base())
+                parent_runs.prepared_run(config_for(copy, "--inputs.prepared", str(copy["prepared"])), toy_base())
 
     def test_a_whole_checkpoint_of_another_run_or_step_is_not_gone_on_from(self) -> None:
         mine, theirs = (temporary_directory() / name for name in ("mine", "theirs"))
@@ -192,12 +194,12 @@ class OtherBase(Tampering):
             for config in (pinned, newest):
                 with self.subTest(name):
                     with self.refused(reason):
-                        find.domain_run(config, base)  # what the task adapter is trained on
+                        parent_runs.domain_run(config, base)  # what the task adapter is trained on
                     with self.refused(reason):
-                        find.adapter_runs(config, base)  # what is composed and merged
+                        parent_runs.adapter_runs(config, base)  # what is composed and merged
             if name.startswith("tokenizer"):
                 with self.subTest(name), self.refused("prepared with another tokenizer"):
-                    find.prepared_run(newest, base)
+                    parent_runs.prepared_run(newest, base)
 
     def test_the_scripts_refuse_it_and_write_nothing(self) -> None:
         copy = whole()[0].copy()
@@ -226,7 +228,7 @@ class OurAdapter(Tampering):
             path = copy["domain"] / "adapter" / CONFIG
             files.write_json(path, {**files.read_json(path), **change})
             with self.subTest(change), self.refused(path, "restore"):
-                find.adapter_runs(config_for(copy), toy_base())
+                parent_runs.adapter_runs(config_for(copy), toy_base())
 
     def test_a_link_out_of_a_run_is_refused(self) -> None:
         copy = whole()[0].copy()
@@ -234,7 +236,7 @@ class OurAdapter(Tampering):
         shutil.move(copy["domain"] / "adapter", outside)
         (copy["domain"] / "adapter").symlink_to(outside)
         with self.refused("leads out of"):
-            find.adapter_runs(config_for(copy), toy_base())
+            parent_runs.adapter_runs(config_for(copy), toy_base())
 
     def test_merged_weights_with_a_leftover_adapter_are_refused_where_they_are_served_and_adapted(self) -> None:
         copy = whole()[0].copy()
@@ -262,7 +264,7 @@ class ForeignAdapter(Tampering):
         return directory
 
     def use(self, directory: Path) -> None:
-        find.external_run(config_for(whole()[0]), toy_base(), "domain", directory)
+        parent_runs.external_run(config_for(whole()[0]), toy_base(), "domain", directory)
 
     def test_settings_that_do_not_fit_the_factors_are_refused(self) -> None:
         for settings, parts in (

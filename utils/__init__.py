@@ -61,7 +61,7 @@ TAKES_CONFIG = (
     "models.parallel.lifecycle",
     *(
         "models.architectures.size_class",
-        "adapters.find",
+        "adapters.parent_runs",
         "adapters.unmeant_base",
         "planning.base_checks",
         "planning.preflight",

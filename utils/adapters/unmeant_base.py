@@ -8,7 +8,7 @@ from pathlib import Path
 
 from config import PRESETS, Config
 from utils import flags
-from utils.adapters import find
+from utils.adapters import parent_runs
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.exceptions import ArtefactError, Problem
@@ -35,7 +35,7 @@ def refuse(config: Config, reads: Sequence[str]) -> None:
         hint = flags.given(config, "base", "data")
         runs.parent(config.run.data_dir, "prepared", "", lambda run: "", flag="", hint=hint)
     if not found:
-        raise ArtefactError(find.nothing_there(config))
+        raise ArtefactError(parent_runs.nothing_there(config))
     ways = {
         flags.to_use(run.manifest["base"], section.source, section.revision).rpartition(" with ")[2]: run
         for run in found[::-1]
@@ -59,7 +59,7 @@ def _candidates(config: Config, reads: Sequence[str]) -> list[Run] | None:
         named = [inputs.domain_adapter, inputs.task_adapter, inputs.composed, *config.compose.also]
         named += [*settings.also, *settings.matrix_domain, *settings.matrix_task]
     if any(named):
-        own = [find.own_run(Path(path)) for path in named if path]
+        own = [parent_runs.own_run(Path(path)) for path in named if path]
         return [runs.checked(place, files.read_manifest(place)) for place in own] if all(own) else None
     root = config.run.data_dir if reads == PREPARED else config.run.models_dir
     return [run for stage in reads for run in runs.complete_runs(root, stage)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from config import AUTO, Config, LoraSection
-from utils.adapters import find
+from utils.adapters import parent_runs
 from utils.adapters.factors import ModuleFactors
 from utils.artifacts.runs import Run
 from utils.composition import chosen_adapters, composed_adapter, methods
@@ -31,7 +31,7 @@ class TokenStream:
 def token_stream(config: Config, base: BaseModel, count: int) -> TokenStream:
     """`count` tokens of the newest prepared corpus, repeated when it is shorter; random ids when there is none."""
     try:
-        run = find.prepared_run(config, base)
+        run = parent_runs.prepared_run(config, base)
         documents = Prepared(run.directory).documents("corpus").select_columns("input_ids")
     except ArtefactError:
         event("no prepared documents for this base model: random token ids")

@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset
 
 from config import Config, TrainSection
-from utils.adapters import find
+from utils.adapters import parent_runs
 from utils.data.batches import PackedDocuments
 from utils.data.prepared import Prepared
 from utils.data.splits import hash_share
@@ -38,7 +38,7 @@ Score = Callable[[Any], Sequence[float | None]]
 
 def measure(config: Config, base: BaseModel) -> dict[str, Any]:
     """Items or tokens per second of both, their ratio within each slice, and how far their numbers are apart."""
-    source = Prepared(find.prepared_run(config, base).directory)
+    source = Prepared(parent_runs.prepared_run(config, base).directory)
     tokenizer = chat.load_tokenizer(base.directory)
     budget, pad_id = config.evaluate.batch_tokens, chat.pad_id(tokenizer)
     chosen = _chosen(source.examples("test"), config.benchmark.evaluation_items, config.run.seed)

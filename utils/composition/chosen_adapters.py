@@ -13,7 +13,7 @@ from pathlib import Path
 
 from config import Config
 from utils import flags
-from utils.adapters import adapter_tokenizer, find
+from utils.adapters import adapter_tokenizer, parent_runs
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.exceptions import ArtefactError, ConfigError, Problem
@@ -47,7 +47,7 @@ def in_use(config: Config, base: BaseModel, which: str = "both", *, needs_parts:
     """
     if (chosen := _chosen(config, base)) is not None:
         return _with_parts(config, base, chosen, which, needs_parts)
-    adapters = find.adapter_runs(config, base, which)
+    adapters = parent_runs.adapter_runs(config, base, which)
     if which == "both" and (run := made_of(config, base, adapters)):
         event("using the newest composed run of these adapters", path=run.directory)
         return InUse(tuple(adapters), run)
@@ -58,7 +58,7 @@ def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run | None]:
     """(domain run, task run) of what is in use; one is None where only the other is. Raises as `in_use`."""
     chosen = _chosen(config, base)
     if chosen is None:
-        return find.pair(config, base)
+        return parent_runs.pair(config, base)
     parts = parts_of(config, base, chosen)
     if not config.inputs.composed:
         _refuse_newer(config, base, chosen, parts, "both")
@@ -69,7 +69,7 @@ def pair(config: Config, base: BaseModel) -> tuple[Run | None, Run | None]:
 
 def parts_of(config: Config, base: BaseModel, composed: Run) -> list[Run]:
     """The adapters a composed run was made of, found by digest. Raises ArtefactError when one is gone or changed."""
-    if composed.manifest["identity"].get("on") == find.EXTERNAL:
+    if composed.manifest["identity"].get("on") == parent_runs.EXTERNAL:
         what = "the adapters that this composed adapter was made of are not known"
         raise ArtefactError(Problem(what, str(composed.directory), "name a composed run of ours"))
     by_digest = {parent["digest"]: parent for parent in composed.manifest["parents"]}
@@ -84,10 +84,10 @@ def _part(config: Config, base: BaseModel, composed: Run, parent: dict[str, str]
                 files.verify(run.directory)
                 return run
     with suppress(ArtefactError):  # an adapter of another tool, or a run that lies elsewhere
-        own = find.own_run(path)
+        own = parent_runs.own_run(path)
         inputs = adapter_tokenizer.as_composed(config.inputs, composed)
         asked = config.model_copy(update={"inputs": inputs})
-        run = Run(own, files.verify(own)) if own else find.external_run(asked, base, kind, path)
+        run = Run(own, files.verify(own)) if own else parent_runs.external_run(asked, base, kind, path)
         if run.digest == parent["digest"]:
             return run
     what = f"{composed.directory} was made from the {kind} adapter {path}, which is gone or was changed"
@@ -101,18 +101,18 @@ def _chosen(config: Config, base: BaseModel) -> Run | None:
         "--domain_adapter": inputs.domain_adapter,
         "--task_adapter": inputs.task_adapter,
         "--compose.also": config.compose.also,
-        "--task.on": find.names_task_on(config),
+        "--task.on": parent_runs.names_task_on(config),
     }
     named = [flag for flag, is_given in given.items() if is_given]
-    fits = find.for_base(config, base)
+    fits = parent_runs.for_base(config, base)
     if not pinned:
         if named:
             return None
         return next((run for run in runs.complete_runs(config.run.models_dir, STAGE) if not fits(run)), None)
     if named:
         raise ConfigError(Problem("--composed brings its own adapters", pinned, f"leave out {', '.join(named)}"))
-    own = find.own_run(Path(pinned))
-    run = Run(own, files.verify(own)) if own else find.external_run(config, base, STAGE, Path(pinned))
+    own = parent_runs.own_run(Path(pinned))
+    run = Run(own, files.verify(own)) if own else parent_runs.external_run(config, base, STAGE, Path(pinned))
     if run.manifest["kind"] != STAGE:
         fix = f"name a folder of {config.run.models_dir / STAGE}"
         raise ArtefactError(Problem(f"--composed: this is a {run.manifest['kind']} run", pinned, fix))
@@ -157,7 +157,7 @@ def _refuse_newer(config: Config, base: BaseModel, chosen: Run, parts: Sequence[
     """Raises ArtefactError when an adapter that would be taken otherwise was made after `chosen` and is not in it."""
     usual: list[Run | None] = []
     with suppress(ArtefactError):
-        usual = list(find.pair(config, base, quiet=True))
+        usual = list(parent_runs.pair(config, base, quiet=True))
     wanted = {"domain": usual[:1], "task": usual[1:]}.get(which, usual)
     known, made_at = {run.digest for run in parts}, chosen.manifest["created_ns"]
     for run in filter(None, wanted):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config import PRESETS, Config, LoraSection, TrainSection, run_label
-from utils.adapters import adapter_files, find
+from utils.adapters import adapter_files, parent_runs
 from utils.adapters.factors import random_like
 from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity, settings_of
@@ -79,7 +79,7 @@ class Trainer:
         if data is not None:
             what = f"a wrong-domain adapter with seed {seed}"
             train |= {"max_steps": like.manifest["measured"]["steps"]}
-        source = data or find.parent_by_digest(like, "prepared", self._roots(True))
+        source = data or parent_runs.parent_by_digest(like, "prepared", self._roots(True))
         section = {"lora": lora, "train": TrainSection.model_validate(train)}
         config = self._config({"domain": section, "inputs": {"prepared": str(source.directory)}}, seed, like)
         return self._find_or_make("domain", self._trained("domain", like, source, config), config, what)
@@ -164,7 +164,7 @@ class Trainer:
             "max_unusable_share": self.config.task.max_unusable_share,
             **(training_identity.asked(like) if keeping is None else keeping),
         }
-        source = part.data if part else find.parent_by_digest(like, "prepared", self._roots(True))
+        source = part.data if part else parent_runs.parent_by_digest(like, "prepared", self._roots(True))
         inputs = {"prepared": str(source.directory)}
         if below := domain or documents_of:
             inputs["domain_adapter"] = str(below.directory)

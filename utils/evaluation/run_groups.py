@@ -11,7 +11,7 @@ from typing import Any
 
 from config import BaseModelSection, Config, EvaluateSection
 from utils import flags
-from utils.adapters import adapter_files, find
+from utils.adapters import adapter_files, parent_runs
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.composition import chosen_adapters, composed_adapter
@@ -107,7 +107,7 @@ def gather(config: Config, base: BaseModel) -> ComparedRuns:
     """
     domain, task = chosen_adapters.pair(config, base)
     own = [run for run in (domain, task) if run is not None]
-    data = find.data_of(config, base, own[-1:])
+    data = parent_runs.data_of(config, base, own[-1:])
     if data is None:
         raise ArtefactError(
             Problem(
@@ -170,7 +170,7 @@ def _family(
         if config.evaluate.controls:
             missing["controls"] = "they take the domain adapter's place in a composition, and there is none"
         return RunGroup(int(only.manifest["identity"].get("seed", config.run.seed)), domain, task, task)
-    if task.manifest["identity"]["on"] == find.EXTERNAL:
+    if task.manifest["identity"]["on"] == parent_runs.EXTERNAL:
         missing["task"] = "the adapter is external: the settings of a fair baseline are not known"
         return RunGroup(config.run.seed, domain, task, None)
     if not _can_be_repeated(task) and task.manifest["identity"]["on"] != "base":
@@ -242,7 +242,7 @@ def _as_trained(config: Config, task: Run) -> str:
         return flags.given(config, "base")
     words: list[str | Path] = ["--config", task.directory / "config.json"]
     with suppress(ArtefactError):  # its data may be gone
-        if (data := find.parent_of(task, "prepared", config.run.data_dir)) is not None:
+        if (data := parent_runs.parent_of(task, "prepared", config.run.data_dir)) is not None:
             words += ["--inputs.prepared", data.directory]
     return " " + shlex.join(map(str, [*words, "--run.name", f"{task.directory.name}-on-base"]))
 
@@ -272,7 +272,7 @@ def _controls(
         what = "the domain adapter is external, or started from another adapter"
         missing["wrong_domain"] = f"{what}: how to train another in the same way is not known"
     else:
-        data = find.parent_by_digest(domain, "prepared", (config.run.data_dir, config.run.data_dir / "controls"))
+        data = parent_runs.parent_by_digest(domain, "prepared", (config.run.data_dir, config.run.data_dir / "controls"))
         makers["wrong_domain"] = lambda: with_task(trainer.domain(domain, seed, trainer.wrong_data(data)))
     for name, make in makers.items():
         controls[name] = make()
@@ -282,7 +282,7 @@ def _controls(
 def _can_be_repeated(run: Run) -> bool:
     """Whether the settings of a run say all of how it was trained."""
     identity = run.manifest["identity"]
-    return identity.get("on") != find.EXTERNAL and not {"init_from", "continue_from"} & set(identity)
+    return identity.get("on") != parent_runs.EXTERNAL and not {"init_from", "continue_from"} & set(identity)
 
 
 def _rank(run: Run) -> int:
@@ -310,8 +310,8 @@ def _guest(config: Config, base: BaseModel, path: Path, at: int) -> FurtherRow:
         if (path / files.MANIFEST).exists():
             files.verify(path)
         return FurtherRow(name, (), model)
-    run = find.any_run(config, base, path, flag="--evaluate.also")
+    run = parent_runs.any_run(config, base, path, flag="--evaluate.also")
     if run.manifest["kind"] == "task" and run.manifest["identity"]["on"] in ("domain", "domain_ready"):
-        below = find.parent_by_digest(run, "domain", (config.run.models_dir, config.run.models_dir / "controls"))
+        below = parent_runs.parent_by_digest(run, "domain", (config.run.models_dir, config.run.models_dir / "controls"))
         return FurtherRow(name, (below, run))
     return FurtherRow(name, (run,))

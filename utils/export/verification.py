@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.adapters import adapter_config, adapter_files, find, other_tools
+from utils.adapters import adapter_config, adapter_files, other_tools, parent_runs
 from utils.artifacts import files, manifests, runs
 from utils.exceptions import ArtefactError, PipelineError, Problem
 from utils.logger import event
@@ -226,7 +226,7 @@ def _external(verdict: Verification, directory: Path) -> str:
     verdict.checked.append(str(directory))
     settings = other_tools.read(directory)
     named = settings.get("base_model_name_or_path") or ""
-    if find.is_model(named):
+    if parent_runs.is_model(named):
         adapter_files.load(directory, base_model.identify(Path(named), named, "", None))
         verdict.checked.append(named)
     else:

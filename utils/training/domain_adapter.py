@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from config import Config
-from utils.adapters import adapter_files, find
+from utils.adapters import adapter_files, parent_runs
 from utils.artifacts.runs import Run
 from utils.data import batches
 from utils.data.batches import Batch, PackedDocuments
@@ -23,9 +23,9 @@ def train_domain(config: Config) -> dict[str, Any]:
     base = preflight.start(config, stage="domain")
     if finished := going_on.finished_run(config, base, "domain"):
         config = going_on.settings_of(config, "domain", finished)
-    data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base, "domain")
+    data = going_on.data_of(config, finished) if finished else parent_runs.prepared_run(config, base, "domain")
     config = training_run.with_length(config, data)
-    initial = find.initial_run(config, base, "domain")
+    initial = parent_runs.initial_run(config, base, "domain")
     rows = base_checks.measured_rows(config, base, ("domain",))
     facts = training_identity.start_facts(initial, finished) | rows.deciding("packing", "head")
     identity = training_identity.identity_of(config, "domain", base, data, **facts)

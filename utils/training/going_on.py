@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from config import Config
-from utils.adapters import find
+from utils.adapters import parent_runs
 from utils.artifacts import files
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
@@ -42,14 +42,14 @@ def finished_run(config: Config, base: BaseModel, stage: str) -> Run | None:
     if not named:
         return None
     flag = f"--{stage}.continue_from"
-    own = find.own_run(Path(named))
+    own = parent_runs.own_run(Path(named))
     if own is None:
         fix = (
             f"name a folder of {config.run.models_dir / stage}; an adapter of another tool: --{stage}.init_from {named}"
         )
         raise ArtefactError(Problem(f"{flag}: no complete run there", named, fix))
     run = Run(own, files.verify(own))
-    reason = find.for_base(config, base)(run)
+    reason = parent_runs.for_base(config, base)(run)
     if run.manifest["kind"] != stage:
         reason = f"it is a {run.manifest['kind']} run"
     if reason:
@@ -102,13 +102,13 @@ def settings_of(config: Config, stage: str, run: Run) -> Config:
 
 def data_of(config: Config, run: Run) -> Run:
     """The prepared data of the finished run."""
-    return find.parent_by_digest(run, "prepared", _roots(config.run.data_dir))
+    return parent_runs.parent_by_digest(run, "prepared", _roots(config.run.data_dir))
 
 
 def domain_of(config: Config, run: Run) -> Run | None:
     """The domain adapter below the finished run, where it is one of ours."""
     with suppress(ArtefactError):
-        return find.parent_by_digest(run, "domain", _roots(config.run.models_dir))
+        return parent_runs.parent_by_digest(run, "domain", _roots(config.run.models_dir))
     return None
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from config import Config
-from utils.adapters import adapter_files, adapter_tokenizer, find, peft_model
+from utils.adapters import adapter_files, adapter_tokenizer, parent_runs, peft_model
 from utils.artifacts.runs import Run
 from utils.data import batches, pair_rows
 from utils.data.batches import Batch, BucketedPairs
@@ -27,13 +27,13 @@ def train_task(config: Config) -> dict[str, Any]:
     base = preflight.start(config, stage="task")
     if finished := going_on.finished_run(config, base, "task"):
         config = going_on.settings_of(config, "task", finished)
-    data = going_on.data_of(config, finished) if finished else find.prepared_run(config, base, "task")
+    data = going_on.data_of(config, finished) if finished else parent_runs.prepared_run(config, base, "task")
     config = training_run.with_length(config, data)
     domain = None
     if config.task.on != "base":
         below = going_on.domain_of(config, finished) if finished else None
-        domain = below or find.domain_run(config, base, below=True)
-    initial = find.initial_run(config, base, "task")
+        domain = below or parent_runs.domain_run(config, base, below=True)
+    initial = parent_runs.initial_run(config, base, "task")
     base = adapter_tokenizer.with_chosen(base, [run for run in (domain, initial) if run])
     parents, frozen = [data, *filter(None, (domain, initial, finished))], ["domain"] if domain else []
     schedule = AdapterSchedule("task", tuple(frozen), alternates=config.task.on == "domain_ready", seed=config.run.seed)

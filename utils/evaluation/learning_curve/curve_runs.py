@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import Config, LoraSection, TrainSection, run_label
-from utils.adapters import find
+from utils.adapters import parent_runs
 from utils.artifacts import runs
 from utils.artifacts.identity import settings_of
 from utils.artifacts.runs import Run
@@ -70,7 +70,7 @@ def gather(config: Config, base: BaseModel, parts: ComparedRuns) -> CurveRuns:
             missing[kind] = reason
             continue
         # a domain adapter may have been trained on other data than the task adapter
-        data = find.parent_by_digest(own, "prepared", trainer.data_roots)
+        data = parent_runs.parent_by_digest(own, "prepared", trainer.data_roots)
         sizes = [1] * prepared_part.pairs_of(data) if kind == PAIRS else prepared_part.document_tokens(data)
         counts, whole = part_counts(kind, sizes), float(sum(sizes))
         if reason := too_few(kind, counts, len(sizes)):
@@ -109,7 +109,7 @@ def _cannot(own: Run, task: Run | None) -> str:
     """Why adapters cannot be trained anew on less data; empty when they can."""
     for run in filter(None, (own, task)):
         identity = run.manifest["identity"]
-        if identity.get("on") == find.EXTERNAL:
+        if identity.get("on") == parent_runs.EXTERNAL:
             return f"the {run.manifest['kind']} adapter is external: how it was trained is not known"
         if "init_from" in identity or "continue_from" in identity:
             return f"the {run.manifest['kind']} adapter started from another one"

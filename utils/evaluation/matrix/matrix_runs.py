@@ -10,7 +10,7 @@ from typing import Any
 
 from config import Config
 from utils import flags
-from utils.adapters import adapter_files, find
+from utils.adapters import adapter_files, parent_runs
 from utils.adapters.factors import Factors
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
@@ -102,7 +102,9 @@ def gather(config: Config, base: BaseModel) -> MatrixRuns:
             problems.append(Problem(f"there is no complete {stage} run of this base model", fix=fix))
     if problems:
         raise ArtefactError(problems)
-    data = {run.digest: own for run in (*domains, *tasks) if (own := find.data_of(config, base, [run])) is not None}
+    data = {
+        run.digest: own for run in (*domains, *tasks) if (own := parent_runs.data_of(config, base, [run])) is not None
+    }
     trainer = Trainer(config, base)
     baselines = {task.digest: _baseline(trainer, task) for task in tasks}
     pairs = tuple(_pair(config, base, domain, task, data) for domain in domains for task in tasks)
@@ -169,14 +171,14 @@ def _named(config: Config, base: BaseModel, stage: str, paths: Sequence[str], pr
     """The adapters at these paths, or every complete run of the stage; each once."""
     flag, adapters = f"--evaluate.matrix_{stage}", []
     if not paths:
-        fits = find.for_base(config, base)
+        fits = parent_runs.for_base(config, base)
         listed = [run for run in runs.complete_runs(config.run.models_dir, stage) if not fits(run)]
         for run in listed:
             files.verify(run.directory)
         return sorted(listed, key=lambda run: run.directory.name)
     for path in paths:
         try:
-            run = find.any_run(config, base, Path(path), flag=flag)
+            run = parent_runs.any_run(config, base, Path(path), flag=flag)
         except ArtefactError as error:
             problems += error.problems
             continue
@@ -212,11 +214,11 @@ def _baseline(trainer: Trainer, task: Run) -> Run | None:
     """What answers without a domain adapter: see `MatrixRuns`."""
     identity = task.manifest["identity"]
     on = identity.get("on")
-    if on == "base" or on == find.EXTERNAL:
+    if on == "base" or on == parent_runs.EXTERNAL:
         return task
     below = None
     with suppress(ArtefactError):
-        below = find.parent_by_digest(task, "domain", (trainer.config.run.models_dir, trainer.models))
+        below = parent_runs.parent_by_digest(task, "domain", (trainer.config.run.models_dir, trainer.models))
     if not {"init_from", "continue_from"} & set(identity) and (run := trainer.on_base(task, below)) is not None:
         return run
     return task if on == "domain_ready" else None

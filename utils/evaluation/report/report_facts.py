@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from utils.adapters import find
+from utils.adapters import parent_runs
 from utils.artifacts import runs
 from utils.artifacts.identity import settings_of
 from utils.artifacts.runs import Run
@@ -123,7 +123,7 @@ def _role(run: Run, data: str, known: Mapping[str, str]) -> str:
     seed = f", seed {identity['seed']}" if "seed" in identity else ""
     if kind == "prepared":
         return "data"
-    if identity.get("on") == find.EXTERNAL:
+    if identity.get("on") == parent_runs.EXTERNAL:
         return f"{kind} adapter of another tool"
     if kind == "domain" and identity.get("control"):
         return f"{identity['control']} adapter in the domain adapter's place{seed}"

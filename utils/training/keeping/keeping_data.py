@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import Config
-from utils.adapters import adapter_tokenizer, find
+from utils.adapters import adapter_tokenizer, parent_runs
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
 from utils.data.batches import BucketedPairs
@@ -45,7 +45,7 @@ def resolved(config: Config, base: BaseModel, data: Run, domain: Run | None) -> 
     if asked in ("off", "kl"):
         return config, None
     if domain is None and config.inputs.domain_adapter:
-        domain = find.domain_run(config, base)
+        domain = parent_runs.domain_run(config, base)
     source = documents_of(domain, config) if domain else None
     # an adapter of another tool does not say what it read: what was prepared beside the pairs has to stand for it
     if source is None and (data.directory / CORPUS).is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import Config
 from utils import cli, flags
-from utils.adapters import find
+from utils.adapters import parent_runs
 from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
@@ -35,14 +35,14 @@ class NothingFits(unittest.TestCase):
 
     def test_the_command_is_about_the_same_base_model_and_data(self) -> None:
         config = self.config("--base.source", "bases/my model", *OWN_DATA)
-        fix = self.refusal(find.prepared_run, config).problems[-1].fix
+        fix = self.refusal(parent_runs.prepared_run, config).problems[-1].fix
         again = cli.resolve(shlex.split(fix.split("prepare_data.py", 1)[1]), {})
         self.assertEqual((again.base, again.data), (config.base, config.data))
         self.assertEqual((again.run.data_dir, again.run.models_dir), (self.root, self.root))
 
     def test_every_stage_names_the_base_model(self) -> None:
         config = self.config("--base.source", "bases/mine", "--base.quantization", "nf4")
-        for call in (find.domain_run, find.task_run, find.pair, find.prepared_run):
+        for call in (parent_runs.domain_run, parent_runs.task_run, parent_runs.pair, parent_runs.prepared_run):
             problems = self.refusal(call, config).problems
             for fix in (problem.fix for problem in problems if "scripts/" in problem.fix):
                 with self.subTest(fix):
@@ -61,7 +61,7 @@ class NothingFits(unittest.TestCase):
 
     def test_data_of_another_base_model_names_its_flag(self) -> None:
         self.prepared("t2", {})
-        said = str(self.refusal(find.prepared_run, self.config()))
+        said = str(self.refusal(parent_runs.prepared_run, self.config()))
         self.assertIn("first: prepared with another tokenizer\n      -> to use it, repeat your command with", said)
         words = next(line for line in said.splitlines() if "to use it" in line).partition(" with --")[2]
         again = self.config(*shlex.split(f"--{words}")).base
@@ -69,17 +69,17 @@ class NothingFits(unittest.TestCase):
 
     def test_an_adapter_of_another_base_model_names_its_flag(self) -> None:
         run = Run(self.root, {"base": {"source": "bases/other one", "quantization": "none", "digest": "d2"}})
-        reason = find.for_base(self.config(), self.base)(run)
+        reason = parent_runs.for_base(self.config(), self.base)(run)
         self.assertIn("repeat your command with --base.source 'bases/other one'; if it is the same", reason)
 
     def test_a_training_passes_over_data_without_what_it_trains_on(self) -> None:
         self.prepared("t1", {"documents": {}})
-        self.assertEqual(find.prepared_run(self.config(), self.base, "domain").directory.name, "first")
-        said = str(self.refusal(lambda config, base: find.prepared_run(config, base, "task"), self.config()))
+        self.assertEqual(parent_runs.prepared_run(self.config(), self.base, "domain").directory.name, "first")
+        said = str(self.refusal(lambda config, base: parent_runs.prepared_run(config, base, "task"), self.config()))
         self.assertIn("first: prepared without labelled pairs (--data.task)", said)
 
     def test_one_adapter_alone_names_the_command_for_the_other(self) -> None:
         run = Run(self.root, {"kind": "task", "identity": {"on": "base"}})
         with self.assertLogs("adapters", "INFO") as logged:
-            find.say_alone(self.config("--base.source", "bases/mine"), run)
+            parent_runs.say_alone(self.config("--base.source", "bases/mine"), run)
         self.assertIn("train_domain_adapter.py --base.source bases/mine", str(vars(logged.records[0])))
