@@ -311,8 +311,8 @@ class ComposeSection(Section):
     """How adapters are combined; an approximate method prints its error. Open: the method of the newest composed run of
     these adapters, else sum."""
     weights: tuple[float, ...] | None = None
-    """One weight per adapter (domain, task, then also), or as many as the method takes. Open: those of the newest
-    composed run of these adapters, which a search may have chosen, else 1 each."""
+    """One weight per adapter (domain, task, then also), or as many as the method takes. Open: 1 each in `compose`,
+    elsewhere those of the newest composed run of these adapters."""
     also: tuple[str, ...] = ()
     """Further adapter folders, after domain and task."""
     rank: NonNegative | None = None
@@ -807,8 +807,11 @@ def _data_problems(data: DataSection) -> list[str]:
             )
     expected = {BUILT_IN_TASKS[name] for name in named} or {data.task} - set(BUILT_IN_TASKS.values())
     if data.task not in expected and "none" not in (data.task, *data.corpus):
+        # a path may lie on the machine that prepared the data, so a missing one is no problem of its own
+        missing = [one for one in data.corpus if one not in BUILT_IN_TASKS and not Path(one).exists()]
+        there = f" (nothing is at {', '.join(missing)})" if missing else ""
         problems.append(
-            f"data.corpus is {','.join(data.corpus)} but data.task is {data.task}: python_docs go together, "
+            f"data.corpus is {','.join(data.corpus)}{there} but data.task is {data.task}: python_docs go together, "
             "invented pairs with an invented or invented_shuffled corpus; give your own --data.task FILE (or none) "
             "with your own --data.corpus PATH (or none)"
         )

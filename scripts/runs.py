@@ -53,7 +53,9 @@ def main(config: Config) -> dict[str, Any]:
         return _remove(config, run_removal.of_leftovers(listed, older_than_days=section.older_than_days))
     if not chosen or (command == "compare" and len(chosen) < 2) or (command in ("show", "export") and len(chosen) > 1):
         number = {"compare": "two or more runs", "rm": "the runs to remove"}.get(command, "one run")
-        raise ConfigError(Problem(f"{command} needs {number}", fix=f"python scripts/runs.py {command} STAGE/NAME"))
+        names = " ".join([*(entry.name for entry in chosen), *["STAGE/NAME"] * (1 + (command == "compare"))][:2])
+        fix = f"python scripts/runs.py {command} {names}; python scripts/runs.py list shows the names"
+        raise ConfigError(Problem(f"{command} needs {number}", fix=fix))
     if command == "rm":
         return _remove(config, run_removal.of_runs(chosen))
     if command == "export":

@@ -119,7 +119,9 @@ class FirstLine(unittest.TestCase):
         )
         self.assertEqual(done.returncode, 0, done.stderr)
         first, after = done.stderr.splitlines()
-        self.assertIn("preset smollm2_135m, run mine  run.name=mine", first)
+        self.assertRegex(
+            first, r"preset smollm2_135m, base model wheel:\S+ \(default; see --base.source\), run mine  run.name=mine"
+        )
         self.assertNotIn("business", first)
         self.assertLess(len(first), 300)
         self.assertEqual(after, "torch: False")

@@ -93,6 +93,18 @@ class InUse(unittest.TestCase):
         self.assertEqual(kind.returncode, 2)
         self.assertIn("this is a task run", kind.stderr)
 
+    def test_a_path_where_nothing_is_names_what_is_there(self) -> None:
+        for flag in ("--composed", "--domain_adapter"):
+            refused = self.place.run(
+                "inference", "--prompt", "x", flag, str(self.place.models / "domain" / "nothing_here")
+            )
+            self.assertEqual(refused.returncode, 2, refused.stderr)
+            self.assertIn("there is no such adapter folder", refused.stderr)
+            self.assertIn(f"{self.place.models / 'domain'} has ", refused.stderr)
+        near = self.place.run("inference", "--prompt", "x", "--base.source", str(self.place.models / "domai"))
+        self.assertEqual(near.returncode, 2)
+        self.assertRegex(near.stderr, f"no such directory .*\n.*did you mean {self.place.models / 'domain'}")
+
     def test_an_adapter_trained_since_is_not_guessed_at(self) -> None:
         later = trained(self.place.models / "task" / "later", "task", self.base, self.factors[4])
         self.addCleanup(shutil.rmtree, later)

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
-from config import TrainSection
+from config import Config, TrainSection
 from tests.report_support import soup
 from tests.support import (
     ROOT,
@@ -218,7 +218,7 @@ class Protocol(unittest.TestCase):
         ):
             families = (mock.Mock(task=mock.Mock(manifest={"identity": identity})),)
             parts = mock.Mock(families=families, first=families[0], composed=None)
-            said = comparison.cautions({**self.results, "verdict": verdict}, parts)
+            said = comparison.cautions(Config(), {**self.results, "verdict": verdict}, parts)
             self.assertEqual("--task.prompt_loss_weight" in " ".join(said), is_said, (verdict, identity))
 
     def runs(self, *folders: str) -> list[dict[str, Any]]:

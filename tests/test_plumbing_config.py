@@ -168,6 +168,12 @@ class Problems(unittest.TestCase):
                 self.assertIn(part, self.problem(*arguments))
 
 
+class MissingCorpus(unittest.TestCase):
+    def test_corpus_that_is_not_there_is_said_beside_what_else_is_missing(self) -> None:
+        with self.assertRaisesRegex(ConfigError, r"\(nothing is at /nowhere/Unterlage\).*give your own --data.task"):
+            resolve("--data.corpus", "/nowhere/Unterlage")
+
+
 class Presets(unittest.TestCase):
     def test_the_defaults_are_the_default_preset_and_the_embedded_model_is_written_once(self) -> None:
         self.assertEqual(Config(), PRESETS["smollm2_135m"]())

@@ -121,7 +121,7 @@ class BadLaunches(Faults):
     @unittest.skipUnless(ALL, "LAUNCH_TESTS=all")
     def test_a_rank_without_the_files(self) -> None:
         ended = launch(place(), "whole", "inference", "--prompt=x", before={1: OtherFiles("/nowhere/base")})
-        self.assert_ended(ended, SETTINGS, r"rank 1 on .*: base.source is neither a directory here", "/nowhere/base")
+        self.assert_ended(ended, SETTINGS, r"rank 1 on .*: base.source: there is no such directory", "/nowhere/base")
 
     @unittest.skipUnless(ALL, "LAUNCH_TESTS=all")
     def test_a_deepspeed_file_ends_every_rank_with_one_message(self) -> None:

@@ -53,6 +53,10 @@ def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     return "did you mean " + " or ".join(f"{prefix}{c}" for c in close) + "?" if close else ""
 
 
+# so many names of a folder are listed beside a path where nothing is
+NAMES_SHOWN = 8
+
+
 def path_fix(path: str | Path) -> str:
     """How a path where nothing is can be corrected: what is spelled alike beside it, else where relative ones start."""
     path, names = Path(path).expanduser(), list[str]()
@@ -60,6 +64,8 @@ def path_fix(path: str | Path) -> str:
         names = [one.name for one in itertools.islice(path.parent.iterdir(), 1_000)]
     if close := difflib.get_close_matches(path.name, sorted(names), n=2, cutoff=0.6):
         return "did you mean " + " or ".join(str(path.parent / name) for name in close) + "?"
+    if 0 < len(names) <= NAMES_SHOWN:
+        return f"correct the path: {path.parent} has {', '.join(sorted(names))}"
     start = "" if path.is_absolute() else f"; it starts at the current folder, {Path.cwd()}"
     return f"correct the path{start}"
 

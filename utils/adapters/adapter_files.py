@@ -18,7 +18,7 @@ from utils import disk
 from utils.adapters import adapter_config, adapter_state, fused_experts, other_tools
 from utils.adapters.factors import Factors, ModuleFactors, norm, padded
 from utils.artifacts import files
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import ArtefactError, Problem, path_fix
 from utils.models.base_model import BaseModel
 from utils.models.directory_checks import leads_out
 from utils.models.model_shapes import PLAIN
@@ -36,6 +36,8 @@ def find(path: Path) -> Path:
 
     Raises ArtefactError that says where it looked and what was there.
     """
+    if not path.exists():
+        raise ArtefactError(Problem("there is no such adapter folder", str(path), path_fix(path)))
     for directory in (path, path / "adapter"):
         if (directory / adapter_config.CONFIG).is_file() and not leads_out(directory, path):
             return directory
@@ -48,7 +50,7 @@ def find(path: Path) -> Path:
         raise ArtefactError(
             Problem(f"{path} holds several adapters ({names}), and none itself or in adapter/", fix=fix)
         )
-    have = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) or "nothing" if path.is_dir() else "no such directory"
+    have = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) or "nothing" if path.is_dir() else "a file"
     looked = f"looked for {adapter_config.CONFIG} in {path}, {path / 'adapter'} and its other sub-folders"
     raise ArtefactError(
         Problem(f"no adapter in PEFT's format: {looked}", have, "give the folder that save_pretrained wrote")

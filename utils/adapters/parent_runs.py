@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -272,7 +273,8 @@ def pair(config: Config, base: BaseModel, *, quiet: bool = False) -> tuple[Run |
                 Problem(
                     f"{task.directory} was trained on another domain adapter than the one asked for",
                     str(asked.directory),
-                    "leave out --domain_adapter, or train the task adapter on it",
+                    f"leave out --domain_adapter, or train the task adapter on it: {runs.STAGES['task']} "
+                    f"--domain_adapter {shlex.quote(str(asked.directory))}{flags.given(config, 'base')}",
                 )
             )
         return asked, task

@@ -131,7 +131,9 @@ def _say_what_was_told(config: Config) -> None:
     """Preset, run and own settings, before torch is imported, which takes seconds; a prompt is nobody else's."""
     own = {path: flags.shown(flags.value_of(config, path)) for path in config.overrides if f"--{path}" not in TEXTS}
     told = {path: value if len(value) <= LONGEST_TOLD else f"{value[:LONGEST_TOLD]}..." for path, value in own.items()}
-    logger.event(f"preset {config.preset}, run {config.run.name or 'named by its settings'}", **told)
+    whose = "" if "base.source" in config.overrides else " (default; see --base.source)"
+    base = "" if "base.source" in told else f", base model {config.base.source}{whose}"
+    logger.event(f"preset {config.preset}{base}, run {config.run.name or 'named by its settings'}", **told)
 
 
 def _complain(text: str) -> None:

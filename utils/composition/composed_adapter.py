@@ -136,13 +136,15 @@ def say(config: Config, found: Composition) -> None:
     weights = found.recipe.weights or (1.0,) * len(found.runs)
     event("composed", adapters=names, method=found.recipe.method, weights=weights, check=found.line())
     if len(found.runs) > 1 and not found.searched:
-        # adapters that were named are not those that the command would take by itself
-        named = {"inputs.domain_adapter", "inputs.task_adapter", "inputs.composed"} & set(config.overrides)
-        which = [
-            f" --{r.manifest['kind']}_adapter {shlex.quote(r.directory.as_posix())}" for r in found.runs[:2] if named
-        ]
-        search = f"{runs.STAGES['composed']} --compose.search{''.join(which)}{flags.given(config, 'base')}"
-        event(f"the weights were not chosen on dev: {search} does that")
+        event(f"the weights were not chosen on dev: {searching(config, found)} does that")
+
+
+def searching(config: Config, found: Composition) -> str:
+    """The command that searches the weights of these adapters."""
+    # adapters that were named are not those that the command would take by itself
+    named = {"inputs.domain_adapter", "inputs.task_adapter", "inputs.composed"} & set(config.overrides)
+    which = [f" --{r.manifest['kind']}_adapter {shlex.quote(r.directory.as_posix())}" for r in found.runs[:2] if named]
+    return f"{runs.STAGES['composed']} --compose.search{''.join(which)}{flags.given(config, 'base')}"
 
 
 def check_on_model(base: BaseModel, found: Composition, section: BaseModelSection, scratch: Path) -> dict[str, Any]:

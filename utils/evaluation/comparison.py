@@ -88,7 +88,7 @@ def compare(
         results["baseline_weight"] = search.to_json(parts.baseline_weight)
     if more is not None:
         results["learning_curve"] = curve.results(config, base, parts, more, on, raw, primary, directory)
-    results["cautions"] = cautions(results, parts)
+    results["cautions"] = cautions(config, results, parts)
     if parts.composed:
         recorded = composed_adapter.record(parts.composed, base)
         results["composition"] = {
@@ -213,7 +213,7 @@ def _contamination(
     return {**measured.to_json(), "lines": measured.lines(), "without_flagged": rest}
 
 
-def cautions(results: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
+def cautions(config: Config, results: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
     """What a reader has to know before believing the numbers."""
     notes = [test_reads.sentence(results["reads"])]
     if results["items_without_document"]:
@@ -227,9 +227,8 @@ def cautions(results: Mapping[str, Any], parts: ComparedRuns) -> list[str]:
         documents = f"{results['test_documents']} document{'s' * (results['test_documents'] != 1)}"
         notes.append(f"The test questions are about {documents}: few to draw conclusions from.")
     if parts.composed and not parts.composed.searched:
-        notes.append(
-            "The weights were not chosen on dev; python scripts/compose.py --compose.search chooses them there."
-        )
+        search_command = composed_adapter.searching(config, parts.composed)
+        notes.append(f"The weights were not chosen on dev; {search_command} chooses them there.")
     if len(parts.families) == 1:
         notes.append("One training seed: what others would give is not in the intervals (--evaluate.seeds 1,2).")
     if chosen := results.get("baseline_weight"):

@@ -14,7 +14,7 @@ import torch
 
 from config import BaseModelSection
 from utils.artifacts import files
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import ArtefactError, Problem, path_fix
 from utils.logger import event, quiet_transformers
 from utils.models import older_spellings, quantization
 from utils.models.base_model import BaseModel, identify
@@ -30,6 +30,10 @@ def from_hub(section: BaseModelSection) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
+    if section.source.startswith(("/", ".", "~")) or section.source.count("/") > 1:  # a hub id is OWNER/NAME
+        raise ArtefactError(
+            Problem("base.source: there is no such directory", section.source, path_fix(section.source))
+        )
     if not section.revision:
         raise ArtefactError(
             Problem(
