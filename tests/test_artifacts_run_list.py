@@ -14,7 +14,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import files, locks, run_list, runs
+from utils.artifacts import files, locks, run_list, run_tables, runs
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
 
@@ -92,6 +92,15 @@ class Runs(unittest.TestCase):
         states = {one["name"]: one["state"] for one in found["runs"]}
         self.assertIn("unreadable", states["domain/first"])
         self.assertEqual(states["domain/second"], "complete")
+
+    def test_a_line_of_the_list_has_what_a_run_does_not_share_with_most_of_its_stage(self) -> None:
+        for name, rank, started in (("a", 8, ""), ("b", 8, ""), ("c", 8, "f" * 64), ("d", 4, "")):
+            made(self.root, "task", name, (self.data,), settings={"lora": {"rank": rank}, "init_from": started})
+        lines = run_tables.listing(run_list.entries(self.root / "data", self.root / "models")).splitlines()
+        own = {line.split()[0]: line for line in lines}
+        self.assertTrue(own["task/c"].endswith(" init_from=ffffffff, name=c"), own["task/c"])
+        self.assertTrue(own["task/d"].endswith(" lora.rank=4, name=d"), own["task/d"])
+        self.assertTrue(own["task/a"].endswith(" name=a"), own["task/a"])
 
     def test_show_compare_and_best(self) -> None:
         shown, text = self.said("show", "domain/second")

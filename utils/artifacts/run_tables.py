@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from utils.artifacts import run_list
 from utils.artifacts.run_list import Entry
 
-WIDEST = 44
+# letters of a cell, and of one in the last column, which pushes no other aside
+WIDEST, LAST_WIDEST = 44, 160
+# shown as its first letters, which name it well enough
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def table(rows: Sequence[Sequence[Any]], titles: Sequence[str]) -> str:
     """Columns as wide as what is in them; no line ends in blanks."""
-    texts = [[str(title) for title in titles], *([_text(cell) for cell in row] for row in rows)]
+    texts = [[str(title) for title in titles], *([*map(_text, row[:-1]), _text(row[-1], LAST_WIDEST)] for row in rows)]
     widths = [max(len(line[at]) for line in texts) for at in range(len(titles))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in texts
@@ -22,15 +27,17 @@ def table(rows: Sequence[Sequence[Any]], titles: Sequence[str]) -> str:
 
 
 def listing(listed: Sequence[Entry]) -> str:
-    """Every run in a line; settings only where they differ from those of the other runs of the stage."""
+    """Every run in a line, with the settings in which it is not like most runs of its stage and group."""
     if not listed:
         return "no runs yet: python scripts/prepare_data.py makes the first"
+    alike: dict[tuple[str, str], list[Entry]] = {}
+    for entry in listed:
+        if entry.settings:
+            alike.setdefault((entry.group, entry.stage), []).append(entry)
+    own = {id(entry): text for group in alike.values() for entry, text in zip(group, _own_settings(group), strict=True)}
     rows = []
     for entry in listed:
-        same_stage = [other for other in listed if other.stage == entry.stage and other.settings]
-        differing = run_list.differing(same_stage)
-        at = same_stage.index(entry) if entry in same_stage else -1
-        settings = ", ".join(f"{name}={_text(values[at])}" for name, values in differing.items()) if at >= 0 else ""
+        settings = own.get(id(entry), "")
         loss = "" if entry.dev_loss is None else f"{entry.dev_loss:.4f}"
         result = entry.verdict or loss or ("" if entry.manifest else entry.state)
         used_by = f"{len(entry.children)}" if entry.children else ""
@@ -76,13 +83,27 @@ def comparison(chosen: Sequence[Entry]) -> str:
     return table(rows, ("", *(entry.name for entry in chosen)))
 
 
-def _text(value: Any) -> str:
+def _own_settings(alike: Sequence[Entry]) -> list[str]:
+    """For each run the settings in which it is not like more than half of them; what is empty is left out."""
+    own: list[list[str]] = [[] for _ in alike]
+    for name, values in run_list.differing(alike).items():
+        texts = [_text(value) for value in values]
+        usual, count = Counter(texts).most_common(1)[0]
+        for settings, text in zip(own, texts, strict=True):
+            if text and not (text == usual and 2 * count > len(texts)):
+                settings.append(f"{name}={text}")
+    return [", ".join(settings) for settings in own]
+
+
+def _text(value: Any, widest: int = WIDEST) -> str:
     if value is None:
         return ""
+    if isinstance(value, str) and DIGEST.fullmatch(value):
+        return value[:8]
     if isinstance(value, float):
         return f"{value:.6g}"
     text = ",".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
+    return text if len(text) <= widest else f"{text[: widest - 1]}…"
 
 
 def _age(at: float) -> str:
