@@ -206,7 +206,7 @@ class Prepared(unittest.TestCase):
         # documents and pairs are read otherwise since; a run without files is still the same
         differing = self.now(self.section).differences(old)
         self.assertEqual(len(differing), 2, differing)
-        self.assertRegex(differing[0], r"^documents was None, now \{'method': 4[^\n]*$")
+        self.assertRegex(differing[0], r"^documents was None, now \{'method': 5[^\n]*$")
         self.assertEqual(differing[1], "reading was 1, now 4")
         alone = self.section.model_copy(update={"task": "none", "corpus": ("none",)})
         bare = old | {"data": alone.model_dump(mode="json"), "sources": {n: [{"name": "none"}] for n in sources}}

@@ -21,6 +21,7 @@ from utils.models.model_shapes import PLAIN
 
 # of another tool; the recorded word
 EXTERNAL = "elsewhere"
+ASSERTED = "asserted, not verified: this adapter is for this base model"
 SAME_BASE = "if it is the same in other files, say --inputs.same_base true"
 # stage -> what prepared data counts where it has any of it, and what is said where not
 TRAINED_ON = {
@@ -108,10 +109,11 @@ def names_task_on(config: Config) -> bool:
     return "task.on" in config.overrides or config.task.on != PRESETS[config.preset]().task.on
 
 
-def is_there(config: Config, base: BaseModel, stage: str, *, on: str = "") -> bool:
-    """Whether a complete run of this stage fits the base model; `on`: only one that was trained on that."""
+def is_there(config: Config, base: BaseModel, stage: str, *, on: str = "", after: int = -1) -> bool:
+    """Whether a complete run of this stage fits the base model; only one trained `on` that, made `after` that (ns)."""
     fits, listed = for_base(config, base), runs.complete_runs(config.run.models_dir, stage)
-    return any(not fits(run) for run in listed if on in ("", run.manifest["identity"].get("on")))
+    later = [run for run in listed if run.manifest.get("created_ns", 0) > after]
+    return any(not fits(run) for run in later if on in ("", run.manifest["identity"].get("on")))
 
 
 def initial_run(config: Config, base: BaseModel, stage: str) -> Run | None:
@@ -161,7 +163,7 @@ def external_run(config: Config, base: BaseModel, stage: str, path: Path) -> Run
     if is_other and not config.inputs.same_base:
         raise ArtefactError(problem)
     if is_other:
-        _say_asserted(directory, made_for)
+        event(ASSERTED, adapter=directory, made_for=made_for)
     elif not is_model(named):
         warning(
             "the base model of this adapter cannot be verified, only that its shapes fit",
@@ -279,7 +281,10 @@ def pair(config: Config, base: BaseModel, *, quiet: bool = False) -> tuple[Run |
             )
         return asked, task
     if stacked_on:
-        return parent_of(task, "domain", config.run.models_dir), task
+        below = parent_of(task, "domain", config.run.models_dir)
+        if below and not quiet and is_there(config, base, "domain", after=below.manifest.get("created_ns", 0)):
+            event("the domain adapter is the one below the task adapter, not the newest", taken=below.directory)
+        return below, task
     with suppress(ArtefactError):
         return domain_run(config, base, quiet=quiet), task
     return None, task
@@ -309,10 +314,6 @@ def own_run(path: Path) -> Path | None:
     return None
 
 
-def _say_asserted(place: Path, made_for: str) -> None:
-    event("asserted, not verified: this adapter is for this base model", adapter=place, made_for=made_for)
-
-
 def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
     """A function of a run: the reason why it cannot be used with this base model, or an empty string."""
 
@@ -326,7 +327,7 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
         if base.made_from and found["digest"] == base.made_from:
             event("the base model has modules of another adapter than this one was made for", adapter=run.directory)
         elif found["digest"] != base.digest and config.inputs.same_base:
-            _say_asserted(run.directory, f"{found['source']}, digest {found['digest'][:12]}")
+            event(ASSERTED, adapter=run.directory, made_for=f"{found['source']}, digest {found['digest'][:12]}")
         elif found["digest"] != base.digest:
             other, ours = found["digest"][:12], base.digest[:12]
             which = f"made for another base model (digest {other}; this one is {ours})"
