@@ -209,7 +209,7 @@ class Scoring(unittest.TestCase):
         (directory / "task_test.jsonl").write_text("")
         run = SimpleNamespace(directory=directory)
         with (
-            mock.patch.object(suite_evaluation.find, "prepared_run", return_value=run),
+            mock.patch.object(suite_evaluation.parent_runs, "prepared_run", return_value=run),
             mock.patch.object(suite_evaluation.chat, "load_tokenizer", return_value=toy.tiny_tokenizer()),
             self.assertRaises(ArtefactError) as caught,
         ):
