@@ -99,7 +99,7 @@ class InUse(unittest.TestCase):
                 "inference", "--prompt", "x", flag, str(self.place.models / "domain" / "nothing_here")
             )
             self.assertEqual(refused.returncode, 2, refused.stderr)
-            self.assertIn("there is no such adapter folder", refused.stderr)
+            self.assertIn("no such directory", refused.stderr)
             self.assertIn(f"{self.place.models / 'domain'} has ", refused.stderr)
         near = self.place.run("inference", "--prompt", "x", "--base.source", str(self.place.models / "domai"))
         self.assertEqual(near.returncode, 2)

@@ -36,8 +36,6 @@ def find(path: Path) -> Path:
 
     Raises ArtefactError that says where it looked and what was there.
     """
-    if not path.exists():
-        raise ArtefactError(Problem("there is no such adapter folder", str(path), path_fix(path)))
     for directory in (path, path / "adapter"):
         if (directory / adapter_config.CONFIG).is_file() and not leads_out(directory, path):
             return directory
@@ -50,11 +48,10 @@ def find(path: Path) -> Path:
         raise ArtefactError(
             Problem(f"{path} holds several adapters ({names}), and none itself or in adapter/", fix=fix)
         )
-    have = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) or "nothing" if path.is_dir() else "a file"
+    have = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) or "nothing" if path.is_dir() else "no such directory"
     looked = f"looked for {adapter_config.CONFIG} in {path}, {path / 'adapter'} and its other sub-folders"
-    raise ArtefactError(
-        Problem(f"no adapter in PEFT's format: {looked}", have, "give the folder that save_pretrained wrote")
-    )
+    fix = "give the folder that save_pretrained wrote" if path.exists() else path_fix(path)
+    raise ArtefactError(Problem(f"no adapter in PEFT's format: {looked}", have, fix))
 
 
 def load(directory: Path, base: BaseModel | None = None) -> dict[str, ModuleFactors]:
