@@ -49,18 +49,6 @@ class Extracted:
         """One document that is all of the file."""
         return cls([("", text)], **facts)
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values, for the pipe between processes."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {"removed": dict(self.removed), "cleaned": dict(self.cleaned)}
-
-    @classmethod
-    def of_json(cls, values: dict[str, Any]) -> Extracted:
-        """The inverse of `to_json`."""
-        documents = [(str(name), str(text)) for name, text in values.pop("documents")]
-        removed, cleaned = Counter(values.pop("removed")), Counter(values.pop("cleaned"))
-        return cls(documents, removed=removed, cleaned=cleaned, **values)
-
 
 def visible_characters(text: str) -> int:
     """Characters other than blanks."""

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from utils.data.extraction.extracted import Extracted, NoTextError
-from utils.data.extraction.worker import CRASH, MEMORY
+from utils.data.extraction.extracted import Extracted
+from utils.data.extraction.worker import CRASH, MEMORY, read_answer
 
 SLOW = "takes too long"
 # the clock's limit is only for what waits without computing
@@ -110,14 +110,7 @@ class ExtractionPool:
         while reading.reply is None:
             self._assign()
             self._collect()
-        reply = reading.reply
-        if "extracted" in reply:
-            return Extracted.of_json(reply["extracted"])
-        if reply["kind"] == "import":
-            raise ImportError(reply["reason"])
-        if reply["kind"] == "os":
-            raise OSError(None, reply["reason"])
-        raise NoTextError(reply["reason"], kind=reply["kind"], place=reply.get("place", ""), fix=reply.get("fix", ""))
+        return read_answer(reading.reply)
 
     def _assign(self) -> None:
         for child in self._children:

@@ -12,11 +12,12 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from utils.data.extraction.extracted import NoTextError
+from utils.data.extraction.extracted import Extracted, NoTextError
 from utils.data.extraction.formats import read_file
 
 # libraries leak a little with every file
@@ -55,7 +56,7 @@ def serve(connection: Connection, seconds: float, memory_bytes: int) -> None:
 def answer(path: str) -> dict[str, Any]:
     """What is read from a file: {"extracted": ...} or {"kind", "reason", "place", "fix"}."""
     try:
-        return {"extracted": read_file(Path(path)).to_json()}
+        return {"extracted": vars(read_file(Path(path)))}
     except NoTextError as error:
         return {"kind": error.kind, "reason": str(error), "place": error.place, "fix": error.fix}
     except ImportError as error:
@@ -66,6 +67,20 @@ def answer(path: str) -> dict[str, Any]:
         return dict(_OUT_OF_MEMORY)
     except Exception as error:  # noqa: BLE001 - whatever a file does to its reader, the next one is read
         return {"kind": CRASH, "reason": f"its reader failed ({type(error).__name__}: {error})"}
+
+
+def read_answer(reply: dict[str, Any]) -> Extracted:
+    """What an answer holds, at the other end of the pipe. Raises NoTextError, ImportError or OSError as `read_file`."""
+    if "extracted" in reply:
+        values = dict(reply["extracted"])
+        documents = [(str(name), str(text)) for name, text in values.pop("documents")]
+        removed, cleaned = Counter(values.pop("removed")), Counter(values.pop("cleaned"))
+        return Extracted(documents, removed=removed, cleaned=cleaned, **values)
+    if reply["kind"] == "import":
+        raise ImportError(reply["reason"])
+    if reply["kind"] == "os":
+        raise OSError(None, reply["reason"])
+    raise NoTextError(reply["reason"], kind=reply["kind"], place=reply.get("place", ""), fix=reply.get("fix", ""))
 
 
 def _limit_memory(size: int) -> None:
