@@ -46,7 +46,7 @@ def plan(config: Config) -> list[str]:
     return [
         *dry_run.lines(config, "train_domain_adapter"),
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
-        f"train LoRA rank {lora.rank} on {dry_run.targets(config, 'domain')} for {train.epochs} epochs of packed "
+        f"train LoRA rank {lora.rank} on {dry_run.targets(config, 'domain')} for {dry_run.passes(train)} of packed "
         f"rows of {train.max_sequence_tokens or 'as many as prepare_data chose'} tokens, "
         f"{train.batch_tokens:,} tokens a step over all processes",
         f"write {config.run.models_dir / 'domain'}/{config.run.name or run_label(config) + '-<fingerprint>'}/adapter",

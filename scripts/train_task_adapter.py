@@ -60,7 +60,7 @@ def plan(config: Config) -> list[str]:
     return [
         *dry_run.lines(config, "train_task_adapter"),
         f"load {config.base.source} and the newest prepared data under {config.run.data_dir / 'prepared'}",
-        f"train LoRA rank {lora.rank} on {dry_run.targets(config, 'task')} on {below}, for {train.epochs} epochs, "
+        f"train LoRA rank {lora.rank} on {dry_run.targets(config, 'task')} on {below}, for {dry_run.passes(train)}, "
         f"answers only, at most {train.max_sequence_tokens or 'as many as prepare_data chose'} tokens a pair",
         *kept,
         f"write {config.run.models_dir / 'task'}/{config.run.name or run_label(config) + '-<fingerprint>'}/adapter",

@@ -32,7 +32,7 @@ from utils.adapters import adapter_files, inference_layers, peft_model
 from utils.adapters.factors import Factors, delta, scaled
 from utils.composition.checks import check
 from utils.composition.methods import METHODS, Recipe, compose, depth, weights_at
-from utils.export import merge
+from utils.export import merge, merge_plan
 from utils.models import sources
 
 IDS = torch.randint(8, 700, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -108,7 +108,7 @@ class Invariants(unittest.TestCase):
         adapter_files.save(place / "adapter", composed, base)
         found["reloaded adapter"] = logits(PeftModel.from_pretrained(fresh(architecture), str(place / "adapter")))
         (place / "merged").mkdir()
-        merge.write(merge.plan(base, composed, "base"), place / "merged", "card")
+        merge.write(merge_plan.plan(base, composed, "base"), place / "merged", "card")
         with logger.quiet_transformers():
             merged = AutoModelForCausalLM.from_pretrained(place / "merged", dtype=torch.float32)
         found["merged, reloaded"] = logits(all_experts(merged))
@@ -168,7 +168,7 @@ class OtherExperts(unittest.TestCase):
                             held = expected.get_submodule(module).weight if held is None else held
                             held += weight * delta(f)
                 (place / "merged").mkdir()
-                merge.write(merge.plan(base, composed, "base"), place / "merged", "card")
+                merge.write(merge_plan.plan(base, composed, "base"), place / "merged", "card")
                 adapter_files.save(place / "adapter", composed, base)
                 adapter_files.save_per_expert(place / "per_expert", composed, base)
                 for saved in ("adapter", "per_expert"):

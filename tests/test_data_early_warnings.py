@@ -31,7 +31,12 @@ class Sentences(unittest.TestCase):
         self.assertIn("give more of them with --data.corpus_heldout", self.held_out(100, 3, corpus_heldout=("x",)))
         self.assertEqual(early_warnings.labelled({"test": {"documents": 6}}), [])
         self.assertEqual(early_warnings.labelled({}), [])
-        self.assertIn("about 1 document:", early_warnings.labelled({"test": {"documents": 1}})[0])
+        few = early_warnings.labelled({"test": {"documents": 1}})[0]
+        self.assertIn("about 1 of 1 document:", few)
+        self.assertNotIn("--data.test_share", few, "no share of one document is enough")
+        splits = {"train": {"documents": 26}, "dev": {"documents": 3}, "test": {"documents": 1}}
+        self.assertIn("about 1 of 30 documents", early_warnings.labelled(splits)[0])
+        self.assertIn("--data.test_share 0.4,", early_warnings.labelled(splits)[0])
 
     def test_the_share_that_is_named_is_enough(self) -> None:
         for whole in range(24, 400, 7):

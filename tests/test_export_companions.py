@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from config import BaseModelSection
 from tests import toy_architectures
 from tests.support import random_factors, temporary_directory
-from utils.export import merge
+from utils.export import merge, merge_plan
 from utils.models import loading
 from utils.models.base_model import BaseModel
 from utils.models.structure import linear_modules
@@ -46,7 +46,7 @@ class Companions(unittest.TestCase):
         model = loading.load_model(base, BaseModelSection(source=str(base.directory), dtype="float32"))
         target = temporary_directory() / "merged"
         target.mkdir()
-        merge.write(merge.plan(base, random_factors(model, ["q_proj"], 2, 4, 1), "base"), target, "# card")
+        merge.write(merge_plan.plan(base, random_factors(model, ["q_proj"], 2, 4, 1), "base"), target, "# card")
         return target
 
     def test_everything_beside_the_weights_is_there_and_unmerged_weights_are_not(self) -> None:
@@ -70,7 +70,7 @@ class Companions(unittest.TestCase):
         self.assertEqual(len(factors), 2)
         target = temporary_directory() / "merged"
         target.mkdir()
-        merge.write(merge.plan(base, factors, "base"), target, "")
+        merge.write(merge_plan.plan(base, factors, "base"), target, "")
         before, after = load_file(directory / "model.safetensors"), load_file(target / "model.safetensors")
         self.assertEqual(set(before), set(after))
         changed = {name for name in before if not before[name].equal(after[name])}

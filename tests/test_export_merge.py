@@ -29,7 +29,7 @@ from utils.adapters import peft_model
 from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.artifacts import resumable
 from utils.exceptions import ArtefactError, NonFiniteError, VerificationError
-from utils.export import merge, merge_check, merged_logits
+from utils.export import merge, merge_check, merge_plan, merged_logits, merged_tensors
 from utils.models import loading, older_spellings
 from utils.models.base_model import BaseModel
 from utils.models.weights import companion_files, fp8, layer_sample, safetensors_io
@@ -523,7 +523,7 @@ class Files(unittest.TestCase):
     def test_a_base_that_shrinks_while_it_is_read_is_blamed_and_not_the_target(self) -> None:
         base, directory = checkpoint("llama"), temporary_directory() / "base"
         shutil.copytree(base.directory, directory)
-        intended = merge.plan(identified(directory), on_attention(base), "base")
+        intended = merge_plan.plan(identified(directory), on_attention(base), "base")
         path = sorted(directory.glob("*.safetensors"))[0]
         path.write_bytes(path.read_bytes()[:-40])
         with self.assertRaisesRegex(ArtefactError, f"{path} became shorter"):
@@ -720,14 +720,14 @@ class Resumed(unittest.TestCase):
 
 def killed_in(file: str, base: BaseModel, factors: Factors, target: Path) -> None:
     """In a process of its own: a merge that dies while it writes `file`."""
-    content = merge._content
+    content = merged_tensors.content
 
     def dying(plan: Any, path: Path, *rest: Any) -> Iterator[Any]:
         yield from content(plan, path, *rest)
         if path.name == file:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with mock.patch.object(merge, "_content", dying):
+    with mock.patch.object(merged_tensors, "content", dying):
         merged(base, factors, target)
 
 

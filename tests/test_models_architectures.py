@@ -24,7 +24,7 @@ from tests.support import expert_factors, random_factors, relative, temporary_di
 from tests.test_architecture import ROOT, House, imports, our_house, sources
 from utils import cli, logger
 from utils.exceptions import ArtefactError
-from utils.export import merge
+from utils.export import merge, merge_plan
 from utils.models import directory_checks, loading
 from utils.models.architectures import minimax_m2, qwen3_moe, registry, toy
 from utils.models.base_model import BaseModel
@@ -240,7 +240,7 @@ class MiniMaxM2(unittest.TestCase):
 def merged(base: Any, factors: Any, dtype: str) -> dict[str, torch.Tensor]:
     """The tensors that a merge writes."""
     directory = temporary_directory()
-    merge.write(merge.plan(base, factors, dtype), directory, card="")
+    merge.write(merge_plan.plan(base, factors, dtype), directory, card="")
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 

@@ -277,7 +277,7 @@ class Merge(unittest.TestCase):
         target = place.root / "large"
         flags = ["--merge_path", str(target)]
         for name, fault in (
-            ("writing", At("utils.export.merge._content", LimitMemory(0), 5)),
+            ("writing", At("utils.export.merged_tensors.content", LimitMemory(0), 5)),
             ("writing its first file", At("utils.models.weights.safetensors_io.write", LimitMemory(0), 1)),
             ("comparing", At("utils.export.merge_check._compare", LimitMemory(0), 1)),
             ("reloading", LimitReload(200 << 20)),

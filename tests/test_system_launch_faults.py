@@ -196,7 +196,7 @@ class LostRanks(Faults):
     @unittest.skipUnless(ALL, "LAUNCH_TESTS=all")
     def test_while_a_model_is_merged(self) -> None:
         target = place().root / "merged-lost"
-        self.killed("whole", "inference", "utils.export.merge._content", f"--merge_path={target}", call=4)
+        self.killed("whole", "inference", "utils.export.merged_tensors.content", f"--merge_path={target}", call=4)
         self.assertFalse(target.exists())
         unchecked: dict[int, Callable[[], None]] = dict.fromkeys((0, 1), Unchecked())
         result(launch(place(), "whole", "inference", f"--merge_path={target}", before=unchecked))

@@ -216,6 +216,14 @@ class Numbers(Runs):
         self.assertEqual(max(m["epoch"] for m in metrics(self.place.models / "domain" / "overridden")), 1)
         self.assertEqual("teach little" in completed.stderr, steps < FEWEST_STEPS)
 
+    def test_a_learning_rate_that_ruins_the_model_is_said(self) -> None:
+        warning = "made the model worse"
+        good = self.run_named("learning", "--domain.train.max_steps=3")
+        self.assertNotIn(warning, good.stderr)
+        bad = self.run_named("ruined", "--domain.train.max_steps=3", "--domain.train.learning_rate=1e8")
+        self.assertIn(warning, bad.stderr)
+        self.assertIn("lower --domain.train.learning_rate (it is 1e+08)", bad.stderr)
+
     def test_training_lowers_the_loss(self) -> None:
         found = losses(self.reference)
         quarter = len(found) // 4

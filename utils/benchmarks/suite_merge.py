@@ -32,7 +32,7 @@ from utils.adapters.factors import ModuleFactors
 from utils.artifacts import files, locks
 from utils.benchmarks.suite_data import peak_memory
 from utils.exceptions import ArtefactError, Problem, VerificationError
-from utils.export import merge, merge_check
+from utils.export import merge, merge_check, merge_plan
 from utils.logger import event
 from utils.models.base_model import BaseModel
 from utils.models.weights import safetensors_io
@@ -304,7 +304,7 @@ def _main(what: str, base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     elif what == "ours":
         digests: dict[str, str] = {}
         with files.publish(target, dict, digests=digests) as directory:
-            facts, new_digests = merge.write(merge.plan(_base(base), factors, "base"), directory, "# Synthetic\n")
+            facts, new_digests = merge.write(merge_plan.plan(_base(base), factors, "base"), directory, "# Synthetic\n")
             digests |= new_digests
     else:
         facts = merge_check.merged_equals_composed(_base(base), factors, target, BaseModelSection(dtype="bfloat16"))

@@ -45,8 +45,12 @@ def labelled(examples: Mapping[str, Any]) -> list[str]:
     about = test.get("documents", 0)
     if not test or about >= INTERVAL_DOCUMENTS:
         return []
+    whole = sum(examples.get(split, {}).get("documents", 0) for split in ("train", "dev", "test"))
+    # a hash decides, so twice as many are meant
+    share = math.ceil(100 * 2 * INTERVAL_DOCUMENTS / whole) / 100 if whole else 1.0
+    larger = f"take --data.test_share {share:g}, " if share <= 0.6 else ""
     return [
-        f"the test questions are about {about} document{'s' * (about != 1)}: with fewer than {INTERVAL_DOCUMENTS} no "
-        "claim about answers has an interval; name what divides the pairs with --data.columns document=COLUMN, raise "
-        "--data.test_share, or give --data.task_test FILE"
+        f"the test questions are about {about} of {whole} document{'s' * (whole != 1)}: with fewer than "
+        f"{INTERVAL_DOCUMENTS} no claim about answers has an interval; name what divides the pairs with "
+        f"--data.columns document=COLUMN, {larger}or give --data.task_test FILE"
     ]

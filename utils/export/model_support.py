@@ -21,7 +21,7 @@ from utils.adapters.factors import Factors, zero_modules
 from utils.composition import composed_adapter
 from utils.composition.methods import Recipe, compose
 from utils.exceptions import ArtefactError, PipelineError, Problem, VerificationError
-from utils.export import merge, merge_check
+from utils.export import merge, merge_check, merge_plan
 from utils.inference import generation, scoring
 from utils.models import chat, float32_model, loading
 from utils.models.base_model import BaseModel
@@ -149,7 +149,7 @@ class _Tried:
     def _merge(self) -> str:
         target = self.scratch / "merged"
         target.mkdir()
-        merge.write(merge.plan(self.base, self.composed, "base"), target, "")
+        merge.write(merge_plan.plan(self.base, self.composed, "base"), target, "")
         checks = merge_check.merged_equals_composed(self.base, self.composed, target, self.section)
         return f"reloaded in a fresh process, logits differ by {checks['max_logit_difference_to_rounded']:.0e}"
 

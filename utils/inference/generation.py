@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,6 +152,20 @@ def _refuse_too_long(model: Any, prompt_tokens: int, new_tokens: int) -> None:
         raise DataError(Problem(what, fix="shorten the prompt, or lower --inference.max_new_tokens"))
 
 
+def _groups(order: Sequence[int], lengths: Sequence[int], most: Callable[[int], int]) -> list[list[int]]:
+    """Consecutive groups of like size, none larger than `most(its greatest length)`; `lengths` ascend.
+
+    An even number of them: two ranks have as much to do, and any number of ranks has the same groups.
+    """
+    count = 1
+    while True:
+        ends = [len(order) * at // count for at in range(count + 1)]
+        spans = list(pairwise(ends))
+        if all(end - start <= max(1, most(lengths[end - 1])) for start, end in spans if end > start):
+            return [list(order[start:end]) for start, end in spans if end > start]
+        count += 1 if count == 1 else 2
+
+
 def answer_all(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -169,13 +184,8 @@ def answer_all(
     """
     prompts = [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups: list[list[int]] = []
-    for i in order:  # ascending: the newest is the longest
-        most = answers_at_once(len(prompts[i]) + settings.max_new_tokens) if row_support.of(model).pads_left else 1
-        if not groups or len(groups[-1]) >= most:
-            groups.append([])
-        groups[-1].append(i)
-
+    lengths = [len(prompts[i]) + settings.max_new_tokens for i in order]
+    groups = _groups(order, lengths, answers_at_once if row_support.of(model).pads_left else lambda _: 1)
     seed = torch.initial_seed()
     sampled = [settings.max_new_tokens, settings.temperature, settings.top_p]
     keys = [

@@ -24,7 +24,7 @@ from utils.exceptions import NonFiniteError, Problem
 from utils.inference import generation
 from utils.models import chat, turn_format
 from utils.models.losses import autocast, token_nll
-from utils.models.parallel import work
+from utils.models.parallel import ranks, work
 from utils.models.rows import row_layouts, row_support
 from utils.progress import Progress
 
@@ -311,7 +311,22 @@ def _nll(
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Consecutive groups whose padded size stays within `batch_tokens`."""
+    """Consecutive groups whose padded size stays within `batch_tokens`; as many for each rank, and of like size.
+
+    `lengths` ascend. Ranks that each hold the model have two or more, so that what they cost evens out.
+    """
+    groups, count = _within(order, lengths, batch_tokens), ranks.size()
+    if count == 1 or len(order) <= count:
+        return groups if count == 1 else [[i] for i in order]
+    passes = max(1 if ranks.is_sharded() else 2, -(-len(groups) // count))
+    low, high = max(lengths), max(batch_tokens, max(lengths))
+    while low < high:  # the smallest limit that makes no more groups than that
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_within(order, lengths, middle)) <= passes * count else (middle + 1, high)
+    return _within(order, lengths, low)
+
+
+def _within(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     groups: list[list[int]] = [[]]
     for i, length in zip(order, lengths, strict=True):
         if groups[-1] and length * (len(groups[-1]) + 1) > batch_tokens:  # lengths ascend: the newest is the longest

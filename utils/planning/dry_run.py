@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from config import AUTO, Config
+from config import AUTO, Config, TrainSection
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.models.architectures import registry
@@ -207,3 +207,9 @@ def _leaves_on_disk(directory: Path) -> list[str]:
             if is_matrix and any(part.isdigit() for part in parts) and not _OTHERS.search(name):
                 found.setdefault(parts[-2])
     return list(found)
+
+
+def passes(train: TrainSection) -> str:
+    """How long a training lasts: "3 epochs", or "100 steps" where --STAGE.train.max_steps decides."""
+    count, unit = (train.max_steps, "step") if train.max_steps else (train.epochs, "epoch")
+    return f"{count:,} {unit}{'s' * (count != 1)}"

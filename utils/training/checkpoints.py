@@ -46,6 +46,8 @@ class TrainingState:
     best_dev_loss: float = float("inf")
     best_step: int = 0
     dev_losses: list[tuple[int, float]] = field(default_factory=list)
+    # of the first step, before which the adapter does nothing
+    first_loss: float | None = None
     # what keeps the domain, once that is decided (`keep_decision.decide`)
     keeping: dict[str, Any] | None = None
 

@@ -18,12 +18,17 @@ from config import TrainSection
 from utils import disk, flags
 from utils.artifacts import files
 from utils.exceptions import NonFiniteError, OutOfMemory, Problem, VerificationError
+from utils.logger import warning
 from utils.models.parallel import expert_parallel, ranks, sharding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from utils.training.training_setup import TrainingSetup
+
 NAMED = 8
+# batches of one text differ by less
+WORSE_NATS = 1.0
 
 
 def refuse_without_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -118,6 +123,19 @@ def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
         if unequal := ranks.unequal_copies(sums, copy_of):
             difference = f"{what}, after step {step}, differs between {whose}: {len(unequal)} tensors"
             raise VerificationError(Problem(difference, unequal[:5], ranks.SUSPECT))
+
+
+def warn_if_worse(setup: TrainingSetup, first: float | None, kept: float | None) -> None:
+    """Say when what is kept predicts dev far worse than the model did before the first step, in nats per token.
+
+    `first` is the loss of the first step's batch, on which the adapter did nothing yet.
+    """
+    if first is not None and kept is not None and kept > first + WORSE_NATS:
+        setting = f"--{setup.schedule.trained}.train.learning_rate"
+        warning(
+            f"the {setup.what} made the model worse: {first:.3g} nats per token before the first step, {kept:.3g} on "
+            f"dev now; lower {setting} (it is {setup.settings.learning_rate:g})"
+        )
 
 
 def refuse_changed(before: str, after: str, what: str) -> None:
