@@ -27,9 +27,9 @@ def errors(target: Path) -> Iterator[None]:
     except PipelineError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or (found := _of_the_system(error)) is None:
+        if is_out_of_memory(error) or (cause := _of_the_system(error)) is None:
             raise
-        raise error_for(target, found) from error
+        raise error_for(target, cause) from error
 
 
 def error_for(path: Path, error: OSError) -> ArtefactError:

@@ -59,14 +59,14 @@ def fields() -> dict[str, FieldInfo]:
     """Every setting's path and field, in the order of config.py."""
 
     def below(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
-        found: dict[str, FieldInfo] = {}
+        by_path: dict[str, FieldInfo] = {}
         for name, field in model.model_fields.items():
             kind = field.annotation
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found |= below(kind, f"{prefix}{name}.")
+                by_path |= below(kind, f"{prefix}{name}.")
             elif prefix:  # `preset` and `overrides` say where a configuration comes from
-                found[prefix + name] = field
-        return found
+                by_path[prefix + name] = field
+        return by_path
 
     return below(settings.Config, "")
 
@@ -125,12 +125,12 @@ def shown(value: Any) -> str:
 def arguments(config: settings.Config, sections: Sequence[str]) -> list[str]:
     """The flags that give another process these sections: every value that is not the preset's."""
     preset = settings.PRESETS[config.preset]()
-    found = ["--preset", config.preset]
+    words = ["--preset", config.preset]
     for path in fields():
         value, usual = value_of(config, path), value_of(preset, path)
         if path.split(".")[0] in sections and value != usual:
-            found.append(f"--{path}={json.dumps(value) if isinstance(value, tuple) else value}")
-    return found
+            words.append(f"--{path}={json.dumps(value) if isinstance(value, tuple) else value}")
+    return words
 
 
 def given(config: settings.Config, *sections: str) -> str:

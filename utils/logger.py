@@ -41,7 +41,7 @@ def printable(text: str) -> str:
 def json_line(value: Any) -> str:
     """One line of JSON without secrets; what would command a terminal is escaped, so nothing is lost."""
     text = redact(json.dumps(value, ensure_ascii=False, default=str))
-    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _COMMANDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class _Cleaned:

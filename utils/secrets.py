@@ -39,7 +39,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     values = tuple(sorted({v for name, v in environment.items() if len(v) >= _SHORTEST and _NAMES.fullmatch(name)}))
     if values:
         text = _any_of(values).sub(HIDDEN, text)
-    return _SHAPES.sub(lambda found: (found["between"] or "") + HIDDEN, text)
+    return _SHAPES.sub(lambda match: (match["between"] or "") + HIDDEN, text)
 
 
 def holds_secret(text: str) -> bool:

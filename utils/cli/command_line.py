@@ -79,14 +79,14 @@ def _preset_by_size(
 ) -> str | None:
     """The preset for the size of a person's own base model, where none was named and its config.json is here."""
     source, revision = (_first(path, typed, variables, filed) for path in ("base.source", "base.revision"))
-    found = size_class.config_of(source, revision) if source else None
-    return size_class.preset_for(found) if found else None
+    model_config = size_class.config_of(source, revision) if source else None
+    return size_class.preset_for(model_config) if model_config else None
 
 
 def _first(path: str, *given: Mapping[str, Any]) -> str:
     """The text of the first of these that has the setting."""
-    found = next((one[path] for one in given if one.get(path)), "")
-    return " ".join(found) if isinstance(found, list) else str(found)
+    value = next((one[path] for one in given if one.get(path)), "")
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def _without_its_base(preset: settings.Config, source: str) -> settings.Config:
@@ -103,7 +103,7 @@ def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[
     paths = {short: path for path, short in flags.SHORTCUTS.items()} | {
         path: path for path in (PRESET, *flags.fields())
     }
-    found: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -118,10 +118,10 @@ def _flags(arguments: Sequence[str], problems: list[Problem]) -> dict[str, list[
         if path is None:
             problems.append(_unknown_flag(name, paths))
         elif words or (path != PRESET and flags.is_switch(path)):
-            found[path] = words or ["true"]
+            values[path] = words or ["true"]
         else:
             problems.append(Problem(f"--{name} needs a value", fix=f"write --{name} VALUE"))
-    return found
+    return values
 
 
 def _unknown_flag(name: str, paths: Iterable[str]) -> Problem:
@@ -156,7 +156,7 @@ def _from_files(
     A value means what it means behind a flag: one of a list may stand alone, and a whole number is text where text is
     expected.
     """
-    found = {}
+    given = {}
     for path, value in filed.items():
         is_list, kind = flags.is_list(path), flags.type_of(flags.fields()[path])
         kind = flags.bare(typing.get_args(kind)[0])[0] if is_list else kind
@@ -176,8 +176,8 @@ def _from_files(
         for one in read:
             usual = json.loads(json.dumps(flags.value_of(preset, path), default=str))
             if one != usual:
-                found[path] = one
-    return found
+                given[path] = one
+    return given
 
 
 def _read(path: str, words: list[str], problems: list[Problem]) -> Iterator[Any]:
@@ -220,18 +220,18 @@ def _validated(
         for path, value in given.items():
             *sections, name = path.split(".")
             functools.reduce(dict.__getitem__, sections, values)[name] = value
-        config, found, bad = None, [], set[str]()
+        config, complaints, bad = None, [], set[str]()
         try:
             config = settings.Config.model_validate(values)
         except ValidationError as error:
             for item in error.errors():
                 path = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
                 bad |= _blamed(path, item["msg"], given)
-                found += [problem for problem in _told(path, item, sources) if path or cross_checks]
+                complaints += [problem for problem in _problems_of(path, item, sources) if path or cross_checks]
         if not bad:
-            found += methods.problems(settings.ComposeSection.model_validate(values["compose"]))
+            complaints += methods.problems(settings.ComposeSection.model_validate(values["compose"]))
         # what is said about a value that was set aside is not about what was typed
-        problems += [p for p in found if not any(_names(path, p.what) for path in aside)]
+        problems += [p for p in complaints if not any(_names(path, p.what) for path in aside)]
         if not bad:
             return config
         aside |= bad
@@ -250,7 +250,7 @@ def _names(name: str, message: str) -> bool:
     return bool(re.search(rf"\b{re.escape(name)}\b", message))
 
 
-def _told(path: str, item: Any, sources: Mapping[str, str]) -> list[Problem]:
+def _problems_of(path: str, item: Any, sources: Mapping[str, str]) -> list[Problem]:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":  # a validator of ours: it already names the settings, one per line
         return [Problem(f"{path}: {line}" if path else line) for line in message.splitlines()]

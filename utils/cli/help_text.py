@@ -49,13 +49,13 @@ def page(description: str, sections: Sequence[str], most_used: Sequence[str], to
     paths = {short: path for path, short in flags.SHORTCUTS.items()}
     lines, problems = [], []
     for topic in topics:
-        wanted = paths.get(topic, topic)
-        found = [path for path in flags.fields() if topic == ALL or f"{path}.".startswith(f"{wanted}.")]
-        if not found:
+        prefix = paths.get(topic, topic)
+        matches = [path for path in flags.fields() if topic == ALL or f"{path}.".startswith(f"{prefix}.")]
+        if not matches:
             known = [ALL, *_sections(), *flags.fields(), *paths]
             fix = did_you_mean(topic, known) or f"sections: {', '.join(_sections())}; or all"
             problems.append(Problem("--help: no such section or setting", topic, fix))
-        lines += _unfolded(found)
+        lines += _unfolded(matches)
     if problems:
         raise ConfigError(problems)
     return "\n".join(lines)
@@ -81,12 +81,12 @@ def _first_page(description: str, sections: Sequence[str], most_used: Sequence[s
 
 def _sections() -> dict[str, tuple[int, str]]:
     """Section -> how many settings it has, and the first sentence about it."""
-    found = {}
+    sections = {}
     for name, field in settings.Config.model_fields.items():
         if count := sum(path.startswith(f"{name}.") for path in flags.fields()):
             meaning = (field.annotation.__doc__ or "").strip().partition("\n\n")[0]
-            found[name] = (count, " ".join(meaning.split()))
-    return found
+            sections[name] = (count, " ".join(meaning.split()))
+    return sections
 
 
 def _unfolded(paths: Sequence[str]) -> Iterator[str]:

@@ -26,7 +26,7 @@ READER_GONE = 141
 # flags whose text may be any
 TEXTS = ("--prompt", "--inference.prompt")
 # characters of a setting in the first line of a script
-LONGEST_TOLD = 80
+LONGEST_SHOWN = 80
 
 
 def run(
@@ -99,7 +99,7 @@ def _exit_code(
             result: dict[str, Any] = {"dry_run": True, "config": config.model_dump(mode="json")}
         else:
             if "base" in sections:
-                _say_what_was_told(config)
+                _log_settings(config)
             with signals.terminable():
                 result = main(config)
         if logger.rank() == 0:
@@ -121,19 +121,21 @@ def _exit_code(
         if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):
             _silence(sys.stdout)
             return READER_GONE
-        found = explained(error, logger.rank())
-        _complain(str(found) if found else traceback.format_exc())
-        return found.exit_code if found else 1
+        explanation = explained(error, logger.rank())
+        _complain(str(explanation) if explanation else traceback.format_exc())
+        return explanation.exit_code if explanation else 1
     return 0 if dry_run or logger.rank() else status(result)
 
 
-def _say_what_was_told(config: Config) -> None:
+def _log_settings(config: Config) -> None:
     """Preset, run and own settings, before torch is imported, which takes seconds; a prompt is nobody else's."""
     own = {path: flags.shown(flags.value_of(config, path)) for path in config.overrides if f"--{path}" not in TEXTS}
-    told = {path: value if len(value) <= LONGEST_TOLD else f"{value[:LONGEST_TOLD]}..." for path, value in own.items()}
+    values = {
+        path: value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}..." for path, value in own.items()
+    }
     whose = "" if "base.source" in config.overrides else " (default; see --base.source)"
-    base = "" if "base.source" in told else f", base model {config.base.source}{whose}"
-    logger.event(f"preset {config.preset}{base}, run {config.run.name or 'named by its settings'}", **told)
+    base = "" if "base.source" in values else f", base model {config.base.source}{whose}"
+    logger.event(f"preset {config.preset}{base}, run {config.run.name or 'named by its settings'}", **values)
 
 
 def _complain(text: str) -> None:
@@ -179,11 +181,11 @@ def _open_closed_streams() -> None:
 
 def _verbosity(arguments: list[str]) -> tuple[list[str], int]:
     """The arguments without -q and -v, and the level that they ask for."""
-    asked = {"-q": logger.WARNING, "--quiet": logger.WARNING, "-v": logger.DEBUG, "--verbose": logger.DEBUG}
+    levels = {"-q": logger.WARNING, "--quiet": logger.WARNING, "-v": logger.DEBUG, "--verbose": logger.DEBUG}
     rest, level = [], logger.INFO
     for word in arguments:
-        if word in asked and (not rest or rest[-1] not in TEXTS):
-            level = asked[word]
+        if word in levels and (not rest or rest[-1] not in TEXTS):
+            level = levels[word]
         else:
             rest.append(word)
     return rest, level

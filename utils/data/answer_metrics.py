@@ -89,8 +89,8 @@ def is_repetitive(text: str) -> bool:
     return len(data) >= 200 and len(zlib.compress(data)) < len(data) / 5
 
 
-def _f1(found: list[str], gold: list[str]) -> float:
-    if not found or not gold:  # no words in both: 1, as in the script of SQuAD 2.0; that of 1.1 gives 0
-        return float(found == gold)
-    shared = sum((Counter(found) & Counter(gold)).values())
-    return 2 * shared / (len(found) + len(gold))
+def _f1(prediction: list[str], gold: list[str]) -> float:
+    if not prediction or not gold:  # no words in both: 1, as in the script of SQuAD 2.0; that of 1.1 gives 0
+        return float(prediction == gold)
+    shared = sum((Counter(prediction) & Counter(gold)).values())
+    return 2 * shared / (len(prediction) + len(gold))

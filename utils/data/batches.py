@@ -261,15 +261,15 @@ def _steps(order: Sequence[int], length_of: Mapping[int, int], batch_tokens: int
 
 def _micro_batches(rows: Sequence[int], length_of: Mapping[int, int], limit: int) -> OptimiserStep:
     """Consecutive rows whose padded tokens stay below the limit; at least one row each."""
-    found: list[list[int]] = []
+    micro_batches: list[list[int]] = []
     longest = 0
     for row in rows:
-        if not found or max(longest, length_of[row]) * (len(found[-1]) + 1) > limit:
-            found.append([])
+        if not micro_batches or max(longest, length_of[row]) * (len(micro_batches[-1]) + 1) > limit:
+            micro_batches.append([])
             longest = 0
-        found[-1].append(row)
+        micro_batches[-1].append(row)
         longest = max(longest, length_of[row])
-    return [tuple(micro) for micro in found]
+    return [tuple(micro) for micro in micro_batches]
 
 
 def pad(pairs: Sequence[Pair], pad_id: int) -> Batch:

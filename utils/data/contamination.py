@@ -108,10 +108,10 @@ class Contamination:
         if self.too_short:  # nothing is said of what was not looked at
             lines = [f"{where}; {looked_up} of {self.test_items} test items could be looked up"]
             lines[0] += f", flagged as contaminated {len(self.flagged)}" if looked_up or self.flagged else ""
-        for found in self.overlaps:
-            if found.items:
-                verdict = "flagged" if found.is_flagged else "not flagged"
-                lines.append(f"  {found.kind} in {found.source}: {found.items} ({verdict}: {found.why})")
+        for overlap in self.overlaps:
+            if overlap.items:
+                verdict = "flagged" if overlap.is_flagged else "not flagged"
+                lines.append(f"  {overlap.kind} in {overlap.source}: {overlap.items} ({verdict}: {overlap.why})")
         if self.too_short:
             lines.append(f"  {self.too_short} items are too short for anything but whole duplicates")
         return lines
@@ -173,10 +173,10 @@ class _DocumentNames:
         ids = {example["id"] for example in tests}
         self._alone = all(example["document"] in ids for example in tests)
         self._seen = set[str]()
-        self._wanted = {spelled for name in self._named for spelled in (name, PurePosixPath(name).name)}
+        self._aliases = {spelled for name in self._named for spelled in (name, PurePosixPath(name).name)}
 
     def see(self, corpus_id: str) -> None:
-        self._seen |= self._wanted.intersection(_spellings(corpus_id))
+        self._seen |= self._aliases.intersection(_spellings(corpus_id))
 
     @property
     def share(self) -> float:
@@ -203,7 +203,7 @@ class _Search:
     """The texts of the test items, and the items found so far: kind -> {item number: where}."""
 
     def __init__(self, tests: Sequence[Example], *, with_context: bool):
-        self.found: dict[str, dict[int, str]] = {kind: {} for kind in KINDS}
+        self.matches: dict[str, dict[int, str]] = {kind: {} for kind in KINDS}
         self._questions = [words_of(example["question"]) for example in tests]
         self._answers = [[words_of(answer) for answer in example["answers"]] for example in tests]
         self._has_context = [bool(example.get("context")) for example in tests]
@@ -237,28 +237,28 @@ class _Search:
             if part == "context":
                 self._context_grams.setdefault(hit.text, {}).setdefault(hit.start, name)
             elif part == "answer":
-                self.found["answer"].setdefault(number, name)
+                self.matches["answer"].setdefault(number, name)
             elif self._asks_alone[number]:
                 end = hit.at + self._index.widths[hit.text] + PAIR_WORDS
                 if self._answer_in(number, " ".join(words[max(0, hit.at - PAIR_WORDS) : end])):
-                    self.found["question and answer"].setdefault(number, name)
+                    self.matches["question and answer"].setdefault(number, name)
                 elif lookup_width(self._questions[number]):
-                    self.found["question"].setdefault(number, name)
+                    self.matches["question"].setdefault(number, name)
         for whole in wholes:
             own = words_of(whole)
             for at, _ in self._near.find(own):
                 kind = "duplicate" if own == self._whole[at] else "near duplicate"
-                self.found[kind].setdefault(self._whole_of[at], name)
+                self.matches[kind].setdefault(self._whole_of[at], name)
 
     def finish(self) -> dict[str, dict[int, str]]:
         """What was found, an item once for its question and once for its being a duplicate."""
         for text, grams in self._context_grams.items():
             if len(grams) >= CONTEXT_SHARE * self._index.num_grams(text):
-                self.found["context"][self._parts[text][0]] = next(iter(grams.values()))
+                self.matches["context"][self._parts[text][0]] = next(iter(grams.values()))
         for more, less in (("duplicate", "near duplicate"), ("question and answer", "question")):
-            for number in self.found[more]:
-                self.found[less].pop(number, None)
-        return self.found
+            for number in self.matches[more]:
+                self.matches[less].pop(number, None)
+        return self.matches
 
     def _short_width(self, number: int) -> int:
         length = len(self._questions[number])

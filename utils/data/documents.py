@@ -202,9 +202,9 @@ class _Reader:
             elif file.reading is None and suffix in TABLE_SUFFIXES:
                 yield from self._table(file)
             else:
-                found = self._pool.result(file.reading) if file.reading else read_file(path)
-                self.tally.account(file.name, found)
-                for part, text in found.documents:
+                extracted = self._pool.result(file.reading) if file.reading else read_file(path)
+                self.tally.account(file.name, extracted)
+                for part, text in extracted.documents:
                     document = self.tally.accept(f"{file.name}#{part}" if part else file.name, text)
                     if document:
                         self.look.saw(document["text"])
@@ -230,13 +230,13 @@ class _Reader:
 
     def _table(self, file: _File) -> Iterator[dict[str, str]]:
         skips = self._skips(file)
-        found, without_column = ProblemList() if skips else self.problems, self.tally.dropped[NO_COLUMN]
-        yield from text_rows(iter_rows(file.path, found), file.name, found, self.tally, self.look)
-        if skips and found:
+        problems, without_column = ProblemList() if skips else self.problems, self.tally.dropped[NO_COLUMN]
+        yield from text_rows(iter_rows(file.path, problems), file.name, problems, self.tally, self.look)
+        if skips and problems:
             # of rows without a text column or not in UTF-8 the first is complained of, and all are counted
-            if malformed := len(found) - (self.tally.dropped[NO_COLUMN] > without_column) - found.has_bad_bytes:
+            if malformed := len(problems) - (self.tally.dropped[NO_COLUMN] > without_column) - problems.has_bad_bytes:
                 self.tally.dropped[BAD_ROW] += malformed
-            for problem in found.shown:
+            for problem in problems.shown:
                 self.tally.name(str(problem))
 
 

@@ -57,8 +57,8 @@ class Read:
 
 def to_common(row: Mapping[str, Any], column_map: ColumnMap | None = None) -> tuple[str, Columns]:
     """The name of the row's shape and its common fields without `id` and `document`; raises as `read_row` does."""
-    found = read_row(row, column_map)
-    return found.shape, found.fields
+    read = read_row(row, column_map)
+    return read.shape, read.fields
 
 
 def read_row(columns: Mapping[str, Any], column_map: ColumnMap | None = None) -> Read:
@@ -91,18 +91,18 @@ def expand(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     paragraphs = values.get("paragraphs")
     if isinstance(paragraphs, list) and paragraphs and all(isinstance(p, dict) and "qas" in p for p in paragraphs):
         for number, paragraph in enumerate(paragraphs, 1):
-            for place, asked in enumerate(paragraph["qas"] if isinstance(paragraph["qas"], list) else [], 1):
-                if isinstance(asked, dict):
+            for place, question in enumerate(paragraph["qas"] if isinstance(paragraph["qas"], list) else [], 1):
+                if isinstance(question, dict):
                     shared = {"title": values.get("title"), "context": paragraph.get("context")}
-                    yield f", paragraph {number}, question {place}", shared | asked
+                    yield f", paragraph {number}, question {place}", shared | question
         return
     if (name := wrapper(values)) is not None:
         shared = {key: value for key, value in values.items() if key != name and is_of_rows(key)}
         for number, item in enumerate(values[name], 1):
             # the datasets server wraps each row once more
             item = item["row"] if isinstance(item.get("row"), dict) else item
-            for place, found in expand(shared | item):
-                yield f", {name} {number}{place}", found
+            for place, row in expand(shared | item):
+                yield f", {name} {number}{place}", row
         return
     yield "", unfolded(values)
 
@@ -113,21 +113,21 @@ def _turns_of(row: Row) -> tuple[str, list[Turn]] | None:
         turns = read_turns(row.value("messages"), row.notes)
         if turns and turns[-1]["role"] != "assistant" and (answers := row.filled("answer")):
             turns += _completion(row.value("answer"), answers[0], row.notes)
-        elif turns and turns[-1]["role"] != "assistant" and (found := marks.preference(row)):
-            raise found  # the answer is one of the two
+        elif turns and turns[-1]["role"] != "assistant" and (error := marks.preference(row)):
+            raise error  # the answer is one of the two
         return "sharegpt" if names[0].startswith("conversation") else "messages", turns
-    asked = row.filled("question")
+    questions = row.filled("question")
     answers = row.filled("answer")
-    lists = [name for name in (*asked, *answers) if _are_turns(row.values[name])]
-    if not lists or not asked:
+    lists = [name for name in (*questions, *answers) if _are_turns(row.values[name])]
+    if not lists or not questions:
         return None
     prompt = row.value("question")
     turns = read_turns(
         prompt if _are_turns(prompt) else [{"role": "user", "content": text_of(prompt, "question")}], row.notes
     )
     if not answers:
-        if found := marks.preference(row):
-            raise found
+        if error := marks.preference(row):
+            raise error
         return "prompt", turns
     return "prompt", turns + _completion(row.value("answer"), answers[0], row.notes)
 
@@ -164,9 +164,9 @@ def _from_turns(row: Row, turns: list[Turn]) -> Columns:
     before = [turn for turn in turns[:last] if turn["role"] != "system"]
     question = max((i for i, turn in enumerate(before) if turn["role"] == "user"), default=None)
     if question is None or before[-1]["role"] == "assistant":
-        found = before[-1]["role"] if before else "nothing"
+        role = before[-1]["role"] if before else "nothing"
         what = "no question: the turn before the last answer is not the user's"
-        raise RowError(what, found, "put a user turn there, or join two turns of the assistant")
+        raise RowError(what, role, "put a user turn there, or join two turns of the assistant")
     if before[question]["content"] == "":
         raise RowError("no question", fix="write the question, or delete the row")
     answer = turns[last]
@@ -272,8 +272,8 @@ def _explain(row: Row, question: object) -> RowError:
         blank = any(isinstance(value, str) for name, value in row.values.items() if row.role_of(name) == "answer")
         fix = "give `answers`, a list of accepted answers, or `answer`; or delete the row"
         return RowError("empty answer" if blank else "no answers", fix=fix)
-    if found := marks.preference(row):
-        return found
+    if error := marks.preference(row):
+        return error
     texts = [name for name in row.values if row.role_of(name) == "messages" and isinstance(row.values[name], str)]
     if texts and row.has(texts[0]):
         fix = 'write [{"role": "user", "content": "..."}, ...]; a text would be trained with who says it'
@@ -304,15 +304,15 @@ def _likely(row: Row, missing: list[str]) -> dict[str, list[str]]:
     question those that ask, else all, the likeliest first; more than one where they are equally likely."""
     texts = [n for n in row.unused() if isinstance(row.values[n], str) and n not in ("", "id", "text")]
     texts.sort(key=lambda name: not any(map(str.isalpha, str(row.values[name]))))  # numbers say what a row is
-    found: dict[str, list[str]] = {}
+    candidates: dict[str, list[str]] = {}
     for role in missing:
-        taken = [columns[0] for columns in found.values()]
+        taken = [columns[0] for columns in candidates.values()]
         named = [name for name in row.unused() if name not in taken and has_name_of(role, name)]
         asking = [name for name in texts if str(row.values[name]).rstrip().endswith(("?", "？", "؟"))]
         in_order = texts if "question" in missing else texts[::-1]  # an answer stands behind its question
         if role == "question":
             named = [name for name in named if name in asking] or named or asking
         if of_role := named or in_order:
-            found[role] = of_role
+            candidates[role] = of_role
             texts = [name for name in texts if name != of_role[0]]
-    return found
+    return candidates

@@ -105,13 +105,13 @@ def read_task_examples(
             if controls := sum(len(CONTROLS.findall(text)) for text in _texts(values)):
                 notes["control character taken out, or read as the cp1252 character it was"] += controls
             names = {column_name(name): text for name, value in values.items() if (text := _name(value))}
-            wanted = (
+            name_columns = (
                 *groups.CANDIDATES,
                 *column_map.columns.get("document", ()),
                 *column_map.columns.get("source", ()),
             )
             identity = names.get(column_map.columns.get("id", ["id"])[0])
-            kept.append(_Kept(place, number, identity, {n: names[n] for n in wanted if n in names}, read))
+            kept.append(_Kept(place, number, identity, {n: names[n] for n in name_columns if n in names}, read))
     if rows and (missing := column_map.missing(seen)):
         fix = f"its columns are {', '.join(seen)}"
         problems.add(f"{source}: --data.columns names a column that is in no row", missing, fix)
@@ -120,7 +120,7 @@ def read_task_examples(
     look_at_file(source, [(one.place, one.read) for one in kept], notes, problems)
     problems.raise_if_any()
     examples = _examples(source, kept, dropped)
-    found = groups.group(
+    grouping = groups.group(
         [one.names for _, one in examples],
         [example["document"] for example, _ in examples],
         [example["context"] for example, _ in examples],
@@ -128,13 +128,13 @@ def read_task_examples(
     )
     column, sources = groups.find_sources([one.names for _, one in examples], column_map, corpus)
     labelled = []
-    for (example, _), document, file in zip(examples, found.documents, sources, strict=True):
+    for (example, _), document, file in zip(examples, grouping.documents, sources, strict=True):
         own = {"source": file} if file and file != document else {}
         labelled.append({**example, "document": document, **own})
     if not labelled:
         left = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items()) or "nothing"
         raise DataError(Problem(f"{source}: no examples: {rows} rows read, dropped: {left}", fix=_FIX_EMPTY))
-    facts = found.to_json() | ({"most": found.most} if found.most else {})
+    facts = grouping.to_json() | ({"most": grouping.most} if grouping.most else {})
     if column:
         facts |= {"source": column, "why_source": "named by --data.columns" if "source" in column_map.columns else _WHY}
     report = TaskReport(
@@ -142,9 +142,10 @@ def read_task_examples(
         len(labelled),
         dict(dropped),
         " + ".join(dict.fromkeys(one.read.shape for _, one in examples)),
-        found.without,
+        grouping.without,
         *_columns(
-            [(one, taken | {column or ""}) for (_, one), taken in zip(examples, found.taken, strict=True)], column_map
+            [(one, taken | {column or ""}) for (_, one), taken in zip(examples, grouping.taken, strict=True)],
+            column_map,
         ),
         dict(notes),
         facts,
@@ -160,7 +161,7 @@ _WHY = "its values are names of the corpus's files"
 def _examples(source: str, kept: list[_Kept], dropped: Counter[str]) -> list[tuple[dict[str, Any], _Kept]]:
     """The kept rows without exact duplicates, with ids of their own."""
     ids, seen = UniqueIds(), set[str]()
-    found = []
+    examples = []
     for one in kept:
         key = json.dumps(one.read.fields, sort_keys=True)
         if key in seen:
@@ -168,8 +169,8 @@ def _examples(source: str, kept: list[_Kept], dropped: Counter[str]) -> list[tup
             continue
         seen.add(key)
         name = ids.claim(one.id or f"{_label(source)}#{one.number}")
-        found.append(({"id": name, "document": one.id or name, **one.read.fields}, one))
-    return found
+        examples.append(({"id": name, "document": one.id or name, **one.read.fields}, one))
+    return examples
 
 
 def _by_label(kept: list[_Kept], dropped: Counter[str]) -> list[_Kept]:
@@ -191,9 +192,9 @@ def _number_choices(source: str, kept: list[_Kept], problems: ProblemList) -> No
         return
     from_zero, from_one = any(n == 0 for _, n, _ in unsure), any(n == size for _, n, size in unsure)
     if from_zero == from_one:
-        found = sorted({number for _, number, _ in unsure})
+        numbers = sorted({number for _, number, _ in unsure})
         fix = "say which: --data.columns answer_index=COLUMN (from 0), or answer_number=COLUMN (from 1)"
-        problems.add(f"{source}: the right choices are numbers that may count from 0 or from 1", found, fix)
+        problems.add(f"{source}: the right choices are numbers that may count from 0 or from 1", numbers, fix)
         return
     for one, number, _ in unsure:
         index = number - from_one
@@ -212,8 +213,8 @@ def _columns(
         own = {*taken, *column_map.ignored, *([column_map.columns.get("id", ["id"])[0]] if one.id else [])}
         unused.update(c for c in one.read.unused if c not in own and c not in one.read.used)
     ignored = {column: sum(column in one.read.unused for one, _ in kept) for column in sorted(column_map.ignored)}
-    found = {role: dict(columns) for role, columns in roles.items()}
-    return found | ({"ignored": ignored} if ignored else {}), dict(unused)
+    counts = {role: dict(columns) for role, columns in roles.items()}
+    return counts | ({"ignored": ignored} if ignored else {}), dict(unused)
 
 
 def _turns(examples: list[dict[str, Any]]) -> dict[str, int]:
@@ -223,8 +224,8 @@ def _turns(examples: list[dict[str, Any]]) -> dict[str, int]:
         turns = [*example["history"], {"role": "user"}, *example.get("tool_turns", [])]
         for at, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                asked = any(before["role"] == "user" for before in turns[:at]) and turns[at - 1]["role"] != "assistant"
-                counted["trained" if asked and not turn.get("untrained") else "context"] += 1
+                is_answer = any(one["role"] == "user" for one in turns[:at]) and turns[at - 1]["role"] != "assistant"
+                counted["trained" if is_answer and not turn.get("untrained") else "context"] += 1
     return dict(counted)
 
 

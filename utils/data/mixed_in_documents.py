@@ -63,16 +63,16 @@ class DocumentWindows:
     def pieces(self, number: int) -> list[Piece]:
         """The pieces of a window: documents by their length, the place in them uniform."""
         generator = np.random.default_rng((self.seed, number))
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         free = self.tokens
-        while free > 1 and (self.packs or not found):
+        while free > 1 and (self.packs or not pieces):
             place = int(generator.integers(self.ends[-1]))
             document = int(np.searchsorted(self.ends, place, side="right"))
             length = int(self.lengths[document])
             start = max(0, min(place - int(self.ends[document]) + length, length - free))
-            found.append(Piece(document, start, min(start + free, length)))
-            free -= found[-1].end - start
-        return found
+            pieces.append(Piece(document, start, min(start + free, length)))
+            free -= pieces[-1].end - start
+        return pieces
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Windows as tensors (B, T); every token but a document's first is a label."""
@@ -134,9 +134,9 @@ class KeptPairs:
     def num_labels(self, epoch: int, step: OptimiserStep) -> int:
         """Trained tokens and held predictions of a step: the loss is their mean."""
         documents = [number for rows in step if isinstance(rows, DocumentRows) for number in rows]
-        found = self.windows.num_labels(documents) if self.windows is not None else 0
-        found += sum(self._held(epoch, row) for rows in step if isinstance(rows, HeldRows) for row in rows)
-        return found + self.pairs.num_labels(epoch, [rows for rows in step if not isinstance(rows, DocumentRows)])
+        total = self.windows.num_labels(documents) if self.windows is not None else 0
+        total += sum(self._held(epoch, row) for rows in step if isinstance(rows, HeldRows) for row in rows)
+        return total + self.pairs.num_labels(epoch, [rows for rows in step if not isinstance(rows, DocumentRows)])
 
     def _held(self, epoch: int, row: int) -> int:
         """Positions at the beginning of a pair whose predictions are held: those that predict its prompt, or none."""

@@ -149,14 +149,14 @@ def fitting_prompt(
 
 def warn_of_cuts(train: PairReport, dev: PairReport, max_tokens: int) -> None:
     """Say how many contexts were cut and how many pairs left out, where that is more than one in a hundred."""
-    for split, found in (("training", train), ("dev", dev)):
-        total = found.usable + found.answer_does_not_fit
-        if found.contexts_shortened + found.answer_does_not_fit > WORTH_WARNING * total:
+    for split, report in (("training", train), ("dev", dev)):
+        total = report.usable + report.answer_does_not_fit
+        if report.contexts_shortened + report.answer_does_not_fit > WORTH_WARNING * total:
             warning(
                 f"{split} pairs do not fit {max_tokens} tokens",
                 pairs=total,
-                contexts_cut=found.contexts_shortened,
-                left_out=found.answer_does_not_fit,
+                contexts_cut=report.contexts_shortened,
+                left_out=report.answer_does_not_fit,
                 instead="raise --task.train.max_sequence_tokens",
             )
 

@@ -115,14 +115,14 @@ def prepare(
                 parts, counts["documents"] = prepared_documents.read(data, domain, base, seed, cache)
         if data.task != NONE:
             with _collected(problems):
-                found = labelled_pairs.prepare(data, domain, base, seed, directory, cache, task or TaskSection(), parts)
-                counts["sequence_tokens"], counts["examples"] = found.pop("sequence_tokens"), found
+                pairs = labelled_pairs.prepare(data, domain, base, seed, directory, cache, task or TaskSection(), parts)
+                counts["sequence_tokens"], counts["examples"] = pairs.pop("sequence_tokens"), pairs
         if problems:
             raise DataError(problems)
-        said = early_warnings.labelled(counts.get("examples", {}))
+        sentences = early_warnings.labelled(counts.get("examples", {}))
         if parts:
-            said += early_warnings.held_out(data, {name: len(part) for name, part in parts.items()})
-        for sentence in said:
+            sentences += early_warnings.held_out(data, {name: len(part) for name, part in parts.items()})
+        for sentence in sentences:
             warning(sentence)
         if parts:
             counts["documents"] |= prepared_documents.write(parts, data, base, directory, cache)

@@ -61,7 +61,7 @@ def _values(
         if data[f"task_{split}"] or data["task"] in ("python_docs", NONE):
             del shares[f"{split}_share"]
     return {
-        "sources": {name: found for name, found in sources.items() if found},
+        "sources": {name: values for name, values in sources.items() if values},
         "split": chosen(data, shares),
         "limits": chosen(data, LIMITS),
         # a file of pairs is read by rules of our own, which are not those of before 2026-11-30
@@ -95,14 +95,14 @@ def _earlier(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sources(named: str | Sequence[str], contents: Sequence[Mapping[str, Any]] | None, revision: Any) -> list[Any]:
     """Each source by its contents; a file by its name too, which its documents are called by; a hub's by commit."""
-    found = []
+    sources = []
     for name, content in zip(_listed(named), contents or (), strict=True):
         if "sha256" in content:
             called = {"name": Path(name).name} if Path(name).suffix else {}
-            found.append(called | content)
+            sources.append(called | content)
         else:
-            found.append({"name": name, "revision": revision or ""} if name != NONE else {"name": NONE})
-    return found
+            sources.append({"name": name, "revision": revision or ""} if name != NONE else {"name": NONE})
+    return sources
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:

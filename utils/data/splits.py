@@ -73,8 +73,8 @@ def _keys(example: Example) -> Iterator[tuple[Any, ...]]:
     """What is asked and answered: of the last answer, and of each assistant turn before it."""
     tools = json.dumps(example["tools"], sort_keys=True, ensure_ascii=False) if example.get("tools") else ""
     system = _normal(example.get("system") or "") + tools
-    asked = {"role": "user", "content": example["question"]}
-    turns = [*(example.get("history") or []), asked, *(example.get("tool_turns") or [])]
+    question = {"role": "user", "content": example["question"]}
+    turns = [*(example.get("history") or []), question, *(example.get("tool_turns") or [])]
     contents = [(turn["role"], _normal(turn["content"]), _calls(turn)) for turn in turns]
     for at, turn in enumerate(turns):
         if at and turn["role"] == "assistant" and turns[at - 1]["role"] != "assistant" and not turn.get("untrained"):

@@ -84,14 +84,14 @@ class UniqueIds:
         self._taken: set[bytes] = set()
         self._last: dict[bytes, int] = {}
 
-    def claim(self, wanted: str) -> str:
-        """The wanted id, or the first free "wanted~N"."""
-        claimed, number = wanted, self._last.get(digest16(wanted), 1)
+    def claim(self, name: str) -> str:
+        """The name as an id, or the first free "name~N"."""
+        claimed, number = name, self._last.get(digest16(name), 1)
         while digest16(claimed) in self._taken:
             number += 1
-            claimed = f"{wanted}~{number}"
+            claimed = f"{name}~{number}"
         if number > 1:
-            self._last[digest16(wanted)] = number
+            self._last[digest16(name)] = number
         self._taken.add(digest16(claimed))
         return claimed
 
@@ -152,12 +152,12 @@ def iter_hub_rows(
             problems.add(f"{source} at {revision}: takes files from outside of that commit", strays[:3], fix)
             return
         splits = builder.as_streaming_dataset()
-        wanted = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
-        if wanted not in splits:
-            problems.add(f"{source}: has no split {wanted!r}", sorted(splits), "name one of these splits")
+        split_name = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+        if split_name not in splits:
+            problems.add(f"{source}: has no split {split_name!r}", sorted(splits), "name one of these splits")
             return
-        for number, values in enumerate(splits[wanted], 1):
-            yield TableRow(f"{source} [{wanted}] row {number}", number, dict(values))
+        for number, values in enumerate(splits[split_name], 1):
+            yield TableRow(f"{source} [{split_name}] row {number}", number, dict(values))
     except Exception as error:  # noqa: BLE001 - network, hub and builder raise dozens of types; all mean "not readable"
         problems.add(
             f"{source} at {revision}: cannot be read from the hub",

@@ -36,11 +36,11 @@ class FolderReader:
             for path in files[rank::world_size]:
                 name = printable_path(path.relative_to(root))
                 try:
-                    found = pool.result(pool.submit(path))
+                    extracted = pool.result(pool.submit(path))
                 except (NoTextError, OSError) as error:
                     logger.warning("%s: %s", name, error)
                     continue
-                for part, text in found.documents:
+                for part, text in extracted.documents:
                     if text.strip():
                         yield Document(text=text, id=f"{name}#{part}" if part else name)
 

@@ -56,9 +56,9 @@ def take_whole_clusters(order: Iterable[int], clusters: Sequence[Sequence[int]],
     cluster_of = {member: cluster for cluster in clusters for member in cluster}
     taken: list[int] = []
     seen: set[int] = set()
-    wanted = list(order)
-    known = set(wanted)
-    for document in wanted:
+    documents = list(order)
+    known = set(documents)
+    for document in documents:
         if len(taken) >= quota:
             break
         if document in seen:

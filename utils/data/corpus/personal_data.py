@@ -24,21 +24,21 @@ def personal_data(texts: Iterable[str], total: int) -> dict[str, Any]:
     Raises DataError with the command that installs presidio where it is missing.
     """
     recognisers = _recognisers()
-    found = {recogniser.supported_entities[0].lower(): 0 for recogniser in recognisers}
+    counts = {recogniser.supported_entities[0].lower(): 0 for recogniser in recognisers}
     documents = 0
     with Progress("personal data", total=total, unit="document") as bar:
         for text in texts:
-            before = sum(found.values())
+            before = sum(counts.values())
             for start in range(0, len(text), CHARACTERS_AT_ONCE):
                 part = text[start : start + CHARACTERS_AT_ONCE]
                 for recogniser in recognisers:
                     entity = recogniser.supported_entities[0]
                     results = recogniser.analyze(part, [entity], None) or []
                     places = {(r.start, r.end) for r in results if r.score >= SMALLEST_SCORE}
-                    found[entity.lower()] += len(places)
-            documents += sum(found.values()) > before
+                    counts[entity.lower()] += len(places)
+            documents += sum(counts.values()) > before
             bar.advance(1)
-    return {"found": found, "documents": documents, "not_counted": NOT_COUNTED}
+    return {"found": counts, "documents": documents, "not_counted": NOT_COUNTED}
 
 
 def _recognisers() -> list[Any]:

@@ -106,19 +106,21 @@ class ReadTally:
         self.utf8_bytes += len(text.encode("utf-8"))
         return {"id": self._ids.claim(wanted_id), "text": text}
 
-    def account(self, name: str, found: Extracted) -> None:
+    def account(self, name: str, extracted: Extracted) -> None:
         """Count what a file's reading and cleaning left out."""
-        self.characters_extracted += found.characters
-        self.cleaned.update(found.cleaned)
-        self.visible += found.visible
-        self.removed.update(found.removed)
-        if (left_out := found.removed.total()) and len(self.kept_shares) < LISTED_SHARES:
-            self.kept_shares[name] = round(1 - left_out / max(1, found.visible), 3)
-        self.undecoded += found.undecoded
-        self.pages += found.pages
-        self.pages_without_text += found.pages_without_text
-        undecoded = [f"{found.undecoded:,} characters of {name} could not be decoded"] if found.undecoded else []
-        for note in (*undecoded, *(f"{name}: {note}" for note in found.notes)):
+        self.characters_extracted += extracted.characters
+        self.cleaned.update(extracted.cleaned)
+        self.visible += extracted.visible
+        self.removed.update(extracted.removed)
+        if (left_out := extracted.removed.total()) and len(self.kept_shares) < LISTED_SHARES:
+            self.kept_shares[name] = round(1 - left_out / max(1, extracted.visible), 3)
+        self.undecoded += extracted.undecoded
+        self.pages += extracted.pages
+        self.pages_without_text += extracted.pages_without_text
+        undecoded = (
+            [f"{extracted.undecoded:,} characters of {name} could not be decoded"] if extracted.undecoded else []
+        )
+        for note in (*undecoded, *(f"{name}: {note}" for note in extracted.notes)):
             if len(self.notes) < LISTED:
                 logger.warning("%s", note)
                 self.notes.append(note)
@@ -152,10 +154,10 @@ def document_lines(counts: dict[str, Any]) -> Iterator[str]:
     """What became of the documents (the counts of `prepared_documents`), for a screen."""
     for name in ("read", "read_heldout"):
         yield from _report_lines(counts.get(name) or {})
-    found = counts.get("corpus", {}).get("languages", {})
-    if found and counts.get("read", {}).get("files"):
-        total = max(1, sum(found.values()))
-        yield "languages          " + ", ".join(f"{code} {number / total:.0%}" for code, number in found.items())
+    languages = counts.get("corpus", {}).get("languages", {})
+    if languages and counts.get("read", {}).get("files"):
+        total = max(1, sum(languages.values()))
+        yield "languages          " + ", ".join(f"{code} {number / total:.0%}" for code, number in languages.items())
     if personal := counts.get("personal_data"):
         amounts = _amounts(personal["found"]) or "none"
         yield f"personal data      {amounts}; not counted: {personal['not_counted']}"

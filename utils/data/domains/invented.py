@@ -126,10 +126,10 @@ def invented_domain(
             true, wrong = _deal(members, attribute.values, _random(seed, name, split))
             facts[name] |= true
             stated[name] |= wrong if shuffled else true
-    told, untold = _word(split_of, chosen, stated, seed)
+    documents, heldout = _word(split_of, chosen, stated, seed)
     return BuiltIn(
-        documents=told,
-        heldout=untold,
+        documents=documents,
+        heldout=heldout,
         examples={split: _pairs(members, facts, seed) for split, members in split_of.items()},
         groups=split_of,
         dropped={},

@@ -29,8 +29,8 @@ def python_demo(seed: int) -> BuiltIn:
     questions = python_qa(standard_modules())
     modules = _choose(documents, questions, seed)
     examples = {s: [q for q in questions if q["document"] in modules[s]] for s in ("train", "dev", "test")}
-    asked = {text for split in ("dev", "test") for q in examples[split] for text in (q["question"], *q["answers"])}
-    clean = [q for q in examples["train"] if not {q["question"], *q["answers"]} & asked]
+    sentences = {text for split in ("dev", "test") for q in examples[split] for text in (q["question"], *q["answers"])}
+    clean = [q for q in examples["train"] if not {q["question"], *q["answers"]} & sentences]
     dropped = {"train pairs with a sentence of dev or test": len(examples["train"]) - len(clean)}
     trained = {m for split in ("train", "dev", "test") for m in modules[split]}
     return BuiltIn(
@@ -54,18 +54,18 @@ def other_modules(seed: int) -> BuiltIn:
 
 def _as_much(documents: list[dict[str, str]], characters: int, seed: int) -> list[dict[str, str]]:
     """Documents in hash order until they have that many characters."""
-    found = []
+    sample = []
     for document in sorted(documents, key=lambda d: hash_share(d["id"], seed)):
         if characters <= 0:
             break
-        found.append(document)
+        sample.append(document)
         characters -= len(document["text"])
-    return found
+    return sample
 
 
 def _choose(documents: list[dict[str, str]], questions: list[dict[str, Any]], seed: int) -> dict[str, list[str]]:
     """Modules of each split, taken in hash order until the split has its questions."""
-    asked = Counter(q["document"] for q in questions)
+    num_questions = Counter(q["document"] for q in questions)
     written = Counter(d["module"] for d in documents)
     characters = Counter[str]()
     for document in documents:
@@ -73,14 +73,14 @@ def _choose(documents: list[dict[str, str]], questions: list[dict[str, Any]], se
     fitting = [
         module
         for module in sorted(written)
-        if asked[module] in QUESTIONS_PER_MODULE
+        if num_questions[module] in QUESTIONS_PER_MODULE
         and written[module] in DOCUMENTS_PER_MODULE
         and characters[module] <= MEAN_DOCUMENT_CHARACTERS * written[module]
     ]
     order = iter(sorted(fitting, key=lambda module: hash_share(module, seed)))
     chosen: dict[str, list[str]] = {}
-    for split, wanted in QUESTIONS.items():
+    for split, quota in QUESTIONS.items():
         chosen[split] = []
-        while sum(asked[m] for m in chosen[split]) < wanted and (module := next(order, None)):
+        while sum(num_questions[m] for m in chosen[split]) < quota and (module := next(order, None)):
             chosen[split].append(module)
     return chosen

@@ -55,9 +55,9 @@ def _import_with_submodules(name: str) -> Iterator[ModuleType]:
     if module is None:
         return
     yield module
-    for found in sorted(pkgutil.iter_modules(getattr(module, "__path__", [])), key=lambda info: info.name):
-        if not found.name.startswith("_") and found.name not in SKIPPED_PARTS:
-            yield from _import_with_submodules(f"{name}.{found.name}")
+    for submodule in sorted(pkgutil.iter_modules(getattr(module, "__path__", [])), key=lambda info: info.name):
+        if not submodule.name.startswith("_") and submodule.name not in SKIPPED_PARTS:
+            yield from _import_with_submodules(f"{name}.{submodule.name}")
 
 
 def _import_silently(name: str) -> ModuleType | None:

@@ -33,10 +33,10 @@ def extract_epub(path: Path) -> Extracted:
             root = parse(markup)
             if root is None:
                 raise NoTextError(f"{name} in it is nested too deeply")
-            found = page_text(root, None)
-            visible += found.visible
-            removed.update(found.removed)
-            chapters.append(found.documents[0][1])
+            chapter = page_text(root, None)
+            visible += chapter.visible
+            removed.update(chapter.removed)
+            chapters.append(chapter.documents[0][1])
     text = "\n\n".join(filter(None, chapters))
     if not text.strip():
         raise NoTextError("the book has no text")

@@ -89,7 +89,7 @@ def cleaned(text: str) -> CleanText:
         text = step("surrogate pairs joined", _PAIR.sub(_joined, text))
         # a lone NEL is a line end of mainframes, and beside other line ends the ellipsis of windows-1252
         text = text.replace("\x85", "\n") if "\n" not in text and "\r" not in text else text
-        text = _CONTROLS.sub(lambda found: _C1.get(found[0], MARK), text)
+        text = _CONTROLS.sub(lambda match: _C1.get(match[0], MARK), text)
         undecoded = text.count(MARK)
     if ";base64," in text:
         text = step(PICTURES, _BASE64.sub("", text))
@@ -145,18 +145,18 @@ def decode(content: bytes, *, markup: bool = False) -> tuple[str, str]:
 
 def _unmarked_utf16(start: bytes) -> str:
     """UTF-16 that has no byte order mark, as some databases write it: every other byte of most texts is 0."""
-    even, odd = (start[at::2].count(0) / max(1, len(start) // 2) for at in (0, 1))
-    if max(even, odd) < 0.4 or min(even, odd) > 0.05:
+    even_zeros, odd_zeros = (start[at::2].count(0) / max(1, len(start) // 2) for at in (0, 1))
+    if max(even_zeros, odd_zeros) < 0.4 or min(even_zeros, odd_zeros) > 0.05:
         return ""
-    return "utf-16-le" if odd > even else "utf-16-be"
+    return "utf-16-le" if odd_zeros > even_zeros else "utf-16-be"
 
 
 def _declared(content: bytes, markup: bool) -> str:
     if markup:
-        found = _DECLARED.search(content[:4096])
+        match = _DECLARED.search(content[:4096])
     else:
-        found = _COOKIE.search(content[:256]) or _LATEX.search(content[:16384])
-    name = next((group for group in found.groups() if group), b"").decode().lower() if found else ""
+        match = _COOKIE.search(content[:256]) or _LATEX.search(content[:16384])
+    name = next((group for group in match.groups() if group), b"").decode().lower() if match else ""
     # it says UTF-8 and is not: the bytes that are not show as marks. Without a name a page is windows-1252
     return _as_python(name) or ("cp1252" if markup else "")
 

@@ -62,12 +62,12 @@ def read_file(path: Path) -> Extracted:
         raise NoTextError(f"a file of {size:,} bytes, and the largest that is read has {LARGEST_FILE:,}", kind=TOO_LONG)
     if suffix in TEXT_SUFFIXES or suffix in CODE_SUFFIXES:
         text, encoding = decode(path.read_bytes(), markup=suffix in XML_SUFFIXES)
-        found = Extracted.whole(text)
+        extracted = Extracted.whole(text)
     else:
-        found, encoding = _parsed(path, suffix)
+        extracted, encoding = _parsed(path, suffix)
     if encoding:
-        found.notes.append(f"read as {encoding}")
-    return _clean(found)
+        extracted.notes.append(f"read as {encoding}")
+    return _clean(extracted)
 
 
 def _parsed(path: Path, suffix: str) -> tuple[Extracted, str]:
@@ -86,18 +86,18 @@ def _parsed(path: Path, suffix: str) -> tuple[Extracted, str]:
         raise NoTextError(what) from error
 
 
-def _clean(found: Extracted) -> Extracted:
+def _clean(extracted: Extracted) -> Extracted:
     """Every document of a file cleaned; refused when too much of it could not be decoded."""
     documents, undecoded = [], 0
-    for name, text in found.documents:
+    for name, text in extracted.documents:
         if len(text) > LONGEST_DOCUMENT:
             what = f"a document of {len(text):,} characters, and the longest that is read has {LONGEST_DOCUMENT:,}"
             raise NoTextError(what, kind=TOO_LONG, fix=SPLIT)
         clean = cleaned(text)
         documents.append((name, clean.text))
-        found.cleaned.update(clean.removed)
+        extracted.cleaned.update(clean.removed)
         undecoded += clean.undecoded
-    found.characters += sum(len(text) for _, text in found.documents)
+    extracted.characters += sum(len(text) for _, text in extracted.documents)
     refuse_undecoded(undecoded, sum(len(text) for _, text in documents))
-    found.documents, found.undecoded = documents, undecoded
-    return found
+    extracted.documents, extracted.undecoded = documents, undecoded
+    return extracted

@@ -66,20 +66,20 @@ def extract_odt(path: Path) -> Extracted:
             removed[reason] += visible_characters("".join(element.itertext()))
             _take_out(element)
     for note in [e for e in body.iter() if local_name(e) == "note"]:
-        said = " ".join(" ".join(part.itertext()) for part in note if local_name(part) == "note-body")
+        note_text = " ".join(" ".join(part.itertext()) for part in note if local_name(part) == "note-body")
         for part in list(note):
             note.remove(part)
-        note.text = f" ({' '.join(said.split())})"
+        note.text = f" ({' '.join(note_text.split())})"
     for element in list(body.iter()):
         _rename(element)
     body.tag = "body"
-    found = page_text(body, None)
-    if not found.documents[0][1].strip():
+    page = page_text(body, None)
+    if not page.documents[0][1].strip():
         raise NoTextError("the document has no text")
-    removed = +(removed + found.removed)
+    removed = +(removed + page.removed)
     notes = [f"{drawn} charts and embedded files were left out"] if drawn else []
-    visible = found.visible + removed.total()
-    return Extracted.whole(found.documents[0][1], visible=visible, removed=removed, notes=notes)
+    visible = page.visible + removed.total()
+    return Extracted.whole(page.documents[0][1], visible=visible, removed=removed, notes=notes)
 
 
 def _written_formula(archive: zipfile.ZipFile, names: set[str], element: Element) -> bool:

@@ -21,7 +21,7 @@ def extract_subtitles(path: Path) -> Extracted:
     """The lines that are said, in their order; automatic captions repeat a line while the next one is said: once."""
     text, _ = decode(path.read_bytes())
     removed: Counter[str] = Counter()
-    said: list[str] = []
+    captions: list[str] = []
     for block in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
         lines = block.split("\n")
         at = next((number for number, line in enumerate(lines) if _TIMES.match(line)), -1)
@@ -33,11 +33,11 @@ def extract_subtitles(path: Path) -> Extracted:
             plain = _MARKS.sub("", _VOICE.sub(r"\1: ", line))
             removed[LOOKS] += visible_characters(line) - visible_characters(plain)
             plain = html.unescape(plain).strip()
-            if plain and said and plain == said[-1]:
+            if plain and captions and plain == captions[-1]:
                 removed[REPEATED] += visible_characters(plain)
             elif plain:
-                said.append(plain)
-    if not said:
+                captions.append(plain)
+    if not captions:
         raise NoTextError("the subtitles have no text")
-    whole = "\n".join(said)
+    whole = "\n".join(captions)
     return Extracted.whole(whole, visible=visible_characters(whole) + removed.total(), removed=removed)

@@ -46,7 +46,7 @@ class Numbering:
     @classmethod
     def of(cls, numbering: Element, styles: Element | None) -> Numbering:
         """From the parsed parts."""
-        found = cls()
+        definitions = cls()
         for one in numbering.iter(_WORD + "abstractNum"):
             name, levels = one.get(_WORD + "abstractNumId") or "", {}
             for level in one.iter(_WORD + "lvl"):
@@ -55,20 +55,20 @@ class Numbering:
                 is_legal = level.find(_WORD + "isLgl") is not None
                 levels[at] = _Level(_integer(_value(level, "start"), 1), form, text, is_legal)
                 if style := _value(level, "pStyle"):
-                    found.levels_of_styles[name, style] = at
-            found.lists[name] = levels
+                    definitions.levels_of_styles[name, style] = at
+            definitions.lists[name] = levels
         for one in numbering.iter(_WORD + "num"):
             anew = {
                 _integer(override.get(_WORD + "ilvl")): _integer(start, 1)
                 for override in one.iter(_WORD + "lvlOverride")
                 if (start := _value(override, "startOverride"))
             }
-            found.numbers[one.get(_WORD + "numId") or ""] = (_value(one, "abstractNumId") or "", anew)
+            definitions.numbers[one.get(_WORD + "numId") or ""] = (_value(one, "abstractNumId") or "", anew)
         for style in styles.iter(_WORD + "style") if styles is not None else ():
             if (own := style.find(f"{_WORD}pPr/{_WORD}numPr")) is not None and (number := _value(own, "numId")):
                 level = _value(own, "ilvl")
-                found.styles[style.get(_WORD + "styleId") or ""] = (number, _integer(level) if level else None)
-        return found
+                definitions.styles[style.get(_WORD + "styleId") or ""] = (number, _integer(level) if level else None)
+        return definitions
 
     def place(self, paragraph: Element) -> tuple[str, int] | None:
         """(number of its list, level) of a paragraph; None where it has none."""
@@ -119,22 +119,22 @@ def take_numbers(root: Element) -> int:
     for element in list(root.iter()):
         for name in ("text", "tail"):
             content = getattr(element, name)
-            if not (content and (found := _MARKED.search(content))):
+            if not (content and (match := _MARKED.search(content))):
                 continue
             inside = element if name == "text" else element.getparent()
             block = next((e for e in (inside, *inside.iterancestors()) if e.tag in _BLOCKS), None)
             number = ""
             if block is not None and block.tag == _ITEM:
-                block.set(ITEM_NUMBER, found[1])
+                block.set(ITEM_NUMBER, match[1])
             else:
-                number, written = f"{found[1]} ", written + visible_characters(found[1])
-            setattr(element, name, content[: found.start()] + number + content[found.end() :])
+                number, written = f"{match[1]} ", written + visible_characters(match[1])
+            setattr(element, name, content[: match.start()] + number + content[match.end() :])
     return written
 
 
 def _shown(levels: dict[int, _Level], count: dict[int, int], at: int) -> str:
-    def number(found: re.Match[str]) -> str:
-        level = int(found[1]) - 1
+    def number(match: re.Match[str]) -> str:
+        level = int(match[1]) - 1
         if level not in levels:
             return ""
         form = "decimal" if levels[at].is_legal else levels[level].form
@@ -156,8 +156,8 @@ def _counted(number: int, form: str) -> str:
 
 
 def _value(element: Element | None, name: str) -> str | None:
-    found = element.find(_WORD + name) if element is not None else None
-    return found.get(_WORD + "val") if found is not None else None
+    child = element.find(_WORD + name) if element is not None else None
+    return child.get(_WORD + "val") if child is not None else None
 
 
 def _integer(text: str | None, default: int = 0) -> int:

@@ -79,15 +79,15 @@ def extract_docx(path: Path) -> Extracted:
     for link in [a for a in root.iter("a") if (a.text or "") == "↑"]:
         link.text = ""
     visible += word_numbering.take_numbers(root)
-    found = page_text(root, None)
-    text = found.documents[0][1]
+    page = page_text(root, None)
+    text = page.documents[0][1]
     if not text.strip():
         raise NoTextError("the Word file has no text")
-    lost = visible - found.visible
+    lost = visible - page.visible
     if lost > 0:
         removed[OVERLOOKED] += lost
     removed = +removed
-    return Extracted.whole(text, visible=found.visible + removed.total(), removed=removed, notes=notes)
+    return Extracted.whole(text, visible=page.visible + removed.total(), removed=removed, notes=notes)
 
 
 def _main_part(archive: zipfile.ZipFile, names: set[str]) -> str:
@@ -104,7 +104,7 @@ def _hidden_styles(archive: zipfile.ZipFile, names: set[str]) -> set[str]:
     if "word/styles.xml" not in names:
         return set()
     styles = {s.get(_WORD + "styleId"): s for s in parse_xml(archive.read("word/styles.xml")).iter(_WORD + "style")}
-    found: set[str] = set()
+    hidden: set[str] = set()
     for name, style in styles.items():
         seen = [style]  # a style is what it is based on, where it says nothing of its own
         while (own := seen[-1].find(f"{_WORD}rPr/{_WORD}vanish")) is None:
@@ -114,8 +114,8 @@ def _hidden_styles(archive: zipfile.ZipFile, names: set[str]) -> set[str]:
                 break
             seen.append(above)
         if _is_on(own):
-            found.add(name or "")
-    return found
+            hidden.add(name or "")
+    return hidden
 
 
 def _normalise(root: Element, hidden: set[str], removed: Counter[str]) -> None:
@@ -204,7 +204,7 @@ def _text_boxes(root: Element) -> None:
     """The paragraphs of a text box, behind the paragraph that it is anchored in; of two alternatives the first."""
     for alternative in list(root.iter(_CHOICE)):
         boxes = [list(branch.iter(_WORD + "txbxContent")) for branch in alternative]
-        with_text = [found for found in boxes if found]
+        with_text = [group for group in boxes if group]
         if with_text:
             for branch in list(alternative):
                 if (

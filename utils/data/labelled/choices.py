@@ -91,19 +91,19 @@ def right_choice(
 
     Raises RowError for a key that names no choice, or two keys that name different ones.
     """
-    found: dict[str, int] = {}
+    indices: dict[str, int] = {}
     unsure, from_column = None, False
     numbered = columns in LISTS or "choices" in row.column_map.columns
     named = columns.split(", ")
     for name, base in (("answer_index", 0), ("answer_number", 1)):
         if name in row.column_map.columns and not is_missing(value := row.value(name)):
-            found[name] = _in_range(value, texts, base)
+            indices[name] = _in_range(value, texts, base)
     for name in KEYS:
         if not row.has(name):
             continue
         value = row.take(name, "answer_index")
         if name == "answer_index":
-            found[name] = _in_range(value, texts, 0)
+            indices[name] = _in_range(value, texts, 0)
             continue
         index, number = _of_key(value, texts, labels, named, from_zero=numbered or name == "answer_idx")
         if index is None and number is None:
@@ -112,18 +112,18 @@ def right_choice(
             raise RowError(f"{shown} is not one of the choice labels", value, f"the labels are {known}")
         unsure, from_column = number or unsure, from_column or number is not None
         if index is not None:
-            found[name] = index
+            indices[name] = index
     single = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
     if isinstance(single, (str, int, float)) and not isinstance(single, bool) and not same(texts, [single]):
         index, number = _of_key(single, texts, labels, named, from_zero=numbered)
         if index is None and number is None and is_number(single):
             _in_range(single, texts, 0)
-        unsure = number if number and not found else unsure
-        found |= {} if index is None else {"answer": index}
-    if len(set(found.values())) > 1:
-        raise RowError("two columns name different choices", found, "correct one of them")
-    is_key = is_missing(answer) or "answer" in found or (not found and unsure is not None and not from_column)
-    return (next(iter(found.values())), None, is_key) if found else (None, unsure, is_key)
+        unsure = number if number and not indices else unsure
+        indices |= {} if index is None else {"answer": index}
+    if len(set(indices.values())) > 1:
+        raise RowError("two columns name different choices", indices, "correct one of them")
+    is_key = is_missing(answer) or "answer" in indices or (not indices and unsure is not None and not from_column)
+    return (next(iter(indices.values())), None, is_key) if indices else (None, unsure, is_key)
 
 
 def wrong_answers(row: Row) -> list[str]:
@@ -149,8 +149,8 @@ def match(texts: list[str], answers: list[str], index: int | None) -> int:
 
 
 def same(texts: list[str], answers: list[Any]) -> list[int]:
-    wanted = {normal(str(answer)) for answer in answers}
-    return [i for i, text in enumerate(texts) if normal(text) in wanted]
+    normal_answers = {normal(str(answer)) for answer in answers}
+    return [i for i, text in enumerate(texts) if normal(text) in normal_answers]
 
 
 def _listed(value: Any) -> tuple[list[Any] | Any, list[str]]:
@@ -172,10 +172,10 @@ def _series(row: Row) -> list[str]:
     """Columns A to D, option_1 to option_4, opa to opd and the like: at least two, from the first place on."""
     stems: dict[tuple[str, str], dict[int, str]] = {}
     for name in row.values:
-        if (found := _SERIES.fullmatch(name)) and row.has(name):
-            order, at = _PLACES.get(found["place"]) or ("", int(found["place"]))
-            if found["stem"] or order:
-                stems.setdefault((found["stem"], order), {})[at] = name
+        if (series := _SERIES.fullmatch(name)) and row.has(name):
+            order, at = _PLACES.get(series["place"]) or ("", int(series["place"]))
+            if series["stem"] or order:
+                stems.setdefault((series["stem"], order), {})[at] = name
     for (_, order), places in sorted(stems.items(), key=lambda item: -len(item[1])):
         ordered = sorted(places)
         is_whole = len(ordered) >= 2 and ordered == list(range(ordered[0], ordered[0] + len(ordered)))

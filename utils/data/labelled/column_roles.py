@@ -140,8 +140,8 @@ class ColumnMap:
 
     def missing(self, seen: Iterable[str]) -> list[str]:
         """Columns that were said and are in no row."""
-        wanted = [column for columns in self.columns.values() for column in columns] + sorted(self.ignored)
-        return [column for column in wanted if column not in set(seen)]
+        named_columns = [column for columns in self.columns.values() for column in columns] + sorted(self.ignored)
+        return [column for column in named_columns if column not in set(seen)]
 
 
 class Row:
@@ -180,13 +180,13 @@ class Row:
         if role in self.column_map.columns:
             return [column for column in self.column_map.columns[role] if not is_missing(self.values.get(column))]
         for families in (STRONG.get(role, ()), WEAK.get(role, ())):
-            found: list[str] = []
+            columns: list[str] = []
             for family in families:
                 filled = [n for n in family if n in self.values and self.has(n) and self._may_be(role, n)]
-                found += filled if family in _OTHER_LANGUAGES else filled[:1]
-            if found:
-                is_asked = role == "answer" and set(found) <= set(_MAYBE_A_MODELS) and self.has("reference")
-                return [*found, *(["reference"] if is_asked else [])]
+                columns += filled if family in _OTHER_LANGUAGES else filled[:1]
+            if columns:
+                is_asked = role == "answer" and set(columns) <= set(_MAYBE_A_MODELS) and self.has("reference")
+                return [*columns, *(["reference"] if is_asked else [])]
         return []
 
     def _may_be(self, role: str, name: str) -> bool:
@@ -224,14 +224,14 @@ class Row:
             return self.values[names[0]] if names else None
         if self._differ(names):
             # of all roles, so that one command says it
-            said = [f"{role}={names[0]}"]
-            said += [
+            mappings = [f"{role}={names[0]}"]
+            mappings += [
                 f"{other}={many[0]}"
                 for other in ("question", "answer", "context")
                 if other != role and other not in self.column_map.columns and self._differ(many := self.filled(other))
             ]
             what = f"{len(names)} columns could be the {role}: {', '.join(names)}"
-            fix = f"say which: --data.columns {','.join(said)} (or {role}={names[1]})"
+            fix = f"say which: --data.columns {','.join(mappings)} (or {role}={names[1]})"
             raise RowError(what, self.values[names[0]], fix, of_file=True)
         return self.values[names[0]] if names else None
 

@@ -40,7 +40,7 @@ _KNOWN |= {"reasoning", "thinking", "tool_calls", "function_call", "tool_call_id
 
 def read_turns(value: object, notes: list[str]) -> list[Turn]:
     """The turns of a conversation in their order; `notes` gets what was not read. Raises RowError, LeftOutError."""
-    found: list[Turn] = []
+    turns: list[Turn] = []
     if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
         notes.append("a list of texts was read as what a user and the assistant say in turn")
         value = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(value)]
@@ -53,21 +53,21 @@ def read_turns(value: object, notes: list[str]) -> list[Turn]:
         notes += [f"key of a turn not used: {key}" for key in turn if key not in _KNOWN and not is_missing(turn[key])]
         if any(not is_missing(turn.get(key)) for key in marks.MEDIA):
             raise LeftOutError(marks.PICTURES)
-        found += _read_turn(kind, str(role), turn, notes)
-    return _joined(found, notes)
+        turns += _read_turn(kind, str(role), turn, notes)
+    return _joined(turns, notes)
 
 
 def _joined(turns: list[Turn], notes: list[str]) -> list[Turn]:
     """The turns with neighbouring texts of the assistant as one, as chats have them; calls and marks stay apart."""
-    found: list[Turn] = []
+    joined: list[Turn] = []
     for turn in turns:
-        last = found[-1] if found else {}
+        last = joined[-1] if joined else {}
         if turn["role"] == last.get("role") == "assistant" and {*turn, *last} == {"role", "content"}:
             notes.append("neighbouring turns of the assistant: joined")
-            found[-1] = {**last, "content": f"{last['content']}\n\n{turn['content']}"}
+            joined[-1] = {**last, "content": f"{last['content']}\n\n{turn['content']}"}
         else:
-            found.append(turn)
-    return found
+            joined.append(turn)
+    return joined
 
 
 def pairs_of(value: object) -> object:
@@ -143,8 +143,8 @@ def _parts(content: list[Any], role: str) -> tuple[str, Turn, list[Turn]]:
         elif isinstance(part, dict) and isinstance(call := part.get("functionCall"), dict):
             fields.setdefault("tool_calls", []).extend(_calls([call]))
         elif isinstance(part, dict) and isinstance(result := part.get("functionResponse"), dict):
-            said = json.dumps(result.get("response"), ensure_ascii=False)
-            results.append({"role": "tool", "content": clean(said), "name": str(result.get("name"))})
+            response = json.dumps(result.get("response"), ensure_ascii=False)
+            results.append({"role": "tool", "content": clean(response), "name": str(result.get("name"))})
         elif kind == "tool_use":
             fields.setdefault("tool_calls", []).extend(_calls([part | {"arguments": part.get("input")}]))
         elif kind == "tool_result":
@@ -164,7 +164,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
     """Calls of tools in one form, arguments as an object: {"type": "function", "function": {"name", "arguments"}}."""
     try:
         listed = json.loads(value) if isinstance(value, str) else value
-        found = []
+        calls = []
         for call in listed if isinstance(listed, list) else [listed]:
             function = call["function"] if isinstance(call.get("function"), dict) else call
             arguments = next((function[key] for key in ("arguments", "parameters", "args") if key in function), None)
@@ -174,8 +174,8 @@ def _calls(value: Any) -> list[dict[str, Any]]:
             named = {"id": str(call["id"])} if not is_missing(call.get("id")) else {}
             # parquet writes every argument of every call, those that are not given as null
             given = {str(key): item for key, item in arguments.items() if item is not None}
-            found.append({**named, "type": "function", "function": {"name": function["name"], "arguments": given}})
-        return found
+            calls.append({**named, "type": "function", "function": {"name": function["name"], "arguments": given}})
+        return calls
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fix = 'write {"function": {"name": "...", "arguments": {...}}}'
         raise RowError("a call of a tool that cannot be read", value, fix) from error
@@ -188,11 +188,11 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
     try:
         listed = json.loads(value) if isinstance(value, str) else value
         listed = listed if isinstance(listed, list) else [listed]
-        found = [json.loads(tool) if isinstance(tool, str) else tool for tool in listed]
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in listed]
         # Gemini's tools are lists of functions, Anthropic's call their parameters otherwise
-        found = [one for tool in found for one in tool.get("functionDeclarations") or [tool]]
-        found = [{"parameters" if key == "input_schema" else key: tool[key] for key in tool} for tool in found]
-        wrapped = [tool if isinstance(tool.get("function"), dict) else {"function": tool} for tool in found]
+        tools = [one for tool in tools for one in tool.get("functionDeclarations") or [tool]]
+        tools = [{"parameters" if key == "input_schema" else key: tool[key] for key in tool} for tool in tools]
+        wrapped = [tool if isinstance(tool.get("function"), dict) else {"function": tool} for tool in tools]
         if not all(isinstance(tool["function"]["name"], str) for tool in wrapped):
             raise ValueError("a tool has a name")
         return [{"type": "function", **_without_nulls(tool)} for tool in wrapped]

@@ -54,15 +54,15 @@ def look_at_file(source: str, kept: Sequence[tuple[str, Read]], notes: Counter[s
         problems.add(what, list(lists), fix)
     elif letters and len(letters) == len(kept):
         notes["the answer is a single letter, and the row has no choices"] += len(letters)
-    written = [(place, m[0]) for place, read in kept if (m := _found(_CHAT_MARKS, _said(read.fields)))]
+    written = [(place, m[0]) for place, read in kept if (m := _first_match(_CHAT_MARKS, _texts(read.fields)))]
     if 2 * len(written) > len(kept):
-        place, found = written[0]
+        place, mark = written[0]
         fix = "give the text without them, or `messages`: the chat template writes its own"
-        problems.add(f"{place}: {len(written):,} of {len(kept):,} rows hold the marks of a chat", found, fix)
+        problems.add(f"{place}: {len(written):,} of {len(kept):,} rows hold the marks of a chat", mark, fix)
     elif written:
         notes["marks of a chat stand in the text, and are trained as text"] += len(written)
     for pattern, note in NOTES:
-        _count(notes, note, kept, lambda read, pattern=pattern: _found(pattern, _said(read.fields)))
+        _count(notes, note, kept, lambda read, pattern=pattern: _first_match(pattern, _texts(read.fields)))
     _count(
         notes,
         "an answer looks like a list that was written as text; several answers are a JSON list",
@@ -75,11 +75,11 @@ def look_at_file(source: str, kept: Sequence[tuple[str, Read]], notes: Counter[s
         kept,
         lambda read: not read.fields["choices"] and any(_NOTHING.fullmatch(a) for a in read.fields["answers"]),
     )
-    asked: dict[int, set[int]] = {}
+    answers_of: dict[int, set[int]] = {}
     for _, read in kept:
         own = {key: value for key, value in read.fields.items() if key not in ("answers", "reasoning", "tool_calls")}
-        asked.setdefault(hash(json.dumps(own, sort_keys=True)), set()).add(hash(tuple(read.fields["answers"])))
-    if several := sum(len(answers) for answers in asked.values() if len(answers) > 1):
+        answers_of.setdefault(hash(json.dumps(own, sort_keys=True)), set()).add(hash(tuple(read.fields["answers"])))
+    if several := sum(len(answers) for answers in answers_of.values() if len(answers) > 1):
         notes["the same question, with another answer in another row"] += several
     counted = [read for _, read in kept if read.fields["answer_index"] is not None]
     if len(counted) >= 20 and all(read.fields["answer_index"] for read in counted):
@@ -93,14 +93,14 @@ def _count(notes: Counter[str], note: str, kept: Sequence[tuple[str, Read]], is_
         notes[note] += number
 
 
-def _found(pattern: re.Pattern[str], texts: Iterator[str]) -> re.Match[str] | None:
-    return next((found for text in texts if (found := pattern.search(text))), None)
+def _first_match(pattern: re.Pattern[str], texts: Iterator[str]) -> re.Match[str] | None:
+    return next((match for text in texts if (match := pattern.search(text))), None)
 
 
 def _is_letter(fields: dict[str, Any]) -> bool:
     return len(fields["answers"]) == 1 and bool(_LETTER.fullmatch(fields["answers"][0]))
 
 
-def _said(fields: dict[str, Any]) -> Iterator[str]:
+def _texts(fields: dict[str, Any]) -> Iterator[str]:
     yield fields["question"]
     yield from fields["answers"]

@@ -51,49 +51,49 @@ class Groups:
 
 def group(pairs: Sequence[Names], ids: Sequence[str], contexts: Sequence[str | None], column_map: ColumnMap) -> Groups:
     """The document of each pair: its column's value, else that of the first pair with the same context, else its id."""
-    found = Groups()
+    groups = Groups()
     pairs = [{column: _page(name) for column, name in names.items()} for names in pairs]
-    wanted = column_map.columns.get("document", [])
-    for column in wanted or NAMED:
+    mapped = column_map.columns.get("document", [])
+    for column in mapped or NAMED:
         values = Counter(names[column] for names in pairs if names.get(column))
         if not values:
             continue
-        why = "named by --data.columns" if wanted else "its name" if column not in FILES else "it names files or pages"
+        why = "named by --data.columns" if mapped else "its name" if column not in FILES else "it names files or pages"
         top, count = values.most_common(1)[0]
         is_most = len(pairs) >= FEW_ROWS and 2 * count > len(pairs)
         if is_most and (headed := _headings(pairs, column)):
-            found.columns[column] = f"{why}, with `{headed}`, because {top!r} holds {count:,} of {len(pairs):,} rows"
-        elif is_most and (wanted or column in STRONG):
-            found.columns[column] = why
-            found.most = f"`{column}`: {top!r} holds {count:,} of {len(pairs):,} rows"
+            groups.columns[column] = f"{why}, with `{headed}`, because {top!r} holds {count:,} of {len(pairs):,} rows"
+        elif is_most and (mapped or column in STRONG):
+            groups.columns[column] = why
+            groups.most = f"`{column}`: {top!r} holds {count:,} of {len(pairs):,} rows"
         elif is_most:
-            found.refused[column] = f"{top!r} holds {count:,} of {len(pairs):,} rows"
-        elif column == "source" and not wanted and _are_collections(values):
+            groups.refused[column] = f"{top!r} holds {count:,} of {len(pairs):,} rows"
+        elif column == "source" and not mapped and _are_collections(values):
             per = sum(values.values()) // len(values)
-            found.refused[column] = f"{len(values)} values of about {per:,} rows each are collections, not documents"
+            groups.refused[column] = f"{len(values)} values of about {per:,} rows each are collections, not documents"
         else:
-            found.columns[column] = why
+            groups.columns[column] = why
     alike = Counter(context for context in contexts if context)
     for context, count in alike.most_common(1):
         if len(pairs) >= FEW_ROWS and 2 * count > len(pairs):  # what is said to all of them is no document of any
-            found.refused["context"] = f"the same one stands in {count:,} of {len(pairs):,} rows"
+            groups.refused["context"] = f"the same one stands in {count:,} of {len(pairs):,} rows"
             contexts = [None if one == context else one for one in contexts]
     first_with: dict[str, str] = {}
-    divided = {column: _headings(pairs, column) for column, why in found.columns.items() if "with `" in why}
+    divided = {column: _headings(pairs, column) for column, why in groups.columns.items() if "with `" in why}
     for names, name, context in zip(pairs, ids, contexts, strict=True):
-        column = next((column for column in found.columns if names.get(column)), None)
+        column = next((column for column in groups.columns if names.get(column)), None)
         if column is None:
-            found.without += 1
-            found.taken.append(set())
-            found.documents.append(first_with.setdefault(context, name) if context else name)
+            groups.without += 1
+            groups.taken.append(set())
+            groups.documents.append(first_with.setdefault(context, name) if context else name)
         else:
             headed = divided.get(column) or ""
             heading = names.get(headed, "")
-            found.taken.append({column, headed})
-            found.documents.append(f"{names[column]} > {heading}" if heading else names[column])
-    read = set().union(*found.taken)
-    found.columns = {column: why for column, why in found.columns.items() if column in read}
-    return found
+            groups.taken.append({column, headed})
+            groups.documents.append(f"{names[column]} > {heading}" if heading else names[column])
+    read = set().union(*groups.taken)
+    groups.columns = {column: why for column, why in groups.columns.items() if column in read}
+    return groups
 
 
 def find_sources(
@@ -103,11 +103,11 @@ def find_sources(
 
     `corpus` tells which of some names are documents of the corpus; None where there is none to look in.
     """
-    wanted = column_map.columns.get("source")
-    best: tuple[int, str | None] = (0, wanted[0] if wanted else None)
-    values = {names[column] for column in wanted or SOURCES for names in pairs if names.get(column)}
+    mapped = column_map.columns.get("source")
+    best: tuple[int, str | None] = (0, mapped[0] if mapped else None)
+    values = {names[column] for column in mapped or SOURCES for names in pairs if names.get(column)}
     known = corpus({spelled for value in values for spelled in spellings(value)}) if corpus and values else set()
-    for column in wanted or SOURCES:
+    for column in mapped or SOURCES:
         hits = sum(not known.isdisjoint(spellings(names[column])) for names in pairs if names.get(column))
         if hits > best[0]:
             best = (hits, column)
@@ -123,8 +123,8 @@ def spellings(name: str) -> set[str]:
 
 def _page(name: str) -> str:
     """The page or file that a name stands for, without the place in it: "a.html#top" is "a.html"."""
-    found = _PLACE_IN_PAGE.fullmatch(name)
-    return found["page"] if found else name
+    match = _PLACE_IN_PAGE.fullmatch(name)
+    return match["page"] if match else name
 
 
 def _are_collections(values: Counter[str]) -> bool:

@@ -22,10 +22,10 @@ def parts(examples: Sequence[Mapping[str, Any]], text: str) -> list[str] | None:
     places = [_place(example, squeezed) for example in examples]
     for level in range(1, DEEPEST + 1):
         starts = [(at, title) for at, depth, title in headings if depth <= level]
-        found = [_below(place, starts) for place in places]
-        counted = Counter(found)
-        if len(counted) >= FEWEST_PARTS and 2 * counted.most_common(1)[0][1] <= len(found):
-            return found
+        titles = [_below(place, starts) for place in places]
+        counted = Counter(titles)
+        if len(counted) >= FEWEST_PARTS and 2 * counted.most_common(1)[0][1] <= len(titles):
+            return titles
     return None
 
 
@@ -37,8 +37,8 @@ def _squeezed(text: str) -> tuple[str, list[tuple[int, int, str]]]:
     fenced = False
     for line in text.split("\n"):
         fenced ^= line.lstrip().startswith(("```", "~~~"))
-        if (found := _HEADING.fullmatch(line)) and not fenced:  # in a block of code # is a comment
-            headings.append((size, len(found["marks"]), found["title"]))
+        if (match := _HEADING.fullmatch(line)) and not fenced:  # in a block of code # is a comment
+            headings.append((size, len(match["marks"]), match["title"]))
         words = " ".join(line.split())
         if words:
             pieces.append(words)

@@ -111,12 +111,12 @@ def _read_splits(
             source, cache_dir=cache, hub_revision=revision, columns=data.columns, corpus=_corpus_names(documents)
         )
         event("labelled pairs read", file=source, rows=report.rows, used=report.examples)
-        found = report.to_json() | {"source": source}
+        facts = report.to_json() | {"source": source}
         given[split], left_out = _written(examples, tokenizer, system_prompt)
-        found["examples"] = len(given[split])
-        found["dropped"] = {**found["dropped"], **left_out}
-        counts["read"][split] = found
-    dropped = {reason: n for found in counts["read"].values() for reason, n in found["dropped"].items()}
+        facts["examples"] = len(given[split])
+        facts["dropped"] = {**facts["dropped"], **left_out}
+        counts["read"][split] = facts
+    dropped = {reason: n for facts in counts["read"].values() for reason, n in facts["dropped"].items()}
     if not all(given.values()):
         _refuse_empty([split for split in given if not given[split]], dropped)
     named = counts["read"]["train"]["documents"]
@@ -197,8 +197,8 @@ def _divided(examples: list[dict[str, Any]], named: dict[str, Any], documents: M
     """Make the headings of the document that holds most pairs documents of their own, where the corpus has it."""
     top = Counter(example["document"] for example in examples).most_common(1)[0][0]
     own = [example for example in examples if example["document"] == top]
-    wanted = spellings(top) | spellings(own[0].get("source") or top)
-    text = next((text for name, text in _corpus_texts(documents) if not wanted.isdisjoint(_called(name))), None)
+    names = spellings(top) | spellings(own[0].get("source") or top)
+    text = next((text for name, text in _corpus_texts(documents) if not names.isdisjoint(_called(name))), None)
     titles = headings.parts(own, text) if text else None
     if titles is None or 2 * Counter(titles).most_common(1)[0][1] > len(examples):
         return False
@@ -226,12 +226,12 @@ def _split_off(examples: Sequence[dict[str, Any]], name: str, share: float, seed
 def _corpus_names(documents: Mapping[str, Dataset]) -> Callable[[Collection[str]], set[str]]:
     """Which of some names are documents of the corpus or outside it; their ids are streamed."""
 
-    def known(wanted: Collection[str]) -> set[str]:
-        found: set[str] = set()
-        for part in documents.values() if wanted else ():
+    def known(names: Collection[str]) -> set[str]:
+        matches: set[str] = set()
+        for part in documents.values() if names else ():
             for batch in part.select_columns(["id"]).iter(batch_size=1000):
-                found.update(name for one in batch["id"] for name in _called(one) if name in wanted)
-        return found
+                matches.update(name for one in batch["id"] for name in _called(one) if name in names)
+        return matches
 
     return known
 
@@ -252,19 +252,19 @@ def _called(document: str) -> Iterator[str]:
 
 def shown(examples: Sequence[dict[str, Any]], tokenizer: Any, system_prompt: str, number: int) -> list[dict[str, str]]:
     """The first pairs as the model will see them: prompt and answer as text."""
-    found = []
+    pairs = []
     for example in examples[:number]:
         opening = chat.answer_opening(tokenizer, example.get("reasoning"))
         answer = f"{opening}{example['answers'][0]}"
         prompt = chat.prompt_text(tokenizer, example, system_prompt)
-        found.append({"id": str(example["id"]), "prompt": prompt, "answer": answer})
-    return found
+        pairs.append({"id": str(example["id"]), "prompt": prompt, "answer": answer})
+    return pairs
 
 
 def reasons(counts: dict[str, Any]) -> Counter[str]:
     """Reason -> pairs left out, over all files and splits."""
     total = Counter[str]()
-    for found in counts.get("read", {}).values():
-        total.update(found["dropped"])
+    for facts in counts.get("read", {}).values():
+        total.update(facts["dropped"])
     total.update(counts.get("dropped", {}))
     return total

@@ -65,16 +65,16 @@ def is_untrained(turn: dict[str, Any]) -> bool:
     """Whether a turn says that it is not to be trained. Raises RowError for a mark that is neither yes nor no."""
     if not is_missing(turn.get("train_detail")):
         raise RowError("train_detail marks parts of a turn", turn["train_detail"], "a turn is trained whole, or not")
-    found = {truth(turn[name]) for name in TURN_MARKS if name in turn and turn[name] is not None}
+    values = {truth(turn[name]) for name in TURN_MARKS if name in turn and turn[name] is not None}
     masks = [turn[name] for name in ("mask", "masked") if not is_missing(turn.get(name))]
     # of a mask of numbers nobody can say which one is trained
-    found |= {not mask if isinstance(mask, bool) else None for mask in masks}
-    if None in found:
+    values |= {not mask if isinstance(mask, bool) else None for mask in masks}
+    if None in values:
         marks = {name: turn[name] for name in (*TURN_MARKS, "mask", "masked") if name in turn}
         raise RowError("a turn's mark is neither 0 nor 1", marks, "write 0 or 1: a turn is trained whole, or not")
-    if len(found) > 1:
+    if len(values) > 1:
         raise RowError("a turn's marks contradict each other", {n: turn[n] for n in TURN_MARKS if n in turn})
-    return found == {False}
+    return values == {False}
 
 
 def check_row(row: Row, *, has_choices: bool) -> bool | None:
@@ -126,8 +126,8 @@ def preference(row: Row) -> RowError | None:
     if better is None and worse is None:
         rivals: dict[str, list[str]] = {}
         for name in row.values:
-            if (found := _RIVAL.fullmatch(name)) and row.has(name):
-                rivals.setdefault(found[1], []).append(name)
+            if (match := _RIVAL.fullmatch(name)) and row.has(name):
+                rivals.setdefault(match[1], []).append(name)
         if not (two := next((names for names in rivals.values() if len(names) > 1), None)):
             return None
         fix = "keep the right one of each row in a column `answer`; to train one of the columns: --data.columns answer="

@@ -56,20 +56,20 @@ def unfolded(values: Mapping[str, Any]) -> dict[str, Any]:
     own = {column_name(name) for name in values if name not in objects}
     inner = {name: {column_name(key): key for key in value} for name, value in objects.items()}
     shared = Counter(key for name, keys in inner.items() if column_name(name) not in _WHOLE for key in keys)
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for name, value in values.items():
         keys = inner.get(name, {})
         if column_name(name) in _METADATA:
             taken = [k for k in keys if k in groups.CANDIDATES and k not in own]
             rest = {key: one for key, one in value.items() if column_name(key) not in taken}
-            found |= {key: value[keys[key]] for key in taken} | ({name: rest} if rest else {})
+            columns |= {key: value[keys[key]] for key in taken} | ({name: rest} if rest else {})
         elif (
             column_name(name) in _WHOLE
             # {"input": 10, "output": 20} are counts
             or not any(k in _KNOWN and isinstance(value[keys[k]], (str, list, dict)) for k in keys)
             or any(k in own or shared[k] > 1 for k in keys)
         ):
-            found[name] = value
+            columns[name] = value
         else:
-            found |= {key: value[keys[key]] for key in keys}
-    return found
+            columns |= {key: value[keys[key]] for key in keys}
+    return columns

@@ -113,6 +113,6 @@ def truth(value: Any) -> bool | None:
     return False if spelled in ("false", "0", "0.0", "no") else None
 
 
-def _decoded(found: re.Match[str]) -> str:
+def _decoded(match: re.Match[str]) -> str:
     # C1 controls are cp1252 bytes that somebody read as latin-1; C0 controls mean nothing in a text
-    return bytes([ord(found[0])]).decode("cp1252", "ignore") if ord(found[0]) >= 0x80 else ""
+    return bytes([ord(match[0])]).decode("cp1252", "ignore") if ord(match[0]) >= 0x80 else ""

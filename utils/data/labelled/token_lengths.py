@@ -33,16 +33,16 @@ class PairLength:
 
 def measure(splits: Mapping[str, Sequence[dict[str, Any]]], tokenizer: Any, task: TaskSection) -> list[PairLength]:
     """The lengths of every turn that is trained (train) and of every answer that is scored (dev, test)."""
-    found: list[PairLength] = []
+    lengths: list[PairLength] = []
     total = sum(len(examples) for examples in splits.values())
     with Progress("token lengths", total=total, unit="pair") as bar:
         for split, examples in splits.items():
             for example in examples:
                 every = split == "train" and task.turns == "all"
                 for turn in chat.turn_examples(tokenizer, example, task.system_prompt) if every else [example]:
-                    found.append(_length(split, turn, tokenizer, task.system_prompt))
+                    lengths.append(_length(split, turn, tokenizer, task.system_prompt))
                 bar.advance(1)
-    return found
+    return lengths
 
 
 def row_tokens(lengths: Sequence[PairLength], base: BaseModel) -> int:
@@ -55,16 +55,16 @@ def row_tokens(lengths: Sequence[PairLength], base: BaseModel) -> int:
         return USUAL
     positions = _positions(files.read_object(base.directory / "config.json"))
     most = min(positions or MOST_ON_CPU, MOST_ON_CPU) if devices.device().type == "cpu" else positions or MOST_ON_CPU
-    wanted = STEP * math.ceil(trained[math.ceil(SHARE * len(trained)) - 1] / STEP)
-    return max(16, min(max(wanted, USUAL), most))
+    tokens = STEP * math.ceil(trained[math.ceil(SHARE * len(trained)) - 1] / STEP)
+    return max(16, min(max(tokens, USUAL), most))
 
 
 def against(lengths: Sequence[PairLength], limit: int) -> dict[str, Any]:
     """The lengths in figures, and per split what does not fit rows of `limit` tokens."""
     ordered = sorted(length.tokens for length in lengths)
-    found: dict[str, Any] = {"limit": limit, "turns": len(ordered)}
+    figures: dict[str, Any] = {"limit": limit, "turns": len(ordered)}
     if ordered:
-        found |= {
+        figures |= {
             "median": ordered[len(ordered) // 2],
             "95%": ordered[math.ceil(SHARE * len(ordered)) - 1],
             "longest": ordered[-1],
@@ -73,36 +73,36 @@ def against(lengths: Sequence[PairLength], limit: int) -> dict[str, Any]:
         own = [length for length in lengths if length.split == split]
         long = [length for length in own if length.tokens > limit]
         cut = [length for length in long if length.tokens - length.context < limit and length.context]
-        found[split] = {
+        figures[split] = {
             "turns": len(own),
             "contexts_cut": len(cut),
             "contexts_cut_without_the_answer": sum(not length.answer_in_context for length in cut),
             "do_not_fit": len(long) - len(cut),
         }
-    return found
+    return figures
 
 
-def warn(found: Mapping[str, Any]) -> None:
+def warn(figures: Mapping[str, Any]) -> None:
     """Say which share of the training turns is cut or left out, above one in a hundred."""
-    train = found.get("train")
+    train = figures.get("train")
     if not train:
         return
     for what, number in (("contexts are cut", train["contexts_cut"]), ("pairs do not fit", train["do_not_fit"])):
         if number > WORTH_WARNING * train["turns"]:
             warning(
-                f"{number:,} of {train['turns']:,} training {what} in rows of {found['limit']:,} tokens",
-                instead=f"--task.train.max_sequence_tokens {STEP * math.ceil(found['longest'] / STEP)} holds all",
+                f"{number:,} of {train['turns']:,} training {what} in rows of {figures['limit']:,} tokens",
+                instead=f"--task.train.max_sequence_tokens {STEP * math.ceil(figures['longest'] / STEP)} holds all",
             )
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
+def lines(figures: Mapping[str, Any]) -> list[str]:
     """The lengths for a terminal."""
-    if "median" not in found:
+    if "median" not in figures:
         return []
-    sizes = f"median {found['median']:,}, 95% {found['95%']:,}, longest {found['longest']:,}"
-    shown = [f"tokens a turn     {sizes}; rows of {found['limit']:,}"]
+    sizes = f"median {figures['median']:,}, 95% {figures['95%']:,}, longest {figures['longest']:,}"
+    shown = [f"tokens a turn     {sizes}; rows of {figures['limit']:,}"]
     for split in ("train", "dev", "test"):
-        own = found.get(split, {})
+        own = figures.get(split, {})
         if own.get("contexts_cut") or own.get("do_not_fit"):
             without = own["contexts_cut_without_the_answer"]
             shown.append(
@@ -123,8 +123,8 @@ def _length(split: str, turn: dict[str, Any], tokenizer: Any, system_prompt: str
 def _positions(settings: Mapping[str, Any]) -> int | None:
     """Positions that the model was made for; a multimodal one has them in its text part."""
     inner = settings.get("text_config")
-    for found in (settings, inner if isinstance(inner, dict) else {}):
+    for part in (settings, inner if isinstance(inner, dict) else {}):
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-            if isinstance(found.get(name), int) and found[name] > 0:
-                return int(found[name])
+            if isinstance(part.get(name), int) and part[name] > 0:
+                return int(part[name])
     return None

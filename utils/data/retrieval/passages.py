@@ -61,18 +61,18 @@ class PassageIndex:
 def cut(corpus: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[Passage]:
     """The corpus as passages of `tokens` tokens; the last one of a document may be shorter."""
     special = set(tokenizer.all_special_ids)
-    found: list[Passage] = []
+    passages: list[Passage] = []
     with Progress(f"passages of {tokens} tokens", total=len(corpus), unit="document") as bar:
         for row in corpus.select_columns(["id", "input_ids"]):
             ids = [token for token in row["input_ids"] if token not in special]
             pieces = [ids[at : at + tokens] for at in range(0, len(ids), tokens)]
             texts = tokenizer.batch_decode(pieces) if pieces else []
-            found += [
+            passages += [
                 Passage(str(row["id"]), text.strip(_HALF).strip(), tuple(piece))
                 for text, piece in zip(texts, pieces, strict=True)
             ]
             bar.advance(1)
-    return [passage for passage in found if passage.text]
+    return [passage for passage in passages if passage.text]
 
 
 def holding_the_question(examples: Sequence[Mapping[str, Any]], passages: Sequence[Passage]) -> list[frozenset[int]]:
@@ -81,7 +81,7 @@ def holding_the_question(examples: Sequence[Mapping[str, Any]], passages: Sequen
     answers = [[words_of(answer) for answer in example["answers"]] for example in examples]
     widths = [lookup_width(words) or _short_width(words, own) for words, own in zip(questions, answers, strict=True)]
     index = NgramIndex(questions, widths)
-    found: list[set[int]] = [set() for _ in examples]
+    holders: list[set[int]] = [set() for _ in examples]
 
     def hits(words: Sequence[str]) -> Iterator[int]:
         for hit in index.find(words):
@@ -95,15 +95,15 @@ def holding_the_question(examples: Sequence[Mapping[str, Any]], passages: Sequen
         words = words_of(passage.text)
         own = set(hits(words))
         for text in own:
-            found[text].add(number)
+            holders[text].add(number)
         if before is not None and before.document == passage.document:
             # a cut may go through a word, and the white space at a border is gone
             for joined in (f"{before.text} {passage.text}", before.text + passage.text):
                 for text in set(hits(words_of(joined))):
-                    if text not in own and number - 1 not in found[text]:
-                        found[text] |= {number - 1, number}
+                    if text not in own and number - 1 not in holders[text]:
+                        holders[text] |= {number - 1, number}
         before = passage
-    return [frozenset(numbers) for numbers in found]
+    return [frozenset(numbers) for numbers in holders]
 
 
 def question_ids(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:

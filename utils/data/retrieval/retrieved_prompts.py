@@ -23,12 +23,12 @@ BM25 = "bm25"
 MOST_NAMED = 10
 
 
-def check(wanted: str, prepared: Prepared) -> None:
+def check(retrieval: str, prepared: Prepared) -> None:
     """Raises before anything is trained: no corpus for BM25, or a file without the passages of every test question."""
-    if wanted == BM25:
+    if retrieval == BM25:
         prepared.documents("corpus")
-    elif wanted:
-        read_passages(Path(wanted), [str(example["id"]) for example in prepared.examples("test")])
+    elif retrieval:
+        read_passages(Path(retrieval), [str(example["id"]) for example in prepared.examples("test")])
 
 
 def with_passages(
@@ -76,7 +76,7 @@ def for_training(
     Raises ArtefactError when the prepared data have no corpus.
     """
     index = PassageIndex(cut(prepared.documents("corpus"), tokenizer, TRAINED_TOKENS))
-    found, counts = [], []
+    lengthened_splits, counts = [], []
     for examples in splits:
         texts = found_in_corpus(index, examples, tokenizer, TRAINED_PASSAGES)
         lengthened = []
@@ -85,10 +85,10 @@ def for_training(
             longer, used = with_passages(example, passages, tokenizer, system_prompt, longest - len(answer))
             lengthened.append(longer)
             counts.append(used)
-        found.append(lengthened)
+        lengthened_splits.append(lengthened)
     mean = sum(counts) / max(1, len(counts))
     event("pairs have passages of the corpus", passages_a_pair=round(mean, 2), tokens_each=TRAINED_TOKENS)
-    return found
+    return lengthened_splits
 
 
 def read_passages(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
@@ -96,7 +96,7 @@ def read_passages(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
 
     Raises DataError with every problem by line: no such file, a malformed line, a question without its passages.
     """
-    problems, found = ProblemList(), {}
+    problems, passages_of = ProblemList(), {}
     if not path.is_file():
         raise DataError(Problem("evaluate.retrieval: no such file", str(path), "bm25, or FILE.jsonl"))
     text = read_text(path, problems)
@@ -113,12 +113,12 @@ def read_passages(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
             continue
         if not isinstance(passages, list) or not all(isinstance(one, str) for one in passages):
             problems.add(f"{path.name}:{number}: passages is no list of texts", None, fix)
-        elif name in found:
+        elif name in passages_of:
             problems.add(f"{path.name}:{number}: this question was there before", name, "give all its passages at once")
         else:
-            found[name] = [one for one in passages if one.strip()]
+            passages_of[name] = [one for one in passages if one.strip()]
     problems.raise_if_any()
-    if missing := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in passages_of]:
         what = f"{path.name}: {len(missing)} of {len(names)} test questions have no line"
         raise DataError(Problem(what, missing[:MOST_NAMED], f"{fix}; ids as in task_test.jsonl of the prepared data"))
-    return found
+    return passages_of

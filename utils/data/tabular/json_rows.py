@@ -74,17 +74,17 @@ def _rows_of(value: Any) -> list[Any]:
 
 def _one_after_the_other(text: str) -> list[Any] | None:
     """The objects of a text that holds several over many lines, as jq writes them; None for any other text."""
-    decoder, found = json.JSONDecoder(object_pairs_hook=_without_repeats), list[Any]()
+    decoder, values = json.JSONDecoder(object_pairs_hook=_without_repeats), list[Any]()
     text = text.strip()
     at = 0
     try:
         while at < len(text):
             value, at = decoder.raw_decode(text, at)
-            found.append(value)
+            values.append(value)
             at = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
     except (ValueError, RecursionError):
         return None
-    return found if len(found) > 1 and all(isinstance(value, dict) for value in found) else None
+    return values if len(values) > 1 and all(isinstance(value, dict) for value in values) else None
 
 
 def _line_by_line(path: Path, complain: Complain) -> Iterator[PlacedRow]:
@@ -111,11 +111,11 @@ def _parsed(text: str) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         keys = [key for key, _ in pairs]
         raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
-    return found
+    return mapping
 
 
 def _is_json(text: str) -> bool:

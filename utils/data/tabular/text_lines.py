@@ -38,7 +38,7 @@ def rows_above(rows: Sequence[Sequence[Any]]) -> int:
     filled = [sum(str(cell).strip() != "" for cell in row) for row in rows]
     usual = median_low(filled or [0])
     is_title = [2 * n <= usual and not str(row[-1]).strip() for n, row in zip(filled, rows, strict=True)]
-    return next((at for at, found in enumerate(is_title) if not found), 0)
+    return next((at for at, flag in enumerate(is_title) if not flag), 0)
 
 
 class Complain(Protocol):

@@ -53,18 +53,18 @@ class _Unknown(Directive):
     option_spec: ClassVar[Any] = _AnyOption()
 
     def run(self) -> list[nodes.Node]:
-        name, said = self.name.lower(), "\n".join(self.arguments)
+        name, words = self.name.lower(), "\n".join(self.arguments)
         if name in _NO_TEXT:
             return []
         if name in (*_CODE, _MATH):
             block = nodes.math_block if name == _MATH else nodes.literal_block
-            text = "\n".join([*([said] if said and name == _MATH else []), *self.content])
+            text = "\n".join([*([words] if words and name == _MATH else []), *self.content])
             return [block(text, text)] if text else []
         heads: list[nodes.Node] = []
-        if name in _SENTENCES and said:
-            heads.append(nodes.paragraph(said, "", *self.state.inline_text(_SENTENCES[name] + said, self.lineno)[0]))
-        elif said and name not in _ONLY_CONTENT:
-            heads += [nodes.paragraph(line, line) for line in said.split("\n")]
+        if name in _SENTENCES and words:
+            heads.append(nodes.paragraph(words, "", *self.state.inline_text(_SENTENCES[name] + words, self.lineno)[0]))
+        elif words and name not in _ONLY_CONTENT:
+            heads += [nodes.paragraph(line, line) for line in words.split("\n")]
         below = nodes.Element()
         self.state.nested_parse(self.content, self.content_offset, below)
         return [*heads, *below.children]

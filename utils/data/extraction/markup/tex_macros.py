@@ -39,10 +39,10 @@ def written_out(source: str) -> str:
 def with_whole_addresses(source: str) -> str:
     """The text with every `%` in the address of a link escaped: there it begins no comment."""
     kept, at, groups = [], 0, _Braces(source, _BRACE_OF_ADDRESS)
-    for found in re.finditer(r"\\(?:href|url|nolinkurl)(?![A-Za-z])", source):
-        if found.start() >= at and (group := groups.at(found.end())) is not None:
+    for match in re.finditer(r"\\(?:href|url|nolinkurl)(?![A-Za-z])", source):
+        if match.start() >= at and (group := groups.at(match.end())) is not None:
             address = re.sub(r"(?<!\\)%", r"\\%", group[0])
-            kept += [source[at : found.end()], f"{{{address}}}"]
+            kept += [source[at : match.end()], f"{{{address}}}"]
             at = group[1]
     return "".join([*kept, source[at:]])
 
@@ -51,21 +51,21 @@ def _definitions(source: str) -> tuple[str, dict[str, tuple[int, str | None, str
     """(text without them, name -> number of arguments, the first one's usual value, body)."""
     macros: dict[str, tuple[int, str | None, str]] = {}
     kept, at, groups = [], 0, _Braces(source)
-    for found in _DEFINITION.finditer(source):
-        if found.start() < at or _is_commented(source, found.start()):
+    for match in _DEFINITION.finditer(source):
+        if match.start() < at or _is_commented(source, match.start()):
             continue
-        end, usual = found.end(), None
-        if found[3]:
+        end, usual = match.end(), None
+        if match[3]:
             close = source.find("]", end)
             usual, end = source[end:close], close + 1
             if close < 0:
                 continue
         if (body := groups.at(end)) is None:
             continue
-        name = found[1] or found[4]
+        name = match[1] or match[4]
         if not re.search(rf"\\{name}(?![A-Za-z@])", body[0]):  # one that names itself would never end
-            macros[name] = (int(found[2] or 0), usual, body[0])
-            kept.append(source[at : found.start()])
+            macros[name] = (int(match[2] or 0), usual, body[0])
+            kept.append(source[at : match.start()])
             at = body[1]
     return "".join([*kept, source[at:]]), macros
 
@@ -73,11 +73,11 @@ def _definitions(source: str) -> tuple[str, dict[str, tuple[int, str | None, str
 def _replaced(text: str, macros: dict[str, tuple[int, str | None, str]], longest: int) -> str:
     names = "|".join(map(re.escape, sorted(macros, key=len, reverse=True)))
     kept, at, length, groups = [], 0, 0, _Braces(text)
-    for found in re.finditer(rf"\\({names})(?![A-Za-z@])", text):
-        if found.start() < at or length > longest:
+    for match in re.finditer(rf"\\({names})(?![A-Za-z@])", text):
+        if match.start() < at or length > longest:
             continue
-        count, usual, body = macros[found[1]]
-        arguments, end = [], found.end()
+        count, usual, body = macros[match[1]]
+        arguments, end = [], match.end()
         if usual is not None:
             given = re.compile(r"\s*\[([^\[\]]*)\]").match(text, end)
             arguments, end = [given[1] if given else usual], given.end() if given else end
@@ -89,7 +89,7 @@ def _replaced(text: str, macros: dict[str, tuple[int, str | None, str]], longest
             end += len(re.compile(r"\{\}|[ \t]*").match(text, end)[0])  # type: ignore[index]
         for number, argument in enumerate(arguments, 1):
             body = body.replace(f"#{number}", argument)
-        kept += [text[at : found.start()], body]
+        kept += [text[at : match.start()], body]
         length += len(kept[-1]) + len(kept[-2])
         at = end
     return "".join([*kept, text[at:]])
@@ -100,11 +100,11 @@ class _Braces:
 
     def __init__(self, text: str, brace: re.Pattern[str] = _BRACE):
         self._text, self._ends, opened = text, dict[int, int](), list[int]()
-        for found in brace.finditer(text):
-            if found[0] == "{":
-                opened.append(found.start())
-            elif found[0] == "}" and opened:
-                self._ends[opened.pop()] = found.start()
+        for match in brace.finditer(text):
+            if match[0] == "{":
+                opened.append(match.start())
+            elif match[0] == "}" and opened:
+                self._ends[opened.pop()] = match.start()
 
     def at(self, place: int) -> tuple[str, int] | None:
         """(what stands in the braces that open here, behind blanks; where they have ended)."""

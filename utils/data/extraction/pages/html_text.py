@@ -56,18 +56,18 @@ def extract_html(markup: str) -> Extracted:
     parts = PageParts(root)
     if not parts.all_visible:
         raise NoTextError("the page has no visible text")
-    found = page_text(parts.main, parts)
+    page = page_text(parts.main, parts)
     outside = parts.all_visible - parts.visible[parts.main]
-    if found.visible - found.removed.total() < SMALLEST_SHARE * parts.all_visible:
-        found, outside = page_text(parts.root, None), 0
-        found.notes.append("its main part is not known: all visible text was taken")
+    if page.visible - page.removed.total() < SMALLEST_SHARE * parts.all_visible:
+        page, outside = page_text(parts.root, None), 0
+        page.notes.append("its main part is not known: all visible text was taken")
     if outside:
-        found.visible += outside
-        found.removed[MENUS] += outside
-    kept = 1 - found.removed.total() / max(1, found.visible)
+        page.visible += outside
+        page.removed[MENUS] += outside
+    kept = 1 - page.removed.total() / max(1, page.visible)
     if kept < 0.5:
-        found.notes.append(f"{kept:.0%} of its visible text were kept, the rest are menus, headers and footers")
-    return found
+        page.notes.append(f"{kept:.0%} of its visible text were kept, the rest are menus, headers and footers")
+    return page
 
 
 def parse(markup: str) -> Element | None:
@@ -79,7 +79,7 @@ def parse(markup: str) -> Element | None:
 
     parser = html.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True, no_network=True)
     if markup.lstrip()[:5] == "<?xml" or _XHTML in markup[:2048]:  # HTML itself has no such sections
-        markup = _CDATA.sub(lambda found: escape(found[1]), markup)
+        markup = _CDATA.sub(lambda match: escape(match[1]), markup)
     content = markup.replace("\0", "\ufffd").encode("utf-8", "replace")
     try:
         root = html.document_fromstring(content, parser=parser)
@@ -310,10 +310,10 @@ def _lays_out(table: Element) -> bool:
 
 def _language(pre: Element) -> str:
     for element in (pre, *pre.iter("code"), *([pre.getparent()] if pre.getparent() is not None else [])):
-        if found := re.search(
+        if match := re.search(
             r"(?:^|\s)(?:language|lang|highlight-source|highlight|brush)[-:]\s*([\w+#]+)", element.get("class") or ""
         ):
-            return found[1]
+            return match[1]
     return ""
 
 

@@ -125,11 +125,11 @@ def _regions(rows: Sequence[PageRow], gutter: float) -> list[tuple[bool, list[Pa
         if not runs or runs[-1][0] != is_free:
             runs.append((is_free, []))
         runs[-1][1].append(row)
-    found: list[tuple[bool, list[PageRow]]] = []
+    regions: list[tuple[bool, list[PageRow]]] = []
     for is_free, run in runs:
         both = [number for number, row in enumerate(run) if is_free and all(_sides(row, gutter) or ())]
         if len(both) < FEWEST_ROWS:
-            found.append((False, run))
+            regions.append((False, run))
             continue
         first, last = both[0], both[-1] + 1
         # a column may be longer than its neighbour; what stands below it further away is text of the whole page, or,
@@ -138,10 +138,10 @@ def _regions(rows: Sequence[PageRow], gutter: float) -> list[tuple[bool, list[Pa
         furthest = LAST_COLUMN_GAP if is_last else COLUMN_GAP
         while last < len(run) and run[last - 1].middle - run[last].middle < furthest * run[last].height:
             last += 1
-        while first > 0 and run[first - 1].middle - run[first].middle < COLUMN_GAP * run[first].height and not found:
+        while first > 0 and run[first - 1].middle - run[first].middle < COLUMN_GAP * run[first].height and not regions:
             first -= 1
-        found += [(False, run[:first]), (True, run[first:last]), (False, run[last:])]
-    return [(is_region, run) for is_region, run in found if run]
+        regions += [(False, run[:first]), (True, run[first:last]), (False, run[last:])]
+    return [(is_region, run) for is_region, run in regions if run]
 
 
 def _region_lines(rows: list[PageRow], gutter: float, depth: int) -> list[str]:

@@ -159,10 +159,10 @@ def _characters(text_page: Any) -> Iterator[tuple[str, int, int, tuple[float, fl
                 code, high = 0x10000 + ((high - 0xD800) << 10) + (code - 0xDC00), 0
         box_of(page, index, box)
         x0, y1, x1, y0 = values
-        found = object_of(address, index) or 0
+        owner = object_of(address, index) or 0
         # blanks that pdfium adds belong to no object, and have no angle of their own
-        if found != text_object or not found:
-            text_object = found
+        if owner != text_object or not owner:
+            text_object = owner
             turns = raw.FPDFText_GetCharAngle(page, index) / 1.5707963
             quarter = round(turns) % 4 if abs(turns - round(turns)) <= _UPRIGHT else _ASLANT
         if quarter == 1:
@@ -186,8 +186,8 @@ def _character(code: int) -> str:
         return ""
     if code in (0x20, 0xA0, 0x09) or 0x2000 <= code <= 0x200A or code == 0x3000:
         return " "
-    if found := _KNOWN.get(code) or _LIGATURES.get(code):
-        return found
+    if replacement := _KNOWN.get(code) or _LIGATURES.get(code):
+        return replacement
     is_no_character = (
         code < 0x20
         or 0x7F <= code < 0xA0

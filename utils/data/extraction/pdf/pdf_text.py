@@ -83,12 +83,12 @@ def _whole(pages: list[PdfPage]) -> Extracted:
         what = f"none of the PDF's {len(pages)} pages has a text layer; it may be a scan: run OCR on it first"
         raise NoTextError(what)
     text = in_reading_order(_joined(texts))
-    found = Extracted.whole(_without_hyphens(text), visible=visible, pages=len(pages), pages_without_text=without_text)
+    pdf = Extracted.whole(_without_hyphens(text), visible=visible, pages=len(pages), pages_without_text=without_text)
     if removed > 0:
-        found.removed[RUNNING] = removed
+        pdf.removed[RUNNING] = removed
     if without_text:
-        found.notes.append(f"{without_text} of {len(pages)} pages have no text layer (images): run OCR on them first")
-    return found
+        pdf.notes.append(f"{without_text} of {len(pages)} pages have no text layer (images): run OCR on them first")
+    return pdf
 
 
 def _joined(texts: list[str]) -> str:
@@ -105,10 +105,10 @@ def _without_hyphens(text: str) -> str:
     text = _KEPT_HYPHEN.sub(r"\1", text)
     if not _HYPHENATED.search(text):
         return text
-    words = Counter(found.lower() for found in _WORD.findall(_HYPHENATED.sub(" ", text)))
+    words = Counter(word.lower() for word in _WORD.findall(_HYPHENATED.sub(" ", text)))
 
-    def join(found: re.Match[str]) -> str:
-        left, right = found[1], found[2]
+    def join(match: re.Match[str]) -> str:
+        left, right = match[1], match[2]
         whole, compound = words[(left + right).lower()], words[f"{left}-{right}".lower()]
         last = re.split("[-‐]", left)[-1]
         is_compound = "-" in left or len(last) == 1 or last.lower() in _COMPOUNDS

@@ -26,7 +26,7 @@ def in_reading_order(text: str) -> str:
     lines = text.split("\n")
     turned = [_turned(line) if _RTL.search(line) else line for line in lines]
     chosen = turned if _evidence(turned) >= _evidence(lines) else lines
-    return _FORMS.sub(lambda found: unicodedata.normalize("NFKC", found[0]), "\n".join(chosen))
+    return _FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), "\n".join(chosen))
 
 
 def _turned(line: str) -> str:
@@ -37,7 +37,7 @@ def _turned(line: str) -> str:
     others = sum(c.isalpha() for c in line) - rtl
     if rtl >= others:
         return _reversed(line)
-    return _RTL_RUN.sub(lambda found: _reversed(found[0]), line)
+    return _RTL_RUN.sub(lambda match: _reversed(match[0]), line)
 
 
 def _reversed(text: str) -> str:
@@ -49,7 +49,7 @@ def _reversed(text: str) -> str:
         else:
             clusters.append(character)
     backwards = "".join(reversed(clusters)).translate(_MIRRORED)
-    return _TO_THE_RIGHT.sub(lambda found: found[0][::-1], backwards)
+    return _TO_THE_RIGHT.sub(lambda match: match[0][::-1], backwards)
 
 
 def _evidence(lines: list[str]) -> int:
@@ -61,4 +61,4 @@ def _evidence(lines: list[str]) -> int:
 
 
 def _plain(line: str) -> str:
-    return _FORMS.sub(lambda found: unicodedata.normalize("NFKC", found[0]), line)
+    return _FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), line)
