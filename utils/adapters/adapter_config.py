@@ -43,7 +43,7 @@ def config_for(factors: Factors, model: torch.nn.Module) -> LoraConfig:
     fused = {name: f for name, f in factors.items() if f.is_experts}
     others = _by_parameter(factors, model)
     plain = {name: f for name, f in factors.items() if name not in fused and name not in others}
-    found = _config(
+    config = _config(
         factors,
         others,
         target_modules=_exact_targets(plain, model) if plain else [],
@@ -51,8 +51,8 @@ def config_for(factors: Factors, model: torch.nn.Module) -> LoraConfig:
         short=True,
     )
     transposed = tensor_names.transposed_parameters(model)
-    found.fan_in_fan_out = any(f"{name}.weight" in transposed for name in plain)
-    return found
+    config.fan_in_fan_out = any(f"{name}.weight" in transposed for name in plain)
+    return config
 
 
 def config_by_paths(factors: Factors, model: torch.nn.Module) -> LoraConfig:
@@ -130,8 +130,8 @@ def _exact_targets(factors: Factors, model: torch.nn.Module) -> list[str]:
 
     short = shortest_targets(factors)
     rule = LoraConfig(target_modules=short)
-    found = {name for name, _ in model.named_modules() if name and check_target_module_exists(rule, name)}
-    return short if found == set(factors) else sorted(factors)
+    matches = {name for name, _ in model.named_modules() if name and check_target_module_exists(rule, name)}
+    return short if matches == set(factors) else sorted(factors)
 
 
 def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[str]:
@@ -141,7 +141,7 @@ def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[
 
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     parameters = settings.get("target_parameters") or []
-    found = set()
+    names = set()
     places = tensor_names.places(base.directory, tensor_names.tensor_shapes(base.directory))
     try:
         rule = LoraConfig(**{key: settings.get(key) for key in keys})
@@ -153,11 +153,11 @@ def targeted(settings: dict[str, Any], directory: Path, base: BaseModel) -> set[
                 is_module = place.expert is not None or place.parameter.endswith(".weight")
                 by_rule = is_module and bool(rule.target_modules) and bool(check_target_module_exists(rule, module))
                 if by_rule or any(f".{place.parameter}".endswith(f".{parameter}") for parameter in parameters):
-                    found.add(place.parameter.removesuffix(".weight"))
+                    names.add(place.parameter.removesuffix(".weight"))
     except (TypeError, ValueError, *BAD_PATTERN) as error:
         what = f"{directory}: target_modules and what restricts them cannot be read ({error})"
         raise ArtefactError(Problem(what, {key: settings[key] for key in keys if settings.get(key)})) from error
-    return found
+    return names
 
 
 def scale_of(module: str, rank: int, settings: dict[str, Any]) -> float:
@@ -206,16 +206,16 @@ def shortest_targets(factors: Factors, keep: int = 1) -> list[str]:
     layers: dict[str, set[int | None]] = {}
     for name in factors:
         layers.setdefault(".".join(name.split(".")[-keep:]), set()).add(layer_of(name))
-    count = 1 + max((layer for found in layers.values() for layer in found if layer is not None), default=0)
-    everywhere = all(found == set(range(count)) for found in layers.values())
+    count = 1 + max((layer for numbers in layers.values() for layer in numbers if layer is not None), default=0)
+    everywhere = all(numbers == set(range(count)) for numbers in layers.values())
     return sorted(layers) if everywhere else sorted(factors)
 
 
 def _by_leaf(values: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
     """Patterns by leaf name where every module of that leaf has the same value, else by full path."""
-    found: dict[str, Any] = {}
+    patterns: dict[str, Any] = {}
     for name, value in values.items():
         leaf = name.rpartition(".")[2]
         alike = {values.get(other) for other in factors if other.rpartition(".")[2] == leaf} == {value}
-        found[leaf if alike else name] = value
-    return found
+        patterns[leaf if alike else name] = value
+    return patterns

@@ -198,33 +198,33 @@ def _check_against(factors: Factors, settings: dict[str, Any], directory: Path, 
 def _expected(factors: Factors, settings: dict[str, Any], directory: Path, base: BaseModel) -> set[str]:
     """What the configuration targets. Leaf names find single experts' tensors too, as transformers 4 had them, and a
     vision tower's, which a text model alone has not: those count for an adapter that has some."""
-    found = adapter_config.targeted(settings, directory, base)
+    targets = adapter_config.targeted(settings, directory, base)
     model = model_class.outline(base.directory)
     inside, head = model_class.decoder_path(model), model.get_output_embeddings()
     heads = {name for name, module in model.named_modules() if module is head}
-    towers = {name for name in found - heads if not name.startswith(inside)}
+    towers = {name for name in targets - heads if not name.startswith(inside)}
     if towers.isdisjoint(factors):
-        found -= towers
+        targets -= towers
     if any(f.is_experts for f in factors.values()):
-        return found
+        return targets
     places = tensor_names.places(base.directory, tensor_names.tensor_shapes(base.directory)).values()
     experts = {place.parameter for place in places if place.expert is not None}
-    return found - (experts - adapter_config.targeted({**settings, "target_modules": None}, directory, base))
+    return targets - (experts - adapter_config.targeted({**settings, "target_modules": None}, directory, base))
 
 
 def _per_expert_factors(factors: Factors, base: BaseModel) -> dict[str, ModuleFactors]:
     """Checkpoint's module name of each expert matrix -> its update; zeros for the ones that are not adapted."""
     names = tensor_names.tensor_shapes(base.directory)
-    found = {}
+    updates = {}
     for name, place in tensor_names.places(base.directory, names).items():
         if place.expert is None or not name.endswith(".weight"):
             continue
         rows, columns = names[name]
         if place.parameter in factors:
-            found[name.removesuffix(".weight")] = fused_experts.rows(factors[place.parameter], place)
+            updates[name.removesuffix(".weight")] = fused_experts.rows(factors[place.parameter], place)
         else:
-            found[name.removesuffix(".weight")] = ModuleFactors(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)
-    return found
+            updates[name.removesuffix(".weight")] = ModuleFactors(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)
+    return updates
 
 
 def _fused(parent: str, factors: Factors) -> list[str]:

@@ -65,31 +65,31 @@ def factors(
     problems += own_modules.problems(whole, directory, base)
     if problems or not pairs:
         raise ArtefactError(problems[:10] or [Problem(f"{directory} holds no LoRA tensors")])
-    found: dict[str, ModuleFactors] = {}
+    factors: dict[str, ModuleFactors] = {}
     for module, pair in pairs.items():
         name = _parameter(module, pairs, settings)
         rank = int(_of_pattern(settings.get("rank_pattern"), name, settings["r"]))
         scale = adapter_config.scale_of(name, rank, settings)
         fits = pair["A"].shape[0] == pair["B"].shape[1]
         if name != module and fits and pair["A"].shape[0] % rank == 0:
-            found[name] = fused_experts.from_peft(pair["A"], pair["B"], rank, scale)
+            factors[name] = fused_experts.from_peft(pair["A"], pair["B"], rank, scale)
         elif fits and pair["A"].shape[0] == rank:
-            found[name] = ModuleFactors(pair["A"], pair["B"], scale)
+            factors[name] = ModuleFactors(pair["A"], pair["B"], scale)
         else:
             ranks = " and ".join(str(r) for r in dict.fromkeys((pair["A"].shape[0], pair["B"].shape[1])))
             problems.append(Problem(f"{directory}: {module} has rank {ranks}, its config says {rank}"))
-    if not problems and len(zero_modules(found)) == len(found):
+    if not problems and len(zero_modules(factors)) == len(factors):
         problems.append(Problem(f"every B in {directory} is zero", fix="it was never trained, or saved wrongly"))
     if problems:
         raise ArtefactError(problems[:10])
-    if any(_EXPERT.search(name) for name in found):
-        found = _fused_from_single(found, directory, base)
-    return _by_names_of(found, base, directory) if base is not None else found
+    if any(_EXPERT.search(name) for name in factors):
+        factors = _fused_from_single(factors, directory, base)
+    return _by_names_of(factors, base, directory) if base is not None else factors
 
 
 def _unwrapped(state: Mapping[str, torch.Tensor], directory: Path) -> dict[str, torch.Tensor]:
     """The tensors by PEFT's own names. Raises ArtefactError where two of them would become one."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         parts = [part for part in key.split(".") if part not in _WRAPPERS]
         if parts[:1] == ["module"]:
@@ -101,11 +101,11 @@ def _unwrapped(state: Mapping[str, torch.Tensor], directory: Path) -> dict[str, 
         name = ".".join(parts)
         # the adapter's own name, which PEFT strips
         name = re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)
-        if name in found:
+        if name in tensors:
             what = f"{directory}: {key} and another tensor are both {name}: it holds more than one adapter"
             raise ArtefactError(Problem(what, fix="save one adapter alone"))
-        found[name] = tensor
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def _of_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
@@ -113,19 +113,19 @@ def _of_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any
     return adapter_config.by_pattern(patterns, name, adapter_config.by_pattern(patterns, f"{name}.weight", default))
 
 
-def _by_names_of(found: Factors, base: BaseModel, directory: Path) -> dict[str, ModuleFactors]:
+def _by_names_of(factors: Factors, base: BaseModel, directory: Path) -> dict[str, ModuleFactors]:
     """The factors by the base model's own names: as transformers renames them, or after what one of both has in front.
 
     A name that cannot be told stays as it is, and is refused with the others that do not fit.
     """
     model = model_class.outline(base.directory)
     known = {name.removesuffix(".weight") for name in model.state_dict()}
-    strange = [name for name in found if name not in known]
+    strange = [name for name in factors if name not in known]
     if not strange:
-        return dict(found)
+        return dict(factors)
     renamed = tensor_names.places(base.directory, [f"{name}.weight" for name in strange])
     inside = {name for name in known if name.startswith(model_class.decoder_path(model))}
-    names = {name: name for name in found}
+    names = {name: name for name in factors}
     for name in strange:
         by_rule = renamed[f"{name}.weight"].parameter.removesuffix(".weight")
         names[name] = by_rule if by_rule in known else _by_end(name, inside) or name
@@ -136,7 +136,7 @@ def _by_names_of(found: Factors, base: BaseModel, directory: Path) -> dict[str, 
     if changed:
         example = next(iter(changed.items()))
         event("the adapter's names are read as the base model's", path=directory, names=len(changed), example=example)
-    return {names[name]: f for name, f in found.items()}
+    return {names[name]: f for name, f in factors.items()}
 
 
 def _by_end(name: str, known: set[str]) -> str | None:
@@ -181,11 +181,11 @@ def _fused_from_single(factors: Factors, directory: Path, base: BaseModel | None
     if base is None:
         raise ArtefactError(Problem(f"{directory} has factors per expert: reading it needs the base model's names"))
     singles = {name: f for name, f in factors.items() if _EXPERT.search(name)}
-    found = tensor_names.places(base.directory, [f"{name}.weight" for name in singles])
+    places = tensor_names.places(base.directory, [f"{name}.weight" for name in singles])
     groups: dict[str, dict[tuple[int, int], ModuleFactors]] = {}
     parts: dict[str, int] = {}
     for name, f in singles.items():
-        place = found[f"{name}.weight"]
+        place = places[f"{name}.weight"]
         if place.expert is None:
             raise ArtefactError(Problem(f"{directory}: the base model has no such expert", name))
         groups.setdefault(place.parameter, {})[place.expert, place.part] = f
@@ -193,8 +193,8 @@ def _fused_from_single(factors: Factors, directory: Path, base: BaseModel | None
     joined = {name: f for name, f in factors.items() if name not in singles}
     for parameter, group in groups.items():
         count = 1 + max(expert for expert, _ in group)
-        wanted = {(expert, part) for expert in range(count) for part in range(parts[parameter])}
-        if set(group) != wanted or len({(f.a_rI.shape, f.b_Or.shape, f.scale) for f in group.values()}) > 1:
+        expected = {(expert, part) for expert in range(count) for part in range(parts[parameter])}
+        if set(group) != expected or len({(f.a_rI.shape, f.b_Or.shape, f.scale) for f in group.values()}) > 1:
             raise ArtefactError(Problem(f"{directory}: {parameter}: experts are missing, or of unequal rank or shape"))
         own = [[group[expert, part] for part in range(parts[parameter])] for expert in range(count)]
         a_ErI = torch.stack([torch.cat([f.a_rI for f in row]) for row in own])

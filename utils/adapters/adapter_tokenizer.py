@@ -58,8 +58,8 @@ def choose(directory: Path, base: BaseModel, inputs: InputsSection) -> dict[str,
 
 def remembered(inputs: InputsSection, base: BaseModel) -> dict[str, str]:
     """What the manifest of a composed run records, so that later commands need not choose again."""
-    found = {CHOICE: inputs.tokenizer} if inputs.tokenizer else {}
-    return found | ({KEY: str(base.tokenizer_from)} if base.tokenizer_from else {})
+    choice = {CHOICE: inputs.tokenizer} if inputs.tokenizer else {}
+    return choice | ({KEY: str(base.tokenizer_from)} if base.tokenizer_from else {})
 
 
 def as_composed(inputs: InputsSection, composed: Run) -> InputsSection:
@@ -72,22 +72,22 @@ def compare(directory: Path, base: BaseModel) -> list[str]:
     own, usual = _loaded(directory, base), chat.load_tokenizer(base.directory)
     if own is None:
         return []
-    found = []
+    differences = []
     if own.chat_template and str(own.chat_template).strip() != str(usual.chat_template).strip():
-        found.append("another chat template")
+        differences.append("another chat template")
     ours, theirs = usual.get_vocab(), own.get_vocab()
     if added := sorted(theirs.keys() - ours.keys(), key=lambda token: theirs[token]):
         named = ", ".join(added[:_NAMED]) + (", ..." if len(added) > _NAMED else "")
-        found.append(f"{len(added)} added tokens ({named})")
+        differences.append(f"{len(added)} added tokens ({named})")
     moved = sum(theirs.get(token) != number for token, number in ours.items())
     if moved:
-        found.append(f"another vocabulary ({moved:,} tokens of the base's have other numbers or none)")
+        differences.append(f"another vocabulary ({moved:,} tokens of the base's have other numbers or none)")
     for role in _ROLES:
         if (mine := getattr(own, role)) != (other := getattr(usual, role)):
-            found.append(f"{role} {mine} instead of {other}")
-    if not found and chat.text_ids(own, [_PROBE]) != chat.text_ids(usual, [_PROBE]):
-        found.append("another way of cutting text into tokens")
-    return found
+            differences.append(f"{role} {mine} instead of {other}")
+    if not differences and chat.text_ids(own, [_PROBE]) != chat.text_ids(usual, [_PROBE]):
+        differences.append("another way of cutting text into tokens")
+    return differences
 
 
 def of(base: BaseModel) -> PreTrainedTokenizerBase:
@@ -129,10 +129,10 @@ def digest(directory: Path) -> str:
 
 def files_in(directory: Path) -> list[Path]:
     """The tokenizer's files beside an adapter. Raises ArtefactError for one that leads out of its folder."""
-    found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    if out := [path for path in found if leads_out(path, directory)]:
+    paths = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if out := [path for path in paths if leads_out(path, directory)]:
         raise ArtefactError(Problem(f"{out[0]} leads out of {directory}", fix="put the file itself there"))
-    return found
+    return paths
 
 
 def _loaded(directory: Path, base: BaseModel) -> PreTrainedTokenizerBase | None:
@@ -164,8 +164,8 @@ def _template(directory: Path) -> str:
     if (directory / "chat_template.jinja").is_file():
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (directory / name).is_file() and isinstance(found := files.read_object(directory / name), dict):
-            template = found.get("chat_template")
+        if (directory / name).is_file() and isinstance(settings := files.read_object(directory / name), dict):
+            template = settings.get("chat_template")
             if isinstance(template, str):
                 return template
     return ""

@@ -113,17 +113,17 @@ def copied_card(base: BaseModel, *, dtype: str) -> str:
 
 def asserted(base: BaseModel, runs: Sequence[Run]) -> list[str]:
     """For each adapter made for other files than the base's: a sentence that a person asserted them to be the same."""
-    found = []
+    sentences = []
     for run in runs:
         recorded = run.manifest.get("base") or {}
         differs = run.manifest.get("kind") in (*TRAINED, "composed") and recorded.get("digest") != base.digest
         if differs or ASSERTED in run.manifest:
             other = run.manifest.get(ASSERTED) or str(recorded.get("source"))
             made_for = PurePath(other.split(" ")[0]).name
-            found.append(
+            sentences.append(
                 f"{_named(run)} was made for {made_for}: that this base is the same was asserted, not verified"
             )
-    return found
+    return sentences
 
 
 def for_hub(card: str, repository: str, branch: str = "") -> str:

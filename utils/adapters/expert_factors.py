@@ -48,7 +48,7 @@ def _active(wrappers: Mapping[str, Any], parameter: str) -> list[Update]:
     wrapper = wrappers.get(parameter)
     if wrapper is None or wrapper.disable_adapters:
         return []
-    found: list[Update] = []
+    updates: list[Update] = []
     for name in wrapper.active_adapters:
         if name in wrapper.lora_A:
             rank = wrapper.r[name]
@@ -56,8 +56,8 @@ def _active(wrappers: Mapping[str, Any], parameter: str) -> list[Update]:
             a_ErI = lora_A.view(-1, rank, lora_A.shape[1])
             # grouped products take rows one after the other
             b_EOr = lora_B.view(lora_B.shape[0], rank, -1).permute(2, 0, 1).contiguous()
-            found.append((a_ErI, b_EOr, float(wrapper.scaling[name])))
-    return found
+            updates.append((a_ErI, b_EOr, float(wrapper.scaling[name])))
+    return updates
 
 
 def _cut(wrappers: Sequence[Any], mesh: DeviceMesh) -> None:

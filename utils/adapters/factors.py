@@ -104,17 +104,17 @@ def distance(factors: ModuleFactors | None, parts: Sequence[ModuleFactors]) -> f
 def random_like(factors: Factors, seed: int) -> dict[str, ModuleFactors]:
     """Gaussian factors of the same shapes whose update has the same Frobenius norm in every module (and expert)."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    random_factors = {}
     for name, f in sorted(factors.items()):
         a_rI = torch.randn(f.a_rI.shape, generator=generator)
         b_Or = torch.randn(f.b_Or.shape, generator=generator)
-        wanted, made = (
+        target_norms, drawn_norms = (
             [norm(ModuleFactors(a, b, m.scale)) for a, b in _updates(m)]
             for m in (f, ModuleFactors(a_rI, b_Or, f.scale))
         )
-        ratio = torch.tensor([w / m for w, m in zip(wanted, made, strict=True)], dtype=b_Or.dtype)
-        found[name] = ModuleFactors(a_rI, b_Or * (ratio[:, None, None] if f.is_experts else ratio), f.scale)
-    return found
+        ratio = torch.tensor([w / m for w, m in zip(target_norms, drawn_norms, strict=True)], dtype=b_Or.dtype)
+        random_factors[name] = ModuleFactors(a_rI, b_Or * (ratio[:, None, None] if f.is_experts else ratio), f.scale)
+    return random_factors
 
 
 def zero_modules(factors: Factors) -> list[str]:

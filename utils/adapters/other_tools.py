@@ -149,20 +149,20 @@ def _unreadable(settings: dict[str, Any]) -> list[tuple[str, Any]]:
         # beyond that a float32 sum is no number any more; it also says no to infinity and NaN
         return (_whole(value) or isinstance(value, float)) and abs(value) < 1e30
 
-    found = []
+    faults = []
     for key, patterns, fits in (("r", "rank_pattern", is_rank), ("lora_alpha", "alpha_pattern", is_number)):
         kind = "whole number from 1" if fits is is_rank else "finite number"
         if not fits(settings.get(key)):
-            found.append((f"{key} is no {kind}", settings.get(key)))
+            faults.append((f"{key} is no {kind}", settings.get(key)))
         own = settings.get(patterns) or {}
         if not isinstance(own, dict):
-            found.append((f"{patterns} is no dictionary", own))
+            faults.append((f"{patterns} is no dictionary", own))
             continue
         for pattern, value in own.items():
             if not fits(value):
-                found.append((f"{patterns} has no {kind} for {pattern}", value))
+                faults.append((f"{patterns} has no {kind} for {pattern}", value))
             try:
                 re.compile(pattern)
             except BAD_PATTERN as error:
-                found.append((f"{patterns} has a key that is no regular expression ({error})", pattern))
-    return found
+                faults.append((f"{patterns} has a key that is no regular expression ({error})", pattern))
+    return faults

@@ -62,23 +62,23 @@ def base_with(base: BaseModel, folders: Sequence[Path], models_dir: Path) -> Bas
 
     Raises ArtefactError when two adapters bring the same module, or a module has no place.
     """
-    changed = {folder: found for folder in folders if (found := _changed(folder, base))}
+    changed = {folder: tensors for folder in folders if (tensors := _changed(folder, base))}
     if not changed:
         return base
     if len(changed) > 1:
         what = "two adapters trained whole modules: they replace the base's, so only one adapter can bring them"
-        names = [f"{folder}: {', '.join(found)}" for folder, found in changed.items()]
+        names = [f"{folder}: {', '.join(tensors)}" for folder, tensors in changed.items()]
         raise ArtefactError(Problem(what, names, "leave one of them out"))
-    ((folder, found),) = changed.items()
+    ((folder, tensors),) = changed.items()
     stamp = files.fingerprint([base.digest, *(files.sha256_file(folder / n) for n in (adapter_config.WEIGHTS,))])
     target = models_dir / "base" / f"{base.directory.name}-with-{stamp[:8]}"
     with files.locked(target.with_name(f".{target.name}"), "the base model with these modules", waits=True):
         if not (target / files.MANIFEST).exists():
-            facts = {"kind": "base", "source": base.source, "made_from": base.digest, "replaced": sorted(found)}
+            facts = {"kind": "base", "source": base.source, "made_from": base.digest, "replaced": sorted(tensors)}
             with files.publish(target, lambda: facts) as directory:
-                _write(base, found, folder, directory)
+                _write(base, tensors, folder, directory)
     event("an adapter's own modules replace the base model's; this directory is the base model then", path=target)
-    event("later commands take it with --base.source", names=sorted(found), source=target)
+    event("later commands take it with --base.source", names=sorted(tensors), source=target)
     model = identify(target, str(target), "", models_dir / "base" / ".digests")
     return replace(model, made_from=base.digest)
 
@@ -86,13 +86,13 @@ def base_with(base: BaseModel, folders: Sequence[Path], models_dir: Path) -> Bas
 def _homes(base: BaseModel) -> dict[str, str]:
     """Parameter of the model -> its tensor on disk; a tied head has that of the embeddings."""
     places = tensor_names.places(base.directory, Checkpoint(base.directory).homes)
-    found = {place.parameter: name for name, place in places.items() if place.expert is None}
+    homes = {place.parameter: name for name, place in places.items() if place.expert is None}
     model = model_class.outline(base.directory)
-    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if n in found}
+    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if n in homes}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in found and id(parameter) in names:
-            found[name] = found[names[id(parameter)]]
-    return found
+        if name not in homes and id(parameter) in names:
+            homes[name] = homes[names[id(parameter)]]
+    return homes
 
 
 def _changed(folder: Path, base: BaseModel) -> dict[str, torch.Tensor]:
@@ -108,7 +108,7 @@ def _changed(folder: Path, base: BaseModel) -> dict[str, torch.Tensor]:
     if not keys:
         return {}
     homes, checkpoint = _homes(base), Checkpoint(base.directory)
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     with safe_open(path, framework="pt") as reader:
         for key in keys:
             name = _INNER.sub(".", key.removeprefix(PREFIX))
@@ -117,26 +117,26 @@ def _changed(folder: Path, base: BaseModel) -> dict[str, torch.Tensor]:
             tensor = reader.get_tensor(key)
             if _is_copy(tensor, checkpoint, homes[name]):
                 continue
-            if homes[name] in found and not torch.equal(found[homes[name]], tensor):
+            if homes[name] in tensors and not torch.equal(tensors[homes[name]], tensor):
                 what = f"{folder}: embeddings and output head differ, which this base model has as one"
                 raise ArtefactError(Problem(what, key, "train it on a base whose head is its own"))
-            found[homes[name]] = tensor
-    if bad := [name for name, tensor in found.items() if not torch.isfinite(tensor.float()).all()]:
+            tensors[homes[name]] = tensor
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]:
         raise ArtefactError(Problem(f"{folder}: whole modules hold NaN or infinity", bad))
-    _refuse_odd_shapes(folder, found, base)
-    return found
+    _refuse_odd_shapes(folder, tensors, base)
+    return tensors
 
 
-def _refuse_odd_shapes(folder: Path, found: Mapping[str, torch.Tensor], base: BaseModel) -> None:
+def _refuse_odd_shapes(folder: Path, tensors: Mapping[str, torch.Tensor], base: BaseModel) -> None:
     """Only a vocabulary can be resized, and then embeddings and head together."""
     checkpoint, homes = Checkpoint(base.directory), _homes(base)
     model = model_class.outline(base.directory)
     tables = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     sized = {homes[n] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in tables and n in homes}
-    rows = {name: tensor.shape[0] for name, tensor in found.items() if name in sized}
+    rows = {name: tensor.shape[0] for name, tensor in tensors.items() if name in sized}
     misfits = [
         name
-        for name, tensor in found.items()
+        for name, tensor in tensors.items()
         if (tensor.shape[1:] if name in sized else tensor.shape)
         != torch.Size(checkpoint.tensor(name).shape[1:] if name in sized else checkpoint.tensor(name).shape)
     ]
@@ -160,30 +160,30 @@ def _is_copy(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> bool:
     return True
 
 
-def _write(base: BaseModel, found: Mapping[str, torch.Tensor], folder: Path, directory: Path) -> None:
+def _write(base: BaseModel, tensors: Mapping[str, torch.Tensor], folder: Path, directory: Path) -> None:
     """Every file of the base, the replaced tensors in the base's dtype; a resized vocabulary brings its tokenizer."""
     checkpoint = Checkpoint(base.directory)
     disk.require(directory.parent, sum(header.size for header in checkpoint.headers.values()), "the base with modules")
     for path, header in checkpoint.headers.items():
-        wanted = {
-            name: safetensors_io.described(tensor.dtype, tuple(found[name].shape)) if name in found else tensor
+        entries = {
+            name: safetensors_io.described(tensor.dtype, tuple(tensors[name].shape)) if name in tensors else tensor
             for name, tensor in header.tensors.items()
         }
 
         def content(
             name: str, path: Path = path, header: safetensors_io.Header = header
         ) -> Iterator[safetensors_io.Buffer]:
-            if name not in found:
+            if name not in tensors:
                 return safetensors_io.raw(path, header, name)
             dtype = safetensors_io.DTYPES[header.tensors[name].dtype]
-            return iter([safetensors_io.as_bytes(found[name].to(dtype))])
+            return iter([safetensors_io.as_bytes(tensors[name].to(dtype))])
 
-        safetensors_io.write(directory / path.name, safetensors_io.plan(wanted, header.metadata), content)
+        safetensors_io.write(directory / path.name, safetensors_io.plan(entries, header.metadata), content)
     copy_companions(base.directory, directory)
     if (base.directory / safetensors_io.INDEX).is_file():
         files.write_json(directory / safetensors_io.INDEX, files.read_object(base.directory / safetensors_io.INDEX))
     settings = dict(checkpoint.config)
-    resized = {t.shape[0] for n, t in found.items() if t.shape[0] != checkpoint.tensor(n).shape[0]}
+    resized = {t.shape[0] for n, t in tensors.items() if t.shape[0] != checkpoint.tensor(n).shape[0]}
     for part in (settings, text_part(settings)):
         if resized and "vocab_size" in part:
             part["vocab_size"] = max(resized)

@@ -40,14 +40,14 @@ def prepared_run(config: Config, base: BaseModel, stage: str = "") -> Run:
     """
     usual = PRESETS[config.preset]().data
     changed = {f"data.{name}" for name, value in config.data if value != getattr(usual, name)}
-    asked = sorted(changed | {path for path in config.overrides if path.startswith("data.")})
-    wanted = prepared_identity.identity(config.data, base, config.run.seed) if asked else None
+    settings = sorted(changed | {path for path in config.overrides if path.startswith("data.")})
+    identity = prepared_identity.identity(config.data, base, config.run.seed) if settings else None
 
     def fits(run: Run) -> str:
         if run.manifest["identity"]["tokenizer"] != base.tokenizer_digest:
             return f"prepared with another tokenizer{flags.to_use(run.manifest['base'], base.source, base.revision)}"
-        if wanted and not wanted.is_of(run.manifest["identity"]):
-            return f"prepared with other settings than {', '.join('--' + path for path in asked)}"
+        if identity and not identity.is_of(run.manifest["identity"]):
+            return f"prepared with other settings than {', '.join('--' + path for path in settings)}"
         if stage and TRAINED_ON[stage][0] not in run.manifest["counts"]:
             return TRAINED_ON[stage][1]
         return ""
@@ -81,9 +81,9 @@ def task_run(config: Config, base: BaseModel, *, quiet: bool = False) -> Run:
 
     Where no setting says on what, and there is neither a domain adapter nor one trained on it, on the base.
     """
-    pinned, wanted, right_base = config.inputs.task_adapter, config.task.on, for_base(config, base)
+    pinned, on, right_base = config.inputs.task_adapter, config.task.on, for_base(config, base)
     if not (names_task_on(config) or config.inputs.domain_adapter or is_there(config, base, "domain")):
-        wanted = wanted if is_there(config, base, "task", on=wanted) else "base"
+        on = on if is_there(config, base, "task", on=on) else "base"
     if pinned and not (own := own_run(Path(pinned))):
         return external_run(config, base, "task", Path(pinned))
 
@@ -91,7 +91,7 @@ def task_run(config: Config, base: BaseModel, *, quiet: bool = False) -> Run:
         trained_on = run.manifest["identity"]["on"]
         if reason := right_base(run):
             return reason
-        return "" if trained_on == wanted else f"trained on {trained_on}, not on {wanted} (say --task.on {trained_on})"
+        return "" if trained_on == on else f"trained on {trained_on}, not on {on} (say --task.on {trained_on})"
 
     return runs.parent(
         config.run.models_dir,
@@ -99,7 +99,7 @@ def task_run(config: Config, base: BaseModel, *, quiet: bool = False) -> Run:
         str(own) if pinned else "",
         right_base if pinned else fits,
         flag="--task_adapter",
-        hint=flags.given(config, "base") + ("" if wanted == "domain" else f" --task.on {wanted}"),
+        hint=flags.given(config, "base") + ("" if on == "domain" else f" --task.on {on}"),
         quiet=quiet,
     )
 
@@ -207,15 +207,15 @@ def adapter_runs(config: Config, base: BaseModel, which: str = "both") -> list[R
     domain, task = pair(config, base, quiet=which == "task")
     if which == "task":
         return [task or task_run(config, base)]  # which says what is missing
-    found = [*filter(None, (domain, task)), *further_runs(config, base)]
-    if len(found) == 1:
-        say_alone(config, found[0])
-    for i, run in enumerate(found):
-        if any(run.digest == other.digest for other in found[:i]):
+    adapters = [*filter(None, (domain, task)), *further_runs(config, base)]
+    if len(adapters) == 1:
+        say_alone(config, adapters[0])
+    for i, run in enumerate(adapters):
+        if any(run.digest == other.digest for other in adapters[:i]):
             raise ArtefactError(
                 Problem("the same adapter is given twice", str(run.directory), "give it once, with a larger --weights")
             )
-    return found
+    return adapters
 
 
 def parent_of(run: Run, kind: str, root: Path) -> Run | None:
@@ -227,25 +227,25 @@ def parent_of(run: Run, kind: str, root: Path) -> Run | None:
 
 def parent_by_digest(run: Run, kind: str, roots: Sequence[Path]) -> Run:
     """The parent of that kind under one of the roots. Raises ArtefactError when there is none."""
-    wanted = next((p for p in run.manifest["parents"] if p["kind"] == kind), None)
-    if wanted is None:
+    entry = next((p for p in run.manifest["parents"] if p["kind"] == kind), None)
+    if entry is None:
         raise ArtefactError(Problem(f"{run.directory} names no {kind} run that it was made from"))
-    found = next((r for root in roots for r in runs.complete_runs(root, kind) if r.digest == wanted["digest"]), None)
-    if found is None:
+    parent = next((r for root in roots for r in runs.complete_runs(root, kind) if r.digest == entry["digest"]), None)
+    if parent is None:
         where = " or ".join(str(root) for root in roots)
         raise ArtefactError(
             Problem(
-                f"{run.directory} was made from the {kind} run {wanted['path']}, which is not under {where}",
-                wanted["digest"],
+                f"{run.directory} was made from the {kind} run {entry['path']}, which is not under {where}",
+                entry["digest"],
             )
         )
-    files.verify(found.directory)
-    return found
+    files.verify(parent.directory)
+    return parent
 
 
-def data_of(config: Config, base: BaseModel, found: Sequence[Run]) -> Run | None:
+def data_of(config: Config, base: BaseModel, adapters: Sequence[Run]) -> Run | None:
     """The prepared data these adapters were trained on; for adapters of other tools the newest that fits, if any."""
-    for run in reversed(found):
+    for run in reversed(adapters):
         if (data := parent_of(run, "prepared", config.run.data_dir)) is not None:
             return data
     with suppress(ArtefactError):
@@ -269,17 +269,17 @@ def pair(config: Config, base: BaseModel, *, quiet: bool = False) -> tuple[Run |
     task = task_run(config, base, quiet=quiet)
     stacked_on = next((p["digest"] for p in task.manifest["parents"] if p["kind"] == "domain"), None)
     if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
-        asked = domain_run(config, base, quiet=quiet)
-        if stacked_on and asked.digest != stacked_on:
+        domain = domain_run(config, base, quiet=quiet)
+        if stacked_on and domain.digest != stacked_on:
             raise ArtefactError(
                 Problem(
                     f"{task.directory} was trained on another domain adapter than the one asked for",
-                    str(asked.directory),
+                    str(domain.directory),
                     f"leave out --domain_adapter, or train the task adapter on it: {runs.STAGES['task']} "
-                    f"--domain_adapter {shlex.quote(str(asked.directory))}{flags.given(config, 'base')}",
+                    f"--domain_adapter {shlex.quote(str(domain.directory))}{flags.given(config, 'base')}",
                 )
             )
-        return asked, task
+        return domain, task
     if stacked_on:
         below = parent_of(task, "domain", config.run.models_dir)
         if below and not quiet and is_there(config, base, "domain", after=below.manifest.get("created_ns", 0)):
@@ -318,21 +318,21 @@ def for_base(config: Config, base: BaseModel) -> Callable[[Run], str]:
     """A function of a run: the reason why it cannot be used with this base model, or an empty string."""
 
     def fits(run: Run) -> str:
-        found = run.manifest["base"]
-        trained_on = found.get("quantization", PLAIN)
-        if found["digest"] != base.digest and trained_on != base.quantization:
+        record = run.manifest["base"]
+        trained_on = record.get("quantization", PLAIN)
+        if record["digest"] != base.digest and trained_on != base.quantization:
             says = {PLAIN: "the base model as it is"}
             ours, theirs = (says.get(kind, f"the base model in {kind}") for kind in (base.quantization, trained_on))
             return f"trained on {theirs}, this is {ours} (say --base.quantization {trained_on})"
-        if base.made_from and found["digest"] == base.made_from:
+        if base.made_from and record["digest"] == base.made_from:
             event("the base model has modules of another adapter than this one was made for", adapter=run.directory)
-        elif found["digest"] != base.digest and config.inputs.same_base:
-            event(ASSERTED, adapter=run.directory, made_for=f"{found['source']}, digest {found['digest'][:12]}")
-        elif found["digest"] != base.digest:
-            other, ours = found["digest"][:12], base.digest[:12]
+        elif record["digest"] != base.digest and config.inputs.same_base:
+            event(ASSERTED, adapter=run.directory, made_for=f"{record['source']}, digest {record['digest'][:12]}")
+        elif record["digest"] != base.digest:
+            other, ours = record["digest"][:12], base.digest[:12]
             which = f"made for another base model (digest {other}; this one is {ours})"
-            return f"{which}{flags.to_use(found, base.source, base.revision)}; {SAME_BASE}"
-        if found.get("tokenizer_digest", base.tokenizer_digest) != base.tokenizer_digest:
+            return f"{which}{flags.to_use(record, base.source, base.revision)}; {SAME_BASE}"
+        if record.get("tokenizer_digest", base.tokenizer_digest) != base.tokenizer_digest:
             return f"made with another tokenizer or chat template than that of {base.directory}"
         return ""
 

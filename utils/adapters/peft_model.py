@@ -193,29 +193,29 @@ def lora_layers(model: PeftModel, name: str) -> dict[str, Any]:
     """Module path (fused parameters: parameter path) in the base model -> PEFT layer that carries the adapter."""
     from peft.tuners.lora import LoraLayer
 
-    found = {}
+    layers = {}
     for path, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
             parameter = getattr(module, "parameter_name", "weight")
             own = path.replace(".base_layer", "")
-            found[own if parameter == "weight" else f"{own}.{parameter}"] = module
-    return found
+            layers[own if parameter == "weight" else f"{own}.{parameter}"] = module
+    return layers
 
 
 def factors_of(model: PeftModel, name: str) -> dict[str, ModuleFactors]:
     """A detached float32 copy of an adapter on the model; of a sharded one every rank has to ask for it."""
-    found = {}
+    factors = {}
     for path, layer in lora_layers(model, name).items():
         sides = (sharding.whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
         lora_A, lora_B = (side.detach().float().cpu().clone() for side in sides)
         scale = float(layer.scaling[name])
         is_experts = getattr(layer, "num_experts", 1) > 1
-        found[path] = (
+        factors[path] = (
             fused_experts.from_peft(lora_A, lora_B, layer.r[name], scale)
             if is_experts
             else ModuleFactors(lora_A, lora_B, scale)
         )
-    return found
+    return factors
 
 
 @contextmanager

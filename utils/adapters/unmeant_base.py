@@ -28,17 +28,17 @@ def refuse(config: Config, reads: Sequence[str]) -> None:
     is_named = "base.source" in config.overrides or section.source != usual
     if not reads or is_named or config.inputs.same_base or sources.is_here(section, config.run.models_dir):
         return
-    found = _candidates(config, reads)
-    if found is None or any(run.manifest["base"]["source"] == section.source for run in found):
+    candidates = _candidates(config, reads)
+    if candidates is None or any(run.manifest["base"]["source"] == section.source for run in candidates):
         return
-    if not found and reads == PREPARED:
+    if not candidates and reads == PREPARED:
         hint = flags.given(config, "base", "data")
         runs.parent(config.run.data_dir, "prepared", "", lambda run: "", flag="", hint=hint)
-    if not found:
+    if not candidates:
         raise ArtefactError(parent_runs.nothing_there(config))
     ways = {
         flags.to_use(run.manifest["base"], section.source, section.revision).rpartition(" with ")[2]: run
-        for run in found[::-1]
+        for run in candidates[::-1]
     }
     meant = f"--base.source {shlex.quote(section.source)}"
     problems = [

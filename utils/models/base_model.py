@@ -67,8 +67,8 @@ class BaseModel:
 
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
-        found = {key: str(value) for key, value in asdict(self).items() if key not in ("cache", "tokenizer_from")}
-        return {key: value for key, value in found.items() if value or key not in ("tokenizer_choice", "made_from")}
+        fields = {key: str(value) for key, value in asdict(self).items() if key not in ("cache", "tokenizer_from")}
+        return {key: value for key, value in fields.items() if value or key not in ("tokenizer_choice", "made_from")}
 
     def deciding_tokenizer(self) -> dict[str, str]:
         """What an identity says where another tokenizer than the directory's was chosen; empty where not."""
@@ -117,13 +117,13 @@ def _remembered(paths: list[Path], cache: Path | None, digest: Callable[[], str]
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     stamp = files.fingerprint([(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats])
     path = cache / f"{stamp}.json"
-    found = resumable.read(path, stamp)
-    if found is None:
-        found = {"digest": digest(), "files": [str(file) for file in paths]}
+    entry = resumable.read(path, stamp)
+    if entry is None:
+        entry = {"digest": digest(), "files": [str(file) for file in paths]}
         try:
             files.make_directory(cache)
             locks.sweep(cache)
-            resumable.write(path, found, stamp)
+            resumable.write(path, entry, stamp)
         except (ArtefactError, OSError) as error:  # a folder that others own may be read-only
             warning("the digest of the base model cannot be remembered: it is read anew each time", reason=str(error))
-    return str(found["digest"])
+    return str(entry["digest"])

@@ -67,21 +67,26 @@ def turn_examples(
     """
     turns = [*(example.get("history") or []), {"role": "user", "content": user_text(example)}]
     turns += example.get("tool_turns") or []
-    found: list[dict[str, Any]] = []
+    examples: list[dict[str, Any]] = []
     for at, turn in enumerate(turns):
-        asked = max((i for i in range(at) if turns[i]["role"] == "user"), default=None)
-        if turn["role"] != "assistant" or turn.get(UNTRAINED) or asked is None or turns[at - 1]["role"] == "assistant":
+        user_at = max((i for i in range(at) if turns[i]["role"] == "user"), default=None)
+        if (
+            turn["role"] != "assistant"
+            or turn.get(UNTRAINED)
+            or user_at is None
+            or turns[at - 1]["role"] == "assistant"
+        ):
             continue
         part = {key: example[key] for key in ("document", "system", "tools") if example.get(key)}
-        part |= {"id": f"{example.get('id')}:{at}", "history": turns[:asked], "tool_turns": turns[asked + 1 : at]}
+        part |= {"id": f"{example.get('id')}:{at}", "history": turns[:user_at], "tool_turns": turns[user_at + 1 : at]}
         # the context stands in the text of the question that it belongs to
-        part |= {"question": turns[asked]["content"], "context": None}
+        part |= {"question": turns[user_at]["content"], "context": None}
         part |= {"answers": [turn["content"]], "reasoning": turn.get("reasoning_content")}
         if calls := turn.get("tool_calls"):
             written = answer_with_calls(tokenizer, part, calls, system_prompt)
             part |= {"answers": [written], "tool_calls": calls}
-        found.append(part)
-    return [*found, dict(example)]
+        examples.append(part)
+    return [*examples, dict(example)]
 
 
 def answer_with_calls(
@@ -102,10 +107,10 @@ def answer_with_calls(
         _rendered(tokenizer, [*turns, *last], example)
         for last in ([], [{**answer, "content": _MARK}], [{**answer, "tool_calls": list(calls)}])
     )
-    head, found, tail = plain.removeprefix(before).partition(_MARK)
+    head, mark, tail = plain.removeprefix(before).partition(_MARK)
     written = whole.removeprefix(before + head).removesuffix(tail)
     names = [str(call.get("function", {}).get("name")) for call in calls]
-    if not found or before + head + written + tail != whole or not all(name in written for name in names):
+    if not mark or before + head + written + tail != whole or not all(name in written for name in names):
         raise TemplateError("the chat template does not write calls of tools")
     return written
 
@@ -249,13 +254,13 @@ def _with_stand_ins(
 ) -> tuple[list[dict[str, Any]], list[Any], dict[str, str]]:
     """Turns and tools with a character in place of each special token that stands in them, and what each stands for."""
     pattern, texts = _special_tokens(tokenizer), "\n".join(_strings([*turns, *tools]))
-    tokens = sorted({found for found in pattern.findall(texts)})
+    tokens = sorted({token for token in pattern.findall(texts)})
     free = (chr(code) for code in range(_STAND_IN, _STAND_IN + 0xFFFE) if chr(code) not in texts)
     stand_ins = dict(zip(tokens, free, strict=False))
 
     def replaced(value: Any) -> Any:
         if isinstance(value, str):
-            return pattern.sub(lambda found: stand_ins[found[0]], value)
+            return pattern.sub(lambda match: stand_ins[match[0]], value)
         if isinstance(value, dict):
             return {key: replaced(item) for key, item in value.items()}
         return [replaced(item) for item in value] if isinstance(value, list) else value

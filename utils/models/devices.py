@@ -79,24 +79,24 @@ def warn_of_processes() -> None:
 
     `accelerate launch --cpu` starts one process whatever `--num_processes` says (accelerate 1.15).
     """
-    cores, started, asked = _cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _asked_processes(os.environ)
+    cores, started, number = _cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _asked_processes(os.environ)
     one = "accelerate launch --config_file scripts/launch/cpu.yaml"
-    many = f"accelerate launch --config_file scripts/launch/cpu_two_processes.yaml --num_processes {min(asked, cores)}"
-    if started == 1 and asked > 1:
+    many = f"accelerate launch --config_file scripts/launch/cpu_two_processes.yaml --num_processes {min(number, cores)}"
+    if started == 1 and number > 1:
         fix = f"{one} (the same, without this), or {many}" if cores > 1 else one
-        warning(f"accelerate started 1 process of the {asked} asked for, as always with --cpu", cores=cores, fix=fix)
+        warning(f"accelerate started 1 process of the {number} asked for, as always with --cpu", cores=cores, fix=fix)
     elif device().type == "cpu" and started > cores:
         fix = f"--num_processes {cores}, or {one}" if cores > 1 else one
         warning(f"{started} processes wait for each other on {cores} core{'s' if cores > 1 else ''}", fix=fix)
 
 
-def set_threads(wanted: int) -> int:
-    """CPU threads of this process, and how many: `wanted`, or where nobody chose a number its share of the cores.
+def set_threads(threads: int) -> int:
+    """CPU threads of this process, and how many: `threads`, or where nobody chose a number its share of the cores.
 
     `accelerate launch` says OMP_NUM_THREADS=1 for everyone who says nothing, and a training would take one core.
     """
-    if wanted:
-        torch.set_num_threads(wanted)
+    if threads:
+        torch.set_num_threads(threads)
     elif not _threads_are_chosen(os.environ):
         torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return torch.get_num_threads()

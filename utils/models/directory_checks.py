@@ -23,22 +23,22 @@ _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 def problems(directory: Path) -> list[Problem]:
     """Everything for which `directory` is not a model to be trusted with."""
-    found = []
+    problems = []
     if not (directory / CONFIG).is_file():
-        found.append(Problem(f"{directory} has no {CONFIG}", fix="point --base.source at a model directory"))
+        problems.append(Problem(f"{directory} has no {CONFIG}", fix="point --base.source at a model directory"))
     if not any(directory.glob("*.safetensors")):
-        found.append(Problem(f"{directory} has no .safetensors file; pickled weights (.bin, .pt) are refused"))
+        problems.append(Problem(f"{directory} has no .safetensors file; pickled weights (.bin, .pt) are refused"))
     if (directory / "adapter_config.json").exists():
         # transformers would load the adapter on top of the weights without a word
-        found.append(Problem(f"{directory} contains adapter_config.json", fix="remove it: a base model has none"))
-    found += [
+        problems.append(Problem(f"{directory} contains adapter_config.json", fix="remove it: a base model has none"))
+    problems += [
         Problem(f"{path} leads out of {directory}", str(path.resolve()), "put the file itself there")
         for path in _opened(directory)
         if leads_out(path, directory)
     ]
-    settings = files.read_object(directory / CONFIG) if not found else {}
-    others = [*_named_code(directory), *_named_paths(directory), *_unsaid(directory)] if not found else []
-    return found or [*others, *quantised(settings, directory)]
+    settings = files.read_object(directory / CONFIG) if not problems else {}
+    others = [*_named_code(directory), *_named_paths(directory), *_unsaid(directory)] if not problems else []
+    return problems or [*others, *quantised(settings, directory)]
 
 
 def quantised(settings: dict[str, Any], place: object) -> list[Problem]:
@@ -59,8 +59,8 @@ def quantised(settings: dict[str, Any], place: object) -> list[Problem]:
 
 def text_part(settings: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the language model."""
-    found = settings.get("text_config")
-    return found if isinstance(found, dict) else {}
+    part = settings.get("text_config")
+    return part if isinstance(part, dict) else {}
 
 
 def leads_out(path: Path, root: Path) -> bool:

@@ -62,10 +62,10 @@ def load_model(
             **extra,
         }
         if place is not None and place.type == "meta":
-            model, found = _without_values(base, **how)
+            model, loading_info = _without_values(base, **how)
         else:
-            model, found = kind.from_pretrained(base.directory, **how)
-    if lost := sorted(found["missing_keys"]):
+            model, loading_info = kind.from_pretrained(base.directory, **how)
+    if lost := sorted(loading_info["missing_keys"]):
         # transformers makes them up at random, with a warning
         what = f"the files of {base.directory} lack {len(lost)} tensors that its config.json asks for"
         raise ArtefactError(Problem(what, lost[:3], "fetch the model again"))

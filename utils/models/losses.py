@@ -49,24 +49,24 @@ class NextTokenLoss(torch.nn.Module):
         """The sum over labels and, with `kept_BT`, of the divergences from the predictions before, in nats."""
         how = row_support.arguments(self.model, input_ids_BT, position_ids_BT)
         labels_BT = labels_BT.reshape(how["input_ids"].shape)
-        wanted = labels_BT != IGNORED
-        labels_N = labels_BT[wanted]
+        has_label_BT = labels_BT != IGNORED
+        labels_N = labels_BT[has_label_BT]
         is_plain = _plain_logits(self.model)
-        found = _hidden(self.model, how) if is_plain else causal(self.model)(**how).logits
+        outputs = _hidden(self.model, how) if is_plain else causal(self.model)(**how).logits
         if not is_plain:
-            total = F.cross_entropy(found[wanted].float(), labels_N, reduction="sum")
+            total = F.cross_entropy(outputs[has_label_BT].float(), labels_N, reduction="sum")
         elif len(labels_N):
             head = causal(self.model).get_output_embeddings().weight
-            total = FrozenHeadNLL.apply(found[wanted], head, labels_N)
+            total = FrozenHeadNLL.apply(outputs[has_label_BT], head, labels_N)
         else:
-            total = found[wanted].float().sum() * 0.0
+            total = outputs[has_label_BT].float().sum() * 0.0
         if kept_BT is None:
             return total
-        return total + self._divergence(found, input_ids_BT, position_ids_BT, kept_BT, is_plain=is_plain)
+        return total + self._divergence(outputs, input_ids_BT, position_ids_BT, kept_BT, is_plain=is_plain)
 
     def _divergence(
         self,
-        found: torch.Tensor,
+        outputs: torch.Tensor,
         input_ids_BT: torch.Tensor,
         position_ids_BT: torch.Tensor,
         kept_BT: torch.Tensor,
@@ -76,12 +76,12 @@ class NextTokenLoss(torch.nn.Module):
         """Sum of KL(before || now) over the kept positions (Li and Hoiem 2016, arXiv 1606.09282).
 
         The same weights without what is trained are the teacher: a second pass, no second model, and only over the rows
-        that hold something. `found` is what the first pass gave: hidden states, or logits where these are not plain.
+        that hold something. `outputs` is what the first pass gave: hidden states, or logits where these are not plain.
         """
         rows_B = kept_BT.any(-1)
         if not rows_B.any():
             if not ranks.is_sharded():
-                return found.new_zeros((), dtype=torch.float32)
+                return outputs.new_zeros((), dtype=torch.float32)
             rows_B = torch.arange(len(rows_B), device=rows_B.device) == 0  # ranks make their passes together
         how = row_support.arguments(self.model, input_ids_BT[rows_B], position_ids_BT[rows_B])
         was_training = self.model.training
@@ -90,7 +90,7 @@ class NextTokenLoss(torch.nn.Module):
             before = _hidden(self.model, how) if is_plain else causal(self.model)(**how).logits
         self.model.train(was_training)
         before = before[kept_BT[rows_B].reshape(how["input_ids"].shape)]
-        now = found[kept_BT.reshape(found.shape[:-1])]
+        now = outputs[kept_BT.reshape(outputs.shape[:-1])]
         if is_plain:
             return FrozenHeadKL.apply(now, before, causal(self.model).get_output_embeddings().weight)
         log_before, log_now = before.float().log_softmax(-1), now.float().log_softmax(-1)
@@ -168,13 +168,13 @@ def token_nll(
     """
     how = row_support.arguments(model, input_ids_BT, position_ids_BT, visible_BTT)
     labels_BT = labels_BT.reshape(how["input_ids"].shape)
-    wanted = labels_BT != IGNORED
-    labels_N = labels_BT[wanted]
+    has_label_BT = labels_BT != IGNORED
+    labels_N = labels_BT[has_label_BT]
     if not len(labels_N):
         return torch.zeros(0)
     if not _plain_logits(model):
-        return F.cross_entropy(causal(model)(**how).logits[wanted].float(), labels_N, reduction="none")
-    hidden_NH = _hidden(model, how)[wanted]
+        return F.cross_entropy(causal(model)(**how).logits[has_label_BT].float(), labels_N, reduction="none")
+    hidden_NH = _hidden(model, how)[has_label_BT]
     head = causal(model).get_output_embeddings().weight
     parts = [
         F.cross_entropy(F.linear(h.to(head.dtype), head).float(), y, reduction="none")

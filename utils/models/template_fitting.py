@@ -47,21 +47,21 @@ def fitted(
     Without a system role the system text goes in front of the first user turn, or nowhere when it is empty; where
     neighbours of one role are refused they are joined, unless one of them is about tools.
     """
-    form, found = form_of(tokenizer), [dict(turn) for turn in turns]
-    if not form.system and found and found[0]["role"] == "system":
-        system = found.pop(0)["content"]
-        first = next((turn for turn in found if turn["role"] == "user"), None)
+    form, conversation = form_of(tokenizer), [dict(turn) for turn in turns]
+    if not form.system and conversation and conversation[0]["role"] == "system":
+        system = conversation.pop(0)["content"]
+        first = next((turn for turn in conversation if turn["role"] == "user"), None)
         if system and first is not None:
             if says:
                 _say_moved(repr(tokenizer.chat_template))
             first["content"] = f"{system}{BETWEEN}{first['content']}"
     if not form.neighbours:
-        found = _joined(found)
+        conversation = _joined(conversation)
     if form.parts:
-        for turn in found:
+        for turn in conversation:
             if isinstance(turn.get("content"), str):
                 turn["content"] = [{"type": "text", "text": turn["content"]}]
-    return found
+    return conversation
 
 
 _FORMS: dict[str, TemplateForm] = {}
@@ -82,15 +82,15 @@ def _found_form(tokenizer: PreTrainedTokenizerBase) -> TemplateForm:
 
 
 def _joined(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    conversation: list[dict[str, Any]] = []
     for turn in turns:
-        last = found[-1] if found else {}
+        last = conversation[-1] if conversation else {}
         plain = {"role", "content"}
         if last.get("role") == turn["role"] != "tool" and not (set(last) | set(turn)) - plain:
             last["content"] = f"{last['content']}{BETWEEN}{turn['content']}"
         else:
-            found.append(turn)
-    return found
+            conversation.append(turn)
+    return conversation
 
 
 @functools.cache

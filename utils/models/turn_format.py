@@ -96,12 +96,12 @@ def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
 def deciding(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What stands around answers, where that is not nothing before and eos after, for an identity; else empty."""
     form = of(tokenizer)
-    found: dict[str, Any] = {}
+    turn: dict[str, Any] = {}
     if form.opening and not opens_thinking(tokenizer):
-        found["opening"] = form.opening
+        turn["opening"] = form.opening
     if form.end != (tokenizer.eos_token_id,):
-        found["end"] = list(form.end)
-    return {"turn": found} if found else {}
+        turn["end"] = list(form.end)
+    return {"turn": turn} if turn else {}
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
@@ -129,8 +129,8 @@ def _reasoning(tokenizer: PreTrainedTokenizerBase, prompt: str, opening: str) ->
         turns.append({"content": f"{THINK_START}\n{_REASONING}\n{THINK_END}\n\n{_ANSWER}"})
     for turn in turns:
         head, _ = _around(_rendered(tokenizer, [_USER, {"role": "assistant", **turn}]))
-        before, found, after = head.removeprefix(prompt).partition(_REASONING)
-        if found and prompt and head.startswith(prompt):
+        before, mark, after = head.removeprefix(prompt).partition(_REASONING)
+        if mark and prompt and head.startswith(prompt):
             return before, after
     block = _EMPTY_BLOCK.search(opening)
     return (opening[: block.end(1)], opening[block.start(2) :]) if block else None
@@ -152,8 +152,8 @@ def _ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _around(text: str) -> tuple[str, str]:
     """What stands before and after the answer; nothing where it is not there."""
-    head, found, tail = text.partition(_ANSWER)
-    return (head, tail) if found else ("", "")
+    head, mark, tail = text.partition(_ANSWER)
+    return (head, tail) if mark else ("", "")
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, opens: bool = False) -> str:

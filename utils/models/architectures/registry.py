@@ -19,5 +19,5 @@ def of(model_type: object) -> Architecture:
 
 def published(source: str) -> PublishedModel | None:
     """The model with built-in shapes that a base model's source names; None for every other."""
-    found = (architecture.published for architecture in KNOWN.values())
-    return next((model for model in found if model and model.is_named(source)), None)
+    models = (architecture.published for architecture in KNOWN.values())
+    return next((model for model in models if model and model.is_named(source)), None)

@@ -43,16 +43,16 @@ def preset_of(billions: float, *, is_mixture: bool, model_type: object) -> str |
     return next((preset for least, preset in (MIXTURE if is_mixture else DENSE) if billions >= least), None)
 
 
-def refuse_small_settings(preset: str, found: ModelSizes, stage: str) -> None:
+def refuse_small_settings(preset: str, sizes: ModelSizes, stage: str) -> None:
     """Raises ConfigError where a large model would be trained as the default preset trains a small one.
 
     The command line takes the preset for a model's size where it can read config.json; of a hub it is known only later.
     """
-    billions, usual = found.total / 1e9, Config.model_fields["preset"].default
-    wanted = preset_of(billions, is_mixture=bool(found.experts), model_type=found.model_type)
-    if preset == usual and wanted is not None:
+    billions, usual = sizes.total / 1e9, Config.model_fields["preset"].default
+    size_preset = preset_of(billions, is_mixture=bool(sizes.experts), model_type=sizes.model_type)
+    if preset == usual and size_preset is not None:
         what = f"the base has {billions:.1f} billion parameters, and preset {usual} is for a few hundred million"
-        fix = f"--preset {wanted} ({reason_of(wanted)}), or your own --{stage}.train.learning_rate"
+        fix = f"--preset {size_preset} ({reason_of(size_preset)}), or your own --{stage}.train.learning_rate"
         raise ConfigError(Problem(what, fix=fix))
 
 
@@ -77,7 +77,7 @@ def config_of(source: str, revision: str = "", environment: Mapping[str, str] = 
         cache = Path(environment.get("HF_HUB_CACHE") or home / "hub")
         places = [cache / f"models--{source.replace('/', '--')}" / "snapshots" / (revision or "none") / "config.json"]
     try:
-        found = json.loads(places[0].read_text(encoding="utf-8"))
+        settings = json.loads(places[0].read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else None

@@ -30,34 +30,34 @@ BEAT_SECONDS = 1.0
 LOST_SECONDS = 90.0
 # how long a rank may go on with what it does after another one failed; in a collective it would wait for ever
 GRACE_SECONDS = 20.0
-Told = dict[str, Any]
+ErrorRecord = dict[str, Any]
 
 
 class Elsewhere(PipelineError):
     """This rank ends because of an error that rank 0 tells."""
 
-    def __init__(self, told: Told):
-        super().__init__([Problem(*problem) for problem in told["problems"]])
-        self.exit_code = told["exit_code"]
+    def __init__(self, record: ErrorRecord):
+        super().__init__([Problem(*problem) for problem in record["problems"]])
+        self.exit_code = record["exit_code"]
 
 
-def post(store: Store, rank: int, error: BaseException) -> Told | None:
+def post(store: Store, rank: int, error: BaseException) -> ErrorRecord | None:
     """Tell the others what this rank ends with; returns what was told first. None when they cannot be reached."""
-    told = json.dumps(_described(rank, error))
+    text = json.dumps(_described(rank, error))
     try:
-        return dict(json.loads(store.compare_set(ERROR, "", told)))
+        return dict(json.loads(store.compare_set(ERROR, "", text)))
     except RuntimeError:  # the rank that holds the store is gone
         return None
 
 
-def error_of(told: Told) -> PipelineError:
+def error_of(record: ErrorRecord) -> PipelineError:
     """The error of another rank as an exception of the same kind."""
-    problems = [Problem(*problem) for problem in told["problems"]]
-    if told["rank"]:
-        where = f"rank {told['rank']} on {told['host']}"
+    problems = [Problem(*problem) for problem in record["problems"]]
+    if record["rank"]:
+        where = f"rank {record['rank']} on {record['host']}"
         problems[0] = Problem(f"{where}: {problems[0].what}", fix=problems[0].fix)
-    error: PipelineError = getattr(exceptions, told["kind"], PipelineError)(problems)
-    error.exit_code = told["exit_code"]
+    error: PipelineError = getattr(exceptions, record["kind"], PipelineError)(problems)
+    error.exit_code = record["exit_code"]
     return error
 
 
@@ -67,7 +67,7 @@ class Watch(threading.Thread):
     def __init__(self, store: Store, rank: int, size: int):
         super().__init__(name="ranks", daemon=True)
         self.beat_seconds = BEAT_SECONDS
-        self.error: Told | None = None
+        self.error: ErrorRecord | None = None
         self._store, self._rank, self._size = store, rank, size
         self._stopped = threading.Event()
         self._failed = False
@@ -138,22 +138,22 @@ class Watch(threading.Thread):
             with suppress(psutil.Error):
                 if host == _HOST:
                     self._neighbours[rank] = psutil.Process(process)
-        found = self._neighbours.get(rank)
+        neighbour = self._neighbours.get(rank)
         with suppress(psutil.Error):
-            return found is not None and (not found.is_running() or found.status() == psutil.STATUS_ZOMBIE)
+            return neighbour is not None and (not neighbour.is_running() or neighbour.status() == psutil.STATUS_ZOMBIE)
         return True
 
-    def _end(self, told: Told) -> None:
+    def _end(self, record: ErrorRecord) -> None:
         """The main thread is in a collective, or in a computation of minutes, that nobody waits for any more."""
         if self._rank == 0:
-            print(printable(str(error_of(told))), file=sys.stderr, flush=True)
+            print(printable(str(error_of(record))), file=sys.stderr, flush=True)
             with suppress(RuntimeError):
                 self._store.set(REPORTED, "said")
             time.sleep(2 * self.beat_seconds)  # for those who wait for it: this may be the rank that holds the store
-        os._exit(int(told["exit_code"]))
+        os._exit(int(record["exit_code"]))
 
 
-def _described(rank: int, error: BaseException) -> Told:
+def _described(rank: int, error: BaseException) -> ErrorRecord:
     if isinstance(error, Terminated):
         error = Interrupted(Problem("stopped by SIGTERM", fix="run the same command again"))
     elif isinstance(error, KeyboardInterrupt):

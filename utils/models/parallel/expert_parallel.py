@@ -86,34 +86,34 @@ class Meshes:
 def modules(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, tuple[str, ...]]]:
     """Path -> (experts module, its parameters that are cut by expert), as the plan of the model's class says."""
     plan: Mapping[str, str] = getattr(model, "_ep_plan", None) or {}
-    found = {}
+    experts = {}
     for path, module in model.named_modules():
         if plan.get(_pattern(path)) == DISPATCHED:
             names = [name for name in module._parameters if plan.get(_pattern(f"{path}.{name}")) == GROUPED]
-            found[path] = (module, tuple(names))
-    return found
+            experts[path] = (module, tuple(names))
+    return experts
 
 
 def problems(model: torch.nn.Module, layout: ProcessLayout) -> list[Problem]:
     """Why the experts of this model cannot be shared as `layout` says; all reasons at once."""
-    asked, found = layout.expert, modules(model)
+    group, experts = layout.expert, modules(model)
     fix = "--run.expert_parallel off"
     problems = []
     if not layout.is_sharded:
         what = "run.expert_parallel: experts are shared by ranks that share the model, and here each has all of it"
-        problems.append(Problem(what, asked, f"launch it with a file that asks for FSDP (scripts/launch/), or {fix}"))
-    elif layout.shard % asked:
+        problems.append(Problem(what, group, f"launch it with a file that asks for FSDP (scripts/launch/), or {fix}"))
+    elif layout.shard % group:
         what = f"run.expert_parallel: the {layout.shard} ranks that share the model are no whole number of groups"
-        problems.append(Problem(what, asked, f"a divisor of {layout.shard}, or {fix}"))
-    if not found:
+        problems.append(Problem(what, group, f"a divisor of {layout.shard}, or {fix}"))
+    if not experts:
         what = f"run.expert_parallel: transformers has no expert plan for {type(model).__name__}"
-        problems.append(Problem(what, asked, f"{fix}: layers are gathered (FSDP2)"))
-    counts = {module._parameters[names[0]].shape[0] for module, names in found.values() if names}
-    if indivisible := sorted(count for count in counts if count % asked):
-        what = f"run.expert_parallel: {indivisible[0]} experts cannot be divided among {asked} ranks"
-        problems.append(Problem(what, asked, f"a divisor of {indivisible[0]}, or {fix}"))
-    if unlike := [path for path, (module, names) in found.items() if not _is_known(module, names)]:
-        what = f"run.expert_parallel: the forward pass of {type(found[unlike[0]][0]).__name__} is one of its own"
+        problems.append(Problem(what, group, f"{fix}: layers are gathered (FSDP2)"))
+    counts = {module._parameters[names[0]].shape[0] for module, names in experts.values() if names}
+    if indivisible := sorted(count for count in counts if count % group):
+        what = f"run.expert_parallel: {indivisible[0]} experts cannot be divided among {group} ranks"
+        problems.append(Problem(what, group, f"a divisor of {indivisible[0]}, or {fix}"))
+    if unlike := [path for path, (module, names) in experts.items() if not _is_known(module, names)]:
+        what = f"run.expert_parallel: the forward pass of {type(experts[unlike[0]][0]).__name__} is one of its own"
         problems.append(Problem(what, unlike[:3], f"{fix}: layers are gathered (FSDP2)"))
     return problems
 
@@ -131,8 +131,8 @@ def mark(model: torch.nn.Module) -> bool:
 def shared_in(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, SharedExperts]]:
     """The experts in a module that ranks share."""
     for part in module.modules():
-        if isinstance(found := part.__dict__.get("shared"), SharedExperts):
-            yield part, found
+        if isinstance(shared := part.__dict__.get("shared"), SharedExperts):
+            yield part, shared
 
 
 def cut(
@@ -182,8 +182,8 @@ def parts(module: torch.nn.Module) -> set[torch.nn.Parameter]:
     from torch.distributed.tensor import DTensor
 
     held = {experts._parameters[name] for experts, shared in shared_in(module) for name in shared.parameters}
-    found = {parameter for parameter in held if not isinstance(parameter, DTensor)}
-    return found | {parameter for parameter in module.parameters() if is_factor(parameter)}
+    whole = {parameter for parameter in held if not isinstance(parameter, DTensor)}
+    return whole | {parameter for parameter in module.parameters() if is_factor(parameter)}
 
 
 def is_factor(tensor: torch.Tensor) -> bool:
@@ -259,10 +259,10 @@ def implementation() -> type:
             self.experts_forward = forward
 
         def _dispatch_tokens(self, *arguments: torch.Tensor) -> Any:
-            found = super()._dispatch_tokens(*arguments)
+            tokens = super()._dispatch_tokens(*arguments)
             if torch._C._current_graph_task_id() == -1:  # not where a backward pass computes it again
-                _rows.append(len(found[0]))
-            return found
+                _rows.append(len(tokens[0]))
+            return tokens
 
     return AllToAllWithUpdates
 

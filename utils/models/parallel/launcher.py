@@ -49,17 +49,17 @@ def take() -> ProcessLayout:
     """Read the layout and take it out of the environment. Raises ConfigError for what is asked and not done here."""
     if _taken:
         return _taken[-1]
-    found = read(os.environ)
+    layout = read(os.environ)
     for name in (FSDP, MESH):
         os.environ.pop(name, None)
-    _taken.append(found)
-    return found
+    _taken.append(layout)
+    return layout
 
 
 def share_experts(count: int) -> None:
     """From now on every `count` ranks that follow each other hold each expert once; 1 gathers the experts."""
-    found = replace(take(), expert=count)
-    _taken[:] = [found]
+    layout = replace(take(), expert=count)
+    _taken[:] = [layout]
 
 
 def read(environment: Mapping[str, str]) -> ProcessLayout:
@@ -87,14 +87,14 @@ def read(environment: Mapping[str, str]) -> ProcessLayout:
             )
             problems.append(Problem(what, ranks, "change them, or num_processes, so that the product is that number"))
     if sharded:
-        for name, key, wanted in (
+        for name, key, expected in (
             ("FSDP_VERSION", "fsdp_version", "2"),
             ("FSDP_AUTO_WRAP_POLICY", "fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
         ):
-            if (found := environment.get(name, wanted)) != wanted:
-                problems.append(Problem(f"the launcher's {key} has to be {wanted}", found, FIX))
-        if (found := environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()) not in ("true", "false"):
-            problems.append(Problem("the launcher's fsdp_reshard_after_forward has to be true or false", found, FIX))
+            if (value := environment.get(name, expected)) != expected:
+                problems.append(Problem(f"the launcher's {key} has to be {expected}", value, FIX))
+        if (value := environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()) not in ("true", "false"):
+            problems.append(Problem("the launcher's fsdp_reshard_after_forward has to be true or false", value, FIX))
     if problems:
         raise ConfigError(problems)
     return ProcessLayout(replicate, ranks // replicate) if sharded and ranks > 1 else ProcessLayout(ranks, 1)

@@ -67,8 +67,8 @@ def leave() -> None:
                 team.store.set(REPORTED, "said")
             team.store.add("farewell", 1)
         if team.rank == 0:
-            told = team.watch.error or {}
-            waits = LOST_FAREWELL_SECONDS if told.get("exit_code") == Interrupted.exit_code else FAREWELL_SECONDS
+            record = team.watch.error or {}
+            waits = LOST_FAREWELL_SECONDS if record.get("exit_code") == Interrupted.exit_code else FAREWELL_SECONDS
             _until(lambda: team.store.add("farewell", 0) >= team.size, waits)
         return  # a connection that is broken cannot be closed in order
     if dist.is_initialized():

@@ -180,21 +180,21 @@ def meet() -> None:
 
 
 def refuse_unequal(
-    found: Mapping[str, Any], what: str, error: type[PipelineError] = VerificationError, fix: str = SUSPECT
+    values: Mapping[str, Any], what: str, error: type[PipelineError] = VerificationError, fix: str = SUSPECT
 ) -> None:
-    """Raises `error` on every rank when `found` is not the same on all of them."""
-    one, unlike = compared(found)
+    """Raises `error` on every rank when `values` is not the same on all of them."""
+    one, unlike = compared(values)
     if unlike:
         others, names = ", ".join(map(str, unlike)), next(iter(unlike.values()))[1]
         difference = f"{what} differs between rank 0 and {others}, in {len(names)} of {len(one)} values: {names[:5]}"
         raise error(Problem(difference, fix=fix))
 
 
-def unequal_copies(found: Mapping[str, Any], copy_of: int) -> list[str]:
+def unequal_copies(own_values: Mapping[str, Any], copy_of: int) -> list[str]:
     """Names whose values differ among the ranks that are copies of the same part, on every rank."""
     one: dict[int, Mapping[str, Any]] = {}
     unequal: set[str] = set()
-    for part, values in gathered((copy_of, dict(found))):
+    for part, values in gathered((copy_of, dict(own_values))):
         known = one.setdefault(part, values)
         unequal |= {name for name in {*known, *values} if known.get(name) != values.get(name)}
     return sorted(unequal)
@@ -203,9 +203,9 @@ def unequal_copies(found: Mapping[str, Any], copy_of: int) -> list[str]:
 # ------------------------------------------------------------------------------------------------ inside
 
 
-def compared(found: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[int, tuple[Mapping[str, Any], list[str]]]]:
+def compared(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[int, tuple[Mapping[str, Any], list[str]]]]:
     """(rank 0's values, rank -> (its values, the names of those that differ) of each rank with others)."""
-    one, *others = gathered(dict(found))
+    one, *others = gathered(dict(values))
     return one, {
         rank: (other, [name for name in sorted({*one, *other}, key=str) if one.get(name) != other.get(name)])
         for rank, other in enumerate(others, 1)
@@ -279,8 +279,8 @@ def _make(number: int, make: Callable[..., Any], positional: Sequence[Any], name
     Held._objects[number] = make(*map(_own, positional), **named)
 
 
-def _called(found: Any, name: str, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    return getattr(found, name)(*positional, **named)
+def _called(target: Any, name: str, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    return getattr(target, name)(*positional, **named)
 
 
 def _drop(number: int) -> None:

@@ -52,11 +52,11 @@ class ShardReader:
 
     def rows(self, name: str, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows `first` to `last` (of the first dimension: output rows, or experts) of a parameter, on the CPU."""
-        found = self.places[name]
-        if found[0][1].expert is None:
-            return self._matrix(found[0][0], first, last).to(dtype)
+        tensors = self.places[name]
+        if tensors[0][1].expert is None:
+            return self._matrix(tensors[0][0], first, last).to(dtype)
         by_expert: dict[int, list[tuple[int, str]]] = {}
-        for tensor, place in found:
+        for tensor, place in tensors:
             if place.expert is not None and first <= place.expert < last:
                 by_expert.setdefault(place.expert, []).append((place.part, tensor))
         rows = [
@@ -85,9 +85,9 @@ class ShardReader:
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt").__enter__()
         part = self._open[path].get_slice(name)
-        found = part[first:last] if part.get_shape() else part[...]
-        self.bytes_read += found.nbytes
-        return found
+        values = part[first:last] if part.get_shape() else part[...]
+        self.bytes_read += values.nbytes
+        return values
 
     def compare(self, local: Mapping[str, tuple[int, torch.Tensor]], seed: int) -> None:
         """Raises VerificationError unless sampled rows of `local` (first row, rows) are those of our own reader."""
@@ -105,13 +105,13 @@ class ShardReader:
                 raise VerificationError(Problem(what, str(self.checkpoint.directory), fix))
 
     def _by_our_reader(self, name: str, first: int, last: int) -> torch.Tensor:
-        found = self.places[name]
-        if found[0][1].expert is None:
-            return self._streamed(found[0][0], first, last)
-        parts = sorted((p.expert or 0, p.part, tensor) for tensor, p in found if first <= (p.expert or 0) < last)
+        tensors = self.places[name]
+        if tensors[0][1].expert is None:
+            return self._streamed(tensors[0][0], first, last)
+        parts = sorted((p.expert or 0, p.part, tensor) for tensor, p in tensors if first <= (p.expert or 0) < last)
         rows = [
-            torch.cat([self._streamed(tensor) for expert, _, tensor in parts if expert == wanted])
-            for wanted in range(first, last)
+            torch.cat([self._streamed(tensor) for expert, _, tensor in parts if expert == number])
+            for number in range(first, last)
         ]
         return torch.stack(rows)
 
@@ -140,18 +140,18 @@ def reader(base: BaseModel, model: PreTrainedModel) -> ShardReader | None:
     checkpoint = Checkpoint(base.directory)
     if layer_sample.has_partial_blocks(checkpoint):
         return None
-    wanted = dict(model.named_parameters()) | {
+    state = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
     }
     weights = [name for name in checkpoint.homes if not checkpoint.is_scale(name)]
-    found: dict[str, list[tuple[str, Place]]] = {}
+    places: dict[str, list[tuple[str, Place]]] = {}
     for tensor, place in tensor_names.places(base.directory, weights).items():
-        if place.parameter in wanted:
-            found.setdefault(place.parameter, []).append((tensor, place))
-    shapes = {name: _shape(checkpoint, parts) for name, parts in found.items()}
-    if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in wanted.items()):
+        if place.parameter in state:
+            places.setdefault(place.parameter, []).append((tensor, place))
+    shapes = {name: _shape(checkpoint, parts) for name, parts in places.items()}
+    if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in state.items()):
         return None
-    return ShardReader(checkpoint, found)
+    return ShardReader(checkpoint, places)
 
 
 def as_placeholders(model: PreTrainedModel, reading: ShardReader) -> bool:

@@ -91,8 +91,8 @@ def shard(module: torch.nn.Module, root: torch.nn.Module | None = None) -> None:
     _refuse_unlike(module)
     mesh = _mesh()
     meshes = Meshes.of(launcher.current()) if any(expert_parallel.shared_in(module)) else None
-    wanted = _layer_classes(module)
-    layers = {name: part for name, part in module.named_modules() if type(part).__name__ in wanted}
+    classes = _layer_classes(module)
+    layers = {name: part for name, part in module.named_modules() if type(part).__name__ in classes}
     inside = {id(part) for layer in layers.values() for part in layer.modules()}
     rest = {name: part for name, part in module.named_modules() if id(part) not in inside}
     sums: dict[str, int] = {}
@@ -166,10 +166,10 @@ def _mesh() -> DeviceMesh:
     """The ranks as FSDP2 takes them: in a row, or in as many rows as there are copies of the model."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    asked, kind = launcher.current(), devices.device().type
-    if asked.replicate == 1:
-        return init_device_mesh(kind, (asked.shard,))
-    return init_device_mesh(kind, (asked.replicate, asked.shard), mesh_dim_names=("replicate", "shard"))
+    layout, kind = launcher.current(), devices.device().type
+    if layout.replicate == 1:
+        return init_device_mesh(kind, (layout.shard,))
+    return init_device_mesh(kind, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
 
 
 def _layer_classes(module: torch.nn.Module) -> set[str]:
@@ -237,7 +237,7 @@ def _shard_layer(
         prefix = next((name for name, module in parts.items() if module is layer), "")
         read_here = [(owners, _local(owners, source, read)) for owners, source in unread]
         # one parameter under each of its names: tied ones stay tied
-        filled = {path.removeprefix(f"{prefix}."): made for owners, made in read_here for path, *_ in owners}
+        filled = {path.removeprefix(f"{prefix}."): parameter for owners, parameter in read_here for path, *_ in owners}
         layer.load_state_dict(filled, strict=False, assign=True)
 
 
@@ -285,9 +285,9 @@ def _check_read(read: Mapping[Source, tuple[int, torch.Tensor]]) -> None:
 
 def loaded() -> dict[str, Any]:
     """What a manifest says about several ranks: their layout, and who read how much of the model loaded last."""
-    asked = launcher.current()
+    layout = launcher.current()
     read = {"bytes_read_by_rank": list(_bytes_read)} if _bytes_read else {}
-    return {"ranks": {"layout": asdict(asked), **read}} if asked.processes > 1 else {}
+    return {"ranks": {"layout": asdict(layout), **read}} if layout.processes > 1 else {}
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

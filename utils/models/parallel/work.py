@@ -35,12 +35,12 @@ def computed(
     `in_step` False: the model has no part in it. `bar` advances by `amounts`.
     """
     if ranks.size() == 1:
-        found = []
+        results = []
         for number, batch in enumerate(batches):
-            found.append(compute(batch))
+            results.append(compute(batch))
             if bar is not None:
                 bar.advance(amounts[number])
-        return found
+        return results
     in_step = ranks.is_sharded() if in_step is None else in_step
     parts = assigned(costs, ranks.size(), in_step=in_step)
     mine = parts[ranks.index()]

@@ -49,17 +49,17 @@ def untrained(model: Any, support: RowSupport, rows: Rows, pad_id: int) -> dict[
 
 
 def _untrained(model: Any, names: Sequence[str], rows: Rows, pad_id: int) -> dict[str, str]:
-    found, why = _step(model, names, rows, pad_id)
+    reasons, why = _step(model, names, rows, pad_id)
     if why:
         leaves = linear_modules.leaves(names)
         alone = {leaf: _step(model, [n for n in names if _leaf(n) == leaf], rows, pad_id)[1] for leaf in leaves}
         return {leaf: reason for leaf, reason in alone.items() if reason} or dict.fromkeys(leaves, why)
     other = rows[0][0][0]
-    if NOT_FINITE in found.values() and other != pad_id:
+    if NOT_FINITE in reasons.values() and other != pad_id:
         again, why = _step(model, names, rows, other)
         if not why and NOT_FINITE not in again.values():
-            return again | {leaf: BY_PADDING for leaf, reason in found.items() if reason == NOT_FINITE}
-    return found
+            return again | {leaf: BY_PADDING for leaf, reason in reasons.items() if reason == NOT_FINITE}
+    return reasons
 
 
 def _step(model: Any, names: Sequence[str], rows: Rows, pad_id: int) -> tuple[dict[str, str], str]:
@@ -81,15 +81,15 @@ def _faults(model: Any, factors: dict[str, torch.nn.Parameter]) -> dict[str, str
 
     These tokens need not visit every expert, and what is cut off in the last layer of a sample is not in the model.
     """
-    found: dict[str, str] = {}
+    faults: dict[str, str] = {}
     places = {name: _place(model, name) for name in factors}
     reached = {places[name] for name, b_OR in factors.items() if b_OR.grad is not None and b_OR.grad.any()}
     for name, b_OR in factors.items():
         if b_OR.grad is not None and not torch.isfinite(b_OR.grad).all():
-            found[_leaf(name)] = NOT_FINITE
+            faults[_leaf(name)] = NOT_FINITE
         elif places[name] not in reached:
-            found.setdefault(_leaf(name), ABSENT if b_OR.grad is None else ZERO)
-    return found
+            faults.setdefault(_leaf(name), ABSENT if b_OR.grad is None else ZERO)
+    return faults
 
 
 @contextmanager
@@ -128,8 +128,8 @@ def _leaf(name: str) -> str:
 
 
 def _layer(name: str) -> str:
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found[0] if found else ""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match[0] if match else ""
 
 
 def _place(model: Any, name: str) -> tuple[str, type]:

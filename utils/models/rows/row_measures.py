@@ -57,7 +57,7 @@ def measure(model: Any, *, vocabulary: int, skipped: Sequence[int] = (), size: i
     joined = _own_nll(model, [token for piece in texts.rows[0] for token in piece])
     moved = float((joined[-len(alone[1]) :] - alone[1]).abs().max())
     limit = max(5e-6, min(TOLERANCE, moved / SIGHT))
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
 
     def packed(way: Way, rows: list[list[list[int]]]) -> float:
         row_support.attach(model, replace(ALONE, packing=way))
@@ -70,13 +70,15 @@ def measure(model: Any, *, vocabulary: int, skipped: Sequence[int] = (), size: i
         nll_N = losses.token_nll(model, *(t.to(model.device) for t in tensors), visible.to(model.device))
         return _largest(nll_N, [_own_nll(model, p + c)[-len(c) :] for p, own in texts.items for c in own])
 
-    found[AHEAD] = packed("none", [[piece] for piece in texts.pieces])
-    if not found[AHEAD] <= limit:
-        return replace(ALONE, measured=found, why=f"what follows a token moves it by {found[AHEAD]:.2g} nats")
-    packing = _first(PACKING, lambda way: packed(way, texts.rows), limit, found, "packing")
-    shared = _first(CANDIDATES, candidates, limit, found, "candidates")
-    head = _head(model, texts.pieces[0], found)
-    return RowSupport(packing, shared, head, pads_left(model, texts, limit, found), found)
+    differences[AHEAD] = packed("none", [[piece] for piece in texts.pieces])
+    if not differences[AHEAD] <= limit:
+        return replace(
+            ALONE, measured=differences, why=f"what follows a token moves it by {differences[AHEAD]:.2g} nats"
+        )
+    packing = _first(PACKING, lambda way: packed(way, texts.rows), limit, differences, "packing")
+    shared = _first(CANDIDATES, candidates, limit, differences, "candidates")
+    head = _head(model, texts.pieces[0], differences)
+    return RowSupport(packing, shared, head, pads_left(model, texts, limit, differences), differences)
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def measure_attention(model: Any, *, vocabulary: int, skipped: Sequence[int] = (
     used = torch.zeros_like(ids, dtype=torch.bool)
     for number, row in enumerate(texts.rows):
         used[number, : sum(map(len, row))] = True
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
 
     def packed(way: Way) -> float:
         row_support.attach(model, replace(ALONE, packing=way))
@@ -105,13 +107,15 @@ def measure_attention(model: Any, *, vocabulary: int, skipped: Sequence[int] = (
 
     # the lengths first: flash attention reads them, and reads positions only of a batch of one row
     order: tuple[Way, ...] = ("varlen", "positions")
-    return RowSupport(_first(order, packed, BFLOAT16_TOLERANCE, found, "packing"), "none", "model", True, found)
+    return RowSupport(
+        _first(order, packed, BFLOAT16_TOLERANCE, differences, "packing"), "none", "model", True, differences
+    )
 
 
 def _first(
-    ways: Sequence[Way], difference: Callable[[Way], float], limit: float, found: dict[str, float], what: str
+    ways: Sequence[Way], difference: Callable[[Way], float], limit: float, differences: dict[str, float], what: str
 ) -> Any:
-    """The first way that moves nothing; what each moved goes into `found`."""
+    """The first way that moves nothing; what each moved goes into `differences`."""
     for way in ways:
         try:
             moved = difference(way)
@@ -119,13 +123,13 @@ def _first(
             if is_out_of_memory(error):
                 raise
             continue  # the model has no such argument
-        found[f"{what}:{way}"] = moved
+        differences[f"{what}:{way}"] = moved
         if moved <= limit:
             return way
     return "none"
 
 
-def pads_left(model: Any, texts: _Texts, limit: float, found: dict[str, float]) -> bool:
+def pads_left(model: Any, texts: _Texts, limit: float, differences: dict[str, float]) -> bool:
     """Whether a prompt's first token is generated as it is alone when the prompt is padded to another's length."""
     prompts = [prompt for prompt, _ in texts.items]
     longest, pad = max(map(len, prompts)), texts.rows[0][0][0]
@@ -140,23 +144,23 @@ def pads_left(model: Any, texts: _Texts, limit: float, found: dict[str, float]) 
     try:
         alone = torch.cat([last_logits([prompt], [len(prompt)]) for prompt in prompts])
         padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
-        found["left padding"] = _difference(last_logits(padded, [len(prompt) for prompt in prompts]), alone)
+        differences["left padding"] = _difference(last_logits(padded, [len(prompt) for prompt in prompts]), alone)
     except _NO_SUCH:
         return False
-    return found["left padding"] <= 10 * limit  # of all tokens, also of unlikely ones
+    return differences["left padding"] <= 10 * limit  # of all tokens, also of unlikely ones
 
 
-def _head(model: Any, piece: list[int], found: dict[str, float]) -> Any:
+def _head(model: Any, piece: list[int], differences: dict[str, float]) -> Any:
     """Whether hidden states times the output head are the model's own logits."""
     with torch.no_grad():
         own_TV = model(input_ids=_row(model, piece), use_cache=False).logits[0].float()
         try:
             ours_TV = losses.fused_logits(model, _row(model, piece))[0].float()
             difference = (ours_TV - own_TV).abs().max() / own_TV.abs().max()
-            found["head"] = float(torch.nan_to_num(difference, nan=UNLIKE, posinf=UNLIKE))
+            differences["head"] = float(torch.nan_to_num(difference, nan=UNLIKE, posinf=UNLIKE))
         except _NO_SUCH:
             return "model"
-    return "fused" if found["head"] <= SAME_LOGITS else "model"
+    return "fused" if differences["head"] <= SAME_LOGITS else "model"
 
 
 @torch.no_grad()

@@ -59,17 +59,17 @@ def measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
 def _known_or_measured(base: BaseModel, section: BaseModelSection) -> RowSupport:
     of = _key(base, section)
     if base.cache is None:
-        return _said(_measured(base, section, None), of)
+        return _reported(_measured(base, section, None), of)
     path = base.cache.with_name(".rows") / f"{of[:32]}.json"
     files.make_directory(path.parent)
     with files.locked(path.parent / "probe", "the probe of the base model", waits=True):
-        found = resumable.read(path, of)
-        if found is None:
+        record = resumable.read(path, of)
+        if record is None:
             support = _measured(base, section, path.parent / "sample")
             if not support.why:  # what was out of reach may be within it next time
                 resumable.write(path, support.to_json(), of)
-            return _said(support, of)
-    return _said(RowSupport(**found), of)
+            return _reported(support, of)
+    return _reported(RowSupport(**record), of)
 
 
 def load_model(base: BaseModel, section: BaseModelSection) -> Any:
@@ -107,18 +107,18 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
         plain = section.model_copy(update={"attention": AUTO}) if is_flash else section
         with float32_model.frugal_loading(), _whole():
             model = loading.load_model(sample, plain, dtype=torch.float32)
-        found = row_measures.measure(float32_model.visiting_every_expert(model), **which)
-        if not found.why:
+        support = row_measures.measure(float32_model.visiting_every_expert(model), **which)
+        if not support.why:
             rows = row_measures.documents(**which)
-            untrained = gradient_measures.untrained(model, found, rows, _pad_id(base, rows[0][0][0]))
-            found = replace(found, untrained=untrained)
+            untrained = gradient_measures.untrained(model, support, rows, _pad_id(base, rows[0][0][0]))
+            support = replace(support, untrained=untrained)
         if not is_flash:
-            return found
+            return support
         del model
         with _whole():
             narrow = loading.load_model(sample, section, dtype=torch.bfloat16)
         of_flash = row_measures.measure_attention(narrow, **which)
-        return replace(of_flash, head=found.head, pads_left=found.pads_left, untrained=found.untrained)
+        return replace(of_flash, head=support.head, pads_left=support.pads_left, untrained=support.untrained)
     except (ArtefactError, MemoryError, RuntimeError, AssertionError, *MALFORMED) as error:
         reason = "memory ran out" if is_out_of_memory(error) else str(error).strip().splitlines()[0][:200]
         return replace(ALONE, why=reason or type(error).__name__)
@@ -161,8 +161,8 @@ def _layers(checkpoint: Checkpoint) -> list[int]:
         seen.setdefault((kinds[layer], frozenset(tensors[layer])), layer)
     room = float32_model.available()
     # without one list of them, all
-    wanted = [list(range(max(seen.values()) + 1)), sorted(seen.values())] if seen else [list(range(count))]
-    for layers in wanted:
+    choices = [list(range(max(seen.values()) + 1)), sorted(seen.values())] if seen else [list(range(count))]
+    for layers in choices:
         if layer_sample.float32_bytes(checkpoint, layers) <= room:
             return layers
     raise ArtefactError(Problem("too little memory for a layer of each kind in float32", f"{room / 1e9:.1f} GB"))
@@ -186,7 +186,7 @@ def _named_tokens(settings: dict[str, Any]) -> list[int]:
     return [token for value in named for token in (value if isinstance(value, list) else [value]) if token is not None]
 
 
-def _said(support: RowSupport, of: str) -> RowSupport:
+def _reported(support: RowSupport, of: str) -> RowSupport:
     """Raises ArtefactError for a model that looks ahead; says, once in a process, what is not shared and why."""
     if not support.measured.get(row_measures.AHEAD, 0.0) <= row_measures.TOLERANCE:
         fix = "give a causal language model"

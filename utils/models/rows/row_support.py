@@ -60,11 +60,11 @@ class RowSupport:
 
     def deciding(self, *names: str) -> dict[str, Any]:
         """What of these makes a result another one than that of a plain decoder, for an identity; empty for one."""
-        usual, found = asdict(PLAIN_ROWS), asdict(self)
+        usual, own = asdict(PLAIN_ROWS), asdict(self)
         differing = {
-            name: found[name]
+            name: own[name]
             for name in names or ("packing", "candidates", "head", "pads_left")
-            if found[name] != usual[name]
+            if own[name] != usual[name]
         }
         return {"rows": differing} if differing else {}
 
@@ -98,19 +98,19 @@ def arguments(
     """
     support = of(model)
     way = support.packing if visible_BTT is None else support.candidates
-    found: dict[str, Any] = {"input_ids": input_ids_BT, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": input_ids_BT, "use_cache": False}
     if way == "none":
         if visible_BTT is not None:
             raise ValueError("this model's candidates do not share a row")
-        return found
+        return inputs
     if way == "varlen":
-        return found | _one_row(input_ids_BT, position_ids_BT)
-    found |= {"position_ids": position_ids_BT, "attention_mask": None}
+        return inputs | _one_row(input_ids_BT, position_ids_BT)
+    inputs |= {"position_ids": position_ids_BT, "attention_mask": None}
     if way == "positions":
-        return found
+        return inputs
     if visible_BTT is None:
         visible_BTT = _own_piece(position_ids_BT)
-    return found | {"attention_mask": _mask(causal(model), way, visible_BTT, position_ids_BT)}
+    return inputs | {"attention_mask": _mask(causal(model), way, visible_BTT, position_ids_BT)}
 
 
 def _own_piece(position_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -149,14 +149,14 @@ def _mask(
     near_BTT = visible_BTT if window is None else visible_BTT & (back_BTT < window)
     if way != "layer_masks":
         return _added(model, near_BTT if way == "window_mask" else visible_BTT)
-    found: dict[str, torch.Tensor] = {}
+    masks: dict[str, torch.Tensor] = {}
     for kind in dict.fromkeys(settings.layer_types):
         allowed_BTT = near_BTT if kind == "sliding_attention" else visible_BTT
         if kind == "chunked_attention":
             chunk_BT = position_ids_BT // settings.attention_chunk_size
             allowed_BTT = visible_BTT & (chunk_BT[:, :, None] == chunk_BT[:, None, :])
-        found[kind] = _added(model, allowed_BTT)
-    return found
+        masks[kind] = _added(model, allowed_BTT)
+    return masks
 
 
 def _added(model: PreTrainedModel, visible_BTT: torch.Tensor) -> torch.Tensor:

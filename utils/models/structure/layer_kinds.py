@@ -33,13 +33,13 @@ def layer_kinds(model: Any, count: int) -> list[frozenset[Any]]:
 
 def _settings(layer: torch.nn.Module) -> Settings:
     """Classes, and plain attributes but fractions, which may grow with depth."""
-    found: Settings = {}
+    settings: Settings = {}
     for path, module in layer.named_modules():
-        found[path, "class"] = type(module)
+        settings[path, "class"] = type(module)
         for name, value in vars(module).items():
             if not name.startswith("_") and (value is None or isinstance(value, (bool, int, str, tuple))):
-                found[path, name] = repr(value)
-    return found
+                settings[path, name] = repr(value)
+    return settings
 
 
 def _counts_up(key: tuple[str, str], described: Sequence[Mapping[tuple[str, str], Hashable]]) -> bool:

@@ -42,8 +42,8 @@ def adaptable(model: Any) -> list[str]:
 
 def named(model: Any, targets: Sequence[str]) -> list[str]:
     """Paths of the modules that `target_modules` says: all for auto, else those with such a leaf name."""
-    found = adaptable(model)
-    return found if AUTO in targets else [name for name in found if name.rpartition(".")[2] in targets]
+    names = adaptable(model)
+    return names if AUTO in targets else [name for name in names if name.rpartition(".")[2] in targets]
 
 
 def problems(model: Any, targets: Sequence[str], setting: str = "lora.target_modules") -> list[Problem]:
@@ -54,14 +54,14 @@ def problems(model: Any, targets: Sequence[str], setting: str = "lora.target_mod
         kind = type(model_class.causal(model)).__name__
         fix = "give another --base.source"
         return [] if usable else [Problem(f"{setting} auto: {kind} has no linear module to adapt", fix=fix)]
-    found = []
+    problems = []
     for target in targets:
         if target in usable:
             continue
         reasons = {reason for name, reason in judged.items() if reason and name.rpartition(".")[2] == target}
         what = f"{setting} {target}: " + (" and ".join(sorted(reasons)) or "the base model has no such module")
-        found.append(Problem(what, fix=did_you_mean(target, usable) or f"it has {', '.join(sorted(usable))}"))
-    return found
+        problems.append(Problem(what, fix=did_you_mean(target, usable) or f"it has {', '.join(sorted(usable))}"))
+    return problems
 
 
 def leaves(names: Iterable[str]) -> list[str]:
@@ -79,12 +79,12 @@ def _judged(model: PreTrainedModel) -> dict[str, str]:
     """Path of every linear module in the decoder -> why an adapter cannot take it; empty when it can."""
     decoder, prefix = model_class.decoder(model), model_class.decoder_path(model)
     head, widths = model.get_output_embeddings(), _widths(model)
-    found = {}
+    reasons = {}
     for path, module in decoder.named_modules():
         if not is_linear(module) or module is head or ".lora_" in f".{path}" or path.endswith("base_layer"):
             continue
-        found[f"{prefix}.{path}".lstrip(".")] = _reason(decoder, path, module, widths)
-    return found
+        reasons[f"{prefix}.{path}".lstrip(".")] = _reason(decoder, path, module, widths)
+    return reasons
 
 
 def _reason(decoder: torch.nn.Module, path: str, module: torch.nn.Module, widths: set[int]) -> str:

@@ -48,11 +48,11 @@ def _wrong_rotation(model: PreTrainedModel, directory: Path) -> list[Problem]:
         return []
     share = rotated_share(settings)
     (rotation,) = (module for name, module in model.named_modules() if name.endswith("rotary_emb"))
-    found, wanted = 2 * len(rotation.inv_freq), round((1.0 if share is None else share) * settings["head_dim"])
-    if share is not None and found == wanted:
+    rotated, expected = 2 * len(rotation.inv_freq), round((1.0 if share is None else share) * settings["head_dim"])
+    if share is not None and rotated == expected:
         return []
-    what = f"{directory}: {found} of the {settings['head_dim']} values of a head are rotated, its config.json says "
-    return [Problem(what + ("nothing" if share is None else str(wanted)), fix="restore rotary_dim in config.json")]
+    what = f"{directory}: {rotated} of the {settings['head_dim']} values of a head are rotated, its config.json says "
+    return [Problem(what + ("nothing" if share is None else str(expected)), fix="restore rotary_dim in config.json")]
 
 
 def _wrong_format(model: PreTrainedModel, directory: Path, *, native_fp8: bool) -> list[Problem]:

@@ -46,10 +46,10 @@ def class_of(settings: PretrainedConfig, place: object = "") -> type[PreTrainedM
         what = f"{place}: a {settings.model_type} reads in both directions, and generates no text"
         raise ArtefactError(Problem(what, settings.architectures, fix))
     for name in settings.architectures or ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if is_model and found.can_generate() and isinstance(settings, found.config_class):
-            return found
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        if is_model and kind.can_generate() and isinstance(settings, kind.config_class):
+            return kind
     try:
         return _get_model_class(settings, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
     except (KeyError, ValueError) as error:
@@ -92,9 +92,9 @@ def decoder(model: Any) -> torch.nn.Module:
     The answer of transformers, but where that is the whole model: then the part that has its input embeddings.
     """
     whole = causal(model)
-    found = whole.get_decoder()
-    if found is not whole:
-        return found
+    language_model = whole.get_decoder()
+    if language_model is not whole:
+        return language_model
     table = whole.get_input_embeddings()
     holders = [
         part for part in whole.children() if any(inner is table for inner in part.modules()) and part is not table
@@ -104,8 +104,8 @@ def decoder(model: Any) -> torch.nn.Module:
 
 def decoder_path(model: Any) -> str:
     """Where `decoder` lies in the model; empty for the whole, and for what is none of its modules."""
-    found = decoder(model)
-    return next((name for name, module in causal(model).named_modules() if module is found), "")
+    language_model = decoder(model)
+    return next((name for name, module in causal(model).named_modules() if module is language_model), "")
 
 
 def position_table(model: Any) -> int | None:

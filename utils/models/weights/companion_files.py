@@ -18,10 +18,10 @@ def companions(directory: Path) -> list[Path]:
 
     Everything that lies there but weights, their indices and code; of its folders only that of the chat templates.
     """
-    found = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
-    found = [p for p in found if p.name not in _MADE_ANEW and not p.name.endswith((*_NOT_COPIED, ".index.json"))]
-    found += directory.glob(f"{directory_checks.TEMPLATES}/*.jinja")
-    return sorted(path.relative_to(directory) for path in found)
+    paths = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
+    paths = [p for p in paths if p.name not in _MADE_ANEW and not p.name.endswith((*_NOT_COPIED, ".index.json"))]
+    paths += directory.glob(f"{directory_checks.TEMPLATES}/*.jinja")
+    return sorted(path.relative_to(directory) for path in paths)
 
 
 def copy_companions(source: Path, target: Path) -> None:

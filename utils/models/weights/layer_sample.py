@@ -52,11 +52,11 @@ def layer_count(checkpoint: Checkpoint) -> int:
     if key := _count_key(settings):
         return int(settings[key])
     # some only list the kind of each, and transformers counts
-    found = getattr(model_class.settings_of(checkpoint.directory).get_text_config(), COUNTS[0], None)
-    if not isinstance(found, int):
+    count = getattr(model_class.settings_of(checkpoint.directory).get_text_config(), COUNTS[0], None)
+    if not isinstance(count, int):
         known = ", ".join(COUNTS)
         raise ArtefactError(Problem("config.json does not say how many layers the model has", fix=f"name it: {known}"))
-    return found
+    return count
 
 
 def layer_list(checkpoint: Checkpoint) -> str | None:
@@ -75,27 +75,27 @@ def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def names_in_sample(checkpoint: Checkpoint, layers: list[int]) -> dict[str, str]:
     """Tensor of the large model -> its name in the small one, for those that are part of it."""
     path = layer_list(checkpoint)
-    found = {}
+    names = {}
     for name in checkpoint.homes:
         layer = number_in(path, name)
         if layer is None:
-            found[name] = name
+            names[name] = name
         elif layer in layers:
             rest = name.removeprefix(f"{path}.{layer}.")
-            found[name] = f"{path}.{layers.index(layer)}.{rest}"
-    return found
+            names[name] = f"{path}.{layers.index(layer)}.{rest}"
+    return names
 
 
 def factors_of(factors: Mapping[str, Any], layers: list[int]) -> dict[str, Any]:
     """The updates of the small model."""
-    found = {}
+    updates = {}
     for name, f in factors.items():
         if (layer := layer_of(name)) is None:
-            found[name] = f
+            updates[name] = f
         elif layer in layers:
             before, _, after = name.partition(f".{layer}.")
-            found[f"{before}.{layers.index(layer)}.{after}"] = f
-    return found
+            updates[f"{before}.{layers.index(layer)}.{after}"] = f
+    return updates
 
 
 def has_partial_blocks(checkpoint: Checkpoint) -> bool:
@@ -108,21 +108,21 @@ def has_partial_blocks(checkpoint: Checkpoint) -> bool:
 def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
     """Write the small model to a new directory; FP8 that transformers cannot read is dequantized."""
     plain = has_partial_blocks(checkpoint)
-    names, wanted = {}, {}
+    names, tensors = {}, {}
     for name, new in names_in_sample(checkpoint, layers).items():
         if not (plain and checkpoint.is_scale(name)):
             tensor = checkpoint.tensor(name)
             names[new] = name
-            wanted[new] = safetensors_io.described("F32", tensor.shape) if plain and tensor.is_fp8 else tensor
+            tensors[new] = safetensors_io.described("F32", tensor.shape) if plain and tensor.is_fp8 else tensor
 
     def content(new: str) -> Iterator[safetensors_io.Buffer]:
         path, tensor = checkpoint.homes[names[new]], checkpoint.tensor(names[new])
-        if wanted[new] is tensor:
+        if tensors[new] is tensor:
             return safetensors_io.raw(path, checkpoint.headers[path], names[new])
         return (safetensors_io.as_bytes(piece_RI) for *_, piece_RI in checkpoint.rows(path, names[new]))
 
     directory.mkdir()
-    safetensors_io.write(directory / "model.safetensors", safetensors_io.plan(wanted, {"format": "pt"}), content)
+    safetensors_io.write(directory / "model.safetensors", safetensors_io.plan(tensors, {"format": "pt"}), content)
     settings = {key: value for key, value in checkpoint.config.items() if not (plain and key == "quantization_config")}
     count, text = layer_count(checkpoint), model_class.settings_of(checkpoint.directory).get_text_config()
     # as transformers works them out: where config.json leaves them out, the layers of a sample keep theirs
@@ -133,8 +133,8 @@ def write(checkpoint: Checkpoint, layers: list[int], directory: Path) -> None:
         key: _of_layers(value, layers) if _is_per_layer(key, value, count, usual) else value
         for key, value in {**types, **text_settings(settings)}.items()
     }
-    said = [key for key in {_count_key(inner) or COUNTS[0], *COUNTS} if inner.get(key) == count]
-    inner |= dict.fromkeys(said or [COUNTS[0]], len(layers))
+    count_keys = [key for key in {_count_key(inner) or COUNTS[0], *COUNTS} if inner.get(key) == count]
+    inner |= dict.fromkeys(count_keys or [COUNTS[0]], len(layers))
     files.write_json(
         directory / "config.json", {**settings, "text_config": inner} if "text_config" in settings else inner
     )

@@ -66,7 +66,7 @@ def places(directory: Path, names: Iterable[str]) -> dict[str, Place]:
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     sources = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
-    found = {}
+    places = {}
     for name in names:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
         if renamed not in parameters and name in parameters:
@@ -82,21 +82,21 @@ def places(directory: Path, names: Iterable[str]) -> dict[str, Place]:
                 place = Place(name, known=False)
         elif pattern is not None and sources[pattern].operations:
             place = Place(name, known=False)
-        found[name] = place
-    return found
+        places[name] = place
+    return places
 
 
 def transposed_parameters(model: torch.nn.Module) -> set[str]:
     """Parameters in which inputs come before outputs: GPT-2's Conv1D, and fused experts of some architectures."""
     from transformers.pytorch_utils import Conv1D
 
-    found = set()
+    names = set()
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
-            found.add(f"{name}.weight")
+            names.add(f"{name}.weight")
         elif getattr(module, "is_transposed", False):
-            found |= {f"{name}.{leaf}" for leaf, p in module.named_parameters(recurse=False) if p.ndim == 3}
-    return {name.replace(".base_layer", "") for name in found}
+            names |= {f"{name}.{leaf}" for leaf, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    return {name.replace(".base_layer", "") for name in names}
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -105,14 +105,14 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
     from utils.models.weights.safetensors_io import weight_files
 
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt") as reader:
-                found |= {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+                shapes |= {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ArtefactError(Problem(f"{path} is damaged ({error})", fix="restore it from a copy")) from error
-    return found
+    return shapes
 
 
 def weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -121,16 +121,16 @@ def weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     A linear module goes by its path, a fused parameter by its own name; scales of block-quantised weights are left out.
     """
     on_disk = {n: s for n, s in tensor_shapes(directory).items() if not n.endswith("weight_scale_inv")}
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, place in places(directory, on_disk).items():
         shape = on_disk[name]
         if place.expert is not None:
-            experts = max(place.expert + 1, found.get(place.parameter, (0,))[0])
-            found[place.parameter] = (experts, place.parts * shape[0], shape[1])
+            experts = max(place.expert + 1, shapes.get(place.parameter, (0,))[0])
+            shapes[place.parameter] = (experts, place.parts * shape[0], shape[1])
         elif len(shape) in (2, 3) and place.known:
             logical = (*shape[:-2], shape[-1], shape[-2]) if place.transposed else shape
-            found[place.parameter.removesuffix(".weight")] = logical
-    return found
+            shapes[place.parameter.removesuffix(".weight")] = logical
+    return shapes
 
 
 _TOWER = re.compile(r"vis|audio|image|speech")
@@ -142,8 +142,8 @@ def layer_of(module: str) -> int | None:
 
     None outside the layers (embeddings, output head). Composed adapters are checked by the model's own module lists.
     """
-    found = _NUMBER.search(f".{module}.")
-    return int(found[1]) if found else None
+    match = _NUMBER.search(f".{module}.")
+    return int(match[1]) if match else None
 
 
 def decoder_list(names: Iterable[str], count: int) -> str:
@@ -156,14 +156,14 @@ def decoder_list(names: Iterable[str], count: int) -> str:
     numbers: dict[str, set[int]] = {}
     tensors: dict[str, int] = {}
     for name in names:
-        for found in _NUMBER.finditer(f".{name}."):
-            path = name[: max(0, found.start() - 2)]
-            numbers.setdefault(path, set()).add(int(found[1]))
+        for match in _NUMBER.finditer(f".{name}."):
+            path = name[: max(0, match.start() - 2)]
+            numbers.setdefault(path, set()).add(int(match[1]))
             tensors[path] = tensors.get(path, 0) + 1
-    fitting = [path for path, found in numbers.items() if found >= set(range(count))]
+    fitting = [path for path, indices in numbers.items() if indices >= set(range(count))]
     outermost = [p for p in fitting if not any(p.startswith(f"{other}.") for other in fitting)]
     if not outermost:
-        lists = {path: len(found) for path, found in sorted(numbers.items())[:8]}
+        lists = {path: len(indices) for path, indices in sorted(numbers.items())[:8]}
         raise ArtefactError(Problem(f"none of the model's numbered lists has its {count} layers", lists))
     return max(outermost, key=lambda path: (len(numbers[path]) == count, not _TOWER.search(path), tensors[path]))
 
