@@ -34,7 +34,10 @@ SUFFIXES = (".py", ".md", ".jinja", ".css", ".yaml", ".slurm", ".sh", "")
 # what says what was done and not what it is; a name is the noun that is meant (findings, settings, examples, ...)
 VERBS = ("found", "told", "asked", "wanted", "said", "odd", "made")
 # where these names are gone; other packages follow one by one
-NOUNS_ONLY = ("rollout", "evaluation", "export", "benchmarks", "html")
+NOUNS_ONLY = (
+    *("rollout", "evaluation", "export", "benchmarks", "html"),
+    *("composition", "planning", "training", "inference", "artifacts"),
+)
 
 
 def problems(root: Path) -> Iterator[str]:
