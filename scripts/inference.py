@@ -79,7 +79,7 @@ def main(config: Config) -> dict[str, Any]:
     if section.engine != "local":
         known = examples or ([{"question": section.prompt}] if section.prompt else [])
         how = {"belongs_to": belongs_to, "models_dir": config.run.models_dir, "seed": config.run.seed}
-        with prompts.ServedPrompts.of(base, config.base, factors, *prompt_settings, asked=known, **how) as served:
+        with prompts.ServedPrompts.of(base, config.base, factors, *prompt_settings, questions=known, **how) as served:
             return _answered(served, examples, section, adapters, interactive=interactive)
     make = ranks.Held if examples else ranks.undivided
     model = make(prompts.PromptModel, base, config.base, factors, *prompt_settings, belongs_to)

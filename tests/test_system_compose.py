@@ -204,7 +204,7 @@ class OnTheModel(unittest.TestCase):
         cls.runs = [Run(temporary_directory(), {"kind": kind, "digest": kind}) for kind in ("domain", "task")]
 
     def made(self, recipe: Recipe | None = None) -> composed_adapter.Composition:
-        return composed_adapter.made(self.parts, self.runs, recipe or Recipe(), searched=False)
+        return composed_adapter.checked_composition(self.parts, self.runs, recipe or Recipe(), searched=False)
 
     def check(self, found: composed_adapter.Composition) -> dict[str, Any]:
         return composed_adapter.check_on_model(self.base, found, SECTION, temporary_directory() / "small")

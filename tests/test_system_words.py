@@ -33,11 +33,6 @@ PLACES = ("README.md", "CONTRIBUTING.md", "Makefile", "config.py", "docs/**/*.md
 SUFFIXES = (".py", ".md", ".jinja", ".css", ".yaml", ".slurm", ".sh", "")
 # what says what was done and not what it is; a name is the noun that is meant (findings, settings, examples, ...)
 VERBS = ("found", "told", "asked", "wanted", "said", "odd", "made")
-# where these names are gone; other packages follow one by one
-NOUNS_ONLY = (
-    *("rollout", "evaluation", "export", "benchmarks", "html"),
-    *("data", "cli"),
-)
 
 
 def problems(root: Path) -> Iterator[str]:
@@ -80,11 +75,8 @@ class Words(unittest.TestCase):
             self.assertTrue(list(ROOT.glob(place)), place)
 
     def test_names_are_the_nouns_that_are_meant(self) -> None:
-        paths = [ROOT / "config.py", *(ROOT / "scripts").glob("*.py"), *(ROOT / "utils").glob("*.py")]
-        for package in NOUNS_ONLY:
-            modules = list((ROOT / "utils" / package).rglob("*.py"))
-            self.assertTrue(modules, package)
-            paths += modules
+        paths = [ROOT / "config.py", *(ROOT / "scripts").glob("*.py"), *(ROOT / "utils").rglob("*.py")]
+        self.assertGreater(len(paths), 200)
         self.assertEqual(list(unclear(paths)), [])
 
     def test_each_kind_of_name_is_seen(self) -> None:

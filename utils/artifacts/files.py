@@ -172,10 +172,10 @@ def seal(directory: Path, manifest: dict[str, Any], digests: Mapping[str, str] |
 def artefact_files(directory: Path) -> list[Path]:
     """Files that a manifest covers: not itself, no checkpoints, nothing hidden, nothing that Python cached there."""
     outside = (directory / MANIFEST, directory / SCRATCH)
-    found = (p for p in sorted(directory.rglob("*")) if p.is_file() and not {p, *p.parents}.intersection(outside))
+    paths = (p for p in sorted(directory.rglob("*")) if p.is_file() and not {p, *p.parents}.intersection(outside))
     return [
         p
-        for p in found
+        for p in paths
         if not any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(directory).parts)
     ]
 
@@ -183,10 +183,10 @@ def artefact_files(directory: Path) -> list[Path]:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest as it stands, without looking at the files. Raises ArtefactError when it is none."""
     manifest = read_json(directory / MANIFEST)
-    if found := manifests.problems(manifest):
+    if reasons := manifests.problems(manifest):
         what = f"{directory / MANIFEST} is not a manifest of this version"
         raise ArtefactError(
-            [Problem(f"{what}: {reason}", fix="restore it, or remove the directory") for reason in found[:5]]
+            [Problem(f"{what}: {reason}", fix="restore it, or remove the directory") for reason in reasons[:5]]
         )
     return manifest
 

@@ -87,9 +87,9 @@ def same_names(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _differences(found: Any, wanted: Any, path: str = "") -> Iterator[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted({*found, *wanted}, key=str):
-            yield from _differences(found.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
-    elif files.canonical_json(found) != files.canonical_json(wanted):
-        yield f"{path} was {found!r}, now {wanted!r}"
+def _differences(recorded: Any, current: Any, path: str = "") -> Iterator[str]:
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        for key in sorted({*recorded, *current}, key=str):
+            yield from _differences(recorded.get(key), current.get(key), f"{path}.{key}".lstrip("."))
+    elif files.canonical_json(recorded) != files.canonical_json(current):
+        yield f"{path} was {recorded!r}, now {current!r}"

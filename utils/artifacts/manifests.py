@@ -48,28 +48,28 @@ def problems(manifest: Any) -> list[str]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return ["it lists no files"]
-    found = [
+    reasons = [
         f"its entry for {name!r} is not a sha256 and a number of bytes" for name in files if not _is_file(files[name])
     ]
-    found += [f"the name {name!r} leads out of its directory" for name in files if not _is_inside(name)]
+    reasons += [f"the name {name!r} leads out of its directory" for name in files if not _is_inside(name)]
     if not _is_digest(manifest.get("digest")):
-        found.append("it has no digest")
+        reasons.append("it has no digest")
     parents = manifest.get("parents", [])
     if not isinstance(parents, list) or not all(
         isinstance(p, dict) and all(isinstance(p.get(k), str) for k in ("kind", "path", "digest")) for p in parents
     ):
-        found.append("a parent is not a kind, a path and a digest")
-    return found
+        reasons.append("a parent is not a kind, a path and a digest")
+    return reasons
 
 
 def missing(manifest: Mapping[str, Any]) -> list[str]:
     """What readers of this kind of artefact would not find in its manifest, in words."""
-    found = []
+    reasons = []
     for path, kind in NEEDED.get(str(manifest.get("kind")), {}).items():
         value = _at(manifest, path)
         if not isinstance(value, kind):
-            found.append(f"{path} is missing, or is not what belongs there")
-    return found
+            reasons.append(f"{path} is missing, or is not what belongs there")
+    return reasons
 
 
 def seal(manifest: Mapping[str, Any], fingerprint: Callable[[Any], str]) -> str:

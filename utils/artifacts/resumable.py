@@ -27,17 +27,17 @@ def owner(directory: Path) -> str:
 
 def result(path: Path, of: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result in `path`, measured and written when it is not there, or is not as it was written for `of`."""
-    if (found := read(path, of)) is not None:
-        return found
+    if (value := read(path, of)) is not None:
+        return value
     return write(path, measure(), of)
 
 
 def write(path: Path, value: dict[str, Any], of: str) -> dict[str, Any]:
     """Write a result; returns it as it will be read."""
     files.write_json(path, _sealed(value, f"{of}/{path.name}"))
-    found = files.read_object(path)
-    del found[manifests.SEAL]
-    return found
+    stored = files.read_object(path)
+    del stored[manifests.SEAL]
+    return stored
 
 
 def read(path: Path, of: str) -> dict[str, Any] | None:
@@ -45,15 +45,15 @@ def read(path: Path, of: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = files.read_object(path)
+        value = files.read_object(path)
     except ArtefactError as error:
         warning("what an earlier call left is not read: it is made again", reason=error.problems[0].what)
         return None
-    seal = found.pop(manifests.SEAL, None)
-    if seal != _seal(found, f"{of}/{path.name}"):
+    seal = value.pop(manifests.SEAL, None)
+    if seal != _seal(value, f"{of}/{path.name}"):
         warning("what an earlier call left is not as it was written: it is made again", path=path)
         return None
-    return found
+    return value
 
 
 def append(path: Path, entry: dict[str, Any], of: str) -> None:

@@ -107,29 +107,29 @@ class Entry:
 
 def entries(data_dir: Path, models_dir: Path) -> list[Entry]:
     """Every run, by stage in the order of the pipeline, the newest first, with its children."""
-    found = []
+    listed = []
     for group in ("", CONTROLS):
         for stage in runs.STAGES:
             root = (data_dir if stage == PREPARED else models_dir) / group
-            found += sorted(_of_stage(root, group, stage), key=lambda entry: entry.changed_at, reverse=True)
-    by_digest = {entry.digest: entry for entry in found if entry.digest}
-    for entry in found:
+            listed += sorted(_of_stage(root, group, stage), key=lambda entry: entry.changed_at, reverse=True)
+    by_digest = {entry.digest: entry for entry in listed if entry.digest}
+    for entry in listed:
         for parent in entry.manifest.get("parents", []):
             if (known := by_digest.get(parent["digest"])) is not None:
                 known.children.append(entry)
-    return found
+    return listed
 
 
 def descendants(entry: Entry) -> list[Entry]:
     """Children, their children and so on, each once."""
-    found: dict[Path, Entry] = {}
+    by_directory: dict[Path, Entry] = {}
     waiting = list(entry.children)
     while waiting:
         one = waiting.pop(0)
-        if one.directory not in found:
-            found[one.directory] = one
+        if one.directory not in by_directory:
+            by_directory[one.directory] = one
             waiting += one.children
-    return list(found.values())
+    return list(by_directory.values())
 
 
 def named(listed: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
@@ -137,14 +137,14 @@ def named(listed: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
 
     Raises ConfigError with every name that is none or fits several.
     """
-    found, problems = [], []
+    matches, problems = [], []
     for name in names:
         path = Path(name).resolve()
         fits = [e for e in listed if e.directory.resolve() in (path, path.parent if path.name == "adapter" else path)]
         fits = fits or [e for e in listed if name == e.name]
         fits = fits or [e for e in listed if name == e.directory.name]
         if len(fits) == 1:
-            found.append(fits[0])
+            matches.append(fits[0])
         elif fits:
             problems.append(Problem("several runs have this name", name, "say " + " or ".join(e.name for e in fits)))
         else:
@@ -152,7 +152,7 @@ def named(listed: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
             problems.append(Problem("there is no such run", name, hint or "see `python scripts/runs.py list`"))
     if problems:
         raise ConfigError(problems)
-    return list({entry.directory: entry for entry in found}.values())
+    return list({entry.directory: entry for entry in matches}.values())
 
 
 def best(listed: Sequence[Entry]) -> list[tuple[Entry, str]]:
@@ -166,8 +166,8 @@ def best(listed: Sequence[Entry]) -> list[tuple[Entry, str]]:
             key = (entry.stage, entry.base, entry.data, str(entry.settings.get("on", "")))
         elif entry.verdict in VERDICTS:
             gain, unit, alone = _gain(entry)
-            told = "gain not measured" if gain is None else f"gain {gain:+.3f} {unit}"
-            rank, why = (VERDICTS.index(entry.verdict), math.inf if gain is None else -gain), f"{entry.verdict}, {told}"
+            text = "gain not measured" if gain is None else f"gain {gain:+.3f} {unit}"
+            rank, why = (VERDICTS.index(entry.verdict), math.inf if gain is None else -gain), f"{entry.verdict}, {text}"
             # gains in two metrics, or of one adapter and of a composition, do not compare
             key = (entry.stage, entry.base, entry.data, unit, alone)
         else:
@@ -181,8 +181,8 @@ def differing(listed: Sequence[Entry]) -> dict[str, list[Any]]:
     """Setting -> its value in each run, for the settings that are not the same in all of them."""
     flat = [dict(flattened(entry.settings)) for entry in listed]
     names = sorted({name for one in flat for name in one})
-    found = {name: [one.get(name) for one in flat] for name in names}
-    return {name: values for name, values in found.items() if any(value != values[0] for value in values[1:])}
+    by_setting = {name: [one.get(name) for one in flat] for name in names}
+    return {name: values for name, values in by_setting.items() if any(value != values[0] for value in values[1:])}
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,22 +35,22 @@ class Removal:
         return f"{self.path}  {self.what}, {self.size_bytes / 1e6:,.1f} MB"
 
     def to_json(self) -> dict[str, Any]:
-        found = {"path": str(self.path), "what": self.what, "size_bytes": self.size_bytes}
-        return {**found, "warnings": self.warnings}
+        values = {"path": str(self.path), "what": self.what, "size_bytes": self.size_bytes}
+        return {**values, "warnings": self.warnings}
 
 
 def of_runs(named: Sequence[Entry]) -> list[Removal]:
     """These runs, whole. What was made from one and stays can no longer be verified: that is a warning."""
     going = {entry.directory for entry in named}
-    found = []
+    removals = []
     for entry in named:
         left = [child for child in run_list.descendants(entry) if child.directory not in going]
         warnings = [
             f"{child.name} was made from {entry.name}: verify will no longer trust it, and it cannot be made again"
             for child in left
         ]
-        found.append(Removal(f"{entry.state} {entry.stage} run", entry.directory, entry.size_bytes, warnings))
-    return found
+        removals.append(Removal(f"{entry.state} {entry.stage} run", entry.directory, entry.size_bytes, warnings))
+    return removals
 
 
 def of_leftovers(listed: Sequence[Entry], *, older_than_days: float) -> list[Removal]:
@@ -59,16 +59,16 @@ def of_leftovers(listed: Sequence[Entry], *, older_than_days: float) -> list[Rem
     A complete run, and with it every parent of one, stays; so does what cannot be read, which a person may restore.
     """
     before = time.time() - older_than_days * 86_400
-    found = []
+    removals = []
     for entry in listed:
         if entry.state == "unfinished" and entry.changed_at <= before:
-            found.append(Removal(f"unfinished {entry.stage} run", entry.directory, entry.size_bytes))
+            removals.append(Removal(f"unfinished {entry.stage} run", entry.directory, entry.size_bytes))
             continue
         for name, what in CHECKPOINTS.items():
             beside = entry.directory / name
             if entry.manifest and beside.is_dir() and _touched(beside) <= before:
-                found.append(Removal(what, beside, run_list.size(beside)))
-    return found
+                removals.append(Removal(what, beside, run_list.size(beside)))
+    return removals
 
 
 def remove(removals: Sequence[Removal]) -> None:

@@ -24,18 +24,18 @@ AGAIN = "copy it again, or write it again where the run is: python scripts/runs.
 def lineage(entry: Entry, listed: list[Entry]) -> tuple[list[Entry], list[str]]:
     """The run and all that it was made from, and sentences about parents that are not here as runs of ours."""
     by_digest = {one.digest: one for one in listed if one.digest}
-    found: dict[Path, Entry] = {}
+    by_directory: dict[Path, Entry] = {}
     absent: list[str] = []
     waiting = [entry]
     while waiting:
         one = waiting.pop()
-        found[one.directory] = one
+        by_directory[one.directory] = one
         for parent in one.manifest["parents"]:
             if (known := by_digest.get(parent["digest"])) is None:
                 absent.append(f"{one.name} was made from {parent['path']}, which is no run here: it is not carried")
-            elif known.directory not in found:
+            elif known.directory not in by_directory:
                 waiting.append(known)
-    return list(found.values()), absent
+    return list(by_directory.values()), absent
 
 
 def export(entry: Entry, listed: list[Entry], archive: Path) -> dict[str, Any]:
@@ -116,12 +116,12 @@ def _unpack(archive: Path, scratch: Path) -> None:
 
 def _checked(archive: Path, scratch: Path, data_dir: Path, models_dir: Path) -> dict[Path, Path]:
     """Unpacked directory -> where it belongs, after everything was verified."""
-    found, problems = {}, []
+    targets, problems = {}, []
     for manifest_path in sorted(scratch.glob(f"*/**/{files.MANIFEST}")):
         source = manifest_path.parent
         top, *place = source.relative_to(scratch).parts
         target = (data_dir if top == DATA else models_dir).joinpath(*place)
-        found[source] = target
+        targets[source] = target
         try:
             manifest = files.verify(source)
         except ArtefactError as error:
@@ -134,11 +134,11 @@ def _checked(archive: Path, scratch: Path, data_dir: Path, models_dir: Path) -> 
             problems.append(Problem(f"this is a {kind} run in a place where none belongs", "/".join((top, *place))))
         elif target.exists() and _digest(target) != manifest["digest"]:
             problems.append(Problem(f"another run is called {target}", fix="move or remove that one"))
-    if not found:
+    if not targets:
         problems.append(Problem("the archive holds no run"))
     if problems:
         raise ArtefactError(problems)
-    return found
+    return targets
 
 
 def _digest(directory: Path) -> str:

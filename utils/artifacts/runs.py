@@ -170,13 +170,13 @@ def manifest(
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 def complete_runs(root: Path, stage: str) -> list[Run]:
@@ -184,16 +184,16 @@ def complete_runs(root: Path, stage: str) -> list[Run]:
 
     One whose manifest cannot be read is passed over with a warning: it must not stand in the way of the others.
     """
-    found = []
+    sealed_runs = []
     for path in (root / stage).glob(f"*/{files.MANIFEST}"):
         if not path.parent.name.startswith("."):
             try:
-                found.append(checked(path.parent, files.read_manifest(path.parent)))
+                sealed_runs.append(checked(path.parent, files.read_manifest(path.parent)))
             except ArtefactError as error:
                 warning("a run with an unreadable manifest is passed over", reason=error.problems[0].what)
     latest = _latest(root, stage)
     return sorted(
-        found, key=lambda run: (run.directory.name == latest, run.manifest.get("created_ns", 0)), reverse=True
+        sealed_runs, key=lambda run: (run.directory.name == latest, run.manifest.get("created_ns", 0)), reverse=True
     )
 
 
@@ -273,7 +273,7 @@ def _mention_others(directory: Path, identity: Identity) -> None:
         elif changed and not (path / files.MANIFEST).exists():
             unfinished.append((changed, path))
     if unfinished:
-        changed, kept = min(unfinished, key=lambda found: len(found[0]))
+        changed, kept = min(unfinished, key=lambda entry: len(entry[0]))
         event(
             "starting anew: the unfinished run that is most like this one has other settings and is kept",
             unfinished=kept,

@@ -39,11 +39,11 @@ def check(composed: Factors, weighted: Sequence[Factors], *, exact: bool) -> Fac
     """Points 1, 2 and 5 on adapters with their weights folded in. Problems are sentences; none means passed."""
     errors = relative_errors(composed, weighted)
     worst = max(errors, key=lambda module: errors[module])
-    found = {"relative": errors[worst], "identity": 0.0, "absence": 0.0, "order": 0.0}
+    by_law = {"relative": errors[worst], "identity": 0.0, "absence": 0.0, "order": 0.0}
     if exact:
-        found |= _laws(weighted)
+        by_law |= _laws(weighted)
     problems = [
-        f"{name} error {error:.2g} is above {EXACT:g}" for name, error in found.items() if exact and not error <= EXACT
+        f"{name} error {error:.2g} is above {EXACT:g}" for name, error in by_law.items() if exact and not error <= EXACT
     ]
     not_finite = [n for n, f in composed.items() if not (torch.isfinite(f.a_rI).all() and torch.isfinite(f.b_Or).all())]
     if not_finite:
@@ -55,9 +55,9 @@ def check(composed: Factors, weighted: Sequence[Factors], *, exact: bool) -> Fac
         relative_error=errors[worst],
         mean_relative_error=sum(errors.values()) / len(errors),
         worst_module=worst,
-        identity_error=found["identity"],
-        absence_error=found["absence"],
-        order_error=found["order"],
+        identity_error=by_law["identity"],
+        absence_error=by_law["absence"],
+        order_error=by_law["order"],
         problems=tuple(problems),
     )
 

@@ -86,8 +86,8 @@ def _part(config: Config, base: BaseModel, composed: Run, parent: dict[str, str]
     with suppress(ArtefactError):  # an adapter of another tool, or a run that lies elsewhere
         own = parent_runs.own_run(path)
         inputs = adapter_tokenizer.as_composed(config.inputs, composed)
-        asked = config.model_copy(update={"inputs": inputs})
-        run = Run(own, files.verify(own)) if own else parent_runs.external_run(asked, base, kind, path)
+        composed_config = config.model_copy(update={"inputs": inputs})
+        run = Run(own, files.verify(own)) if own else parent_runs.external_run(composed_config, base, kind, path)
         if run.digest == parent["digest"]:
             return run
     what = f"{composed.directory} was made from the {kind} adapter {path}, which is gone or was changed"
@@ -145,10 +145,10 @@ def _with_parts(config: Config, base: BaseModel, chosen: Run, which: str, needs_
 
 def made_of(config: Config, base: BaseModel, adapters: Sequence[Run]) -> Run | None:
     """The newest composed run of exactly these adapters in this order."""
-    wanted = [run.digest for run in adapters]
+    digests = [run.digest for run in adapters]
     for run in runs.complete_runs(config.run.models_dir, STAGE):
         identity = run.manifest["identity"]
-        if identity["base"] == base.digest and identity["adapters"] == wanted:
+        if identity["base"] == base.digest and identity["adapters"] == digests:
             return run
     return None
 
@@ -158,9 +158,9 @@ def _refuse_newer(config: Config, base: BaseModel, chosen: Run, parts: Sequence[
     usual: list[Run | None] = []
     with suppress(ArtefactError):
         usual = list(parent_runs.pair(config, base, quiet=True))
-    wanted = {"domain": usual[:1], "task": usual[1:]}.get(which, usual)
+    candidates = {"domain": usual[:1], "task": usual[1:]}.get(which, usual)
     known, made_at = {run.digest for run in parts}, chosen.manifest["created_ns"]
-    for run in filter(None, wanted):
+    for run in filter(None, candidates):
         if run.digest not in known and run.manifest.get("created_ns", 0) > made_at:
             kind = run.manifest["kind"]
             what = f"{run.directory} was trained after {chosen.directory} was composed of others: which is meant?"

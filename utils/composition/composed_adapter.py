@@ -65,31 +65,31 @@ def composition(config: Config, base: BaseModel, which: str = "both") -> Composi
     """The adapters of this command, composed and checked. Raises ArtefactError or VerificationError."""
     asks_for_itself = methods.asks_for_itself(config.compose)
     chosen = in_use(config, base, which, needs_parts=asks_for_itself)
-    found = chosen.adapters
-    parts = load(found, base)
+    adapters = chosen.adapters
+    parts = load(adapters, base)
     if chosen.is_alone:
-        return made(parts, found, Recipe(weights=(1.0,)), searched=False, run=chosen.composed)
+        return checked_composition(parts, adapters, Recipe(weights=(1.0,)), searched=False, run=chosen.composed)
     if chosen.composed is None or asks_for_itself:
-        recipe = recipe_of(config if len(found) > 1 else for_one(config, found[0]))
-        if len(found) == 1 and recipe.method != SUM:
+        recipe = recipe_of(config if len(adapters) > 1 else for_one(config, adapters[0]))
+        if len(adapters) == 1 and recipe.method != SUM:
             recipe = Recipe(weights=(1.0,))
-        return made(parts, found, recipe, searched=False)
+        return checked_composition(parts, adapters, recipe, searched=False)
     run = chosen.composed
     files.verify(run.directory)
     recorded = run.manifest["composition"]
     recipe = Recipe(**{**recorded["recipe"], "weights": tuple(recorded["recipe"]["weights"])})
     event("as it was composed", method=recipe.method, weights=recipe.weights)
     factors, searched = adapter_files.load(run.adapter, base), recorded["searched"]
-    return Composition(factors, parts, found, recipe, _checked(factors, parts, recipe), searched, run)
+    return Composition(factors, parts, adapters, recipe, _checked(factors, parts, recipe), searched, run)
 
 
-def load(found: Sequence[Run], base: BaseModel) -> tuple[Factors, ...]:
+def load(adapters: Sequence[Run], base: BaseModel) -> tuple[Factors, ...]:
     """The factors of each adapter, checked against the base model's own tensors."""
-    return tuple(adapter_files.load(run.adapter, base) for run in found)
+    return tuple(adapter_files.load(run.adapter, base) for run in adapters)
 
 
-def made(
-    parts: Sequence[Factors], found: Sequence[Run], recipe: Recipe, *, searched: bool, run: Run | None = None
+def checked_composition(
+    parts: Sequence[Factors], adapters: Sequence[Run], recipe: Recipe, *, searched: bool, run: Run | None = None
 ) -> Composition:
     """Compose and check. Raises ArtefactError when the recipe does not fit, VerificationError when a check fails."""
     try:
@@ -98,7 +98,7 @@ def made(
         raise ArtefactError(
             Problem(f"these adapters do not compose: {error}", fix="see --help compose.weights")
         ) from error
-    return Composition(factors, tuple(parts), tuple(found), recipe, _checked(factors, parts, recipe), searched, run)
+    return Composition(factors, tuple(parts), tuple(adapters), recipe, _checked(factors, parts, recipe), searched, run)
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -114,47 +114,49 @@ def for_one(config: Config, only: Run) -> Config:
     weights = section.weights or (1.0,)
     if len(weights) == 2:
         weights = (weights[only.manifest["kind"] == "task"],)
-    asked = section.model_copy(update={"weights": weights, "search": False})
-    return config.model_copy(update={"compose": asked})
+    own_section = section.model_copy(update={"weights": weights, "search": False})
+    return config.model_copy(update={"compose": own_section})
 
 
-def record(found: Composition, base: BaseModel) -> dict[str, Any]:
+def record(composed: Composition, base: BaseModel) -> dict[str, Any]:
     """What a manifest says about a composition."""
     return {
-        "recipe": asdict(found.recipe),
-        "exact": METHODS[found.recipe.method].exact,
-        "source": METHODS[found.recipe.method].source,
-        "searched": found.searched,
-        "check": asdict(found.check),
-        **({"asserted": said} if (said := cards.asserted(base, found.runs)) else {}),
+        "recipe": asdict(composed.recipe),
+        "exact": METHODS[composed.recipe.method].exact,
+        "source": METHODS[composed.recipe.method].source,
+        "searched": composed.searched,
+        "check": asdict(composed.check),
+        **({"asserted": asserted} if (asserted := cards.asserted(base, composed.runs)) else {}),
     }
 
 
-def say(config: Config, found: Composition) -> None:
+def say(config: Config, composed: Composition) -> None:
     """One line about what is used, and one when its weights were not chosen on dev."""
-    names = ", ".join(run.directory.as_posix() for run in found.runs)
-    weights = found.recipe.weights or (1.0,) * len(found.runs)
-    event("composed", adapters=names, method=found.recipe.method, weights=weights, check=found.line())
-    if len(found.runs) > 1 and not found.searched:
-        event(f"the weights were not chosen on dev: {searching(config, found)} does that")
+    names = ", ".join(run.directory.as_posix() for run in composed.runs)
+    weights = composed.recipe.weights or (1.0,) * len(composed.runs)
+    event("composed", adapters=names, method=composed.recipe.method, weights=weights, check=composed.line())
+    if len(composed.runs) > 1 and not composed.searched:
+        event(f"the weights were not chosen on dev: {searching(config, composed)} does that")
 
 
-def searching(config: Config, found: Composition) -> str:
+def searching(config: Config, composed: Composition) -> str:
     """The command that searches the weights of these adapters."""
     # adapters that were named are not those that the command would take by itself
     named = {"inputs.domain_adapter", "inputs.task_adapter", "inputs.composed"} & set(config.overrides)
-    which = [f" --{r.manifest['kind']}_adapter {shlex.quote(r.directory.as_posix())}" for r in found.runs[:2] if named]
+    which = [
+        f" --{r.manifest['kind']}_adapter {shlex.quote(r.directory.as_posix())}" for r in composed.runs[:2] if named
+    ]
     return f"{runs.STAGES['composed']} --compose.search{''.join(which)}{flags.given(config, 'base')}"
 
 
-def check_on_model(base: BaseModel, found: Composition, section: BaseModelSection, scratch: Path) -> dict[str, Any]:
+def check_on_model(base: BaseModel, composed: Composition, section: BaseModelSection, scratch: Path) -> dict[str, Any]:
     """Points 3 and 4 of the self-check, on the base model in float32; on some of its layers where it is too large.
 
     Raises VerificationError. `scratch` is a directory that does not exist, for the small model.
     """
     checkpoint = Checkpoint(base.directory)
-    layers = layer_sample.choose(checkpoint, found.factors, float32_model.available())
-    parts, factors = found.parts, found.factors
+    layers = layer_sample.choose(checkpoint, composed.factors, float32_model.available())
+    parts, factors = composed.parts, composed.factors
     try:
         if len(layers) < layer_sample.layer_count(checkpoint):
             event("the model is larger than memory: some of its layers are checked", checked_layers=layers)
@@ -165,9 +167,9 @@ def check_on_model(base: BaseModel, found: Composition, section: BaseModelSectio
         model = float32_model.in_float32(base, section)
         # the weights by the place that the model itself gives a layer: composing goes by names
         places = {name: layers[place] for name, place in layers_of(model, factors).items()}
-        _refuse_unplaced(found.recipe, parts, places)
-        parts = methods.weighted(parts, found.recipe, depth(found.parts), places)
-        checked = check_logits(parts, factors, model, float32_model.probe(checkpoint), exact=found.check.exact)
+        _refuse_unplaced(composed.recipe, parts, places)
+        parts = methods.weighted(parts, composed.recipe, depth(composed.parts), places)
+        checked = check_logits(parts, factors, model, float32_model.probe(checkpoint), exact=composed.check.exact)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return {"checked_layers": layers, **checked}
@@ -236,9 +238,9 @@ def layers_of(model: Any, adapted: Iterable[str]) -> dict[str, int]:
     }
 
 
-def refuse_inside(target: Path, base: BaseModel, found: Sequence[Run]) -> None:
+def refuse_inside(target: Path, base: BaseModel, adapters: Sequence[Run]) -> None:
     """Raises ArtefactError when an output would be written into one of its inputs."""
-    for source in (base.directory, *(run.directory for run in found)):
+    for source in (base.directory, *(run.directory for run in adapters)):
         if target.resolve().is_relative_to(source.resolve()):
             raise ArtefactError(
                 Problem(f"the output lies inside its input {source}", str(target), "choose another path")

@@ -26,7 +26,7 @@ SEARCH = {
 def composed_identity(
     section: ComposeSection,
     base: BaseModel,
-    found: Sequence[Run],
+    adapters: Sequence[Run],
     data: Run | None,
     seed: int,
     *,
@@ -41,7 +41,7 @@ def composed_identity(
     resolved = recipe_of(section, seed)
     recorded = {
         "base": base.digest,
-        "adapters": [run.digest for run in found],
+        "adapters": [run.digest for run in adapters],
         "data": data.digest if data else None,
         "compose": section.model_dump(mode="json") | {name: getattr(resolved, name) for name in OPEN},
         "seed": seed,

@@ -23,33 +23,38 @@ from utils.models.rows import row_support
 
 
 def write(
-    config: Config, base: BaseModel, found: Sequence[Run], parts: Sequence[Factors], data: Run | None, directory: Path
+    config: Config,
+    base: BaseModel,
+    adapters: Sequence[Run],
+    parts: Sequence[Factors],
+    data: Run | None,
+    directory: Path,
 ) -> dict[str, Any]:
     """Write everything but the manifest into `directory`; returns the manifest's facts.
 
-    `found` are the adapters' runs, domain and task first (or one of them alone), `parts` their factors, `data` the
-    prepared data that they share, if any. Raises ArtefactError when the recipe does not fit, VerificationError when a
+    `adapters` are the runs, domain and task first (or one of them alone), `parts` their factors, `data` the prepared
+    data that they share, if any. Raises ArtefactError when the recipe does not fit, VerificationError when a
     check fails.
     """
-    is_alone = len(found) == 1
+    is_alone = len(adapters) == 1
     # a domain adapter alone was trained with none
-    prompt = found[:2][-1].manifest.get("system_prompt", config.task.system_prompt)
+    prompt = adapters[:2][-1].manifest.get("system_prompt", config.task.system_prompt)
     probe = None if is_alone else _probe(config, base, parts, data, prompt)
     recipe, is_searched = composed_adapter.recipe_of(config), config.compose.search
     if is_searched:
         recipe = _searched(config, probe, recipe, directory)
-    made = composed_adapter.made(parts, found, recipe, searched=is_searched)
-    composed_adapter.say(config, made)
+    composed = composed_adapter.checked_composition(parts, adapters, recipe, searched=is_searched)
+    composed_adapter.say(config, composed)
     if not is_alone:
         _explain(probe, recipe, directory)
     rows = row_support.of(probe.model).to_json() if probe else None
     if probe is not None:
         probe.free()  # before the check loads a model in float32
-    measured = composed_adapter.check_on_model(base, made, config.base, directory / ".selfcheck")
+    measured = composed_adapter.check_on_model(base, composed, config.base, directory / ".selfcheck")
     event("composition verified, differences of logits as shares of the largest one", **measured)
-    _write_adapter(base, made, directory)
+    _write_adapter(base, composed, directory)
     files.write_json(directory / "config.json", config.model_dump(mode="json"))
-    facts = {"composition": composed_adapter.record(made, base), "measured": measured, "system_prompt": prompt}
+    facts = {"composition": composed_adapter.record(composed, base), "measured": measured, "system_prompt": prompt}
     facts |= adapter_tokenizer.remembered(config.inputs, base)
     return facts | ({"rows": rows} if rows else {})
 
@@ -86,22 +91,22 @@ def _explain(probe: ranks.Held | None, recipe: Recipe, directory: Path) -> None:
         print(line)
 
 
-def _write_adapter(base: BaseModel, made: Composition, directory: Path) -> None:
+def _write_adapter(base: BaseModel, composed: Composition, directory: Path) -> None:
     """adapter/ with its card and, where experts are adapted, the same in adapter_per_expert/."""
-    adapter_files.save(directory / "adapter", of_one_rank(made.factors), base)
+    adapter_files.save(directory / "adapter", of_one_rank(composed.factors), base)
     card = cards.composed_card(
         base,
-        list(made.runs),
-        method=made.recipe.method,
-        source=methods.METHODS[made.recipe.method].source,
-        weights=made.recipe.weights or (1.0,) * len(made.runs),
-        exact=made.check.exact,
-        searched=made.searched,
-        check=made.line(),
+        list(composed.runs),
+        method=composed.recipe.method,
+        source=methods.METHODS[composed.recipe.method].source,
+        weights=composed.recipe.weights or (1.0,) * len(composed.runs),
+        exact=composed.check.exact,
+        searched=composed.searched,
+        check=composed.line(),
     )
     files.write_text(directory / "adapter" / "README.md", card)
-    if any(f.is_experts for f in made.factors.values()):
-        if adapter_files.save_per_expert(directory / "adapter_per_expert", made.factors, base):
+    if any(f.is_experts for f in composed.factors.values()):
+        if adapter_files.save_per_expert(directory / "adapter_per_expert", composed.factors, base):
             files.write_text(directory / "adapter_per_expert" / "README.md", card)
         else:
             event("no adapter_per_expert/: this checkpoint keeps its experts fused, so servers load adapter/")

@@ -96,10 +96,10 @@ def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: st
     document_of = {str(example["id"]): str(example["document"]) for example in gold}
     documents = None
     if (directory / "dev_documents").is_dir():
-        found = source.documents("dev_documents")
-        ids = found["id"][:]
+        dataset = source.documents("dev_documents")
+        ids = dataset["id"][:]
         order = sorted(range(len(ids)), key=lambda i: hash_share(ids[i], config.run.seed))
-        chosen = found.select(sorted(order[: section.max_dev_documents or len(order)]))
+        chosen = dataset.select(sorted(order[: section.max_dev_documents or len(order)]))
         documents = PackedDocuments(chosen, _rows_for(chosen["num_tokens"][:], longest), 0, pad)
     return DevData(questions, pairs, [document_of[p.name] for p in pairs], documents, pad, longest)
 
@@ -246,8 +246,8 @@ class DevProbe:
                 d, t = (x @ a_d.mT) @ b_d, (x @ a_t.mT) @ b_t
                 w = module.base(inputs[0]).float()
                 w = w if module.base.bias is None else w - module.base.bias.float()
-                found = torch.stack([(d * d).sum(), (t * t).sum(), (d * t).sum(), (w * w).sum()]).double().cpu()
-                here[name] = here.get(name, torch.zeros(4, dtype=torch.float64)) + found
+                products = torch.stack([(d * d).sum(), (t * t).sum(), (d * t).sum(), (w * w).sum()]).double().cpu()
+                here[name] = here.get(name, torch.zeros(4, dtype=torch.float64)) + products
 
             handles.append(module.register_forward_hook(measure))
 
@@ -270,8 +270,8 @@ class DevProbe:
                 handle.remove()
         sums: dict[str, torch.Tensor] = {}
         for part in parts:
-            for name, found in part.items():
-                sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + found
+            for name, partial_sums in part.items():
+                sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + partial_sums
         return {
             name: {
                 "first_to_base": float((d / w).sqrt()),

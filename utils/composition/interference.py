@@ -28,20 +28,20 @@ def explain(probe: DevProbe, recipe: Recipe) -> dict[str, Any]:
     weights_kL = torch.tensor(
         [weights_at(f"model.layers.{layer}.x", recipe, len(parts), layers) for layer in range(layers)]
     ).T
-    found: dict[str, Any] = {"layers": layers, "adapters": ["domain", "task"], "derivatives": {}}
+    figures: dict[str, Any] = {"layers": layers, "adapters": ["domain", "task"], "derivatives": {}}
     answers, documents = probe.answer_batches(), probe.document_batches()
     for name, batches in (("answer", answers), ("domain", documents)):
         if batches:
             loss, gradient_kL = probe.gradient(weights_kL, batches)
-            found["derivatives"][name] = {"loss": loss, "per_layer": gradient_kL[:2].tolist()}
+            figures["derivatives"][name] = {"loss": loss, "per_layer": gradient_kL[:2].tolist()}
     modules: dict[str, dict[str, float]] = {
         name: asdict(collision) for name, collision in collisions(parts[FIRST], parts[SECOND]).items()
     }
     if answers:
         for name, overlap in probe.overlaps(FIRST, SECOND, answers).items():
             modules.setdefault(name, {}).update({f"activation_{key}": value for key, value in overlap.items()})
-    found["modules"] = modules
-    found["per_layer"] = {
+    figures["modules"] = modules
+    figures["per_layer"] = {
         "first_norm": _per_layer(parts[FIRST], layers, norm),
         "second_norm": _per_layer(parts[SECOND], layers, norm),
         **{
@@ -52,23 +52,23 @@ def explain(probe: DevProbe, recipe: Recipe) -> dict[str, Any]:
             for key in sorted({key for m in modules.values() for key in m})
         },
     }
-    return found
+    return figures
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(figures: dict[str, Any]) -> list[str]:
     """The figures for a terminal: totals, then the layers that stand out."""
     text = []
-    for loss, derivative in found["derivatives"].items():
+    for loss, derivative in figures["derivatives"].items():
         totals = [sum(row) for row in derivative["per_layer"]]
-        pairs = zip(found["adapters"], totals, strict=True)
+        pairs = zip(figures["adapters"], totals, strict=True)
         shown = ", ".join(f"{name} {total:+.3f}" for name, total in pairs)
         text.append(f"  derivative of the {loss} loss ({derivative['loss']:.3f} per token) in the weight of: {shown}")
-    answer = found["derivatives"].get("answer")
+    answer = figures["derivatives"].get("answer")
     if answer:
-        worst = sorted(range(found["layers"]), key=lambda layer: -answer["per_layer"][FIRST][layer])[:3]
+        worst = sorted(range(figures["layers"]), key=lambda layer: -answer["per_layer"][FIRST][layer])[:3]
         where = ", ".join(f"{layer} ({answer['per_layer'][FIRST][layer]:+.3f})" for layer in worst)
         text.append(f"  layers where more of the domain would hurt the answers most: {where}")
-    per_layer = found["per_layer"]
+    per_layer = figures["per_layer"]
     for key, what in (
         ("activation_cosine", "cosine of the two changes on task inputs"),
         ("cosine", "cosine of the two updates"),

@@ -172,14 +172,14 @@ def choices() -> dict[str, dict[str, str]]:
 def problems(section: ComposeSection) -> list[Problem]:
     """What is wrong with the settings of a composition as far as methods decide it."""
     names, searchable = choices().values()
-    found = [
+    findings = [
         _no_choice("compose.search_methods: no method whose weights can be searched", name, searchable)
         for name in section.search_methods
         if name not in searchable
     ]
     name = section.method or SUM
     if name not in names:
-        return [_no_choice("compose.method: no such method", name, names), *found]
+        return [_no_choice("compose.method: no such method", name, names), *findings]
     method, adapters = METHODS[name], 2 + len(section.also)
     # a weight per layer is checked where the number of layers is known
     # and one adapter, where only that one is there, takes its own
@@ -188,18 +188,18 @@ def problems(section: ComposeSection) -> list[Problem]:
     if section.weights and takes and len(section.weights) not in (takes, alone):
         given = len(section.weights)
         what = f"compose.weights has {given} numbers, {name} of {adapters} adapters takes {takes}"
-        found.append(Problem(what, fix=_as_typed(adapters, each)))
+        findings.append(Problem(what, fix=_as_typed(adapters, each)))
     if method.needs_weights and not section.weights and not section.search:
-        found.append(Problem(f"compose.method {name} needs compose.weights, or --compose.search to find them"))
+        findings.append(Problem(f"compose.method {name} needs compose.weights, or --compose.search to find them"))
     if section.search and name not in (SUM, *section.search_methods):
-        found.append(Problem(f"compose.search cannot choose weights for {name}: see compose.search_methods"))
-    return found
+        findings.append(Problem(f"compose.search cannot choose weights for {name}: see compose.search_methods"))
+    return findings
 
 
 def recipe_of(section: ComposeSection, seed: int) -> Recipe:
     """What the settings ask for. Raises ConfigError, for those that no command line has checked."""
-    if found := problems(section):
-        raise ConfigError(found)
+    if findings := problems(section):
+        raise ConfigError(findings)
     return Recipe(seed=seed, **{name: value for name in OPEN if (value := getattr(section, name)) is not None})
 
 

@@ -16,7 +16,7 @@ from utils.artifacts import files
 from utils.html import numbers, pages
 from utils.html.charts import Series, chart
 
-Found = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 NO_DOMAIN_LOSS = "No dev documents: the domain loss was not measured, so what one loss costs the other is not known."
 EXPLAINS = "The figures explain a result: neither search nor verdict uses them. Derivatives are at the weights in use."
@@ -32,27 +32,27 @@ ANGLES = (
 CURVE_STYLES = ("task", "domain", "other")
 
 
-def write_search(found: Found, path: Path) -> None:
+def write_search(record: Record, path: Path) -> None:
     """A page of what search.json holds. Raises ArtefactError when it cannot be written."""
-    why = found["reason"].partition(": ")[2]  # the method's name stands before it
-    chosen = Markup('<p class="lead">{}.</p><p>{}.</p>').format(_point(found["chosen"]), why[:1].upper() + why[1:])
-    _write(path, "Composition weights chosen on dev", chosen, search(found))
+    why = record["reason"].partition(": ")[2]  # the method's name stands before it
+    chosen = Markup('<p class="lead">{}.</p><p>{}.</p>').format(_point(record["chosen"]), why[:1].upper() + why[1:])
+    _write(path, "Composition weights chosen on dev", chosen, search(record))
 
 
-def write_interference(found: Found, path: Path) -> None:
+def write_interference(record: Record, path: Path) -> None:
     """A page of what interference.json holds. Raises ArtefactError when it cannot be written."""
-    items = Markup("").join(Markup("<li>{}</li>").format(effect) for effect in effects(found))
+    items = Markup("").join(Markup("<li>{}</li>").format(effect) for effect in effects(record))
     above = Markup('<ul>{}</ul><p class="note">{}</p>').format(items, EXPLAINS)
-    _write(path, "Where the adapters collide", above, interference(found))
+    _write(path, "Where the adapters collide", above, interference(record))
 
 
-def search(found: Found) -> list[Markup]:
+def search(record: Record) -> list[Markup]:
     """Answer loss over the domain's weight, a curve for each task weight; and both losses with the Pareto front."""
-    measured = [point for point in found["points"] if any(point["weights"])]
-    chosen = found["chosen"]
+    measured = [point for point in record["points"] if any(point["weights"])]
+    chosen = record["chosen"]
     # the search moves further adapters only after the grid, which has them at 1
     grid = [point for point in measured if point["method"] == "sum" and set(point["weights"][2:]) <= {1.0}]
-    rows: dict[float, list[Found]] = {}
+    rows: dict[float, list[Record]] = {}
     for point in sorted(grid, key=lambda p: p["weights"]):
         rows.setdefault(point["weights"][1], []).append(point)
     curves = [
@@ -75,7 +75,7 @@ def search(found: Found) -> list[Markup]:
     both = [point for point in measured if point["domain_nll"] is not None]
     if not both:
         return [*drawn, Markup('<p class="note">{}</p>').format(NO_DOMAIN_LOSS)]
-    front = [point for point in found["pareto"] if any(point["weights"])]
+    front = [point for point in record["pareto"] if any(point["weights"])]
     star = [chosen] if chosen["domain_nll"] is not None else []
     series = [
         Series("measured", "other", _losses(both), "", "dot", [_point(p) for p in both]),
@@ -86,7 +86,7 @@ def search(found: Found) -> list[Markup]:
     return [*drawn, chart(title, series, x="domain loss on dev", y="answer loss on dev")]
 
 
-def effects(found: Found) -> list[Markup]:
+def effects(record: Record) -> list[Markup]:
     """What more of each adapter would do to each loss, a sentence each."""
     return [
         Markup(
@@ -99,15 +99,15 @@ def effects(found: Found) -> list[Markup]:
             numbers.exact(sum(row), numbers.gain),
             numbers.exact(derivative["loss"], numbers.nats),
         )
-        for loss, derivative in found["derivatives"].items()
-        for name, row in zip(found["adapters"], derivative["per_layer"], strict=False)
+        for loss, derivative in record["derivatives"].items()
+        for name, row in zip(record["adapters"], derivative["per_layer"], strict=False)
     ]
 
 
-def interference(found: Found) -> list[Markup]:
+def interference(record: Record) -> list[Markup]:
     """Per layer: the derivatives of both losses, sizes of the changes, and how much they point the same way."""
-    names, per_layer, drawn = found["adapters"], found["per_layer"], []
-    for loss, derivative in found["derivatives"].items():
+    names, per_layer, drawn = record["adapters"], record["per_layer"], []
+    for loss, derivative in record["derivatives"].items():
         series = [
             Series(f"in the {name}'s weight", style, list(enumerate(row)))
             for name, style, row in zip(names, ("domain", "task"), derivative["per_layer"], strict=False)
@@ -136,11 +136,11 @@ def _write(path: Path, title: str, above: Markup, drawn: Sequence[Markup]) -> No
     files.write_text(path, pages.shell(title, body.format(title, above, Markup("").join(drawn), note)))
 
 
-def _losses(points: Sequence[Found]) -> list[tuple[float, float]]:
+def _losses(points: Sequence[Record]) -> list[tuple[float, float]]:
     return [(point["domain_nll"], point["answer_nll"]) for point in points]
 
 
-def _point(point: Found) -> str:
+def _point(point: Record) -> str:
     weights = ", ".join(f"{w:g}" for w in point["weights"]) if len(point["weights"]) <= 6 else "a weight per layer"
     domain = "" if point["domain_nll"] is None else f", domain loss {numbers.general(point['domain_nll'])}"
     # since 2026-11-30 a search measures some settings on a part of dev only

@@ -94,8 +94,8 @@ def search(
 
             def better(name: str = name) -> list[Point]:
                 start = dev.corrected(dev.on_part(SUM, best.weights))
-                found = model.best_of_method(name, start, dev.keeping_on_part(keeping))
-                return [found] if dev.promises(found, start) else []
+                candidate = model.best_of_method(name, start, dev.keeping_on_part(keeping))
+                return [candidate] if dev.promises(candidate, start) else []
 
             dev.confirmed(name, better)
             if own := [point for point in dev.seen.values() if point.method == name]:
@@ -155,11 +155,11 @@ class _Dev:
         or one was not what the part had let expect, beyond what its items can tell.
         """
         for attempt in range(CONFIRMATIONS):
-            found = find()
-            new = [p for p in found if (name, p.weights) not in self.seen]
-            if not found:
+            points = find()
+            new = [p for p in points if (name, p.weights) not in self.seen]
+            if not points:
                 self.notes.append(f"{name}: not better than the sum by a standard error where it was tried")
-            if not new or (attempt > 0 and new[0] != found[0]):
+            if not new or (attempt > 0 and new[0] != points[0]):
                 return False
             measured = self.measure(name, new[0].weights)
             # of the part, as all of dev tells it: a few items tell even their error badly
@@ -168,9 +168,9 @@ class _Dev:
                 return True
         return True
 
-    def promises(self, found: Point, start: Point) -> bool:
+    def promises(self, point: Point, start: Point) -> bool:
         """Whether a point of the part is better than another by a standard error of all of dev."""
-        difference, error = paired(found, start)
+        difference, error = paired(point, start)
         return -difference >= max(one(error) * self.scale, NOTHING)
 
     def estimate(self, point: Point) -> Point:
@@ -233,11 +233,11 @@ def _fitted(measure: Evaluate, name: str, fit: FitPerLayer, start: Point) -> tup
     whole = measure(name, fit(start.weights, documents))
     if len(documents) < FOLDS:
         return whole, whole
-    made = [measure(name, fit(start.weights, half)) for half in halves]
+    points = [measure(name, fit(start.weights, half)) for half in halves]
     fold = {document: i for i, half in enumerate(halves) for document in half}
     # an item's loss comes from the weights that were fitted without its document
-    nlls = tuple(made[1 - fold[cluster]].answer_nlls[i] for i, cluster in enumerate(start.clusters))
-    documents_nlls = tuple(sum(both) / FOLDS for both in zip(*(point.document_nlls for point in made), strict=True))
+    nlls = tuple(points[1 - fold[cluster]].answer_nlls[i] for i, cluster in enumerate(start.clusters))
+    documents_nlls = tuple(sum(both) / FOLDS for both in zip(*(point.document_nlls for point in points), strict=True))
     return replace(whole, answer_nlls=nlls, document_nlls=documents_nlls), whole
 
 
@@ -251,7 +251,7 @@ def _choose(
 ) -> ChosenWeights:
     points = tuple(dev.seen.values())
     estimates = tuple(dev.estimate(point) for point in on_part if (point.method, point.weights) not in dev.seen)
-    gain, wanted = keeping.gain, f"{keeping.retention:.0%} of the domain gain"
+    gain, share = keeping.gain, f"{keeping.retention:.0%} of the domain gain"
     allowed = [point for _, point in candidates if allows(point)]
     best = best_of(allowed or [point for _, point in candidates])
     champions = tuple(Champion(label, p, *paired(p, best), allows(p)) for label, p in candidates)
@@ -262,18 +262,16 @@ def _choose(
     elif gain <= 0:
         constraint = "the domain adapter alone does not gain on dev documents, so there is nothing to keep"
     elif not allowed:
-        constraint = f"no weights keep {wanted}, so answers alone decide"
+        constraint = f"no weights keep {share}, so answers alone decide"
     elif allows == keeping.surely:
-        constraint = f"at least {wanted} is kept, with 95% confidence over {len(chosen.point.document_nlls)} documents"
+        constraint = f"at least {share} is kept, with 95% confidence over {len(chosen.point.document_nlls)} documents"
     else:
         count = len(chosen.point.document_nlls)
-        constraint = (
-            f"at least {wanted} is kept on dev, whose {count} document{'s are' * (count > 1) or ' is'} no proof"
-        )
+        constraint = f"at least {share} is kept on dev, whose {count} document{'s are' * (count > 1) or ' is'} no proof"
     # the two goals may be at odds, and then a person has to know the price
     price = chosen.point.answer_nll - best_of([p for p in (*points, *estimates) if p.method == SUM]).answer_nll
     if allowed and gain is not None and gain > 0 and price >= WORTH_SAYING:
         constraint += f", which costs {price:.2f} nats per answer token"
     reason = f"{chosen.label}: the simplest within one standard error of the best on dev; {constraint}"
-    found = final.get(chosen.label, chosen.point)
-    return ChosenWeights(found, champions, points, gain, reason, estimates, tuple(dev.notes))
+    final_point = final.get(chosen.label, chosen.point)
+    return ChosenWeights(final_point, champions, points, gain, reason, estimates, tuple(dev.notes))

@@ -162,7 +162,7 @@ class Trainer:
             "turns": "last" if identity.get("turns") == "last" else "all",
             "retrieval": bool(identity.get("retrieval")),
             "max_unusable_share": self.config.task.max_unusable_share,
-            **(training_identity.asked(like) if keeping is None else keeping),
+            **(training_identity.keep_settings(like) if keeping is None else keeping),
         }
         source = part.data if part else parent_runs.parent_by_digest(like, "prepared", self._roots(True))
         inputs = {"prepared": str(source.directory)}

@@ -119,7 +119,7 @@ def answer(
     # a model that has no use for a mask may refuse one; where prompts are padded it has to be asked all the same
     takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
     with torch.no_grad(), autocast(model, device):
-        made = model.generate(
+        output_ids = model.generate(
             input_ids=ids,
             **({"attention_mask": mask} if takes_mask or not mask.all() else {}),
             max_new_tokens=max_new_tokens,
@@ -131,7 +131,7 @@ def answer(
             **sampling,
         )
     opened = chat.opens_thinking(tokenizer)
-    return [read_answer(tokenizer, row, ends, opened=opened) for row in made[:, length:].tolist()]
+    return [read_answer(tokenizer, row, ends, opened=opened) for row in output_ids[:, length:].tolist()]
 
 
 def read_answer(
@@ -198,7 +198,7 @@ def answer_all(
     def answered(number: int) -> list[GeneratedAnswer]:
         if settings.temperature > 0:
             torch.manual_seed((seed * 1_000_003 + number) % 2**63)
-        made = answer(
+        batch_answers = answer(
             model,
             tokenizer,
             [prompts[i] for i in groups[number]],
@@ -207,8 +207,8 @@ def answer_all(
             top_p=settings.top_p,
         )
         if journal:
-            journal.add(keys[number], [asdict(one) for one in made])
-        return made
+            journal.add(keys[number], [asdict(one) for one in batch_answers])
+        return batch_answers
 
     # what an answer costs is what is generated, and only then known
     sizes = [len(groups[number]) for number in open_groups]
@@ -216,8 +216,8 @@ def answer_all(
     if done:
         event(f"{what}: on disk already", answers=done, open=sum(sizes))
     with Progress(what, total=len(prompts), unit="prompt", done=done) if what else nullcontext(bar) as shown:
-        found = dict(zip(open_groups, work.computed(open_groups, sizes, answered, shown, sizes), strict=True))
+        by_group = dict(zip(open_groups, work.computed(open_groups, sizes, answered, shown, sizes), strict=True))
     for number in set(range(len(groups))) - set(open_groups):
-        found[number] = [GeneratedAnswer(**kept) for kept in known[keys[number]]]
-    answers = {i: given for n, rows in enumerate(groups) for i, given in zip(rows, found[n], strict=True)}
+        by_group[number] = [GeneratedAnswer(**kept) for kept in known[keys[number]]]
+    answers = {i: given for n, rows in enumerate(groups) for i, given in zip(rows, by_group[n], strict=True)}
     return [answers[i] for i in range(len(prompts))]

@@ -33,7 +33,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(Problem("--prompts_file does not exist", str(path), path_fix(path)))
     problems = ProblemList()
-    found = []
+    questions = []
     for row in iter_rows(path, problems):
         question = row.values.get("question") or row.values.get("prompt")
         if not isinstance(question, str) or not question.strip():
@@ -43,11 +43,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         if context is not None and not isinstance(context, str):
             problems.add(f"{row.place}: the context is no text", context, "write a string, or leave it out")
             continue
-        found.append({"question": question, "context": context, "id": row.values.get("id")})
+        questions.append({"question": question, "context": context, "id": row.values.get("id")})
     problems.raise_if_any()
-    if not found:
+    if not questions:
         raise DataError(Problem(f"{path} holds no prompts"))
-    return found
+    return questions
 
 
 # what the adapter is called in an engine
@@ -122,7 +122,7 @@ class ServedPrompts:
         system_prompt: str,
         settings: InferenceSection,
         *,
-        asked: Sequence[dict[str, Any]],
+        questions: Sequence[dict[str, Any]],
         belongs_to: Any,
         models_dir: Path,
         seed: int,
@@ -131,7 +131,7 @@ class ServedPrompts:
 
         Answers to a file grow beside it (`journal`), and are gone on from where they belong to the same (`belongs_to`).
         """
-        ids = prompt_ids(adapter_tokenizer.of(base), asked, system_prompt)
+        ids = prompt_ids(adapter_tokenizer.of(base), questions, system_prompt)
         model = ServedModel(
             base,
             section,
@@ -212,7 +212,7 @@ def piped() -> list[str]:
 def converse(answer: Callable[[str], Any]) -> dict[str, Any]:
     """Answer what is typed, one question at a time, until an empty line, `quit` or the end of the input."""
     print("Ask a question; an empty line, quit or Ctrl-D ends.", file=sys.stderr)
-    asked = 0
+    count = 0
     while True:
         try:
             question = input("> ").strip()
@@ -224,8 +224,8 @@ def converse(answer: Callable[[str], Any]) -> dict[str, Any]:
         if question.lower() in ENDS:
             break
         answer(question)
-        asked += 1
-    return {"answered": asked}
+        count += 1
+    return {"answered": count}
 
 
 def _streamed(

@@ -90,7 +90,7 @@ def questions(
     examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, system_prompt: str, max_tokens: int
 ) -> tuple[list[Question], list[str]]:
     """Test items as tokens, and the names of those left out because prompt and longest answer exceed `max_tokens`."""
-    found: list[Question] = []
+    items: list[Question] = []
     too_long: list[str] = []
     skip, ending = chat.answer_offset(tokenizer), len(turn_format.end_of_turn(tokenizer))
     for example in examples:
@@ -107,7 +107,7 @@ def questions(
             too_long.append(str(example["id"]))
             continue
         index = example.get("answer_index") if choice_of else None
-        found.append(
+        items.append(
             Question(
                 str(example["id"]),
                 str(example["document"]),
@@ -119,7 +119,7 @@ def questions(
                 ending,
             )
         )
-    return found, too_long
+    return items, too_long
 
 
 @torch.no_grad()
@@ -139,8 +139,8 @@ def score_questions(
         return _score_batch(model, [items[i] for i in rows], pad_id, device)
 
     with Progress(what, total=len(items), unit="item") as bar:
-        found = work.computed(groups, costs, scored, bar, [len(rows) for rows in groups])
-    scores = {i: score for rows, part in zip(groups, found, strict=True) for i, score in zip(rows, part, strict=True)}
+        parts = work.computed(groups, costs, scored, bar, [len(rows) for rows in groups])
+    scores = {i: score for rows, part in zip(groups, parts, strict=True) for i, score in zip(rows, part, strict=True)}
     return [scores[i] for i in range(len(items))]
 
 
@@ -172,9 +172,9 @@ def score_documents(
     sizes = [len(chosen) for chosen in groups]
     costs = [len(chosen) * lengths[chosen[-1]] for chosen in groups]
     with Progress(what, total=len(order), unit="row") as bar:
-        found = work.computed(groups, costs, scored, bar, sizes)
+        parts = work.computed(groups, costs, scored, bar, sizes)
     sums: dict[int, list[float]] = {}
-    for document, nll, count in (piece for pieces in found for piece in pieces):
+    for document, nll, count in (piece for pieces in parts for piece in pieces):
         total = sums.setdefault(document, [0.0, 0])
         total[0] += nll
         total[1] += count
@@ -204,11 +204,11 @@ def judged(
 ) -> list[dict[str, Any]]:
     """What answers are worth, whoever generated them: exact match, token F1, and whether their form is right."""
     thinks = turn_format.writes_thinking(tokenizer)
-    found = []
+    rows = []
     for example, answer in zip(examples, given, strict=True):
         text = answer.answer
         left_over = "<think>" in text or (chat.THINK_END in answer.text) != thinks
-        found.append(
+        rows.append(
             {
                 "name": str(example["id"]),
                 "document": str(example["document"]),
@@ -221,26 +221,26 @@ def judged(
                 "f1": answer_metrics.token_f1(text, example["answers"]),
             }
         )
-    return found
+    return rows
 
 
 def summary(items: Sequence[ItemScore], documents: Sequence[DocumentScore]) -> dict[str, float]:
     """The numbers of one cell; a key that the data does not support is absent."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if documents:
         nll = sum(d.nll for d in documents)
-        found["domain_nll"] = nll / sum(d.tokens for d in documents)
-        found["domain_nll_per_byte"] = nll / sum(d.utf8_bytes for d in documents)
-        found["domain_ppl"] = float(torch.exp(torch.tensor(found["domain_nll"], dtype=torch.float64)))
+        metrics["domain_nll"] = nll / sum(d.tokens for d in documents)
+        metrics["domain_nll_per_byte"] = nll / sum(d.utf8_bytes for d in documents)
+        metrics["domain_ppl"] = float(torch.exp(torch.tensor(metrics["domain_nll"], dtype=torch.float64)))
     if items:
-        found["answer_nll"] = sum(i.answer_nll for i in items) / sum(i.answer_tokens for i in items)
-        found["end_of_turn_nll"] = sum(i.end_nll for i in items) / len(items)
+        metrics["answer_nll"] = sum(i.answer_nll for i in items) / sum(i.answer_tokens for i in items)
+        metrics["end_of_turn_nll"] = sum(i.end_nll for i in items) / len(items)
     with_choices = [i for i in items if i.choice_nlls and i.answer_index is not None]
     if with_choices:
         for key, normalised in (("choice_accuracy", False), ("choice_accuracy_per_token", True)):
             right = sum(i.chosen(normalised=normalised) == i.answer_index for i in with_choices)
-            found[key] = right / len(with_choices)
-    return found
+            metrics[key] = right / len(with_choices)
+    return metrics
 
 
 def to_json(scores: Sequence[ItemScore | DocumentScore]) -> list[dict[str, Any]]:
@@ -260,8 +260,8 @@ def _score_batch(model: Any, items: list[Question], pad_id: int, device: torch.d
         sums = []
         for candidate in item.candidates:
             own = nll_N[at : at + len(candidate)].double()
-            said = own[item.skip : -item.end_tokens]
-            sums.append((float(said.sum()), len(said), float(own[-item.end_tokens :].sum())))
+            answer_nlls = own[item.skip : -item.end_tokens]
+            sums.append((float(answer_nlls.sum()), len(answer_nlls), float(own[-item.end_tokens :].sum())))
             at += len(candidate)
         scores.append(_item_score(item, sums))
     return scores

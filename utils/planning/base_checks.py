@@ -33,28 +33,28 @@ def check(config: Config, base: BaseModel, stages: Sequence[str]) -> None:
     problems = loading.attention_problems(type(model), config.base.attention)
     for stage in stages:
         lora = getattr(config, stage).lora
-        found = linear_modules.problems(model, lora.target_modules, f"{stage}.lora.target_modules")
+        stage_problems = linear_modules.problems(model, lora.target_modules, f"{stage}.lora.target_modules")
         fused = tensor_names.fused_parameters(model) if lora.experts else []
         if lora.experts and not fused:
             what = f"{stage}.lora.experts: the base model has no fused experts"
-            found.append(Problem(what, fix=f"leave out --{stage}.lora.experts"))
+            stage_problems.append(Problem(what, fix=f"leave out --{stage}.lora.experts"))
         named = [*linear_modules.named(model, lora.target_modules), *fused]
-        if not found and (lost := linear_modules.unplaced(base.directory, named)):
+        if not stage_problems and (lost := linear_modules.unplaced(base.directory, named)):
             what = f"{base.directory} keeps these weights in another form than the model, so no adapter can be merged"
             kept = set(linear_modules.leaves(named)) - set(linear_modules.leaves(lost))
             usable = [leaf for leaf in linear_modules.leaves(named) if leaf in kept]
-            found.append(Problem(what, lost[:3], _other_targets(stage, usable)))
+            stage_problems.append(Problem(what, lost[:3], _other_targets(stage, usable)))
         longest = model_class.position_table(model)
         tokens = getattr(config, stage).train.max_sequence_tokens
         if longest and tokens > longest:
             what = f"{stage}.train.max_sequence_tokens: the base model has {longest} positions"
-            found.append(Problem(what, tokens, f"--{stage}.train.max_sequence_tokens {longest}"))
-        problems += found
+            stage_problems.append(Problem(what, tokens, f"--{stage}.train.max_sequence_tokens {longest}"))
+        problems += stage_problems
     if problems:
         raise ArtefactError(list({str(problem): problem for problem in problems}.values()))
 
 
-def quantization_refusals(found: ModelSizes, kind: Dtype, *, sharded: bool = False) -> list[Problem]:
+def quantization_refusals(sizes: ModelSizes, kind: Dtype, *, sharded: bool = False) -> list[Problem]:
     """Why a model of these shapes cannot be quantised, with the numbers; empty for one that can.
 
     `sharded`: the launcher would have FSDP shard the weights over its ranks.
@@ -63,15 +63,15 @@ def quantization_refusals(found: ModelSizes, kind: Dtype, *, sharded: bool = Fal
     if sharded:  # accelerate leaves bytes out of sharding, so each rank would hold all of them
         what = "FSDP does not shard weights in 4 or 8 bits"
         return [Problem(what, kind, f"{fix}, or launch with scripts/launch/one_gpu.yaml")]
-    if found.experts:
-        whole, kept = estimates.weight_bytes(found, "bfloat16") / GIB, estimates.weight_bytes(found, kind) / GIB
+    if sizes.experts:
+        whole, kept = estimates.weight_bytes(sizes, "bfloat16") / GIB, estimates.weight_bytes(sizes, kind) / GIB
         what = (
-            f"{found.model_type} keeps {found.parameters['experts'] / found.total:.0%} of its weights in fused "
+            f"{sizes.model_type} keeps {sizes.parameters['experts'] / sizes.total:.0%} of its weights in fused "
             f"experts, which bitsandbytes does not quantise: {kind} would leave {kept:,.1f} of {whole:,.1f} GiB"
         )
-        also = ", and it refuses an FP8 checkpoint" if found.stored == "fp8" else ""
+        also = ", and it refuses an FP8 checkpoint" if sizes.stored == "fp8" else ""
         return [Problem(what + also, kind, fix)]
-    if found.stored == "fp8":
+    if sizes.stored == "fp8":
         return [Problem("the checkpoint is FP8: bitsandbytes refuses it", kind, f"{fix}, or give a bfloat16 copy")]
     return []
 
@@ -120,28 +120,28 @@ def shared_by(
     `sizes` are the base's, None where its architecture is not understood; `stage` is the adapter that is trained.
     Raises ConfigError for a number that was asked for and cannot be.
     """
-    asked, layout = config.run.expert_parallel, launcher.current()
-    if asked in ("off", "1"):
+    setting, layout = config.run.expert_parallel, launcher.current()
+    if setting in ("off", "1"):
         return 1
-    if asked == AUTO:
-        wanted = min(layout.shard, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if wanted == 1 or sizes is None or not sizes.experts or devices.device().type != "cuda":
+    if setting == AUTO:
+        count = min(layout.shard, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if count == 1 or sizes is None or not sizes.experts or devices.device().type != "cuda":
             return 1
-        found = _problems(base, ProcessLayout(layout.replicate, layout.shard, wanted), native_fp8)
-        why = found[0].what.removeprefix("run.expert_parallel: ") if found else ""
-        if not why and not pays(config, sizes, layout, wanted, stage):
+        problems = _problems(base, ProcessLayout(layout.replicate, layout.shard, count), native_fp8)
+        why = problems[0].what.removeprefix("run.expert_parallel: ") if problems else ""
+        if not why and not pays(config, sizes, layout, count, stage):
             why = "the plan says that it is no faster"
         if why:
             event("layers of the model are gathered; ranks do not share its experts", why=why)
-        return 1 if why else wanted
-    if found := _problems(base, ProcessLayout(layout.replicate, layout.shard, int(asked)), native_fp8):
-        raise ConfigError(found)
-    return int(asked)
+        return 1 if why else count
+    if problems := _problems(base, ProcessLayout(layout.replicate, layout.shard, int(setting)), native_fp8):
+        raise ConfigError(problems)
+    return int(setting)
 
 
-def pays(config: Config, sizes: ModelSizes, layout: ProcessLayout, wanted: int, stage: str) -> bool:
-    """Whether a pass over as many tokens is faster, at worst, where `wanted` ranks share the experts."""
-    shared, machine = ProcessLayout(layout.replicate, layout.shard, wanted), hardware.of(config.plan)
+def pays(config: Config, sizes: ModelSizes, layout: ProcessLayout, expert_ranks: int, stage: str) -> bool:
+    """Whether a pass over as many tokens is faster, at worst, where `expert_ranks` ranks share the experts."""
+    shared, machine = ProcessLayout(layout.replicate, layout.shard, expert_ranks), hardware.of(config.plan)
     if stage:
         what = training_plan.step(config, stage, "bfloat16")
         times = [pass_times.training_pass(sizes, what, one, machine) for one in (layout, shared)]
@@ -152,8 +152,8 @@ def pays(config: Config, sizes: ModelSizes, layout: ProcessLayout, wanted: int, 
 
 
 def _problems(base: BaseModel, layout: ProcessLayout, native_fp8: bool) -> list[Problem]:
-    found = expert_parallel.problems(loading.skeleton(base), layout)
+    problems = expert_parallel.problems(loading.skeleton(base), layout)
     if native_fp8:
         fix = "--base.fp8 dequantise, or --run.expert_parallel off"
-        found.append(Problem("run.expert_parallel: FP8 experts that stay FP8 are not shared", layout.expert, fix))
-    return found
+        problems.append(Problem("run.expert_parallel: FP8 experts that stay FP8 are not shared", layout.expert, fix))
+    return problems

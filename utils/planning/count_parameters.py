@@ -108,16 +108,16 @@ def _is_fused(name: str, parameter: torch.Tensor) -> bool:
 
 
 def _matrices(model: torch.nn.Module) -> tuple[Matrix, ...]:
-    found: Counter[tuple[str, int, int, bool, bool]] = Counter()
+    counts: Counter[tuple[str, int, int, bool, bool]] = Counter()
     adaptable, transposed = set(linear_modules.adaptable(model)), transposed_parameters(model)
     for name, module in model.named_modules():
         if linear_modules.is_linear(module) and module is not model.get_output_embeddings():
             weight_OI = module.weight.mT if f"{name}.weight" in transposed else module.weight
-            found[(name.rpartition(".")[2], *weight_OI.shape, False, name in adaptable)] += 1
+            counts[(name.rpartition(".")[2], *weight_OI.shape, False, name in adaptable)] += 1
     for name, parameter in model.named_parameters():
         if _is_fused(name, parameter):
             shape_OI = (parameter.mT if name in transposed else parameter).shape[1:]
-            found[(name.rpartition(".")[2], *shape_OI, True, True)] += math.prod(parameter.shape[:1])
+            counts[(name.rpartition(".")[2], *shape_OI, True, True)] += math.prod(parameter.shape[:1])
     return tuple(
-        Matrix(name, out, inside, copies, fused, can) for (name, out, inside, fused, can), copies in found.items()
+        Matrix(name, out, inside, copies, fused, can) for (name, out, inside, fused, can), copies in counts.items()
     )

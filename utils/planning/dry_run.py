@@ -42,15 +42,15 @@ def _training(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
     def described(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
         data, way = planned_data.of(config), ways.find(config, sizes)
         cost = next(one for one in stage_costs.every_stage(way, sizes, data) if one.stage == stage)
-        asked, chosen = plan_report.choices(config, sizes, ways.planned_base(config), stage)[0], way.trainings[stage]
+        plan, chosen = plan_report.choices(config, sizes, ways.planned_base(config), stage)[0], way.trainings[stage]
         section = getattr(config, stage)
         written = stage_costs.disk(
-            sizes, asked.step.adapter, keep_checkpoints=section.train.keep_checkpoints, merged="bfloat16"
+            sizes, plan.step.adapter, keep_checkpoints=section.train.keep_checkpoints, merged="bfloat16"
         )
         low, high = (plan_report.duration(seconds / 3600) for seconds in cost.seconds)
         return [
-            f"train {plan_report.trainable(sizes, asked.step.adapter)}",
-            f"as configured, {plan_report.verdict(asked, config.plan)}",
+            f"train {plan_report.trainable(sizes, plan.step.adapter)}",
+            f"as configured, {plan_report.verdict(plan, config.plan)}",
             *(f"instead: {change}" for change in plan_report.changes(config, sizes)),
             *plan_report.loading(way, sizes),
             f"{plan_report.between(low, high)} for {data.trained(stage):,} tokens an epoch",
@@ -112,11 +112,11 @@ def _benchmark(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
 
 
 def _rollout(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
-    found = []
+    options = []
     for dtype in ("bfloat16", "fp8"):
         size = estimates.weight_bytes(sizes, dtype)
-        found.append(f"{_tensor_parallel(config, size)} GPUs in {dtype} ({gib(size)})")
-    return [f"production and candidate each take {' or '.join(found)}, side by side while the rollout lasts"]
+        options.append(f"{_tensor_parallel(config, size)} GPUs in {dtype} ({gib(size)})")
+    return [f"production and candidate each take {' or '.join(options)}, side by side while the rollout lasts"]
 
 
 def _verify(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
@@ -180,10 +180,10 @@ def targets(config: Config, stage: str) -> str:
     path, known = directory / "config.json", registry.published(config.base.source)
     settings = files.read_object(path) if path.is_file() else known.settings if known else {}
     count = registry.of(settings.get("model_type")).sizes
-    found = [m.name for m in count(settings).matrices if m.adaptable and not m.is_experts] if count else []
-    if not found:
-        found = _leaves_on_disk(directory)
-    return ", ".join(found) if found else "every linear module of attention and MLP"
+    leaves = [m.name for m in count(settings).matrices if m.adaptable and not m.is_experts] if count else []
+    if not leaves:
+        leaves = _leaves_on_disk(directory)
+    return ", ".join(leaves) if leaves else "every linear module of attention and MLP"
 
 
 # tensors that are no linear module of the language model's layers, by the words in their names
@@ -194,7 +194,7 @@ _OTHERS = re.compile(
 
 def _leaves_on_disk(directory: Path) -> list[str]:
     """Leaf names of the matrices in numbered layers, from the headers of the files; no torch."""
-    found: dict[str, None] = {}
+    leaves: dict[str, None] = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with path.open("rb") as handle:
@@ -205,8 +205,8 @@ def _leaves_on_disk(directory: Path) -> list[str]:
             parts = name.split(".")
             is_matrix = name.endswith(".weight") and len(tensor.get("shape", ())) == 2
             if is_matrix and any(part.isdigit() for part in parts) and not _OTHERS.search(name):
-                found.setdefault(parts[-2])
-    return list(found)
+                leaves.setdefault(parts[-2])
+    return list(leaves)
 
 
 def passes(train: TrainSection) -> str:

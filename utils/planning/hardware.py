@@ -77,12 +77,12 @@ class Hardware:
     def layouts_of(self, sizes: ModelSizes, form: Dtype) -> tuple[ProcessLayout, ...]:
         """Those for weights of this form, then those in which GPUs share experts: of a node, or as many as asked."""
         # accelerate leaves bytes out of sharding
-        found = [one for one in self.layouts if not (one.is_sharded and form in ("nf4", "int8"))]
-        asked = self.expert_parallel
-        count = {AUTO: self.gpus, "off": 1}[asked] if asked in (AUTO, "off") else int(asked)
+        layouts = [one for one in self.layouts if not (one.is_sharded and form in ("nf4", "int8"))]
+        setting = self.expert_parallel
+        count = {AUTO: self.gpus, "off": 1}[setting] if setting in (AUTO, "off") else int(setting)
         if sizes.expert_plan and sizes.experts % count == 0 and form != "fp8" and count > 1:
-            found += [replace(one, expert=count) for one in found if one.is_sharded and one.shard % count == 0]
-        return tuple(found)
+            layouts += [replace(one, expert=count) for one in layouts if one.is_sharded and one.shard % count == 0]
+        return tuple(layouts)
 
     def imbalance(self, sizes: ModelSizes, layout: ProcessLayout) -> float:
         """Rows of the busiest of the ranks that share experts, over the mean: as set, or as expected."""

@@ -57,15 +57,15 @@ def choose(setting: Setting, facts: Facts) -> Fp8Choice:
 
 def _reasons(facts: Facts) -> list[str]:
     """Why the weights cannot stay FP8."""
-    found = []
+    reasons = []
     if facts.capability is None:
-        found.append("there is no GPU")
+        reasons.append("there is no GPU")
     elif facts.capability < LEAST_CAPABILITY:
-        found.append("the GPU has compute capability {}.{}, FP8 takes 8.9".format(*facts.capability))
+        reasons.append("the GPU has compute capability {}.{}, FP8 takes 8.9".format(*facts.capability))
     elif facts.kernels:
-        found.append(facts.kernels)
+        reasons.append(facts.kernels)
     if facts.on_experts:
-        found.append("an adapter on FP8 experts is silently wrong")
+        reasons.append("an adapter on FP8 experts is silently wrong")
     if facts.computes_in == "float32":
-        found.append("FP8 kernels compute in bfloat16, and base.dtype is float32")
-    return found
+        reasons.append("FP8 kernels compute in bfloat16, and base.dtype is float32")
+    return reasons

@@ -31,15 +31,15 @@ NOT_COUNTED = (
 
 def choices(config: Config, sizes: ModelSizes, base: Dtype, stage: str) -> list[StagePlan]:
     """The configured settings first, then the other base dtype and the other answer to whether experts are adapted."""
-    asked, machine = training_plan.step(config, stage, base), _machine(config)
-    kinds = [asked.adapter.experts, not asked.adapter.experts] if sizes.experts else [False]
+    step, machine = training_plan.step(config, stage, base), _machine(config)
+    kinds = [step.adapter.experts, not step.adapter.experts] if sizes.experts else [False]
     bases = [base, "fp8"] if sizes.stored == "fp8" and base != "fp8" else [base]
-    found = []
+    plans = []
     for dtype in bases:
         for experts in kinds:
-            what = replace(asked, base=dtype, adapter=replace(asked.adapter, experts=experts))
-            found.append(training_plan.choice(sizes, machine, stage, what, getattr(config, stage).train.batch_tokens))
-    return found
+            what = replace(step, base=dtype, adapter=replace(step.adapter, experts=experts))
+            plans.append(training_plan.choice(sizes, machine, stage, what, getattr(config, stage).train.batch_tokens))
+    return plans
 
 
 def headline(sizes: ModelSizes, base: Dtype) -> str:
@@ -56,23 +56,25 @@ def trainable(sizes: ModelSizes, what: Adapter) -> str:
     return f"{sum(counts.values()):,} at rank {what.rank} ({by_target})"
 
 
-def verdict(found: StagePlan, plan: PlanSection) -> str:
+def verdict(stage_plan: StagePlan, plan: PlanSection) -> str:
     """One choice against the memory there is."""
-    says = {"fits": "fits", "tight": "tight", "no": "does NOT fit"}[found.verdict]
-    peak = between(gib(found.low.total), gib(found.high.total))
+    says = {"fits": "fits", "tight": "tight", "no": "does NOT fit"}[stage_plan.verdict]
+    peak = between(gib(stage_plan.low.total), gib(stage_plan.high.total))
     usable = gib(hardware.of(plan).memory_bytes)
-    return f"{found.name}: {peak} of {usable} usable per GPU, {found.layout}: {found.refused or says}"
+    return f"{stage_plan.name}: {peak} of {usable} usable per GPU, {stage_plan.layout}: {stage_plan.refused or says}"
 
 
-def speed(found: StagePlan, plan: PlanSection) -> str:
+def speed(stage_plan: StagePlan, plan: PlanSection) -> str:
     """Tokens per second, and what was assumed."""
-    gpus = found.layout.processes
-    all_of, each = (between(*(f"{rate / share:,.0f}" for rate in found.rates)) for share in (1, gpus))
+    gpus = stage_plan.layout.processes
+    all_of, each = (between(*(f"{rate / share:,.0f}" for rate in stage_plan.rates)) for share in (1, gpus))
     assumed = f"{plan.utilisation:.0%} of {hardware.peak_tflops(plan):g} TFLOP/s a GPU"
-    shown = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in (found.time.own | found.time.sent).items())
+    shown = ", ".join(
+        f"{name} {seconds:.3g} s" for name, seconds in (stage_plan.time.own | stage_plan.time.sent).items()
+    )
     return (
-        f"{all_of} tokens/s ({each} a GPU): a pass of {found.step.tokens:,} tokens takes {shown}; "
-        f"{found.time.bound} bound it; arithmetic at {assumed}"
+        f"{all_of} tokens/s ({each} a GPU): a pass of {stage_plan.step.tokens:,} tokens takes {shown}; "
+        f"{stage_plan.time.bound} bound it; arithmetic at {assumed}"
     )
 
 
@@ -115,25 +117,25 @@ def report(config: Config, sizes: ModelSizes, data: PlannedData) -> tuple[list[s
 
 def instead(config: Config, sizes: ModelSizes) -> list[str]:
     """What other hardware does it, the least memory first."""
-    found = ways.larger(config, sizes)
-    if not found:
+    options = ways.larger(config, sizes)
+    if not options:
         return ["no hardware that is looked at (up to 32 GPUs) fits: take a smaller model with --base.source"]
     return [
         "these GPUs cannot do it, whatever the settings. What does:",
-        *(f"  {name}: {_peaks(way)} per GPU, {way.verdict}" for name, way in found),
+        *(f"  {name}: {_peaks(way)} per GPU, {way.verdict}" for name, way in options),
     ]
 
 
 def changes(config: Config, sizes: ModelSizes) -> list[str]:
     """The flags that make the trainings fit, or other hardware; empty where the configured settings fit."""
     base, machine = ways.planned_base(config), _machine(config)
-    asked = [
+    stage_plans = [
         training_plan.choice(
             sizes, machine, stage, training_plan.step(config, stage, base), getattr(config, stage).train.batch_tokens
         )
         for stage in STAGES
     ]
-    if all(plan.verdict == "fits" for plan in asked):
+    if all(plan.verdict == "fits" for plan in stage_plans):
         return []
     way = ways.find(config, sizes)
     if way.verdict == "no":
@@ -162,22 +164,22 @@ def stored(config: Config, sizes: ModelSizes) -> list[str]:
     for stage in STAGES:
         section = getattr(config, stage)
         what = training_plan.adapter(section.lora)
-        found = stage_costs.disk(sizes, what, keep_checkpoints=section.train.keep_checkpoints, merged=merged)
-        parts.append(f"{stage} checkpoints {gb(found.checkpoints)} and adapter {gb(found.adapter)}")
-    parts.append(f"merged model in {merged} {gb(found.merged)}")
+        disk = stage_costs.disk(sizes, what, keep_checkpoints=section.train.keep_checkpoints, merged=merged)
+        parts.append(f"{stage} checkpoints {gb(disk.checkpoints)} and adapter {gb(disk.adapter)}")
+    parts.append(f"merged model in {merged} {gb(disk.merged)}")
     return ["disk: " + ", ".join(parts)]
 
 
 def _training(config: Config, sizes: ModelSizes, base: Dtype, way: Way, stage: str) -> list[str]:
     """The table of forms with the configured settings, and the settings that were chosen."""
-    found = choices(config, sizes, base, stage)
-    asked, chosen = found[0], way.trainings[stage]
-    lines = [f"{stage} adapter: trains {trainable(sizes, asked.step.adapter)}"]
+    plans = choices(config, sizes, base, stage)
+    configured_plan, chosen = plans[0], way.trainings[stage]
+    lines = [f"{stage} adapter: trains {trainable(sizes, configured_plan.step.adapter)}"]
     if sizes.experts:
-        other = replace(asked.step.adapter, experts=not asked.step.adapter.experts)
+        other = replace(configured_plan.step.adapter, experts=not configured_plan.step.adapter.experts)
         name = "with the experts" if other.experts else "without the experts"
         lines.append(f"  {name} it would be {trainable(sizes, other)}")
-    lines += ["  with the settings as they are:", *_table(found), f"  chosen: {verdict(chosen, config.plan)}"]
+    lines += ["  with the settings as they are:", *_table(plans), f"  chosen: {verdict(chosen, config.plan)}"]
     lines.append(f"  {speed(chosen, config.plan)}")
     lines += _layouts(config, sizes, way, stage)
     if chosen.step.below and chosen.step.below.experts:
@@ -197,11 +199,11 @@ def _compared(config: Config, sizes: ModelSizes, way: Way, stage: str) -> list[S
 
 def _layouts(config: Config, sizes: ModelSizes, way: Way, stage: str) -> list[str]:
     """Every layout of the weights, where there are several, with its rate and memory."""
-    found, chosen = _compared(config, sizes, way, stage), way.trainings[stage].layout
-    if len(found) == 1:
+    plans, chosen = _compared(config, sizes, way, stage), way.trainings[stage].layout
+    if len(plans) == 1:
         return []
     lines = ["  layouts, each with its fastest micro-batch:"]
-    for one in found:
+    for one in plans:
         rate = between(*(f"{rate / one.layout.processes:,.0f}" for rate in one.rates))
         peak = between(f"{one.low.total / GIB:.0f}", f"{one.high.total / GIB:.0f}")
         words = f"{rate} tokens/s a GPU, {peak} GiB, {one.step.tokens:,} tokens a pass, bound by {one.time.bound}"
@@ -263,10 +265,10 @@ def _counted(config: Config, data: PlannedData) -> str:
     )
 
 
-def _table(found: list[StagePlan]) -> list[str]:
+def _table(plans: list[StagePlan]) -> list[str]:
     titles = ("weights", "gathered", "adapters", "saved act.", "workspace", "experts", "peak GiB")
     lines = [" " * 42 + "".join(f"{title:>12}" for title in titles)]
-    for one in found:
+    for one in plans:
         low, high = asdict(one.low), asdict(one.high)
         if one.refused:
             lines.append(f"  {one.name:<40}refused: {one.refused}")

@@ -62,22 +62,22 @@ def check(config: Config, *, loads_model: bool = True, stage: str = "") -> None:
     `stage` is the adapter that will be trained. Models whose shapes are not known before they are here (wheels, other
     hub ids offline) pass.
     """
-    found = _quick(config.base, config.run.models_dir)
-    if found is None:
+    sizes = _quick(config.base, config.run.models_dir)
+    if sizes is None:
         return
     if stage and f"{stage}.train.learning_rate" not in config.overrides:
-        size_class.refuse_small_settings(config.preset, found, stage)
+        size_class.refuse_small_settings(config.preset, sizes, stage)
     dtype, why = loaded_dtype(config.base), ""
     if config.base.quantization != PLAIN:
         sharded = loads_model and Machine.here().shards > 1
-        if cannot := base_checks.quantization_refusals(found, dtype, sharded=sharded):
+        if cannot := base_checks.quantization_refusals(sizes, dtype, sharded=sharded):
             raise ArtefactError(cannot)
-    if found.stored == "fp8":
+    if sizes.stored == "fp8":
         choice = keep_fp8(config, stage) if stage else Fp8Choice(False, "only training can keep it FP8")
         dtype, why = ("fp8" if choice.native else dtype), choice.why
-    if estimates.weight_bytes(found, dtype) >= WORTH_SAYING_BYTES:
-        event(plan_report.headline(found, dtype))
-    if loads_model and (problems := refusals(found, dtype, Machine.here(), why)):
+    if estimates.weight_bytes(sizes, dtype) >= WORTH_SAYING_BYTES:
+        event(plan_report.headline(sizes, dtype))
+    if loads_model and (problems := refusals(sizes, dtype, Machine.here(), why)):
         raise ArtefactError(problems)
 
 
@@ -112,34 +112,34 @@ def form(config: Config, stage: str, base: BaseModel) -> Fp8Choice:
     return Fp8Choice(False, "")
 
 
-def refusals(found: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -> list[Problem]:
+def refusals(sizes: ModelSizes, dtype: Dtype, machine: Machine, why: str = "") -> list[Problem]:
     """Why these weights cannot be loaded on this machine, with the numbers and the fix.
 
     `why` is the reason for which an FP8 checkpoint is de-quantised.
     """
-    whole = estimates.weight_bytes(found, dtype)
-    part, host = whole, estimates.loading_bytes(found, dtype, processes=machine.local, sharded=machine.shards > 1)
+    whole = estimates.weight_bytes(sizes, dtype)
+    part, host = whole, estimates.loading_bytes(sizes, dtype, processes=machine.local, sharded=machine.shards > 1)
     if machine.shards > 1:
-        part = whole // machine.shards + whole * estimates.gathered_parameters(found) // found.total
+        part = whole // machine.shards + whole * estimates.gathered_parameters(sizes) // sizes.total
         if not machine.gpu_bytes:
             host = max(host, machine.local * part)  # on CPUs the parts are in main memory
     places = [("main memory", host, machine.host_bytes)]
     if machine.gpu_bytes:
         places.append(("GPU memory per rank", part, machine.gpu_bytes))
     fix = (
-        f"plan it: python scripts/plan.py {_preset(found)}--plan.gpus 8 --plan.gpu_memory_gib 80 names the launch file "
+        f"plan it: python scripts/plan.py {_preset(sizes)}--plan.gpus 8 --plan.gpu_memory_gib 80 names the launch file "
         "for your GPUs; here take a smaller model: --preset smollm2_135m, or --base.source DIRECTORY"
     )
-    if dtype == "float32" and estimates.weight_bytes(found, "bfloat16") <= min(there for _, _, there in places):
+    if dtype == "float32" and estimates.weight_bytes(sizes, "bfloat16") <= min(there for _, _, there in places):
         fix = "--base.dtype bfloat16 halves it"
     stored = ""
-    if found.stored == "fp8" and dtype != "fp8":
-        size = plan_report.gib(estimates.weight_bytes(found, "fp8"))
+    if sizes.stored == "fp8" and dtype != "fp8":
+        size = plan_report.gib(estimates.weight_bytes(sizes, "fp8"))
         stored = f"; it is stored in FP8 ({size}) and de-quantised{f', because {why}' if why else ''}"
     processes = f" for {machine.local} ranks, each with its copy" if machine.local > 1 >= machine.shards else ""
     return [
         Problem(
-            f"{found.model_type} has {found.total:,} parameters: in {dtype} its weights take {needed / GIB:,.1f} GiB "
+            f"{sizes.model_type} has {sizes.total:,} parameters: in {dtype} its weights take {needed / GIB:,.1f} GiB "
             f"of {place}{processes}, {there / GIB:,.1f} GiB are there{stored}",
             fix=fix,
         )
@@ -153,15 +153,15 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
 
     On a GPU that is what `torch.cuda.max_memory_allocated` will say; a CPU's figure has the libraries in it too.
     """
-    found = _understood(files.read_object(base.directory / "config.json"))
-    if found is None:
+    sizes = _understood(files.read_object(base.directory / "config.json"))
+    if sizes is None:
         return None
     machine = Machine.here()
     dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
     step = training_plan.step(config, stage, dtype)
-    imbalance = config.plan.expert_imbalance or estimates.expected_imbalance(found.experts, machine.expert)
+    imbalance = config.plan.expert_imbalance or estimates.expected_imbalance(sizes.experts, machine.expert)
     memory = estimates.training_memory(
-        *(found, step), shards=machine.shards, expert_ranks=machine.expert, imbalance=imbalance
+        *(sizes, step), shards=machine.shards, expert_ranks=machine.expert, imbalance=imbalance
     )
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
@@ -171,7 +171,7 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
             f"the {stage} adapter's training step is predicted not to fit",
             predicted_gib=memory.total / GIB,
             there_gib=there / GIB,
-            instead="; ".join(plan_report.changes(here, found)[:3]),
+            instead="; ".join(plan_report.changes(here, sizes)[:3]),
         )
     return memory
 
@@ -181,13 +181,13 @@ def check_trainable(model: PeftModel, config: Config, stage: str, base: BaseMode
 
     PEFT widens some targets on mixtures of experts, and doubles ranks, without a word.
     """
-    found = _understood(files.read_object(base.directory / "config.json"))
-    if found is None:
+    sizes = _understood(files.read_object(base.directory / "config.json"))
+    if sizes is None:
         return
-    wanted = sum(estimates.lora_parameters(found, training_plan.adapter(getattr(config, stage).lora)).values())
+    expected = sum(estimates.lora_parameters(sizes, training_plan.adapter(getattr(config, stage).lora)).values())
     count = sum(p.numel() for p in peft_model.trainable_parameters(model).values())
-    if count != wanted:
-        what = f"{count:,} parameters are trainable, the {stage} adapter's settings ask for {wanted:,}"
+    if count != expected:
+        what = f"{count:,} parameters are trainable, the {stage} adapter's settings ask for {expected:,}"
         raise ArtefactError(Problem(what, fix=f"name leaf modules in --{stage}.lora.target_modules"))
 
 
@@ -281,8 +281,8 @@ def _settings(section: BaseModelSection, models_dir: Path, *, ask_hub: bool) -> 
         return dict(published.settings)
 
 
-def _preset(found: ModelSizes) -> str:
-    published = registry.of(found.model_type).published
+def _preset(sizes: ModelSizes) -> str:
+    published = registry.of(sizes.model_type).published
     return f"--preset {published.preset} " if published else ""
 
 
@@ -311,9 +311,9 @@ def start(
     unmeant_base.refuse(config, unmeant_base.PREPARED if stage else reads)
     base = ranks.everywhere(_ready, config)
     if loads_model if shards is None else shards:
-        found = _understood(files.read_object(base.directory / "config.json"))
+        sizes = _understood(files.read_object(base.directory / "config.json"))
         base_checks.share_experts(
-            config, base, found, stage, native_fp8=bool(stage) and form(config, stage, base).native
+            config, base, sizes, stage, native_fp8=bool(stage) and form(config, stage, base).native
         )
     base_checks.check(config, base, (stage,) if stage else ())
     return base

@@ -65,8 +65,8 @@ def command(config: Config, sizes: ModelSizes, stage: str, layout: ProcessLayout
         shared = str(layout.expert) if layout.expert > 1 else "off"
         config = config.model_copy(update={"run": config.run.model_copy(update={"expert_parallel": shared})})
     given = arguments(config, runs.sections)
-    asked = {word.removeprefix("--").partition("=")[0] for word in runs.asks if word.startswith("--")}
-    given = [word for word in given if word.removeprefix("--").partition("=")[0] not in asked]
+    own_flags = {word.removeprefix("--").partition("=")[0] for word in runs.asks if word.startswith("--")}
+    given = [word for word in given if word.removeprefix("--").partition("=")[0] not in own_flags]
     words = ["python"] if layout is None else _launch(config.plan, sizes, layout)
     return " ".join([*words, f"scripts/{runs.script}.py", *runs.asks, *given])
 

@@ -71,10 +71,10 @@ def every_stage(way: Way, sizes: ModelSizes, data: PlannedData) -> list[StageCos
 def training_seconds(way: Way, stage: str, data: PlannedData) -> tuple[float, float]:
     """Of all epochs, or of `max_steps`, without loading."""
     train, (slow, fast) = getattr(way.config, stage).train, way.trainings[stage].rates
-    wanted = train.max_steps * train.batch_tokens if train.max_steps else data.trained(stage) * train.epochs
+    tokens = train.max_steps * train.batch_tokens if train.max_steps else data.trained(stage) * train.epochs
     if stage == "task" and way.config.task.keep_domain in ("auto", "replay"):  # auto at most
-        wanted /= 1 - way.config.task.replay_share
-    return wanted / fast, wanted / slow
+        tokens /= 1 - way.config.task.replay_share
+    return tokens / fast, tokens / slow
 
 
 def _prepare(way: Way, sizes: ModelSizes, machine: Hardware, data: PlannedData) -> StageCost:
@@ -120,9 +120,9 @@ def _evaluate(
     """The table's rows, the answers of each, and the controls' trainings; memory is the largest of them."""
     settings = way.config.evaluate
     # a metric that needs answers has every question answered
-    asked = settings.generated_answers if settings.primary in LIKELIHOOD_METRICS else data.test_items
+    questions = settings.generated_answers if settings.primary in LIKELIHOOD_METRICS else data.test_items
     scored, answered = _scored(way, sizes, machine, data.test_tokens), _answered(
-        way, sizes, machine, asked, settings.max_new_tokens
+        way, sizes, machine, questions, settings.max_new_tokens
     )
     controls = [sum(CONTROL_TRAININGS[stage] * trainings[stage].seconds[at] for stage in STAGES) for at in (0, 1)]
     seconds = tuple(TABLE_ROWS * (scored[at] + answered[at]) + controls[at] for at in (0, 1))
@@ -143,15 +143,15 @@ def _evaluate(
 
 def _asking(way: Way, sizes: ModelSizes, machine: Hardware, loading: tuple[float, int]) -> StageCost:
     """A hundred questions in a file."""
-    wanted = way.config.inference.max_new_tokens
-    seconds = _answered(way, sizes, machine, 100, wanted)
-    found = _scoring_stage(way, sizes, machine, "asking", way.answering, seconds, loading)
+    tokens = way.config.inference.max_new_tokens
+    seconds = _answered(way, sizes, machine, 100, tokens)
+    cost = _scoring_stage(way, sizes, machine, "asking", way.answering, seconds, loading)
     step = _decoding(way, sizes, machine)
     range_of = f"{step.least:.2g}" if step.least == step.most else f"{step.least:.2g} to {step.most:.2g}"
-    note = f"100 questions, {wanted} tokens each, {range_of} s for each token of a batch"
+    note = f"100 questions, {tokens} tokens each, {range_of} s for each token of a batch"
     if way.answering.layout.is_sharded:
         note += "; a server (below) gathers nothing and is the faster way"
-    return StageCost(**{**found.__dict__, "note": note, "bound": step.bound})
+    return StageCost(**{**cost.__dict__, "note": note, "bound": step.bound})
 
 
 def _scoring_stage(
@@ -183,11 +183,11 @@ def _scoring_stage(
 def _merge(way: Way, sizes: ModelSizes, machine: Hardware) -> StageCost:
     """Read, written, read again by the check, one file of at most 5 GB in memory at a time."""
     written: Dtype = {"fp8": "fp8", "float32": "float32"}.get(way.config.merge.dtype, "bfloat16")
-    stored, made = estimates.weight_bytes(sizes, sizes.stored), estimates.weight_bytes(sizes, written)
-    host = max(estimates.checking_bytes(sizes), min(2 * made, 10 * 10**9))
-    seconds = (max(stored, made) / machine.disk_rate, (stored + 2 * made) / machine.disk_rate)
+    stored, merged = estimates.weight_bytes(sizes, sizes.stored), estimates.weight_bytes(sizes, written)
+    host = max(estimates.checking_bytes(sizes), min(2 * merged, 10 * 10**9))
+    seconds = (max(stored, merged) / machine.disk_rate, (stored + 2 * merged) / machine.disk_rate)
     command = stage_commands.command(_without_training(way.config), sizes, "merge", None)
-    note = f"writes {made / 1e9:,.0f} GB in {written}; no GPU"
+    note = f"writes {merged / 1e9:,.0f} GB in {written}; no GPU"
     fits: Fit = "fits" if host <= machine.host_bytes else "no"
     return StageCost("merge", command, (0, 0), host, fits, seconds, "disk", note)
 
@@ -247,11 +247,11 @@ def vllm_parallel(gpus: int, *, has_experts: bool, with_adapters: bool = False) 
     vLLM's recipe for MiniMax-M2: eight parts of an expert's matrix are no whole FP8 blocks, so experts are cut by
     number. LoRA on experts that are cut by number asserts this exchange (vLLM 0.32, lora/layers/fused_moe.py).
     """
-    found = ["--tensor-parallel-size", str(gpus)]
+    words = ["--tensor-parallel-size", str(gpus)]
     if has_experts and gpus > 4:
-        found += ["--enable-expert-parallel"]
-        found += ["--all2all-backend", "allgather_reducescatter"] if with_adapters else []
-    return found
+        words += ["--enable-expert-parallel"]
+        words += ["--all2all-backend", "allgather_reducescatter"] if with_adapters else []
+    return words
 
 
 def vllm_rank(ranks: int) -> int:

@@ -80,23 +80,23 @@ def choice(sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep
 
 def tuned(sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep, batch_tokens: int) -> StagePlan:
     """As `choice`, with the fastest micro-batch and recomputation; the configured ones unless it is worth it."""
-    asked = choice(sizes, hardware, stage, what, batch_tokens)
-    best = _best([asked, *by_layout(sizes, hardware, stage, what, batch_tokens)])
-    same = ORDER.index(best.verdict) == ORDER.index(asked.verdict) != ORDER.index("no")
-    return asked if same and best.rates[0] < WORTH_CHANGING * asked.rates[0] else best
+    configured_plan = choice(sizes, hardware, stage, what, batch_tokens)
+    best = _best([configured_plan, *by_layout(sizes, hardware, stage, what, batch_tokens)])
+    same = ORDER.index(best.verdict) == ORDER.index(configured_plan.verdict) != ORDER.index("no")
+    return configured_plan if same and best.rates[0] < WORTH_CHANGING * configured_plan.rates[0] else best
 
 
 def by_layout(
     sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep, batch_tokens: int
 ) -> list[StagePlan]:
     """The best plan of each layout, with the micro-batch and recomputation that are the fastest there."""
-    found: dict[ProcessLayout, list[StagePlan]] = {}
+    alternatives: dict[ProcessLayout, list[StagePlan]] = {}
     for tokens in _pass_tokens(what, batch_tokens, hardware.processes):
         for checkpointing in (what.checkpointing, not what.checkpointing):
             other = replace(what, tokens=tokens, checkpointing=checkpointing)
             for plan in layouts(sizes, hardware, stage, other, batch_tokens):
-                found.setdefault(plan.layout, []).append(plan)
-    return [_best(plans) for plans in found.values()]
+                alternatives.setdefault(plan.layout, []).append(plan)
+    return [_best(plans) for plans in alternatives.values()]
 
 
 def verdict_of(plans: Iterable[Fit]) -> Fit:
@@ -108,7 +108,7 @@ def layouts(
     sizes: ModelSizes, hardware: Hardware, stage: str, what: TrainingStep, batch_tokens: int
 ) -> list[StagePlan]:
     """The same step in every layout that the hardware and the form of the weights allow."""
-    found = []
+    plans = []
     for layout in hardware.layouts_of(sizes, what.base):
         low, high = (
             estimates.training_memory(
@@ -124,8 +124,8 @@ def layouts(
         time = pass_times.training_pass(sizes, what, layout, hardware, passes_per_step=passes)
         verdict = estimates.verdict(low.total, high.total, hardware.memory_bytes)
         refused = _refused(what, hardware)
-        found.append(StagePlan(stage, what, layout, batch_tokens, low, high, verdict, time, refused))
-    return found
+        plans.append(StagePlan(stage, what, layout, batch_tokens, low, high, verdict, time, refused))
+    return plans
 
 
 def _refused(what: TrainingStep, hardware: Hardware) -> str:

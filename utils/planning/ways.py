@@ -102,20 +102,20 @@ def find(config: Config, sizes: ModelSizes) -> Way:
     machine = hardware.of(config.plan, config.run.expert_parallel)
     unchanged: list[Way] = []
     for changed in _learning(config, sizes):
-        found = []
+        candidates = []
         for form in forms(config, sizes, machine):
-            found.append(_way(changed, config, sizes, machine, form))
-            if found[-1].verdict == "fits":
-                return found[-1]
-        unchanged = unchanged or found
-        if any(way.verdict != "no" for way in found):
-            return _nearest(found)
+            candidates.append(_way(changed, config, sizes, machine, form))
+            if candidates[-1].verdict == "fits":
+                return candidates[-1]
+        unchanged = unchanged or candidates
+        if any(way.verdict != "no" for way in candidates):
+            return _nearest(candidates)
     return _nearest(unchanged)
 
 
 def larger(config: Config, sizes: ModelSizes, count: int = 3) -> list[tuple[str, Way]]:
     """Other hardware on which there is a way, the least memory in total first, with its flags."""
-    plan, found = config.plan, []
+    plan, larger_ways = config.plan, []
     here = plan.nodes * plan.gpus * plan.gpu_memory_gib
     shapes = [(nodes, gpus) for nodes, gpus in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8))]
     options = sorted(
@@ -130,24 +130,24 @@ def larger(config: Config, sizes: ModelSizes, count: int = 3) -> list[tuple[str,
         way = find(with_settings(config, {f"plan.{k}": v for k, v in (other | open_ones).items()}), sizes)
         if way.verdict != "no":
             flags = f"--plan.nodes {nodes} --plan.gpus {gpus} --plan.gpu_memory_gib {card.memory_gib:g}"
-            found.append((f"{nodes * gpus} x {card.name} ({flags})", way))
-        if len(found) == count:
+            larger_ways.append((f"{nodes * gpus} x {card.name} ({flags})", way))
+        if len(larger_ways) == count:
             break
-    return found
+    return larger_ways
 
 
 def forms(config: Config, sizes: ModelSizes, machine: Hardware) -> Iterator[Form]:
     """The forms of the frozen weights that the settings leave open, the cheapest for the result first."""
-    base, asked = planned_base(config), config.base.fp8
+    base, fp8 = planned_base(config), config.base.fp8
     on_experts = any(getattr(config, stage).lora.experts for stage in STAGES)
     can_stay = sizes.stored == "fp8" and base == "bfloat16" and machine.capability >= LEAST_CAPABILITY
     can_stay = can_stay and not on_experts
-    if not (can_stay and asked == "native"):
+    if not (can_stay and fp8 == "native"):
         settings = {"base.fp8": "dequantise"} if can_stay else {}
         yield Form(
             base, base, settings, f"{base}, as configured" if sizes.stored != "fp8" else "de-quantised to bfloat16"
         )
-    if can_stay and asked != "dequantise":
+    if can_stay and fp8 != "dequantise":
         why = f"FP8 stays FP8 in training, at half the bytes; it takes a package: pip install '{KERNELS}'"
         yield Form("fp8", base, {"base.fp8": "native"}, why)
     if config.base.quantization == PLAIN and sizes.stored != "fp8" and not sizes.experts:
@@ -171,11 +171,11 @@ def _learning(config: Config, sizes: ModelSizes) -> Iterator[tuple[dict[str, Any
 
 def _way(changed: tuple[dict[str, Any], str], config: Config, sizes: ModelSizes, machine: Hardware, form: Form) -> Way:
     settings, cost = changed
-    asked = with_settings(config, settings | form.settings)
+    form_config = with_settings(config, settings | form.settings)
     plans, chosen, reasons = {}, dict(settings), [form.why, *([cost] if cost else [])]
     for stage in STAGES:
-        train = getattr(asked, stage).train
-        what = training_plan.step(asked, stage, form.trained)
+        train = getattr(form_config, stage).train
+        what = training_plan.step(form_config, stage, form.trained)
         plan = training_plan.tuned(sizes, machine, stage, what, train.batch_tokens)
         plans[stage] = plan
         reasons += _layout_reason(plan, training_plan.layouts(sizes, machine, stage, plan.step, train.batch_tokens))
@@ -189,14 +189,14 @@ def _way(changed: tuple[dict[str, Any], str], config: Config, sizes: ModelSizes,
                 if plan.step.checkpointing
                 else f"{stage}: activations fit, so they are not recomputed"
             )
-    adapters = [training_plan.adapter(getattr(asked, stage).lora) for stage in STAGES]
-    scoring = _scoring(asked, sizes, machine, form, adapters)
-    if scoring.tokens != asked.evaluate.batch_tokens:
+    adapters = [training_plan.adapter(getattr(form_config, stage).lora) for stage in STAGES]
+    scoring = _scoring(form_config, sizes, machine, form, adapters)
+    if scoring.tokens != form_config.evaluate.batch_tokens:
         chosen["evaluate.batch_tokens"] = scoring.tokens
         reasons.append(f"scoring: {scoring.tokens:,} tokens a pass (memory allows no more)")
-    answering = _answering(asked, sizes, machine, form, adapters)
-    made = with_settings(config, chosen | form.settings)
-    return Way(made, form, plans, scoring, answering, tuple(reasons))
+    answering = _answering(form_config, sizes, machine, form, adapters)
+    chosen_config = with_settings(config, chosen | form.settings)
+    return Way(chosen_config, form, plans, scoring, answering, tuple(reasons))
 
 
 def _layout_reason(plan: StagePlan, others: list[StagePlan]) -> list[str]:
@@ -233,7 +233,7 @@ def _scoring(
 ) -> ScoringPlan:
     """Scoring with the configured tokens a pass, or with half as many as often as it takes to fit."""
     row = max(getattr(config, stage).train.max_sequence_tokens or USUAL_ROW_TOKENS for stage in STAGES)
-    found, tokens = [], config.evaluate.batch_tokens
+    plans, tokens = [], config.evaluate.batch_tokens
     while True:
         fitting = []
         for layout in machine.layouts_of(sizes, form.scored):
@@ -248,8 +248,8 @@ def _scoring(
                 for careful in (False, True)
             )
             verdict = estimates.verdict(low.total, high.total, machine.memory_bytes)
-            found.append(ScoringPlan(layout, tokens, low, high, verdict))
-            fitting += found[-1:] if verdict == "fits" else []
+            plans.append(ScoringPlan(layout, tokens, low, high, verdict))
+            fitting += plans[-1:] if verdict == "fits" else []
         if fitting:
             return min(
                 fitting,
@@ -258,14 +258,14 @@ def _scoring(
                 ).most,
             )
         if tokens <= 2 * row:
-            return max(found, key=lambda plan: (ORDER.index(plan.verdict), -plan.low.total))
+            return max(plans, key=lambda plan: (ORDER.index(plan.verdict), -plan.low.total))
         tokens //= 2
 
 
 def _answering(
     config: Config, sizes: ModelSizes, machine: Hardware, form: Form, adapters: list[estimates.Adapter]
 ) -> ScoringPlan:
-    found = []
+    plans = []
     count = answers_at_once(config.plan.item_tokens + config.inference.max_new_tokens)
     for layout in machine.layouts_of(sizes, form.scored):
         low, high = (
@@ -280,19 +280,19 @@ def _answering(
             for careful in (False, True)
         )
         verdict = estimates.verdict(low.total, high.total, machine.memory_bytes)
-        found.append(ScoringPlan(layout, count, low, high, verdict))
+        plans.append(ScoringPlan(layout, count, low, high, verdict))
 
     def rank(plan: ScoringPlan) -> tuple[int, float]:
         step = pass_times.decoding_step(*(sizes, form.scored, count, config.plan.item_tokens, plan.layout, machine))
         return ORDER.index(plan.verdict), -step.most
 
-    return max(found, key=rank)  # of equals the first: whole, then a node
+    return max(plans, key=rank)  # of equals the first: whole, then a node
 
 
-def _nearest(found: list[Way]) -> Way:
+def _nearest(candidates: list[Way]) -> Way:
     """A stage that cannot be done outweighs all that are tight; of equals the first."""
     lacks = {"no": 100, "tight": 1, "fits": 0}
-    return min(found, key=lambda way: sum(lacks[verdict] for verdict in way.verdicts))
+    return min(candidates, key=lambda way: sum(lacks[verdict] for verdict in way.verdicts))
 
 
 def gib_of(plan: StagePlan | ScoringPlan) -> tuple[float, float]:

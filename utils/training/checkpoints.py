@@ -225,8 +225,8 @@ def _run(root: Path) -> str:
 
 
 def _directories(root: Path) -> list[Path]:
-    found = [path for path in root.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=_step, reverse=True)
+    paths = [path for path in root.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdecimal()]
+    return sorted(paths, key=_step, reverse=True)
 
 
 def _step(directory: Path) -> int:

@@ -91,7 +91,7 @@ def settings_of(config: Config, stage: str, run: Run) -> Config:
     update = {"train": before.train.model_copy(update=more), "init_from": "", "continue_from": own.continue_from}
     changed: dict[str, Any] = {"run": config.run.model_copy(update={"seed": theirs.run.seed})}
     if stage == "task":
-        update |= training_identity.asked(run)
+        update |= training_identity.keep_settings(run)
         # whose documents are mixed in, and how much of the domain has to be left
         below = config.inputs.domain_adapter or theirs.inputs.domain_adapter
         changed["inputs"] = config.inputs.model_copy(update={"domain_adapter": below})

@@ -56,12 +56,12 @@ def sums(loss_module: torch.nn.Module, batches: Sequence[Batch], accelerator: Ac
     was_training = loss_module.training
     loss_module.eval()
     inner = accelerator.unwrap_model(loss_module)
-    found = torch.zeros(len(batches), dtype=torch.float64)
+    losses = torch.zeros(len(batches), dtype=torch.float64)
     numbers = share_of(range(len(batches)), accelerator.process_index, accelerator.num_processes)
     for number, counts in numbers:
         loss = float(batch_loss(inner, batches[number], accelerator.device))
         if counts:
-            found[number] = loss
-    found = accelerator.reduce(found.to(accelerator.device), "sum")
+            losses[number] = loss
+    losses = accelerator.reduce(losses.to(accelerator.device), "sum")
     loss_module.train(was_training)
-    return [float(value) for value in found]
+    return [float(value) for value in losses]

@@ -84,5 +84,5 @@ def _pairs(config: Config, base: BaseModel, data: Run) -> tuple[BucketedPairs, l
     trained = BucketedPairs(trained, settings, config.run.seed, pad, prompt_loss_weight=task.prompt_loss_weight)
     dev_pairs, of_dev = pair_rows.tokenise_pairs(dev, tokenizer, task.system_prompt, longest)
     pair_rows.warn_of_cuts(report, of_dev, longest)
-    found = asdict(report) | {"dev": asdict(of_dev)}
-    return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), found
+    counts = asdict(report) | {"dev": asdict(of_dev)}
+    return trained, batches.dev_batches(BucketedPairs(dev_pairs, settings, 0, pad), settings), counts

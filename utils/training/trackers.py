@@ -61,13 +61,13 @@ def start(accelerator: Accelerator, project: str, settings: dict[str, Any], dire
 
 def flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
     """Nested settings under dotted names; a list is its text, since TensorBoard takes single values."""
-    found: dict[str, Any] = {}
+    settings_by_name: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{before}{key}.")
+            settings_by_name |= flat(value, f"{before}{key}.")
         else:
-            found[before + key] = value if isinstance(value, str | int | float | bool) else str(value)
-    return found
+            settings_by_name[before + key] = value if isinstance(value, str | int | float | bool) else str(value)
+    return settings_by_name
 
 
 def _options(directory: Path) -> dict[str, dict[str, Any]]:

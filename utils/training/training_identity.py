@@ -68,12 +68,12 @@ def training_identity(
             if key not in ("lora", "train", "attention")
         }
         train = recorded["train"]
-        found = {**kept, "lora": _decided_lora(recorded["lora"], base), "train": _decided_train(train)}
+        deciding_values = {**kept, "lora": _decided_lora(recorded["lora"], base), "train": _decided_train(train)}
         if stage == "task" and train["micro_batch_tokens"] != train["batch_tokens"]:
-            found[MARK] = 0  # until 2026-11-30 which pairs made a step depended on the micro-batch
+            deciding_values[MARK] = 0  # until 2026-11-30 which pairs made a step depended on the micro-batch
         if train["max_steps"] and OVERRIDES not in train:
-            found[MARK] = 0  # until 2026-11-30 a run ended with its epochs, whatever max_steps said
-        return found
+            deciding_values[MARK] = 0  # until 2026-11-30 a run ended with its epochs, whatever max_steps said
+        return deciding_values
 
     whole = {
         "base": base.digest,
@@ -91,18 +91,18 @@ def training_identity(
 
 def task_facts(task: TaskSection, domain: Run | None) -> dict[str, Any]:
     """What decides a task adapter beside what both stages have."""
-    found = {
+    facts = {
         "on": task.on,
         "domain_adapter": domain.digest if domain else None,
         "system_prompt": task.system_prompt,
     }
     if task.prompt_loss_weight:  # left out at 0, which is what adapters of before have
-        found["prompt_loss_weight"] = task.prompt_loss_weight
+        facts["prompt_loss_weight"] = task.prompt_loss_weight
     if task.turns != "all":
-        found["turns"] = task.turns
+        facts["turns"] = task.turns
     if task.retrieval:
-        found["retrieval"] = {"passages": TRAINED_PASSAGES, "tokens": TRAINED_TOKENS}
-    return found
+        facts["retrieval"] = {"passages": TRAINED_PASSAGES, "tokens": TRAINED_TOKENS}
+    return facts
 
 
 def keep_facts(task: TaskSection, retention: float, documents: Run | None) -> dict[str, Any]:
@@ -112,36 +112,40 @@ def keep_facts(task: TaskSection, retention: float, documents: Run | None) -> di
     """
     if task.keep_domain == "off":
         return {}
-    found: dict[str, Any] = {"how": task.keep_domain, "share": task.replay_share}
+    keeping: dict[str, Any] = {"how": task.keep_domain, "share": task.replay_share}
     if task.keep_domain == "auto":
-        found["retention"] = retention
+        keeping["retention"] = retention
     elif task.keep_from_step:
-        found["from_step"] = task.keep_from_step
+        keeping["from_step"] = task.keep_from_step
     if task.keep_domain != "kl":
-        found["documents"] = documents.digest if documents else None
-    return {"keep_domain": found}
+        keeping["documents"] = documents.digest if documents else None
+    return {"keep_domain": keeping}
 
 
-def asked(run: Run) -> dict[str, Any]:
+def keep_settings(run: Run) -> dict[str, Any]:
     """Settings of `TaskSection` that say how a task run was told to keep its domain."""
-    said = run.manifest["identity"].get("keep_domain")
-    if not said:
+    keeping = run.manifest["identity"].get("keep_domain")
+    if not keeping:
         return {"keep_domain": "off"}
-    return {"keep_domain": said["how"], "replay_share": said["share"], "keep_from_step": said.get("from_step", 0)}
+    return {
+        "keep_domain": keeping["how"],
+        "replay_share": keeping["share"],
+        "keep_from_step": keeping.get("from_step", 0),
+    }
 
 
 def decided(run: Run) -> dict[str, Any]:
     """The same with what it decided for itself, as its controls have to be told."""
-    said = run.manifest.get("measured", {}).get("keeping")
-    if not said or said["how"] == "off":
+    keeping = run.manifest.get("measured", {}).get("keeping")
+    if not keeping or keeping["how"] == "off":
         return {"keep_domain": "off"}
-    return {"keep_domain": said["how"], "replay_share": said["share"], "keep_from_step": said["from_step"]}
+    return {"keep_domain": keeping["how"], "replay_share": keeping["share"], "keep_from_step": keeping["from_step"]}
 
 
 def start_facts(initial: Run | None, finished: Run | None = None) -> dict[str, Any]:
     """What decides an adapter that started from another, or went on from a finished run; nothing for a fresh one."""
-    found = {"init_from": initial.digest} if initial else {}
-    return found | ({"continue_from": finished.digest} if finished else {})
+    facts = {"init_from": initial.digest} if initial else {}
+    return facts | ({"continue_from": finished.digest} if finished else {})
 
 
 def adapted_modules(base: BaseModel, targets: list[str], *, experts: bool) -> dict[str, str]:
@@ -155,7 +159,7 @@ def adapted_modules(base: BaseModel, targets: list[str], *, experts: bool) -> di
     for name in [*linear_modules.named(model, targets), *fused]:
         number = _LAYER.search(f"{name}.")
         layers.setdefault(_LAYER.sub("*", name, count=1), []).append(int(number[0]) if number else 0)
-    return {path: _ranges(sorted(found)) for path, found in sorted(layers.items())}
+    return {path: _ranges(sorted(numbers)) for path, numbers in sorted(layers.items())}
 
 
 def _decided_lora(lora: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
@@ -165,14 +169,14 @@ def _decided_lora(lora: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
 
 def _decided_train(train: Mapping[str, Any]) -> dict[str, Any]:
     train = with_today_s_names(train)
-    found = chosen(train, TRAIN)
+    deciding_values = chosen(train, TRAIN)
     if train["max_steps"]:
-        found.pop("epochs")  # as in the field, so many steps are made in as many passes as they take
+        deciding_values.pop("epochs")  # as in the field, so many steps are made in as many passes as they take
     # of settings that still leave it open: what follows the data has its length by the time a run is opened
-    found["sequence_tokens"] = found["sequence_tokens"] or USUAL_ROW_TOKENS
+    deciding_values["sequence_tokens"] = deciding_values["sequence_tokens"] or USUAL_ROW_TOKENS
     if train["keep"] == "best":
-        found |= chosen(train, CHOICE)
-    return found
+        deciding_values |= chosen(train, CHOICE)
+    return deciding_values
 
 
 def _ranges(numbers: list[int]) -> str:

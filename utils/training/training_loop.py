@@ -279,11 +279,11 @@ class _TrainingLoop:
     def _decide_keeping(self, settings: KeepDomain) -> None:
         """Look at what the steps until here did to dev documents, and decide what is done from here on."""
         state, (below, windows) = self.state, (self.setup.schedule.below(None), settings.dev)
-        found = []
+        losses = []
         for names in ([], below, [*below, self.setup.schedule.trained]):
             with peft_model.switched(self.model, names):
-                found.append(micro_batches.sums(self.loss_module, windows, self.accelerator))
-        look = DomainLook(*found, tokens=sum(batch.num_labels for batch in windows))
+                losses.append(micro_batches.sums(self.loss_module, windows, self.accelerator))
+        look = DomainLook(*losses, tokens=sum(batch.num_labels for batch in windows))
         state.keeping = ranks.first(lambda: keep_decision.decide(look, settings, state.step))
         keep_decision.say(self.what, state.keeping)
         if state.keeping["how"] != "off":

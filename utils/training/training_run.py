@@ -64,7 +64,7 @@ def opened(
     Raises ArtefactError when the directory holds other settings, or another command is at it.
     """
 
-    def found() -> tuple[Path, Run | None]:
+    def directory_and_run() -> tuple[Path, Run | None]:
         directory = runs.directory_for(config.run.models_dir, stage, config.run.name, run_label(config), identity)
         try:
             complete = runs.open_run(directory, identity)
@@ -77,7 +77,7 @@ def opened(
 
     fix = "let every node see the same --run.data_dir and --run.models_dir"
     ranks.refuse_unequal(identity.values, "what is to be trained", ArtefactError, fix)
-    directory, complete = ranks.first(found)
+    directory, complete = ranks.first(directory_and_run)
     run = TrainingRun(config, stage, base, identity, tuple(parents), directory, complete)
     if complete is not None:
         logger.event(f"the {stage} adapter is already complete", path=directory)
@@ -99,7 +99,7 @@ def opened(
 
 def _other_parents(config: Config, directory: Path, identity: Identity) -> list[Problem]:
     """The flags that name what the run in the directory was made from, where that is not what is taken now."""
-    found = []
+    problems = []
     with suppress(ArtefactError):
         sealed = (directory / files.MANIFEST).exists()
         recorded = (
@@ -112,20 +112,20 @@ def _other_parents(config: Config, directory: Path, identity: Identity) -> list[
         ):
             if (was := recorded.get(name)) != identity.values.get(name):
                 here = (run.directory for run in runs.complete_runs(root, kind) if run.digest == was)
-                found += [
+                problems += [
                     Problem(
                         f"it was made from {path}", fix=f"to take that again, repeat your command with {flag} {path}"
                     )
                     for path in here
                 ]
-    return found
+    return problems
 
 
 def with_length(config: Config, data: Run) -> Config:
     """The settings with the row length that the prepared data asks for, where they leave it open."""
     counts = data.manifest.get("counts")
-    found = counts.get("sequence_tokens") if isinstance(counts, dict) else None
-    tokens = found if type(found) is int and found >= 16 else USUAL_ROW_TOKENS  # data of before has none
+    recorded = counts.get("sequence_tokens") if isinstance(counts, dict) else None
+    tokens = recorded if type(recorded) is int and recorded >= 16 else USUAL_ROW_TOKENS  # data of before has none
     for stage in ("domain", "task"):
         if not getattr(config, stage).train.max_sequence_tokens and tokens != USUAL_ROW_TOKENS:
             logger.event(f"{stage}.train.max_sequence_tokens follows the labelled pairs", tokens=tokens)

@@ -41,12 +41,12 @@ def refined(measure: Evaluate, method: str, start: Point, allows: Allows) -> Poi
 
 def neighbours(measure: Evaluate, method: str, here: Point, step: float) -> list[Point]:
     """One weight a step lower or higher; none is negative."""
-    found = []
+    points = []
     for i, sign in itertools.product(range(len(here.weights)), (-1, 1)):
         weights = (*here.weights[:i], round(here.weights[i] + sign * step, 6), *here.weights[i + 1 :])
         if weights[i] >= 0:
-            found.append(measure(method, weights))
-    return found
+            points.append(measure(method, weights))
+    return points
 
 
 def _grid(measure: Evaluate, adapters: int) -> list[Point]:

@@ -31,7 +31,7 @@ class MeasuredPoints:
     def __init__(self, probe: Probe, remembered: Path):
         self.probe, self.remembered, self.of = probe, remembered, resumable.owner(remembered.parent)
         self.known = _points(remembered, self.of)
-        self._asked: set[tuple[str, str, tuple[float, ...]]] = set()
+        self._requested: set[tuple[str, str, tuple[float, ...]]] = set()
         if self.known:
             event("the weight search goes on", measured=len(self.known))
 
@@ -57,10 +57,10 @@ class MeasuredPoints:
             point = self.known[key] = self.probe.point(method, weights, items)
             resumable.append(self.remembered, {"items": items} | asdict(point), self.of)
             shown, answer = ", ".join(f"{w:g}" for w in weights[:6]), point.answer_nll if point.answer_nlls else None
-            said = {"answer_loss": answer, "domain_loss": point.domain_nll, "number": len(self.known)}
-            event(f"{method} ({shown}) on {items} of dev", **said)
-        if key not in self._asked:
-            self._asked.add(key)
+            losses = {"answer_loss": answer, "domain_loss": point.domain_nll, "number": len(self.known)}
+            event(f"{method} ({shown}) on {items} of dev", **losses)
+        if key not in self._requested:
+            self._requested.add(key)
             if Whole.running is not None:
                 Whole.running.step(method)
         return self.known[key]
@@ -68,7 +68,7 @@ class MeasuredPoints:
 
 def _points(path: Path, of: str) -> dict[tuple[str, str, tuple[float, ...]], Point]:
     """Points that were measured before; what was changed since, or an older version wrote, is measured again."""
-    found = {}
+    points = {}
     for values, is_as_written in resumable.lines(path, of):
         with suppress(TypeError, KeyError):
             if not is_as_written:
@@ -76,5 +76,5 @@ def _points(path: Path, of: str) -> dict[tuple[str, str, tuple[float, ...]], Poi
                 continue
             items = values.pop("items")
             point = Point(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-            found[items, point.method, point.weights] = point
-    return found
+            points[items, point.method, point.weights] = point
+    return points

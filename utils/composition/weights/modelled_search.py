@@ -81,10 +81,10 @@ class ModelledSearch:
                 # what it says of the best that it does not know yet is put to the test
                 others = compass.neighbours(model.near, name, expected, compass.STEPS[0])
                 expected = best_of([p for p in others if not model.knows(p)] or [expected], allows)
-            found = self.measure(name, expected.weights)
-            error = one(paired(found, plain)[1])
-            is_right = abs(found.answer_nll - expected.answer_nll) <= max(error, NOTHING)
-            if is_right and allows(found) == allows(expected):
+            measurement = self.measure(name, expected.weights)
+            error = one(paired(measurement, plain)[1])
+            is_right = abs(measurement.answer_nll - expected.answer_nll) <= max(error, NOTHING)
+            if is_right and allows(measurement) == allows(expected):
                 self.confirmed.add(name)
                 return allows
         before = len(self.seen)

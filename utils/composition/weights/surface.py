@@ -66,14 +66,14 @@ class Surface:
 
     def near(self, method: str, weights: tuple[float, ...]) -> Point:
         """As `at`, with infinite losses where that is too far from all that was measured."""
-        own_n, found = np.array(self._own(method, weights)), self.at(method, weights)
+        own_n, point = np.array(self._own(method, weights)), self.at(method, weights)
         low_n, high_n = self.places_Pn.min(0) - BEYOND, self.places_Pn.max(0) + BEYOND
         if np.all(low_n <= own_n) and np.all(own_n <= high_n):
-            return found
+            return point
         return replace(
-            found,
-            answer_nlls=(math.inf,) * len(found.answer_nlls),
-            document_nlls=(math.inf,) * len(found.document_nlls),
+            point,
+            answer_nlls=(math.inf,) * len(point.answer_nlls),
+            document_nlls=(math.inf,) * len(point.document_nlls),
         )
 
     def knows(self, point: Point) -> bool:

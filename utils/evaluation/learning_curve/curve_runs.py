@@ -161,7 +161,7 @@ class _PartTrainer(Trainer):
 
         It keeps its domain as `like` was told to, so with `auto` each size decides for itself.
         """
-        keeping = training_identity.asked(like)
+        keeping = training_identity.keep_settings(like)
         if step := keeping.get("keep_from_step"):
             keeping["keep_from_step"] = math.ceil(step * part.share)
         seed = int(like.manifest["identity"]["seed"])

@@ -247,8 +247,8 @@ def _message(error: Exception) -> str:
 
 
 def _length(entry: dict[str, Any]) -> int | None:
-    found = entry.get("max_model_len")
-    return found if isinstance(found, int) else None
+    length = entry.get("max_model_len")
+    return length if isinstance(length, int) else None
 
 
 def _checked(completion: Any, prompt: Sequence[int], server: str) -> Any:

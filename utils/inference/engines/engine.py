@@ -73,9 +73,9 @@ class Engine:
         """The server, started or attached to and checked; once. Raises EngineError."""
         if self._endpoint is None:
             self._home = self._resources.enter_context(server_process.folder(self._models_dir))
-            found = self._started() if self._settings.engine == "vllm" else self._attached()
-            self._base_name = _checked_base(found, self._base, self._needs, is_ours=self._process is not None)
-            self._endpoint = found
+            server = self._started() if self._settings.engine == "vllm" else self._attached()
+            self._base_name = _checked_base(server, self._base, self._needs, is_ours=self._process is not None)
+            self._endpoint = server
         return self._endpoint
 
     def load(self, name: str, factors: Factors, probe: Sequence[int]) -> str:
@@ -222,14 +222,14 @@ class Engine:
         model: str,
         answered: Callable[[int, list[int]], None],
     ) -> list[list[int]]:
-        found: dict[int, list[int]] = {}
+        answers: dict[int, list[int]] = {}
         waiting = iter(range(len(prompts)))
 
         async def worker(client: openai.AsyncOpenAI) -> None:
             for number in waiting:
                 choice = await server.complete(client, model, prompts[number], sampling(number))
-                found[number] = list(choice.model_extra["token_ids"])
-                answered(number, found[number])
+                answers[number] = list(choice.model_extra["token_ids"])
+                answered(number, answers[number])
 
         async with server.asynchronous() as client:
             tasks = [asyncio.ensure_future(worker(client)) for _ in range(min(AT_ONCE, len(prompts)))]
@@ -240,7 +240,7 @@ class Engine:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 raise
-        return [found[number] for number in range(len(prompts))]
+        return [answers[number] for number in range(len(prompts))]
 
     async def _pieces(
         self, server: Endpoint, prompt: Sequence[int], sampling: Sampling, model: str

@@ -25,12 +25,12 @@ def end_with_parent() -> None:
 
 def guard(parent: int, words: list[str]) -> None:
     """Run the command until it ends, or until nobody wants it any more. Does not return: it kills its own group."""
-    told: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: told.append(received))
+        signal.signal(number, lambda received, frame: signals.append(received))
     end_with_parent()
     server = subprocess.Popen(words, preexec_fn=end_with_parent)
-    while server.poll() is None and not told and os.getppid() == parent:
+    while server.poll() is None and not signals and os.getppid() == parent:
         time.sleep(LOOK_SECONDS)
     if server.returncode is not None:
         print(f"the server ended by itself with {server.returncode}", flush=True)

@@ -101,13 +101,13 @@ def free_port() -> int:
 
 def _owned(home: Path) -> list[psutil.Process]:
     """Living processes of this user whose environment names this folder."""
-    found, name = [], str(home.resolve())
+    processes, name = [], str(home.resolve())
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             is_ours = process.pid != os.getpid() and process.environ().get(OWNER) == name
             if is_ours and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def _end_owned(home: Path) -> None:

@@ -42,27 +42,27 @@ class EngineNeeds:
 
 def python_of(engine_python: str) -> Path:
     """The Python that has vLLM. Raises EngineError where it is not there."""
-    found = Path(engine_python) if engine_python else ROOT / PYTHON
-    if found.is_file():
-        return found.absolute()  # not resolved: a virtual environment is known by the link
+    python = Path(engine_python) if engine_python else ROOT / PYTHON
+    if python.is_file():
+        return python.absolute()  # not resolved: a virtual environment is known by the link
     fix = (
         "make serving-test builds .venvs/vllm with the CPU build; on GPUs: python -m venv .venvs/vllm, then "
         ".venvs/vllm/bin/python -m pip install vllm; or --inference.engine_python PYTHON, or --inference.engine local"
     )
-    raise EngineError(Problem("there is no Python with vLLM", str(found), fix))
+    raise EngineError(Problem("there is no Python with vLLM", str(python), fix))
 
 
 def words(python: Path, base: BaseModel, section: BaseModelSection, needs: EngineNeeds, port: int) -> list[str]:
     """The command. Raises EngineError when the GPUs here cannot hold the model."""
-    found = [str(python), "-m", MODULE, "--model", str(base.directory.resolve()), "--served-model-name", BASE]
-    found += ["--host", "127.0.0.1", "--port", str(port)]
-    found += ["--dtype", str(devices.compute_dtype(section.dtype)).removeprefix("torch.")]
+    command = [str(python), "-m", MODULE, "--model", str(base.directory.resolve()), "--served-model-name", BASE]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", str(devices.compute_dtype(section.dtype)).removeprefix("torch.")]
     # neither sampling nor ends of the model's own: every request says its own
-    found += ["--generation-config", "vllm", "--max-model-len", str(needs.positions or "auto")]
-    found += parallel(base, with_adapters=bool(needs.rank))
+    command += ["--generation-config", "vllm", "--max-model-len", str(needs.positions or "auto")]
+    command += parallel(base, with_adapters=bool(needs.rank))
     if needs.rank:
-        found += ["--enable-lora", "--max-lora-rank", str(stage_costs.vllm_rank(needs.rank))]
-    return found
+        command += ["--enable-lora", "--max-lora-rank", str(stage_costs.vllm_rank(needs.rank))]
+    return command
 
 
 def environment(key: str, given: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -49,11 +49,11 @@ class TrainingStep:
 
 def lora_parameters(sizes: ModelSizes, adapter: Adapter) -> dict[str, int]:
     """Trainable parameters by leaf name, in the model's order."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for matrix in sizes.matrices:
         if adapter.takes(matrix):
-            found[matrix.name] = found.get(matrix.name, 0) + matrix.lora_parameters(adapter.rank)
-    return found
+            counts[matrix.name] = counts.get(matrix.name, 0) + matrix.lora_parameters(adapter.rank)
+    return counts
 
 
 def layer_activations(

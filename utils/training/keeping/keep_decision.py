@@ -33,7 +33,7 @@ class KeepDomain:
     share of the domain's gain that has to be left.
     """
 
-    asked: Literal["auto", "replay", "kl"]
+    requested: Literal["auto", "replay", "kl"]
     share: float
     from_step: int = 0
     retention: float = 0.9
@@ -44,12 +44,12 @@ class KeepDomain:
     def look_step(self, total: int) -> int:
         """The step after which `auto` looks, of `total`; 0 where it does not."""
         step = max(1, round(LOOK_SHARE * total))
-        return step if self.asked == "auto" and not self.why_not and step < total else 0
+        return step if self.requested == "auto" and not self.why_not and step < total else 0
 
     def at_start(self, total: int) -> dict[str, Any] | None:
         """The decision where it is made before the first step; None where a look decides."""
-        if self.asked != "auto":
-            return _decision(self.asked, self.from_step, self.share, "as asked", decided_itself=False)
+        if self.requested != "auto":
+            return _decision(self.requested, self.from_step, self.share, "as asked", decided_itself=False)
         if self.look_step(total):
             return None
         return _decision("off", 0, self.share, self.why_not or f"{total} steps are too few to look in between")
@@ -115,5 +115,5 @@ def say(what: str, decision: dict[str, Any] | None) -> None:
 def _decision(
     how: How, from_step: int, share: float, why: str, *, decided_itself: bool = True, **facts: Any
 ) -> dict[str, Any]:
-    found = asdict(DomainKeeping(how, from_step))
-    return {**found, "share": share, "decided_itself": decided_itself, "why": why, **facts}
+    keeping = asdict(DomainKeeping(how, from_step))
+    return {**keeping, "share": share, "decided_itself": decided_itself, "why": why, **facts}

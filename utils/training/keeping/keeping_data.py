@@ -41,8 +41,8 @@ def resolved(config: Config, base: BaseModel, data: Run, domain: Run | None) -> 
     """
     if config.task.keep_domain == "auto" and config.task.on == "base":
         config = _as_its_sibling(config, base, data)
-    asked = config.task.keep_domain
-    if asked in ("off", "kl"):
+    setting = config.task.keep_domain
+    if setting in ("off", "kl"):
         return config, None
     if domain is None and config.inputs.domain_adapter:
         domain = parent_runs.domain_run(config, base)
@@ -50,7 +50,7 @@ def resolved(config: Config, base: BaseModel, data: Run, domain: Run | None) -> 
     # an adapter of another tool does not say what it read: what was prepared beside the pairs has to stand for it
     if source is None and (data.directory / CORPUS).is_dir():
         source = data
-    if source is None and asked == "replay":
+    if source is None and setting == "replay":
         what = "task.keep_domain replay: there are no documents of the domain to mix in"
         fix = "prepare them with --data.corpus PATH, or --task.keep_domain kl, which needs none"
         raise ArtefactError(Problem(what, str(data.directory), fix))
@@ -60,11 +60,11 @@ def resolved(config: Config, base: BaseModel, data: Run, domain: Run | None) -> 
 def documents_of(domain: Run, config: Config) -> Run | None:
     """The prepared data that a domain adapter was made from, of a random one that of its original; None if not here."""
     for parent in domain.manifest["parents"]:
-        found = _run_of(parent, config)
-        if found is not None and parent["kind"] == "domain":
-            return documents_of(found, config)
-        if found is not None and (found.directory / CORPUS).is_dir():
-            return found
+        run = _run_of(parent, config)
+        if run is not None and parent["kind"] == "domain":
+            return documents_of(run, config)
+        if run is not None and (run.directory / CORPUS).is_dir():
+            return run
     return None
 
 
@@ -86,8 +86,8 @@ def kept(
         why_not = "there are no dev documents to look at"
     elif task.keep_domain == "auto":
         total = steps.total(pairs, settings, "task adapter")
-        wanted = round(keep_decision.LOOK_TOKENS_SHARE * total * together.step_tokens / size)
-        count = max(keep_decision.FEWEST_WINDOWS, min(keep_decision.MOST_WINDOWS, wanted))
+        look_count = round(keep_decision.LOOK_TOKENS_SHARE * total * together.step_tokens / size)
+        count = max(keep_decision.FEWEST_WINDOWS, min(keep_decision.MOST_WINDOWS, look_count))
         dev = windows(Prepared(data.directory).documents(DEV), 0)
         watched = [dev.batch([number]) for number in range(count)]
     return together, KeepDomain(
