@@ -368,7 +368,7 @@ class InferenceSection(Section):
     prompt: str = ""
     """Question to answer; without it, an interactive prompt opens on a terminal."""
     prompts_file: str = ""
-    """Answer every line of this jsonl file ({"prompt": ...} or {"question": ..., "context": ...})."""
+    """Answer each row of a table (jsonl: {"prompt": ...} or {"question": ..., "context": ...}), or line of a .txt."""
     output_file: str = ""
     """Where the answers to prompts_file go (jsonl); empty prints them."""
     adapters: Literal["none", "domain", "task", "both"] = "both"

@@ -8,8 +8,11 @@ from typing import Any
 from unittest import mock
 
 from config import InferenceSection
-from utils.inference import generation
+from tests.support import temporary_directory
+from utils.exceptions import DataError
+from utils.inference import generation, prompts, scoring
 from utils.inference.generation import GeneratedAnswer
+from utils.models.parallel import work
 from utils.models.rows import row_support
 from utils.models.rows.row_support import RowSupport
 from utils.planning.ways import ANSWERING_TOKENS, LEAST_ANSWERS, MOST_ANSWERS, answers_at_once
@@ -39,9 +42,12 @@ class Batches(unittest.TestCase):
         self.assertEqual([answer.text for answer in given], [str(length) for length in lengths])
         return found
 
-    def test_short_prompts_are_answered_32_at_once_and_long_ones_eight(self) -> None:
-        self.assertEqual(self.sizes([50, 20] * 20), [32, 8])
-        self.assertEqual(self.sizes([2000] * 20), [8, 8, 4])
+    def test_short_prompts_are_answered_32_at_once_and_long_ones_eight_in_batches_of_like_size(self) -> None:
+        self.assertEqual(self.sizes([50, 20] * 16), [32])
+        self.assertEqual(self.sizes([50, 20] * 20), [20, 20])
+        self.assertEqual(self.sizes([2000] * 20), [6, 7, 7])
+        self.assertEqual(self.sizes([50] * 140), [23, 23, 24] * 2, "an even number: two ranks have as much to do")
+        self.assertEqual(self.sizes([]), [])
         self.assertEqual(sum(self.sizes([2000, 50] * 20)), 40)
         self.assertEqual(self.sizes([50] * 3, RowSupport(pads_left=False)), [1, 1, 1])
 
@@ -50,6 +56,56 @@ class Batches(unittest.TestCase):
             count = answers_at_once(tokens)
             self.assertTrue(LEAST_ANSWERS <= count <= MOST_ANSWERS)
             self.assertTrue(count * tokens <= ANSWERING_TOKENS or count == LEAST_ANSWERS, tokens)
+
+
+class ScoredOnRanks(unittest.TestCase):
+    def loads(self, lengths: Sequence[int], count: int, *, sharded: bool = False) -> list[int]:
+        """Padded tokens of each rank, of a pass at most 4,096."""
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        with (
+            mock.patch.object(scoring.ranks, "size", return_value=count),
+            mock.patch.object(scoring.ranks, "is_sharded", return_value=sharded),
+        ):
+            groups = scoring._batches(order, [lengths[i] for i in order], 4096)
+        self.assertEqual(sorted(i for rows in groups for i in rows), list(range(len(lengths))))
+        costs = [len(rows) * lengths[rows[-1]] for rows in groups]
+        self.assertLessEqual(max(costs), 4096)
+        parts = work.assigned(costs, count, in_step=sharded)
+        return [sum(costs[number] for number in part) for part in parts]
+
+    def test_ranks_have_as_much_to_score_also_of_a_set_that_one_pass_would_hold(self) -> None:
+        shortest = 60
+        for items in (12, 30, 206):
+            lengths = [shortest + i * 37 % 190 for i in range(items)]
+            for count in (2, 3, 4):
+                loads = self.loads(lengths, count)
+                self.assertEqual(len(loads), count)
+                self.assertLess(max(loads), 1.35 * sum(loads) / count, (items, count, loads))
+        self.assertEqual(len(self.loads([100] * 8, 4, sharded=True)), 4)
+        self.assertEqual(self.loads([100] * 8, 4, sharded=True), [200] * 4, "in step: one pass each")
+        self.assertEqual(self.loads([100] * 8, 1), [800], "one process: one pass")
+        self.assertEqual(sorted(self.loads([100, 200, 300], 4)), [0, 100, 200, 300])
+
+
+class Files(unittest.TestCase):
+    def test_a_text_file_has_a_prompt_in_each_line(self) -> None:
+        path = temporary_directory() / "questions.txt"
+        path.write_text("What is a lock?\n\n  Why?  \n", encoding="utf-8-sig")
+        self.assertEqual([row["question"] for row in prompts.read(path)], ["What is a lock?", "  Why?  "])
+
+    def test_what_cannot_be_read_is_refused_with_what_can(self) -> None:
+        place = temporary_directory()
+        for name, content, expected in (
+            ("questions.doc", b"x", "or .txt with a prompt in each line"),
+            ("questions", b"x", ".jsonl"),
+            ("questions.txt", b"\xff\xfe\xfa", "save it as UTF-8"),
+            ("empty.txt", b"\n", "holds no prompts"),
+            ("empty.jsonl", b"", "holds no prompts"),
+        ):
+            (place / name).write_bytes(content)
+            with self.assertRaises(DataError) as caught:
+                prompts.read(place / name)
+            self.assertIn(expected, str(caught.exception), name)
 
 
 if __name__ == "__main__":

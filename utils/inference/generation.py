@@ -155,7 +155,7 @@ def _refuse_too_long(model: Any, prompt_tokens: int, new_tokens: int) -> None:
 def _groups(order: Sequence[int], lengths: Sequence[int], most: Callable[[int], int]) -> list[list[int]]:
     """Consecutive groups of like size, none larger than `most(its greatest length)`; `lengths` ascend.
 
-    An even number of them: two ranks have as much to do, and any number of ranks has the same groups.
+    Four or more are an even number: two ranks have as much to do, and any number of ranks has the same groups.
     """
     count = 1
     while True:
@@ -163,7 +163,7 @@ def _groups(order: Sequence[int], lengths: Sequence[int], most: Callable[[int], 
         spans = list(pairwise(ends))
         if all(end - start <= max(1, most(lengths[end - 1])) for start, end in spans if end > start):
             return [list(order[start:end]) for start, end in spans if end > start]
-        count += 1 if count == 1 else 2
+        count += 1 if count < 4 else 2
 
 
 def answer_all(

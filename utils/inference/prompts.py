@@ -8,13 +8,13 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from config import BaseModelSection, InferenceSection
 from utils.adapters import adapter_tokenizer, inference_layers
 from utils.adapters.factors import Factors
 from utils.artifacts import files
-from utils.data.tables import ProblemList, iter_rows
+from utils.data.tables import PAIR_SUFFIXES, ProblemList, iter_rows, table_suffix
 from utils.exceptions import DataError, Problem, path_fix
 from utils.inference import generation
 from utils.inference.answer_journal import AnswerJournal
@@ -29,9 +29,19 @@ from utils.models.rows import row_probe
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows with a prompt or a question. Raises DataError with file and line for what cannot be used."""
+    """Rows with a prompt or a question; of a .txt its lines. Raises DataError with file and line for what is none."""
     if not path.is_file():
         raise DataError(Problem("--prompts_file does not exist", str(path), path_fix(path)))
+    if table_suffix(path) == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(Problem(f"--prompts_file is not UTF-8: {error}", str(path), "save it as UTF-8")) from error
+        questions = [{"question": line, "context": None, "id": None} for line in lines if line.strip()]
+        return questions or _refuse_empty(path)
+    if table_suffix(path) not in PAIR_SUFFIXES:
+        fix = f"give one of {' '.join(PAIR_SUFFIXES)}, or .txt with a prompt in each line"
+        raise DataError(Problem("--prompts_file is of no kind that is read", str(path), fix))
     problems = ProblemList()
     questions = []
     for row in iter_rows(path, problems):
@@ -45,9 +55,11 @@ def read(path: Path) -> list[dict[str, Any]]:
             continue
         questions.append({"question": question, "context": context, "id": row.values.get("id")})
     problems.raise_if_any()
-    if not questions:
-        raise DataError(Problem(f"{path} holds no prompts"))
-    return questions
+    return questions or _refuse_empty(path)
+
+
+def _refuse_empty(path: Path) -> NoReturn:
+    raise DataError(Problem(f"{path} holds no prompts"))
 
 
 # what the adapter is called in an engine
