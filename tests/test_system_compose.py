@@ -145,6 +145,8 @@ class Composing(unittest.TestCase):
         self.assertEqual(files.verify(Path(merged["merged"]))["composition"]["recipe"]["weights"], found["weights"])
         compared = last_json(self.place.run("evaluate"))
         self.assertTrue(compared["composition"]["searched"])
+        _, said = self.compose("--weights", "0.25,0.125")
+        self.assertIn(f"a search chose other weights for these adapters; to take those: --composed {directory}", said)
 
     def test_approximate_methods_state_their_error_and_keep_the_rank_asked_for(self) -> None:
         found, said = self.compose("--compose.method", "sum_truncated", "--compose.rank", "5")

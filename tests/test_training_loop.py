@@ -216,6 +216,19 @@ class Numbers(Runs):
         self.assertEqual(max(m["epoch"] for m in metrics(self.place.models / "domain" / "overridden")), 1)
         self.assertEqual("teach little" in completed.stderr, steps < FEWEST_STEPS)
 
+    def test_other_data_than_the_newest_adapter_had_is_said_with_the_way_back(self) -> None:
+        before = files.read_json(self.reference / MANIFEST)["parents"][0]["path"]
+        other = last_json(self.place.run("prepare_data", *self.place.sources, "--data.dev_share", "0.3"))
+        self.assertNotEqual(Path(before), Path(other["run"]))
+        changed = self.run_named("other_data", "--domain.train.max_steps=2", f"--inputs.prepared={other['run']}")
+        self.assertIn(
+            "other data than the newest domain adapter had; --inputs.prepared takes that again", changed.stderr
+        )
+        self.assertIn(str(before), changed.stderr)
+        same = self.run_named("same_data", "--domain.train.max_steps=2", f"--inputs.prepared={other['run']}")
+        self.assertNotIn("other data than", same.stderr)
+        last_json(self.place.run("prepare_data", *self.place.sources))  # the newest again, for the other tests
+
     def test_a_learning_rate_that_ruins_the_model_is_said(self) -> None:
         warning = "made the model worse"
         good = self.run_named("learning", "--domain.train.max_steps=3")

@@ -10,6 +10,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -177,3 +178,10 @@ def command(words: Sequence[str] | None = None, environment: Mapping[str, str] |
     typed, around = sys.argv if words is None else words, os.environ if environment is None else environment
     given = [f"{name}={shlex.quote(around[name])}" for name in sorted(around) if name.upper().startswith(ENV_PREFIX)]
     return redact(" ".join([*given, "python", shlex.join(typed)]))
+
+
+def help_command(topic: str) -> str:
+    """How to read about a setting: the command of the script that runs, or its flag where no script does."""
+    script = Path(sys.argv[0])
+    of = f": python {shlex.quote(sys.argv[0])}" if script.parent.name == "scripts" else ""
+    return f"see{of} --help {topic}"

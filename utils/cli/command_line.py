@@ -129,7 +129,7 @@ def _unknown_flag(name: str, paths: Iterable[str]) -> Problem:
         return Problem(f"--{name} was renamed to --{new}", fix=f"write --{new} VALUE")
     if gone := flags.REMOVED.get(name):
         return Problem("a setting that is gone", f"--{name}", gone)
-    fix = did_you_mean(name, paths, "--") or "see --help all for every setting"
+    fix = did_you_mean(name, paths, "--") or flags.help_command("all")
     return Problem("unknown setting", f"--{name}", fix)
 
 
@@ -143,7 +143,7 @@ def _variables(environment: Mapping[str, str], problems: list[Problem]) -> dict[
         if new := renamed.get(name.upper()):
             problems.append(Problem(f"{name} was renamed to {new}", fix=f"set {new}"))
         elif name.upper() not in paths:
-            fix = gone.get(name.upper()) or did_you_mean(name.upper(), paths) or "see --help all for every setting"
+            fix = gone.get(name.upper()) or did_you_mean(name.upper(), paths) or flags.help_command("all")
             problems.append(Problem("unknown environment variable", name, fix))
     return {paths[name.upper()]: [value] for name, value in ours.items() if name.upper() in paths}
 
@@ -163,7 +163,7 @@ def _from_files(
         items = value if isinstance(value, list) else [value]
         if kind in (int, float) and (bad := [one for one in items if isinstance(one, bool)]):
             what = f"{path} ({filed_from[path]}): input should be a valid number"
-            problems.append(Problem(what, bad[0], f"see --help {path}"))
+            problems.append(Problem(what, bad[0], flags.help_command(path)))
             continue
         if kind not in (int, float, bool):
             items = [str(one) if isinstance(one, int) and not isinstance(one, bool) else one for one in items]
@@ -257,5 +257,5 @@ def _problems_of(path: str, item: Any, sources: Mapping[str, str]) -> list[Probl
     source = sources.get(path, "flag")
     spelled = {"environment": flags.variable(path), "flag": f"--{path}"}.get(source, f"{path} ({source})")
     is_unquoted = item["type"] == "string_type" and source.startswith("file ")
-    fix = "write it in quotes" if is_unquoted else f"see --help {path}"
+    fix = "write it in quotes" if is_unquoted else flags.help_command(path)
     return [Problem(f"{spelled}: {message[0].lower()}{message[1:]}", item["input"], fix)]

@@ -88,7 +88,7 @@ def _settings(name: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
         elif new := flags.RENAMED.get(key):
             problems.append(Problem(f"{name}: {key} was renamed to {new}", fix=f"write {new} there"))
         else:
-            fix = did_you_mean(key, [*known, PRESET]) or "see --help all for every setting"
+            fix = did_you_mean(key, [*known, PRESET]) or flags.help_command("all")
             if any(path.startswith(f"{key}.") for path in known):
                 fix = f"{key} is a section: write its settings below it"
             problems.append(Problem(f"unknown setting in {name}", key, fix))

@@ -96,7 +96,7 @@ def checked_composition(
         factors = compose(parts, recipe)
     except ValueError as error:
         raise ArtefactError(
-            Problem(f"these adapters do not compose: {error}", fix="see --help compose.weights")
+            Problem(f"these adapters do not compose: {error}", fix=flags.help_command("compose.weights"))
         ) from error
     return Composition(factors, tuple(parts), tuple(adapters), recipe, _checked(factors, parts, recipe), searched, run)
 
@@ -136,7 +136,22 @@ def say(config: Config, composed: Composition) -> None:
     weights = composed.recipe.weights or (1.0,) * len(composed.runs)
     event("composed", adapters=names, method=composed.recipe.method, weights=weights, check=composed.line())
     if len(composed.runs) > 1 and not composed.searched:
-        event(f"the weights were not chosen on dev: {searching(config, composed)} does that")
+        if searched := _searched_run(config, composed):
+            take = f"--composed {shlex.quote(searched.directory.as_posix())}"
+            weights = searched.manifest["composition"]["recipe"]["weights"]
+            event(f"a search chose other weights for these adapters; to take those: {take}", weights=weights)
+        else:
+            event(f"the weights were not chosen on dev: {searching(config, composed)} does that")
+
+
+def _searched_run(config: Config, composed: Composition) -> Run | None:
+    """The newest composed run of these adapters whose weights a search chose."""
+    adapters = [run.digest for run in composed.runs]
+    for run in runs.complete_runs(config.run.models_dir, "composed"):
+        searched = run.manifest.get("composition", {}).get("searched")
+        if searched and run.manifest["identity"].get("adapters") == adapters:
+            return run
+    return None
 
 
 def searching(config: Config, composed: Composition) -> str:
@@ -261,7 +276,7 @@ def refuse_recipe(recipe: Recipe, parts: Sequence[Factors]) -> None:
         weights_at("", recipe, len(parts), depth(parts))
     except ValueError as error:
         raise ArtefactError(
-            Problem(f"these adapters do not compose: {error}", fix="see --help compose.weights")
+            Problem(f"these adapters do not compose: {error}", fix=flags.help_command("compose.weights"))
         ) from error
 
 

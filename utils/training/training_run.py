@@ -88,6 +88,7 @@ def opened(
             run.log.enter_context(runs.begun(directory, identity))
             overrides = ", ".join(config.overrides) or "none"
             logger.event(f"training the {stage} adapter", path=directory, overrides=overrides)
+            _say_other_data(config, stage, base, identity)
             memory = preflight.predicted(config, stage, base)
             ranks.meet()  # the lock is held
             yield replace(run, predicted_bytes=memory.total if memory else None)
@@ -95,6 +96,16 @@ def opened(
         ranks.meet()
         yield replace(run, is_main=False)
     ranks.meet()
+
+
+def _say_other_data(config: Config, stage: str, base: BaseModel, identity: Identity) -> None:
+    """One line where the newest adapter of this stage and base was trained on other prepared data."""
+    complete = runs.complete_runs(config.run.models_dir, stage)
+    newest = next((run for run in complete if run.manifest["base"].get("digest") == base.digest), None)
+    if newest and newest.manifest["identity"].get("data") != identity.values.get("data"):
+        paths = [parent["path"] for parent in newest.manifest["parents"] if parent["kind"] == "prepared"]
+        event = f"other data than the newest {stage} adapter had; --inputs.prepared takes that again"
+        logger.event(event, adapter=newest.directory, its_data=", ".join(paths))
 
 
 def _other_parents(config: Config, directory: Path, identity: Identity) -> list[Problem]:
