@@ -31,7 +31,7 @@ MOST_USED = ("runs.yes", "runs.older_than_days", "runs.archive", "run.data_dir",
 
 def main(config: Config) -> dict[str, Any]:
     """Do what the first word says."""
-    from utils.artifacts import run_list, run_removal, run_tables, run_transfer
+    from utils.artifacts import run_list, run_removal, run_settings, run_tables, run_transfer
     from utils.exceptions import ConfigError, Problem
 
     section, roots = config.runs, (config.run.data_dir, config.run.models_dir)
@@ -64,7 +64,7 @@ def main(config: Config) -> dict[str, Any]:
         print(run_tables.card(chosen[0]))
         return {**chosen[0].to_json(), "settings": chosen[0].settings, "manifest": dict(chosen[0].manifest)}
     print(run_tables.comparison(chosen))
-    return {"runs": [e.to_json() for e in chosen], "differing": run_list.differing(chosen)}
+    return {"runs": [e.to_json() for e in chosen], "differing": run_settings.differing(chosen)}
 
 
 def _remove(config: Config, removals: list[Any]) -> dict[str, Any]:

@@ -69,7 +69,13 @@ TAKES_CONFIG = (
         "planning.stage_commands",
         "planning.dry_run",
     ),
-    *("planning.planned_data", "planning.training_plan", "planning.ways", "planning.stage_costs"),
+    *(
+        "planning.planned_data",
+        "planning.training_plan",
+        "planning.fitting_layouts",
+        "planning.smallest_hardware",
+        "planning.stage_costs",
+    ),
     *(
         "training.domain_adapter",
         "training.going_on",

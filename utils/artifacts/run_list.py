@@ -19,8 +19,6 @@ PREPARED = "prepared"
 CONTROLS = "controls/"
 # from the best on; what an evaluation says of a composition
 VERDICTS = ("helps", "coexists", "undecided", "interferes", "hurts")
-# recorded in an identity, and said in columns of their own or of no use to a reader
-_NOT_SHOWN = ("stage", "method", "base", "data", "tokenizer", "adapters", "runs", "domain_adapter", "models")
 
 
 @dataclass
@@ -175,24 +173,6 @@ def best(listed: Sequence[Entry]) -> list[tuple[Entry, str]]:
         if key not in chosen or rank < chosen[key][0]:
             chosen[key] = (rank, entry, why)
     return [(entry, why) for _, entry, why in chosen.values()]
-
-
-def differing(listed: Sequence[Entry]) -> dict[str, list[Any]]:
-    """Setting -> its value in each run, for the settings that are not the same in all of them."""
-    flat = [dict(flattened(entry.settings)) for entry in listed]
-    names = sorted({name for one in flat for name in one})
-    by_setting = {name: [one.get(name) for one in flat] for name in names}
-    return {name: values for name, values in by_setting.items() if any(value != values[0] for value in values[1:])}
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"lora": {"rank": 8}}` -> ("lora.rank", 8); what has a column of its own is left out."""
-    for name, value in settings.items():
-        if prefix or name not in _NOT_SHOWN:
-            if isinstance(value, Mapping):
-                yield from flattened(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
 
 
 def size(directory: Path) -> int:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from utils.artifacts import run_list
+from utils.artifacts import run_settings
 from utils.artifacts.run_list import Entry
 
-# letters of a cell, and of one in the last column, which pushes no other aside
-WIDEST, LAST_WIDEST = 44, 160
-# shown as its first letters, which name it well enough
-DIGEST = re.compile("[0-9a-f]{64}")
+# letters of a cell in the last column, which pushes no other aside
+LAST_WIDEST = 160
 
 
 def table(rows: Sequence[Sequence[Any]], titles: Sequence[str]) -> str:
     """Columns as wide as what is in them; no line ends in blanks."""
-    texts = [[str(title) for title in titles], *([*map(_text, row[:-1]), _text(row[-1], LAST_WIDEST)] for row in rows)]
+    texts = [
+        [str(title) for title in titles],
+        *([*map(run_settings.shown, row[:-1]), run_settings.shown(row[-1], LAST_WIDEST)] for row in rows),
+    ]
     widths = [max(len(line[at]) for line in texts) for at in range(len(titles))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in texts
@@ -34,7 +33,11 @@ def listing(listed: Sequence[Entry]) -> str:
     for entry in listed:
         if entry.settings:
             alike.setdefault((entry.group, entry.stage), []).append(entry)
-    own = {id(entry): text for group in alike.values() for entry, text in zip(group, _own_settings(group), strict=True)}
+    own = {
+        id(entry): text
+        for group in alike.values()
+        for entry, text in zip(group, run_settings.unusual(group), strict=True)
+    }
     rows = []
     for entry in listed:
         settings = own.get(id(entry), "")
@@ -64,7 +67,7 @@ def card(entry: Entry) -> str:
     lines += [f"{'parent':<10} {p['kind']} {p['path']}" for p in entry.manifest.get("parents", [])]
     lines += [f"{'child':<10} {child.name}" for child in entry.children]
     lines += ["", "settings that decide it:"]
-    lines += [f"  {name:<32} {_text(value)}" for name, value in run_list.flattened(entry.settings)]
+    lines += [f"  {name:<32} {run_settings.shown(value)}" for name, value in run_settings.flattened(entry.settings)]
     return "\n".join(lines)
 
 
@@ -78,32 +81,9 @@ def comparison(chosen: Sequence[Entry]) -> str:
     }
     for name in ("steps", "tokens_per_second", "seconds", "peak_memory_bytes"):
         results[name] = [entry.manifest.get("measured", {}).get(name) for entry in chosen]
-    rows = [(name, *values) for name, values in run_list.differing(chosen).items()]
+    rows = [(name, *values) for name, values in run_settings.differing(chosen).items()]
     rows += [(name, *values) for name, values in results.items() if any(value not in ("", None) for value in values)]
     return table(rows, ("", *(entry.name for entry in chosen)))
-
-
-def _own_settings(alike: Sequence[Entry]) -> list[str]:
-    """For each run the settings in which it is not like more than half of them; what is empty is left out."""
-    own: list[list[str]] = [[] for _ in alike]
-    for name, values in run_list.differing(alike).items():
-        texts = [_text(value) for value in values]
-        usual, count = Counter(texts).most_common(1)[0]
-        for settings, text in zip(own, texts, strict=True):
-            if text and not (text == usual and 2 * count > len(texts)):
-                settings.append(f"{name}={text}")
-    return [", ".join(settings) for settings in own]
-
-
-def _text(value: Any, widest: int = WIDEST) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str) and DIGEST.fullmatch(value):
-        return value[:8]
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = ",".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text if len(text) <= widest else f"{text[: widest - 1]}…"
 
 
 def _age(at: float) -> str:

@@ -21,7 +21,15 @@ from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.parallel import launcher, ranks
 from utils.models.weights import fp8
-from utils.planning import base_checks, count_parameters, estimates, native_fp8, plan_report, training_plan, ways
+from utils.planning import (
+    base_checks,
+    count_parameters,
+    estimates,
+    fitting_layouts,
+    native_fp8,
+    plan_report,
+    training_plan,
+)
 from utils.planning.native_fp8 import Fp8Choice
 
 if TYPE_CHECKING:
@@ -166,7 +174,7 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
         local = {"gpus": machine.local, "nodes": 1, "gpu_memory_gib": there / GIB, "headroom_gib": 0}
-        here = ways.with_settings(config, {f"plan.{name}": value for name, value in local.items()})
+        here = fitting_layouts.with_settings(config, {f"plan.{name}": value for name, value in local.items()})
         warning(
             f"the {stage} adapter's training step is predicted not to fit",
             predicted_gib=memory.total / GIB,

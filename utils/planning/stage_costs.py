@@ -10,11 +10,11 @@ from utils.models.model_shapes import Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, pass_times, stage_commands
 from utils.planning.estimates import Fit
+from utils.planning.fitting_layouts import ScoringPlan, Way
 from utils.planning.hardware import Hardware
 from utils.planning.pass_times import MEMORY, PassTime
 from utils.planning.planned_data import PlannedData
 from utils.planning.stage_commands import STAGES
-from utils.planning.ways import ScoringPlan, Way
 
 # tokens per second and processor of preparing, slowest and fastest of three measured corpora on 2 cores, 4 bytes a
 # token; and what it holds in memory (decision_document.md, 2026-11-22)

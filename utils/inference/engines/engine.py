@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import openai
 
@@ -23,8 +22,8 @@ from config import BaseModelSection, InferenceSection
 from utils.adapters import adapter_files
 from utils.adapters.factors import Factors, of_one_rank
 from utils.exceptions import EngineError, Problem
-from utils.inference.engines import endpoint, server_process, vllm_command
-from utils.inference.engines.endpoint import Endpoint, Sampling, ServedEntry
+from utils.inference.engines import server_checks, server_process, vllm_command
+from utils.inference.engines.endpoint import Endpoint, Sampling
 from utils.inference.engines.server_process import ServerProcess
 from utils.inference.engines.vllm_command import EngineNeeds
 from utils.logger import event
@@ -37,8 +36,6 @@ START_SECONDS, LOOK_SECONDS = 3600.0, 0.25
 # requests that are open at once; the server makes its own batches of them
 AT_ONCE = 64
 PORT_TRIES = 3
-# nats; a server that leaves an adapter out gives the very same numbers
-AN_EFFECT = 1e-4
 
 
 class Engine:
@@ -74,7 +71,9 @@ class Engine:
         if self._endpoint is None:
             self._home = self._resources.enter_context(server_process.folder(self._models_dir))
             server = self._started() if self._settings.engine == "vllm" else self._attached()
-            self._base_name = _checked_base(server, self._base, self._needs, is_ours=self._process is not None)
+            self._base_name = server_checks.checked_base(
+                server, self._base, self._needs, is_ours=self._process is not None
+            )
             self._endpoint = server
         return self._endpoint
 
@@ -88,7 +87,7 @@ class Engine:
             served = f"{name}-{secrets.token_hex(4)}"  # another session's adapter of this name is another one
             directory = self._written(served, factors)
             server.load(served, directory, max(f.rank for f in factors.values()))
-            self._check_adapter(server, served, probe)
+            server_checks.check_adapter(server, served, self._base_name, probe)
             self._loaded[name] = served
         return self._loaded[name]
 
@@ -192,26 +191,6 @@ class Engine:
             adapter_files.save(directory, of_one_rank(factors), self._base)
         return directory.resolve()
 
-    def _check_adapter(self, server: Endpoint, name: str, probe: Sequence[int]) -> None:
-        """It is there, of this base model, and changes an answer."""
-        entry = next((one for one in server.models() if one.name == name), None)
-        if entry is None:
-            what = f"the server took the adapter {name} and does not list it"
-            raise EngineError(Problem(what, server.root, "start it again"))
-        if entry.parent and entry.parent != self._base_name:
-            what = f"the server applies the adapter {name} to {entry.parent}, not to {self._base_name}"
-            raise EngineError(Problem(what, server.root, "attach to a server of this base model alone"))
-        plain, adapted = asyncio.run(self._probed(server, (self._base_name, name), probe))
-        if not _differ(plain, adapted):
-            what = f"the server's answers are the same with the adapter {name} and without: it is not applied"
-            fix = "see what the server said when it loaded it; --inference.engine local applies it"
-            raise EngineError(Problem(what, server.root, fix))
-
-    async def _probed(self, server: Endpoint, names: Sequence[str], probe: Sequence[int]) -> list[Any]:
-        how, more = Sampling(endpoint.PROBE_TOKENS, ()), {"logprobs": endpoint.PROBE_LOGPROBS}
-        async with server.asynchronous() as client:
-            return [await server.complete(client, name, probe, how, **more) for name in names]
-
     # ------------------------------------------------------------------------------------------ questions
 
     async def _ask_all(
@@ -248,46 +227,3 @@ class Engine:
         async with server.asynchronous() as client:
             async for piece in server.stream(client, model, prompt, sampling):
                 yield piece
-
-
-def _checked_base(server: Endpoint, base: BaseModel, needs: EngineNeeds, *, is_ours: bool) -> str:
-    """What the server calls this base model. Raises EngineError when it serves another, or too short prompts."""
-    listed = server.models()
-    entry = next((one for one in listed if not one.parent and _is_root(one, base)), None)
-    if entry is None:
-        named = ", ".join(one.root or one.name for one in listed if not one.parent) or "nothing"
-        fix = (
-            f"start one of this base model (--model {base.reference}), under a path that both see, or name its own: "
-            "--base.source"
-        )
-        raise EngineError(
-            Problem(f"the server's model is {named}, the base model is {base.directory}", server.root, fix)
-        )
-    if entry.max_model_len is not None and entry.max_model_len < needs.positions:
-        what = f"the longest prompt and its answer take {needs.positions} tokens, the server has {entry.max_model_len}"
-        fix = f"start it with --max-model-len {needs.positions}, or lower --inference.max_new_tokens"
-        raise EngineError(Problem(what, server.root, "shorten the prompts" if is_ours else fix))
-    return entry.name
-
-
-def _is_root(entry: ServedEntry, base: BaseModel) -> bool:
-    """Whether the server loaded these files: this directory, or the hub's under the same name."""
-    if not entry.root:
-        return False
-    return entry.root in (base.source, base.reference) or Path(entry.root).resolve() == base.directory.resolve()
-
-
-def _differ(one: Any, other: Any) -> bool:
-    """Whether two choices of a probe differ: in a token, or in the likelihoods of the likeliest ones."""
-    if one.model_extra["token_ids"] != other.model_extra["token_ids"]:
-        return True
-    pairs = [
-        (plain.get(token), value)
-        for plain, adapted in zip(_top(one), _top(other), strict=False)
-        for token, value in adapted.items()
-    ]
-    return any(plain is None or abs(plain - value) > AN_EFFECT for plain, value in pairs)
-
-
-def _top(choice: Any) -> list[dict[str, float]]:
-    return list((choice.logprobs.top_logprobs if choice.logprobs else None) or [])

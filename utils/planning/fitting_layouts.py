@@ -17,7 +17,7 @@ from utils.models.model_shapes import GIB, PLAIN, Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, pass_times, training_plan
 from utils.planning.estimates import Fit, InferenceMemory
-from utils.planning.hardware import CARDS, Hardware
+from utils.planning.hardware import Hardware
 from utils.planning.native_fp8 import KERNELS, LEAST_CAPABILITY
 from utils.planning.stage_commands import STAGES
 from utils.planning.training_plan import ORDER, StagePlan, verdict_of
@@ -111,29 +111,6 @@ def find(config: Config, sizes: ModelSizes) -> Way:
         if any(way.verdict != "no" for way in candidates):
             return _nearest(candidates)
     return _nearest(unchanged)
-
-
-def larger(config: Config, sizes: ModelSizes, count: int = 3) -> list[tuple[str, Way]]:
-    """Other hardware on which there is a way, the least memory in total first, with its flags."""
-    plan, larger_ways = config.plan, []
-    here = plan.nodes * plan.gpus * plan.gpu_memory_gib
-    shapes = [(nodes, gpus) for nodes, gpus in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8))]
-    options = sorted(
-        ((nodes * gpus * card.memory_gib, nodes, gpus, card) for nodes, gpus in shapes for card in CARDS),
-        key=lambda option: option[:3],
-    )
-    for total, nodes, gpus, card in options:
-        if total <= here:
-            continue
-        other = {"nodes": nodes, "gpus": gpus, "gpu_memory_gib": card.memory_gib, "gpu_tflops": 0}
-        open_ones = {"gpu_bandwidth_gbs": 0, "node_bandwidth_gbs": 0}
-        way = find(with_settings(config, {f"plan.{k}": v for k, v in (other | open_ones).items()}), sizes)
-        if way.verdict != "no":
-            flags = f"--plan.nodes {nodes} --plan.gpus {gpus} --plan.gpu_memory_gib {card.memory_gib:g}"
-            larger_ways.append((f"{nodes * gpus} x {card.name} ({flags})", way))
-        if len(larger_ways) == count:
-            break
-    return larger_ways
 
 
 def forms(config: Config, sizes: ModelSizes, machine: Hardware) -> Iterator[Form]:
