@@ -29,7 +29,7 @@ from utils.adapters import peft_model
 from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.artifacts import resumable
 from utils.exceptions import ArtefactError, NonFiniteError, VerificationError
-from utils.export import merge, merge_check, merge_plan, merged_logits, merged_tensors
+from utils.export import merge, merge_check, merge_plan, merged_logits, merged_shards, merged_tensors
 from utils.models import loading, older_spellings
 from utils.models.base_model import BaseModel
 from utils.models.weights import companion_files, fp8, layer_sample, safetensors_io
@@ -687,14 +687,14 @@ class Resumed(unittest.TestCase):
         self.assertFalse(target.exists())
         there = partial(target)
         self.assertEqual(sorted(path.name for path in there.glob("*.safetensors")), names[:3])
-        record = resumable.read(there / merge.RECORD, there.name)
+        record = resumable.read(there / merged_shards.RECORD, there.name)
         self.assertEqual(sorted(record or {}), names[:2])
         # of the finished two, one is damaged on the disk meanwhile; of the third there is a piece
         damaged = bytearray((there / names[1]).read_bytes())
         damaged[-5] ^= 1
         (there / names[1]).write_bytes(damaged)
         (there / names[2]).write_bytes(b"half")
-        (there / f".{merge.RECORD}.tmp-1").write_text("killed while the record was written")
+        (there / f".{merged_shards.RECORD}.tmp-1").write_text("killed while the record was written")
 
         with mock.patch.object(safetensors_io, "write", wraps=safetensors_io.write) as writer:
             _, again = merged(base, factors, target)

@@ -28,7 +28,8 @@ from utils.export import merge, merge_plan
 from utils.models import directory_checks, loading
 from utils.models.architectures import minimax_m2, qwen3_moe, registry, toy
 from utils.models.base_model import BaseModel
-from utils.planning import count_parameters, dry_run, preflight
+from utils.planning import dry_run, preflight
+from utils.planning.memory import count_parameters
 
 HOME = ROOT / "utils" / "models" / "architectures"
 # the benchmarks' subject is MiniMax-M2 itself: they build it, whatever model the settings name

@@ -39,7 +39,8 @@ from utils.models import loading, model_shapes, quantization, sources
 from utils.models.architectures import minimax_m2
 from utils.models.base_model import BaseModel
 from utils.models.weights.safetensors_io import Checkpoint
-from utils.planning import base_checks, count_parameters, estimates, hardware, preflight, training_plan
+from utils.planning import base_checks, estimates, hardware, preflight, training_plan
+from utils.planning.memory import count_parameters
 
 KINDS = ("nf4", "int8")
 IDS = torch.randint(0, 700, (2, 24), generator=torch.Generator().manual_seed(1))

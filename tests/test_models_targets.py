@@ -21,7 +21,8 @@ from utils.models import base_model, chat, directory_checks, float32_model, load
 from utils.models.base_model import BaseModel
 from utils.models.structure import linear_modules, model_class
 from utils.models.weights import tensor_names
-from utils.planning import base_checks, count_parameters, preflight
+from utils.planning import base_checks, preflight
+from utils.planning.memory import count_parameters
 from utils.training import training_identity
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

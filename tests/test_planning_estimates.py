@@ -19,8 +19,9 @@ from utils.models import loading
 from utils.models.architectures import minimax_m2
 from utils.models.losses import NextTokenLoss, autocast, token_nll
 from utils.models.model_shapes import GIB, ModelSizes
-from utils.planning import count_parameters, estimates, pass_times
+from utils.planning import estimates, pass_times
 from utils.planning.estimates import Adapter, TrainingStep
+from utils.planning.memory import count_parameters
 from utils.training import training_run
 
 M2 = minimax_m2.sizes(minimax_m2.PUBLISHED)

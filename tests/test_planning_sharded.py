@@ -25,8 +25,9 @@ from utils import logger
 from utils.adapters import peft_model
 from utils.models import loading
 from utils.models.losses import NextTokenLoss, autocast
-from utils.planning import count_parameters, estimates
+from utils.planning import estimates
 from utils.planning.estimates import Adapter, TrainingStep
+from utils.planning.memory import count_parameters
 from utils.training import training_run
 
 RANKS = 2

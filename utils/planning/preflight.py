@@ -23,13 +23,13 @@ from utils.models.parallel import launcher, ranks
 from utils.models.weights import fp8
 from utils.planning import (
     base_checks,
-    count_parameters,
     estimates,
     fitting_layouts,
     native_fp8,
     plan_report,
     training_plan,
 )
+from utils.planning.memory import count_parameters
 from utils.planning.native_fp8 import Fp8Choice
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from utils.models import devices
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB
 from utils.models.weights import fp8
-from utils.planning import count_parameters, estimates, hardware, stage_costs
+from utils.planning import estimates, hardware, stage_costs
+from utils.planning.memory import count_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = Path(".venvs/vllm/bin/python")

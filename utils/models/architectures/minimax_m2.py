@@ -2,7 +2,7 @@
 
 `PUBLISHED` is the shape part of the config.json of MiniMaxAI/MiniMax-M2 as it was published at the revision that
 config.py pins (rotary_dim 64 of head_dim 128; checkpoint in FP8 with blocks of 128). The real classes are counted on
-the meta device by `utils/planning/count_parameters.py`; tests/test_planning_estimates.py holds the two together.
+the meta device by `utils/planning/memory/count_parameters.py`; tests/test_planning_estimates.py holds the two together.
 """
 
 from __future__ import annotations
