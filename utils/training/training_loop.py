@@ -127,8 +127,7 @@ class _TrainingLoop:
                 state.step, state.epoch, state.step_in_epoch = state.step + 1, epoch, number + 1
                 labels, seconds = self.setup.data.num_labels(epoch, step), time.perf_counter() - began
                 state.trained_tokens += labels
-                if state.step == 1:
-                    state.first_loss = loss
+                state.first_loss, state.last_loss = loss if state.step == 1 else state.first_loss, loss
                 rate = round(labels / seconds, 1)
                 self.metrics.write(
                     step=state.step,
@@ -163,7 +162,7 @@ class _TrainingLoop:
             kept_step = state.best_step
         sharding.refuse_non_finite(self.parameters, f"the {self.what} of step {kept_step}")
         guards.refuse_changed(self.frozen, guards.frozen_adapters(self.model), self.what)
-        guards.warn_if_worse(self.setup, state.first_loss, dict(state.dev_losses).get(kept_step))
+        guards.warn_if_worse(self.setup, state, dict(state.dev_losses).get(kept_step))
         self.model.eval()
         return TrainingOutcome(
             steps=state.step,
