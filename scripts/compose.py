@@ -30,7 +30,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.artifacts import runs
     from utils.composition import composed_adapter, composed_run
     from utils.composition.composed_identity import composed_identity
-    from utils.evaluation.find_evaluation import evaluation_of
+    from utils.evaluation.evaluation_for_card import evaluation_of
     from utils.export import hub
     from utils.models.parallel import sharding
     from utils.models.rows import row_probe

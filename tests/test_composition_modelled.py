@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from utils.composition import dev_losses
 from utils.composition.methods import SUM
 from utils.composition.search import ChosenWeights, search
-from utils.composition.weights import compass
+from utils.composition.weights import compass, dev_parts
 from utils.composition.weights.points import Keeping, Point, paired
 from utils.composition.weights.surface import Surface
 
@@ -201,10 +200,10 @@ class Model(unittest.TestCase):
 
 class Items(unittest.TestCase):
     def test_a_part_is_spread_over_dev_and_few_items_are_all_looked_at(self) -> None:
-        self.assertEqual(dev_losses.first_scored(7), list(range(7)))
-        self.assertEqual(dev_losses.first_scored(100), list(range(0, 100, 4)))
+        self.assertEqual(dev_parts.first_scored(7), list(range(7)))
+        self.assertEqual(dev_parts.first_scored(100), list(range(0, 100, 4)))
         for count in (0, 1, 13, 51, 69, 200):
-            part = dev_losses.first_scored(count)
+            part = dev_parts.first_scored(count)
             self.assertEqual(sorted(set(part)), part)
             self.assertTrue(all(0 <= i < count for i in part))
             self.assertGreaterEqual(len(part), min(count, 12, math.ceil(count / 4)))

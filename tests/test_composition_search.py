@@ -18,7 +18,7 @@ from utils.adapters.factors import Factors
 from utils.composition import dev_losses, interference
 from utils.composition.methods import Recipe, compose
 from utils.composition.search import ChosenWeights, search
-from utils.composition.weights import measured_points
+from utils.composition.weights import dev_parts, measured_points
 from utils.composition.weights.points import SURE, Keeping, Point, paired, pareto
 from utils.data.batches import PackedDocuments
 from utils.data.pair_rows import tokenise_pairs
@@ -290,7 +290,7 @@ class ProbeOnAModel(unittest.TestCase):
         probe = self.probe("llama")
         self.assertFalse(probe.data.has(measured_points.REST))
         whole = probe.point("sum", (1.0, 0.5), measured_points.PART)
-        with mock.patch.object(dev_losses, "LEAST_PART", 2):
+        with mock.patch.object(dev_parts, "LEAST_PART", 2):
             self.assertTrue(probe.data.has(measured_points.REST))
             part, rest = (probe.point("sum", (1.0, 0.5), items) for items in (measured_points.PART, dev_losses.REST))
             documents = probe.point("sum", (1.0, 0.5), measured_points.REST_DOCUMENTS)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from config import TrainSection
 from tests.support import ARCHITECTURES, toy
 from utils.data.batches import BucketedPairs, PackedDocuments, group, pack
-from utils.data.pair_rows import Pair, PairReport, check_usable, fitting_prompt, tokenise_pairs
+from utils.data.labelled.long_contexts import fitting_prompt
+from utils.data.pair_rows import Pair, PairReport, check_usable, tokenise_pairs
 from utils.exceptions import DataError
 from utils.models import chat
 from utils.models.losses import IGNORED, NextTokenLoss

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from tests.support import temporary_directory, write_jsonl
 from utils.data.prepared import Prepared
-from utils.data.retrieval import passages, retrieved_prompts
+from utils.data.retrieval import passages, retrieved_prompts, withheld_passages
 from utils.data.retrieval.passages import Passage, PassageIndex
 from utils.exceptions import ArtefactError, DataError
 from utils.models import chat
@@ -75,7 +75,7 @@ class OwnText(unittest.TestCase):
 
     def held(self, question: str, *texts: str, answer: str = "Tamsin Veld", document: str = "d") -> set[int]:
         made = [Passage(document if document else str(at), text, ()) for at, text in enumerate(texts)]
-        return set(passages.holding_the_question([example(question, answer)], made)[0])
+        return set(withheld_passages.holding_the_question([example(question, answer)], made)[0])
 
     def test_a_passage_that_holds_the_question_is_kept_from_it_and_one_with_the_answer_alone_is_not(self) -> None:
         self.assertEqual(self.held(self.LONG, f"Exercise 3. {self.LONG}?", TOWNS["en"]), {0})

@@ -20,7 +20,7 @@ from utils.adapters import cards
 from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
 from utils.artifacts.runs import Run
-from utils.evaluation.find_evaluation import Evaluation, evaluation_of
+from utils.evaluation.evaluation_for_card import Evaluation, evaluation_of
 from utils.export import hub
 from utils.export.model_index import METRICS, eval_results, with_evaluation
 

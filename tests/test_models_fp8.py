@@ -23,8 +23,9 @@ from utils.models import devices, loading
 from utils.models.architectures import minimax_m2
 from utils.models.losses import NextTokenLoss, autocast
 from utils.models.model_shapes import GIB
-from utils.planning import estimates, native_fp8, preflight
-from utils.planning.native_fp8 import Facts, choose
+from utils.planning import estimates, preflight
+from utils.planning.memory import native_fp8
+from utils.planning.memory.native_fp8 import Facts, choose
 from utils.planning.preflight import Machine
 from utils.training import training_identity, training_run
 

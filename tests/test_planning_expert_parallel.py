@@ -19,6 +19,7 @@ from utils.models.process_layout import ProcessLayout
 from utils.planning import (
     base_checks,
     estimates,
+    expert_imbalance,
     hardware,
     pass_times,
     plan_report,
@@ -54,7 +55,7 @@ class Figures(unittest.TestCase):
         self.assertAlmostEqual(unequal / time("--plan.expert_imbalance=1.25").sent[EXCHANGE], 2)
         self.assertGreater(sum(time("--plan.expert_imbalance=3").own.values()), sum(usual.own.values()))
         four = time(layout=ProcessLayout(1, 8, 4))
-        fewer = estimates.expected_imbalance(256, 4) / estimates.expected_imbalance(256, 8)
+        fewer = expert_imbalance.expected(256, 4) / expert_imbalance.expected(256, 8)
         self.assertAlmostEqual(four.sent[EXCHANGE] / usual.sent[EXCHANGE], fewer * (3 / 4) / (7 / 8))
         # a shard of two groups gathers half of a quarter of the experts, and a shard of one none
         more = 2 * (2 * M2.parameters["experts"] / 4) / 2 / 400e9
@@ -107,8 +108,8 @@ class Figures(unittest.TestCase):
             f"= {shared.sent[EXCHANGE]:.3f} s",
             f"= {shared.sent[GRADIENTS]:.5f} s",
             *(f"= {rate:,.0f} tokens/s on each GPU" for rate in shared.rates(1)),
-            *(f"= {estimates.expected_imbalance(*of):.2f}\n" for of in ((256, 8), (128, 8), (256, 16))),
-            f"{estimates.worst_imbalance(estimates.expected_imbalance(256, 8), 8, 62):.2f} for MiniMax-M2 on 8 GPUs",
+            *(f"= {expert_imbalance.expected(*of):.2f}\n" for of in ((256, 8), (128, 8), (256, 16))),
+            f"{expert_imbalance.worst(expert_imbalance.expected(256, 8), 8, 62):.2f} for MiniMax-M2 on 8 GPUs",
         ):
             self.assertIn(said, page)
 
@@ -123,9 +124,9 @@ class Imbalance(unittest.TestCase):
     def test_what_is_expected_is_what_drawn_popularities_give(self) -> None:
         torch.manual_seed(0)
         for experts, ranks in ((256, 2), (256, 4), (256, 8), (256, 16), (128, 8), (64, 8)):
-            expected = estimates.expected_imbalance(experts, ranks)
+            expected = expert_imbalance.expected(experts, ranks)
             self.assertTrue(0.94 < expected / self.drawn(experts, ranks) < 1.0, (experts, ranks, expected))
-        worst = estimates.worst_imbalance(estimates.expected_imbalance(256, 8), 8, 62)
+        worst = expert_imbalance.worst(expert_imbalance.expected(256, 8), 8, 62)
         self.assertTrue(0.94 < worst / self.drawn(256, 8, 62) < 1.0, worst)
 
     def test_chance_alone_is_one_percent(self) -> None:
@@ -135,9 +136,9 @@ class Imbalance(unittest.TestCase):
         self.assertTrue(1.0 < float(rows_R.max() / rows_R.mean()) < 1.02)
 
     def test_no_rank_has_more_than_all_and_none_below_the_mean(self) -> None:
-        self.assertEqual((estimates.expected_imbalance(256, 1), estimates.worst_imbalance(3, 1, 62)), (1, 1))
-        self.assertEqual(estimates.expected_imbalance(2, 2), 1 + NormalDist().inv_cdf(1.625 / 2.25))
-        self.assertEqual(estimates.worst_imbalance(1.9, 2, 62), 2)
+        self.assertEqual((expert_imbalance.expected(256, 1), expert_imbalance.worst(3, 1, 62)), (1, 1))
+        self.assertEqual(expert_imbalance.expected(2, 2), 1 + NormalDist().inv_cdf(1.625 / 2.25))
+        self.assertEqual(expert_imbalance.worst(1.9, 2, 62), 2)
         with self.assertRaisesRegex(ConfigError, "expert_imbalance 0.5: the busiest rank has at least the mean"):
             resolve("--plan.expert_imbalance=0.5")
 

@@ -13,7 +13,8 @@ from tests.support import temporary_directory
 from utils import cli
 from utils.exceptions import ArtefactError, ConfigError
 from utils.models.architectures import minimax_m2, qwen3_moe, size_class
-from utils.planning import fitting_layouts, native_fp8, plan_report, planned_data, preflight
+from utils.planning import fitting_layouts, plan_report, planned_data, preflight
+from utils.planning.memory import native_fp8
 
 M2 = minimax_m2.sizes(minimax_m2.PUBLISHED)
 SIZES = ("size_0_5b", "size_2b", "size_8b", "size_30b_a3b", "size_70b")

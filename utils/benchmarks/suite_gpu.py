@@ -53,7 +53,7 @@ from utils.models.architectures import toy
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import GIB, Dtype
 from utils.planning import estimates, hardware, pass_times, training_plan
-from utils.planning.native_fp8 import LEAST_CAPABILITY
+from utils.planning.memory.native_fp8 import LEAST_CAPABILITY
 from utils.training import training_loop, training_run
 from utils.training.schedules.active_adapters import AdapterSchedule
 from utils.training.training_setup import TrainingSetup

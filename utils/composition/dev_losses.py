@@ -7,7 +7,6 @@ Shapes: k adapters, L layers, N tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from utils.adapters.factors import Factors
 from utils.composition import search as weight_search
 from utils.composition.methods import Recipe, depth, weights_at
 from utils.composition.search import ChosenWeights
+from utils.composition.weights.dev_parts import first_scored
 from utils.composition.weights.measured_points import PART, REST, REST_DOCUMENTS, MeasuredPoints
 from utils.composition.weights.points import Point
 from utils.data.batches import Batch, BucketedPairs, PackedDocuments
@@ -42,7 +42,6 @@ from utils.progress import Progress, Whole
 
 ROW_TOKENS, SHORT_ROW, ROW_STEP = 1024, 256, 64
 FIT_STEPS, FIT_RATE = 8, 0.1
-PART_SHARE, LEAST_PART = 0.25, 12
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,6 @@ class DevData:
         if self.documents is not None and (chosen := of(len(self.documents.documents))):
             documents = PackedDocuments(self.documents.documents.select(chosen), self.documents.train, 0, self.pad_id)
         return questions, documents
-
-
-def first_scored(count: int) -> list[int]:
-    """Which of so many items are the part of dev that a search looks at first: every fourth, or more of few."""
-    size = min(count, max(LEAST_PART, math.ceil(count * PART_SHARE)))
-    return [at * count // size for at in range(size)]
 
 
 def dev_data(config: Config, base: BaseModel, directory: Path, system_prompt: str) -> DevData:

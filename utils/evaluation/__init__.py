@@ -12,5 +12,5 @@ test_reads       how often a test split has been read            comparison   al
 learning_curve/  what twice the data would bring, from runs on parts of it
 matrix/          several domain and task adapters: which pairs compose
 report/          report.html and the table for a terminal        lm_eval/  the same test split in another program
-find_evaluation  the evaluation of a composed model, for its card
+evaluation_for_card  the evaluation of a composed model, for its card
 """

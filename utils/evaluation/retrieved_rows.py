@@ -18,8 +18,9 @@ from config import Config
 from utils.adapters import adapter_tokenizer
 from utils.artifacts import resumable
 from utils.data.prepared import Prepared
-from utils.data.retrieval.passages import Passage, PassageIndex, cut, holding_the_question
+from utils.data.retrieval.passages import Passage, PassageIndex, cut
 from utils.data.retrieval.retrieved_prompts import BM25, found_in_corpus, read_passages, with_passages
+from utils.data.retrieval.withheld_passages import holding_the_question
 from utils.data.splits import hash_share
 from utils.evaluation import verdict
 from utils.evaluation.metrics.primary import PrimaryMetric

@@ -27,7 +27,7 @@ from utils.secrets import redact
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from utils.evaluation.find_evaluation import Evaluation
+    from utils.evaluation.evaluation_for_card import Evaluation
 
 Answer = TypeVar("Answer")
 

@@ -12,7 +12,7 @@ from utils.artifacts import files, runs
 from utils.artifacts.identity import Identity
 from utils.composition import composed_adapter
 from utils.composition.composed_adapter import Composition
-from utils.evaluation.find_evaluation import Evaluation, evaluation_of
+from utils.evaluation.evaluation_for_card import Evaluation, evaluation_of
 from utils.exceptions import ArtefactError, Problem
 from utils.export import merge, model_index
 from utils.logger import event

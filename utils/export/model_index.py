@@ -10,7 +10,7 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from utils.evaluation.find_evaluation import Evaluation
+from utils.evaluation.evaluation_for_card import Evaluation
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

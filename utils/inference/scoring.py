@@ -19,7 +19,7 @@ import torch
 from config import InferenceSection
 from utils.data import answer_metrics
 from utils.data.batches import Batch
-from utils.data.pair_rows import fitting_prompt
+from utils.data.labelled.long_contexts import fitting_prompt
 from utils.exceptions import NonFiniteError, Problem
 from utils.inference import generation
 from utils.models import chat, turn_format

@@ -33,7 +33,7 @@ def load_model(
     """The frozen base model on this process's device, in eval mode, quantized if that is asked for.
 
     `dtype` overrides the section's. An FP8 checkpoint is de-quantised unless `native_fp8` says that it stays FP8
-    (utils/planning/native_fp8.py). `place` is another device; on "meta" it is the same model without values,
+    (utils/planning/memory/native_fp8.py). `place` is another device; on "meta" it is the same model without values,
     and the weights are not read. Raises ArtefactError for files that do not load, or not as they say.
     """
     model_config = model_class.settings_of(base.directory)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
 from utils.models.model_shapes import FP8_BLOCK, NF4_BLOCK, TRANSIENT_LAYERS, Dtype, Matrix, ModelSizes
+from utils.planning import expert_imbalance
 from utils.planning.memory.activations import (
     Adapter,
     TrainingStep,
@@ -32,8 +32,6 @@ LOSS_POSITIONS = 128
 TRAINED_BYTES = 16
 # a second adapter on the experts: its measured transient, and that of one alone, in a layer's experts (PEFT 0.21)
 TWO_EXPERT_ADAPTERS, ONE_EXPERT_ADAPTER = 3.67, 1.41
-# standard deviation of how often experts are chosen, over its mean: as unequal as waiting times (exponential)
-POPULARITY_SPREAD = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,31 +84,6 @@ def weight_bytes(sizes: ModelSizes, dtype: Dtype) -> int:
     return quantised + 4 * blocks + (rest - quantised) * plain + router
 
 
-def expected_imbalance(experts: int, ranks: int) -> float:
-    """Rows of the busiest of `ranks` over the mean in one layer, where each has as many experts, whichever they are.
-
-    The share of a rank is the sum over its experts, drawn without replacement; that sum varies by
-    `POPULARITY_SPREAD` x sqrt((ranks - 1) / (experts - 1)) of its mean. Chance between tokens is left out: 1% at 4,096
-    tokens a rank.
-    """
-    if ranks < 2:
-        return 1.0
-    spread = POPULARITY_SPREAD * math.sqrt((ranks - 1) / max(1, experts - 1))
-    return min(ranks, 1 + _largest_of(ranks) * spread)
-
-
-def worst_imbalance(imbalance: float, ranks: int, layers: int) -> float:
-    """The same of the worst of `layers` layers, where `imbalance` is that of one: what memory has to hold."""
-    if ranks < 2:
-        return 1.0
-    return min(ranks, 1 + (imbalance - 1) * _largest_of(ranks * max(1, layers)) / _largest_of(ranks))
-
-
-def _largest_of(count: int) -> float:
-    """The expected largest of so many normal numbers, in standard deviations (Blom 1958)."""
-    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
-
-
 def training_memory(
     sizes: ModelSizes,
     step: TrainingStep,
@@ -137,7 +110,7 @@ def training_memory(
     trained, frozen = trained - apart[0], frozen - apart[1]
     layer += share(4 * (trained + frozen), sizes.num_layers)
     outside = _outside(sizes, step.base)
-    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    worst = expert_imbalance.worst(imbalance, expert_ranks, sizes.expert_layers)
     saved, _ = layer_activations(sizes, step, imbalance, is_shared=expert_ranks > 1)
     worst_saved, working = layer_activations(sizes, step, worst, is_shared=expert_ranks > 1)
     width, hidden = step.activation_bytes, sizes.hidden
@@ -216,7 +189,7 @@ def scoring_memory(
     e, hidden = width_of(base), sizes.hidden
     chunk = min(LOSS_POSITIONS, tokens) * sizes.vocabulary * 8
     mask = tokens * row_tokens * e
-    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    worst = expert_imbalance.worst(imbalance, expert_ranks, sizes.expert_layers)
     rows = forward_activations(sizes, e, worst, is_shared=expert_ranks > 1)
     workspace = mask + max(tokens * rows, tokens * 3 * e * hidden + chunk) + _dequantised(sizes, base)
     return _inference(sizes, base, adapters, 0, workspace, shards, expert_ranks, careful)
@@ -238,7 +211,7 @@ def answering_memory(
     """Peak of answering `rows` prompts as one batch: keys and values of all tokens, a layer's twice while it grows."""
     e = width_of(base)
     per_layer = rows * (prompt_tokens + new_tokens) * 2 * sizes.key * e
-    worst = worst_imbalance(imbalance, expert_ranks, sizes.expert_layers)
+    worst = expert_imbalance.worst(imbalance, expert_ranks, sizes.expert_layers)
     token = forward_activations(sizes, e, worst, is_shared=expert_ranks > 1) + e * prompt_tokens
     workspace = max(rows * prompt_tokens * token, rows * sizes.vocabulary * 8) + _dequantised(sizes, base)
     cache = per_layer * (sizes.num_layers + 1)

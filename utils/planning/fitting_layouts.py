@@ -18,7 +18,7 @@ from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, pass_times, training_plan
 from utils.planning.estimates import Fit, InferenceMemory
 from utils.planning.hardware import Hardware
-from utils.planning.native_fp8 import KERNELS, LEAST_CAPABILITY
+from utils.planning.memory.native_fp8 import KERNELS, LEAST_CAPABILITY
 from utils.planning.stage_commands import STAGES
 from utils.planning.training_plan import ORDER, StagePlan, verdict_of
 

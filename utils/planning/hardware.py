@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from config import AUTO, PlanSection
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
-from utils.planning import estimates
+from utils.planning import expert_imbalance
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Hardware:
 
     def imbalance(self, sizes: ModelSizes, layout: ProcessLayout) -> float:
         """Rows of the busiest of the ranks that share experts, over the mean: as set, or as expected."""
-        return self.expert_imbalance or estimates.expected_imbalance(sizes.experts, layout.expert)
+        return self.expert_imbalance or expert_imbalance.expected(sizes.experts, layout.expert)
 
     def exchange_rate(self, layout: ProcessLayout) -> float:
         """Bytes that a rank receives per second while tokens go to the ranks that have their experts."""

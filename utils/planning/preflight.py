@@ -24,13 +24,13 @@ from utils.models.weights import fp8
 from utils.planning import (
     base_checks,
     estimates,
+    expert_imbalance,
     fitting_layouts,
-    native_fp8,
     plan_report,
     training_plan,
 )
-from utils.planning.memory import count_parameters
-from utils.planning.native_fp8 import Fp8Choice
+from utils.planning.memory import count_parameters, native_fp8
+from utils.planning.memory.native_fp8 import Fp8Choice
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -167,7 +167,7 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
     machine = Machine.here()
     dtype: Dtype = "fp8" if form(config, stage, base).native else loaded_dtype(config.base)
     step = training_plan.step(config, stage, dtype)
-    imbalance = config.plan.expert_imbalance or estimates.expected_imbalance(sizes.experts, machine.expert)
+    imbalance = config.plan.expert_imbalance or expert_imbalance.expected(sizes.experts, machine.expert)
     memory = estimates.training_memory(
         *(sizes, step), shards=machine.shards, expert_ranks=machine.expert, imbalance=imbalance
     )

@@ -15,7 +15,7 @@ from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, pass_times
 from utils.planning.estimates import Adapter, Fit, TrainingMemory, TrainingStep
 from utils.planning.hardware import Hardware
-from utils.planning.native_fp8 import LEAST_CAPABILITY
+from utils.planning.memory.native_fp8 import LEAST_CAPABILITY
 from utils.planning.pass_times import PassTime
 
 ORDER: tuple[Fit, ...] = ("no", "tight", "fits")

@@ -1,4 +1,4 @@
-"""What a part of dev says about all of it.
+"""Which part of dev a search scores first, and what that says about all of dev.
 
 A part's losses differ from those of all of dev, and differently at other weights. Where both were measured the
 difference is known; elsewhere it is taken for a plane over the adapters' weights, by Bayesian linear regression around
@@ -12,6 +12,7 @@ Shapes: P measured points, k adapters, 2 for answers and documents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,11 +20,19 @@ import numpy as np
 
 from utils.composition.weights.points import Point
 
+# of dev, and how many items at least
+PART_SHARE, LEAST_PART = 0.25, 12
 # variances against that of the difference itself: of its slope, and of what a point without the adapter says
 SLOPE, OTHERWISE = 0.1, 0.3
 # of one that was asked no more questions than the part
 UNKNOWN = 1e6
 ROUNDING = 1e-6
+
+
+def first_scored(count: int) -> list[int]:
+    """Which of so many items are the part of dev that a search looks at first: every fourth, or more of few."""
+    size = min(count, max(LEAST_PART, math.ceil(count * PART_SHARE)))
+    return [at * count // size for at in range(size)]
 
 
 def corrected(point: Point, known: Sequence[tuple[Point, Point]], adapters: int) -> Point:

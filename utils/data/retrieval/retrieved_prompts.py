@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.data.prepared import Prepared
-from utils.data.retrieval.passages import PassageIndex, cut, holding_the_question, question_ids
+from utils.data.retrieval.passages import PassageIndex, cut, question_ids
+from utils.data.retrieval.withheld_passages import holding_the_question
 from utils.data.tables import ProblemList, read_text
 from utils.exceptions import DataError, Problem
 from utils.logger import event
