@@ -125,8 +125,10 @@ def _memory(config: Config, base: BaseModel, tokens: int) -> int | None:
 
 def plan(config: Config) -> list[str]:
     """What --dry-run prints."""
+    from utils.data import tables
     from utils.planning import dry_run
 
+    tables.refuse_missing(config.data)
     name = config.run.name or run_label(config) + "-<fingerprint>"
     return [
         *dry_run.lines(config, "prepare_data"),

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config import BUILT_IN_TASKS, DataSection
 from utils.data.tabular.binary_rows import parquet_rows, workbook_rows
 from utils.data.tabular.delimited import delimited_rows
 from utils.data.tabular.json_rows import json_rows, jsonl_rows
 from utils.data.tabular.text_lines import BAD_BYTES, COMPRESSED, Complain, PlacedRow, whole_text
-from utils.exceptions import DataError, Problem
+from utils.exceptions import DataError, Problem, path_fix
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 TABLE_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
@@ -169,6 +170,15 @@ def iter_hub_rows(
 def is_hub_id(source: str) -> bool:
     """Whether the text has the form of a hub dataset id; "data/faq.jsonl" has it too, but names a file."""
     return HUB_ID.fullmatch(source) is not None and Path(source).suffix.lower() not in TABLE_SUFFIXES
+
+
+def refuse_missing(data: DataSection) -> None:
+    """Raises DataError that names each source that is no built-in domain, no path and cannot be a hub dataset."""
+    sources = [*data.corpus, *data.corpus_heldout, data.task, data.task_dev, data.task_test]
+    named = [source for source in sources if source and source != "none" and source not in BUILT_IN_TASKS]
+    missing = [s for s in named if not Path(s).expanduser().exists() and not is_hub_id(s.partition(":")[0])]
+    if missing:
+        raise DataError([Problem(f"{source!r} does not exist", fix=path_fix(source)) for source in missing])
 
 
 def read_text(path: Path, problems: ProblemList) -> str:
