@@ -40,7 +40,7 @@ def main(config: Config) -> dict[str, Any]:
     from utils.adapters import adapter_tokenizer, unmeant_base
     from utils.artifacts import files
     from utils.composition import composed_adapter
-    from utils.inference import prompts
+    from utils.inference import answer_journal, prompts
     from utils.logger import warning
     from utils.models.parallel import ranks
     from utils.planning import preflight
@@ -71,11 +71,8 @@ def main(config: Config) -> dict[str, Any]:
     system_prompt = (composed.runs[:2][-1].manifest if composed else {}).get("system_prompt", config.task.system_prompt)
     factors, prompt_settings = composed.factors if composed else None, (system_prompt, section)
     adapters = [str(run.directory) for run in composed.runs] if composed else []
-    belongs_to = [
-        base.digest,
-        [run.digest for run in composed.runs] if composed else [],
-        str(composed and composed.recipe),
-    ]
+    digests = [run.digest for run in composed.runs] if composed else []
+    belongs_to = answer_journal.belonging(base.digest, digests, str(composed and composed.recipe))
     if section.engine != "local":
         known = examples or ([{"question": section.prompt}] if section.prompt else [])
         how = {"belongs_to": belongs_to, "models_dir": config.run.models_dir, "seed": config.run.seed}

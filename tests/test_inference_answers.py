@@ -15,7 +15,7 @@ from utils.inference.generation import GeneratedAnswer
 from utils.models.parallel import work
 from utils.models.rows import row_support
 from utils.models.rows.row_support import RowSupport
-from utils.planning.fitting_layouts import ANSWERING_TOKENS, LEAST_ANSWERS, MOST_ANSWERS, answers_at_once
+from utils.planning.fitting_settings import ANSWERING_TOKENS, LEAST_ANSWERS, MOST_ANSWERS, answers_at_once
 
 
 class Batches(unittest.TestCase):

@@ -33,7 +33,7 @@ from utils.exceptions import ArtefactError
 from utils.inference import scoring
 from utils.models import losses, sources
 from utils.models.base_model import BaseModel
-from utils.models.rows import row_measures, row_probe, row_support
+from utils.models.rows import row_differences, row_probe, row_support
 from utils.models.rows.row_support import PLAIN_ROWS
 from utils.training import training_run
 
@@ -170,7 +170,7 @@ class Measured(unittest.TestCase):
     def test_the_probe_runs_once_for_a_base_an_attention_and_a_version_of_transformers(self) -> None:
         base = saved(built("Llama"))
         first = row_probe.measured(base, section(base.directory))
-        with mock.patch.object(row_measures, "measure", side_effect=MeasuredAgain):
+        with mock.patch.object(row_differences, "measure", side_effect=MeasuredAgain):
             self.assertEqual(row_probe.measured(base, section(base.directory)), first)
             with self.assertRaises(MeasuredAgain):
                 row_probe.measured(base, section(base.directory, "eager"))
@@ -184,7 +184,10 @@ class Measured(unittest.TestCase):
         base = saved(built("Llama"))
         for error in (MemoryError(), ValueError("no such kernel")):
             row_probe._mentioned.clear()
-            with mock.patch.object(row_measures, "measure", side_effect=error), self.assertLogs("adapters", "WARNING"):
+            with (
+                mock.patch.object(row_differences, "measure", side_effect=error),
+                self.assertLogs("adapters", "WARNING"),
+            ):
                 found = row_probe.measured(base, section(base.directory))
             self.assertEqual((found.packing, found.candidates, found.head), ("none", "none", "model"))
             self.assertTrue(found.why)
@@ -321,7 +324,7 @@ class VariableLengths(unittest.TestCase):
 
     def test_lengths_are_handed_to_attention_that_reads_no_positions(self) -> None:
         model = self.model("varlen_of_a_test", varlen_attention)
-        found = row_measures.measure(model, vocabulary=768)
+        found = row_differences.measure(model, vocabulary=768)
         self.assertEqual((found.packing, found.candidates, found.head), ("varlen", "none", "fused"), found.measured)
         row_support.attach(model, found)
         plain = self.model("varlen_of_a_test", varlen_attention)
@@ -347,25 +350,25 @@ class VariableLengths(unittest.TestCase):
             plain = awake(LlamaForCausalLM(LlamaConfig(**WIDE)))
             model = copy.deepcopy(plain)
             model.config._attn_implementation = "flash_attention_2"
-            found = row_measures.measure(model, vocabulary=768)
+            found = row_differences.measure(model, vocabulary=768)
             self.assertEqual((found.packing, found.candidates, found.head), ("varlen", "none", "fused"), found)
             self.assertGreater(found.measured["packing:positions"], 0.01, "two packed rows leak by positions")
             row_support.attach(model, found)
             Measured.check_scores(self, plain, model)  # type: ignore[arg-type]
             narrow = copy.deepcopy(model).to(torch.bfloat16)
-            self.assertEqual(row_measures.measure_attention(narrow, vocabulary=768).packing, "varlen")
+            self.assertEqual(row_differences.measure_attention(narrow, vocabulary=768).packing, "varlen")
 
     def test_without_float32_the_attention_blocks_alone_are_compared_in_bfloat16(self) -> None:
         model = self.model("varlen_of_a_test", varlen_attention).to(torch.bfloat16)
-        self.assertEqual(row_measures.measure_attention(model, vocabulary=768).packing, "varlen")
+        self.assertEqual(row_differences.measure_attention(model, vocabulary=768).packing, "varlen")
 
         def deaf(module: Any, *tensors: Any, **how: Any) -> Any:
             return varlen_attention(module, *tensors, **{**how, "cu_seq_lens_q": None})
 
         model = self.model("deaf_of_a_test", deaf).to(torch.bfloat16)
-        found = row_measures.measure_attention(model, vocabulary=768)
+        found = row_differences.measure_attention(model, vocabulary=768)
         self.assertEqual(found.packing, "none")
-        self.assertGreater(min(found.measured.values()), 2 * row_measures.BFLOAT16_TOLERANCE)
+        self.assertGreater(min(found.measured.values()), 2 * row_differences.BFLOAT16_TOLERANCE)
 
 
 if __name__ == "__main__":

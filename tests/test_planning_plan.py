@@ -28,7 +28,7 @@ from utils.artifacts import files
 from utils.exceptions import ArtefactError, ConfigError
 from utils.models.architectures import minimax_m2
 from utils.models.model_shapes import GIB
-from utils.planning import dry_run, fitting_layouts, hardware, plan_report, planned_data, preflight, stage_commands
+from utils.planning import dry_run, fitting_settings, hardware, plan_report, planned_data, preflight, stage_commands
 from utils.planning.preflight import Machine
 from utils.training import training_run
 
@@ -98,10 +98,10 @@ class Script(unittest.TestCase):
             settings, _, outcome = change.partition(": ")
             self.assertTrue(outcome.endswith(("fits", "tight")), change)
             again = resolve(*flags, *settings.split())
-            self.assertNotEqual(fitting_layouts.find(again, M2).verdict, "no", flags)
+            self.assertNotEqual(fitting_settings.find(again, M2).verdict, "no", flags)
         for other in plan_report.changes(resolve("--plan.gpus=4"), M2)[1:]:
             flags = other[other.index("(") + 1 : other.index(")")].split()
-            self.assertNotEqual(fitting_layouts.find(resolve(*flags), M2).verdict, "no", other)
+            self.assertNotEqual(fitting_settings.find(resolve(*flags), M2).verdict, "no", other)
         self.assertEqual(plan_report.changes(resolve("--plan.gpu_memory_gib=141"), M2), [])
 
 

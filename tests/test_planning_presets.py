@@ -13,7 +13,7 @@ from tests.support import temporary_directory
 from utils import cli
 from utils.exceptions import ArtefactError, ConfigError
 from utils.models.architectures import minimax_m2, qwen3_moe, size_class
-from utils.planning import fitting_layouts, plan_report, planned_data, preflight
+from utils.planning import fitting_settings, plan_report, planned_data, preflight
 from utils.planning.memory import native_fp8
 
 M2 = minimax_m2.sizes(minimax_m2.PUBLISHED)
@@ -151,7 +151,7 @@ class ByNode(unittest.TestCase):
             hardware = [
                 f"--plan.{field}={getattr(config.plan, field)}" for field in ("nodes", "gpus", "gpu_memory_gib")
             ]
-            chosen = fitting_layouts.find(cli.resolve(["--preset=minimax_m2", *hardware], {}), M2).config
+            chosen = fitting_settings.find(cli.resolve(["--preset=minimax_m2", *hardware], {}), M2).config
             ours = config.model_dump(exclude={"preset", "overrides"})
             self.assertEqual(chosen.model_dump(exclude={"preset", "overrides"}), ours, name)
             again = plan_report.report(config, M2, planned_data.of(config))[1]

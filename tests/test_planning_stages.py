@@ -19,7 +19,7 @@ from utils.models.model_shapes import GIB, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning import (
     estimates,
-    fitting_layouts,
+    fitting_settings,
     hardware,
     pass_times,
     plan_report,
@@ -42,7 +42,7 @@ def resolve(*flags: str, preset: str = "minimax_m2") -> Config:
 
 def costs(*flags: str, sizes: ModelSizes = M2) -> dict[str, StageCost]:
     config = resolve(*flags)
-    found = stage_costs.every_stage(fitting_layouts.find(config, sizes), sizes, planned_data.of(config))
+    found = stage_costs.every_stage(fitting_settings.find(config, sizes), sizes, planned_data.of(config))
     return {cost.stage: cost for cost in found}
 
 
@@ -92,15 +92,15 @@ class EveryStage(unittest.TestCase):
     def test_the_form_of_the_weights_follows_the_hardware(self) -> None:
         expected = {"8x80": "fp8", "8x141": "bfloat16", "2x8": "bfloat16"}
         for name, flags in NODES.items():
-            way = fitting_layouts.find(resolve(*flags, "--run.expert_parallel=off"), M2)
+            way = fitting_settings.find(resolve(*flags, "--run.expert_parallel=off"), M2)
             self.assertEqual((way.form.trained, way.form.scored), (expected[name], "bfloat16"), name)
             self.assertTrue(way.why[0])
             # with nothing of the experts gathered, bfloat16 fits on all of them
-            self.assertEqual(fitting_layouts.find(resolve(*flags), M2).form.trained, "bfloat16")
-        self.assertIn("pip install 'kernels", fitting_layouts.find(resolve("--run.expert_parallel=off"), M2).why[0])
-        asked = fitting_layouts.find(resolve("--base.fp8=dequantise"), M2)
+            self.assertEqual(fitting_settings.find(resolve(*flags), M2).form.trained, "bfloat16")
+        self.assertIn("pip install 'kernels", fitting_settings.find(resolve("--run.expert_parallel=off"), M2).why[0])
+        asked = fitting_settings.find(resolve("--base.fp8=dequantise"), M2)
         self.assertEqual(asked.form.trained, "bfloat16")  # what a person set stays
-        old = fitting_layouts.find(resolve("--plan.nodes=2", "--plan.gpu_memory_gib=40", "--plan.gpus=8"), M2)
+        old = fitting_settings.find(resolve("--plan.nodes=2", "--plan.gpu_memory_gib=40", "--plan.gpus=8"), M2)
         self.assertNotEqual(old.form.trained, "fp8")
 
     def test_prepared_data_and_settings_say_how_much_there_is(self) -> None:
@@ -162,10 +162,10 @@ class Time(unittest.TestCase):
         what = training_plan.step(resolve(), "domain", "bfloat16")
         gathers = [pass_times.training_pass(s, what, layout, machine).sent[GATHERS] for s in (M2, half)]
         self.assertAlmostEqual(gathers[1] / gathers[0], half.total / M2.total, places=3)
-        self.assertNotEqual(fitting_layouts.find(resolve("--plan.gpus=4"), half).verdict, "no")
-        self.assertEqual(fitting_layouts.find(resolve("--plan.gpus=4"), M2).verdict, "no")
+        self.assertNotEqual(fitting_settings.find(resolve("--plan.gpus=4"), half).verdict, "no")
+        self.assertEqual(fitting_settings.find(resolve("--plan.gpus=4"), M2).verdict, "no")
         tokens = [
-            fitting_layouts.find(resolve(f"--plan.gpu_memory_gib={gib}", "--base.fp8=dequantise"), M2)
+            fitting_settings.find(resolve(f"--plan.gpu_memory_gib={gib}", "--base.fp8=dequantise"), M2)
             .trainings["domain"]
             .step
             for gib in (80, 100, 141)
@@ -183,8 +183,8 @@ class Time(unittest.TestCase):
 
     def test_between_slow_nodes_the_model_is_sharded_inside_each_and_copied(self) -> None:
         nodes = ("--plan.nodes=2", "--run.expert_parallel=off")
-        fast = fitting_layouts.find(resolve(*nodes), M2)
-        slow = fitting_layouts.find(
+        fast = fitting_settings.find(resolve(*nodes), M2)
+        slow = fitting_settings.find(
             resolve(*nodes, "--plan.gpu_memory_gib=141", "--plan.network_bandwidth_gbs=12.5"), M2
         )
         self.assertEqual(fast.trainings["domain"].layout.shard, 16)
@@ -258,7 +258,7 @@ class FindsAWay(unittest.TestCase):
     GPU: ClassVar = ["--plan.gpus=1", "--plan.gpu_memory_gib=16"]
 
     def test_eight_billion_parameters_on_16_gib_are_trained_in_4_bits(self) -> None:
-        way = fitting_layouts.find(cli.resolve([*self.rows(), *self.GPU], {}), DENSE_8B)
+        way = fitting_settings.find(cli.resolve([*self.rows(), *self.GPU], {}), DENSE_8B)
         self.assertEqual(way.verdict, "fits")
         self.assertEqual(way.form.trained, "nf4")
         self.assertLess(way.trainings["domain"].high.total, 12 * GIB)
@@ -283,7 +283,7 @@ class FindsAWay(unittest.TestCase):
 
     def test_what_costs_the_result_nothing_comes_first(self) -> None:
         for gib, form in ((80, "bfloat16"), (24, "bfloat16"), (16, "nf4")):
-            way = fitting_layouts.find(
+            way = fitting_settings.find(
                 cli.resolve([*self.rows(), "--plan.gpus=1", f"--plan.gpu_memory_gib={gib}"], {}), DENSE_8B
             )
             self.assertEqual(way.form.trained, form, gib)
@@ -295,7 +295,7 @@ class FindsAWay(unittest.TestCase):
         rows, said = [], []
         for room in (14, 9, 8, 7.5, 7, 6.5):
             flags = [*self.rows(8192), "--plan.gpus=1", f"--plan.gpu_memory_gib={room}", "--plan.headroom_gib=1"]
-            way = fitting_layouts.find(cli.resolve(flags, {}), DENSE_8B)
+            way = fitting_settings.find(cli.resolve(flags, {}), DENSE_8B)
             rows.append(way.config.domain.train.max_sequence_tokens if way.verdict != "no" else 0)
             said.append(any("rows of" in reason for reason in way.why))
         self.assertEqual(rows, sorted(rows, reverse=True))
@@ -304,15 +304,15 @@ class FindsAWay(unittest.TestCase):
         self.assertEqual([0 < tokens < 8192 for tokens in rows[:-1]], said[:-1])
 
     def test_adapters_on_experts_that_do_not_fit_are_dropped_with_a_reason(self) -> None:
-        way = fitting_layouts.find(resolve("--task.lora.experts=true", "--run.expert_parallel=off"), M2)
+        way = fitting_settings.find(resolve("--task.lora.experts=true", "--run.expert_parallel=off"), M2)
         self.assertFalse(way.config.task.lora.experts)
         self.assertIn("adapters on the attention alone", way.why)
-        roomy = fitting_layouts.find(resolve("--task.lora.experts=true", "--plan.gpu_memory_gib=141"), M2)
+        roomy = fitting_settings.find(resolve("--task.lora.experts=true", "--plan.gpu_memory_gib=141"), M2)
         self.assertTrue(roomy.config.task.lora.experts)
 
     def test_other_hardware_is_the_smallest_that_does(self) -> None:
         config = cli.resolve([*self.rows(), "--plan.gpus=1", "--plan.gpu_memory_gib=8", "--plan.headroom_gib=2"], {})
-        self.assertEqual(fitting_layouts.find(config, DENSE_8B).verdict, "no")
+        self.assertEqual(fitting_settings.find(config, DENSE_8B).verdict, "no")
         found = smallest_hardware.smallest(config, DENSE_8B)
         self.assertEqual(len(found), 3)
         totals = [way.config.plan.gpus * way.config.plan.nodes * way.config.plan.gpu_memory_gib for _, way in found]

@@ -78,7 +78,7 @@ TAKES_CONFIG = (
     *(
         "planning.planned_data",
         "planning.training_plan",
-        "planning.fitting_layouts",
+        "planning.fitting_settings",
         "planning.smallest_hardware",
         "planning.stage_costs",
     ),

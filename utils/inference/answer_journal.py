@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import resumable
+from utils.artifacts import files, resumable
 from utils.models.parallel import ranks
 
 
@@ -47,3 +47,14 @@ class AnswerJournal:
         yield self.path
         others = self.path.parent.glob(f"{glob.escape(self.path.name)}.*")
         yield from sorted(other for other in others if other.suffix[1:].isdigit())
+
+
+def belonging(base: str, adapters: Sequence[str], recipe: str) -> str:
+    """What answers belong to: a base model and adapters by their digests, and how those are composed."""
+    return files.fingerprint([base, list(adapters), recipe])
+
+
+def beside(output_file: str, belongs_to: str = "", holds: str = "ids") -> AnswerJournal | None:
+    """Where the answers to a file that are there already stand while the others are asked for; None without a file."""
+    path = Path(output_file)
+    return AnswerJournal(path.with_name(f".{path.name}.partial.jsonl"), belongs_to, holds) if output_file else None

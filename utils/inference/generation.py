@@ -21,7 +21,7 @@ from utils.models.losses import autocast
 from utils.models.parallel import ranks, work
 from utils.models.rows import row_support
 from utils.models.structure import model_class
-from utils.planning.fitting_layouts import answers_at_once
+from utils.planning.fitting_settings import answers_at_once
 from utils.progress import Progress
 
 if TYPE_CHECKING:

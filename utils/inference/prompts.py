@@ -16,8 +16,7 @@ from utils.adapters.factors import Factors
 from utils.artifacts import files
 from utils.data.tables import PAIR_SUFFIXES, ProblemList, iter_rows, table_suffix
 from utils.exceptions import DataError, Problem, path_fix
-from utils.inference import generation
-from utils.inference.answer_journal import AnswerJournal
+from utils.inference import answer_journal, generation
 from utils.inference.engines import served_model
 from utils.inference.engines.served_model import ServedModel
 from utils.inference.generation import GeneratedAnswer
@@ -78,13 +77,13 @@ class PromptModel:
         factors: Factors | None,
         system_prompt: str,
         settings: InferenceSection,
-        belongs_to: Any,
+        belongs_to: str,
     ):
         self._tokenizer = adapter_tokenizer.of(base)
         adapters = {"composed": factors} if factors else {}
         self._model = inference_layers.attach(row_probe.load_model(base, section), adapters)
         self._system_prompt, self._settings = system_prompt, settings
-        self._journal = journal(settings, belongs_to, "answer")
+        self._journal = answer_journal.beside(settings.output_file, belongs_to, "answer")
 
     def answer_all(self, examples: list[dict[str, Any]]) -> list[GeneratedAnswer]:
         """Answers in the order of what `read` gave."""
@@ -135,13 +134,14 @@ class ServedPrompts:
         settings: InferenceSection,
         *,
         questions: Sequence[dict[str, Any]],
-        belongs_to: Any,
+        belongs_to: str,
         models_dir: Path,
         seed: int,
     ) -> ServedPrompts:
         """For these questions, or for any where none are known before.
 
-        Answers to a file grow beside it (`journal`), and are gone on from where they belong to the same (`belongs_to`).
+        Answers to a file grow beside it (`answer_journal`), and are gone on from where they belong to the same
+        (`belongs_to`).
         """
         ids = prompt_ids(adapter_tokenizer.of(base), questions, system_prompt)
         model = ServedModel(
@@ -152,7 +152,7 @@ class ServedPrompts:
             rank=served_model.rank_of([factors]),
             positions=served_model.positions_of(ids, settings.max_new_tokens) if ids else 0,
             seed=seed,
-            journal=journal(settings, belongs_to, "ids"),
+            journal=answer_journal.beside(settings.output_file, belongs_to, "ids"),
         )
         return cls(model, factors, system_prompt, settings)
 
@@ -177,14 +177,6 @@ def prompt_ids(tokenizer: Any, examples: Sequence[dict[str, Any]], system_prompt
     return [chat.prompt_ids(tokenizer, example, system_prompt) for example in examples]
 
 
-def journal(settings: InferenceSection, belongs_to: Any, holds: str) -> AnswerJournal | None:
-    """Where the answers to a file that are there already stand while the others are asked for."""
-    if not settings.output_file:
-        return None
-    path = Path(settings.output_file)
-    return AnswerJournal(path.with_name(f".{path.name}.partial.jsonl"), files.fingerprint(belongs_to), holds)
-
-
 def write_answers(
     examples: list[dict[str, Any]], answers: list[GeneratedAnswer], settings: InferenceSection
 ) -> dict[str, Any]:
@@ -196,7 +188,7 @@ def write_answers(
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     if settings.output_file:
         files.write_text(Path(settings.output_file), lines + "\n")
-        if grown := journal(settings, None, ""):
+        if grown := answer_journal.beside(settings.output_file):
             grown.discard()
     else:
         print(lines)

@@ -12,7 +12,7 @@ from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.models.architectures import registry
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
-from utils.planning import estimates, fitting_layouts, hardware, plan_report, planned_data, stage_costs, training_plan
+from utils.planning import estimates, fitting_settings, hardware, plan_report, planned_data, stage_costs, training_plan
 from utils.planning.plan_report import gb, gib
 from utils.planning.stage_commands import STAGES
 
@@ -34,16 +34,16 @@ def lines(config: Config, script: str) -> list[str]:
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"the sizes of {config.base.source} do not follow from its config.json: {error}"
         raise ArtefactError(Problem(what, fix="restore the file")) from error
-    base = fitting_layouts.planned_base(config)
+    base = fitting_settings.planned_base(config)
     return [plan_report.headline(sizes, base), *_SCRIPTS[script](config, sizes, base)]
 
 
 def _training(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
     def described(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
-        data, way = planned_data.of(config), fitting_layouts.find(config, sizes)
+        data, way = planned_data.of(config), fitting_settings.find(config, sizes)
         cost = next(one for one in stage_costs.every_stage(way, sizes, data) if one.stage == stage)
         plan, chosen = (
-            plan_report.choices(config, sizes, fitting_layouts.planned_base(config), stage)[0],
+            plan_report.choices(config, sizes, fitting_settings.planned_base(config), stage)[0],
             way.trainings[stage],
         )
         section = getattr(config, stage)
@@ -100,7 +100,7 @@ def _stage(stage: str) -> Callable[[Config, ModelSizes, Dtype], list[str]]:
     """A stage's row of the plan."""
 
     def described(config: Config, sizes: ModelSizes, base: Dtype) -> list[str]:
-        way = fitting_layouts.find(config, sizes)
+        way = fitting_settings.find(config, sizes)
         cost = next(one for one in stage_costs.every_stage(way, sizes, planned_data.of(config)) if one.stage == stage)
         low, high = (plan_report.duration(seconds / 3600) for seconds in cost.seconds)
         peak = f"{cost.peak[0] / GIB:.1f} to {gib(cost.peak[1])} of each GPU in {way.form.scored}"

@@ -13,7 +13,7 @@ from utils import flags
 from utils.models.model_shapes import GIB, Dtype, ModelSizes
 from utils.planning import (
     estimates,
-    fitting_layouts,
+    fitting_settings,
     hardware,
     smallest_hardware,
     stage_commands,
@@ -21,7 +21,7 @@ from utils.planning import (
     training_plan,
 )
 from utils.planning.estimates import Adapter
-from utils.planning.fitting_layouts import Way
+from utils.planning.fitting_settings import Way
 from utils.planning.planned_data import PlannedData
 from utils.planning.stage_commands import STAGES
 from utils.planning.stage_costs import StageCost
@@ -88,8 +88,8 @@ def speed(stage_plan: StagePlan, plan: PlanSection) -> str:
 
 def report(config: Config, sizes: ModelSizes, data: PlannedData) -> tuple[list[str], dict[str, Any]]:
     """The whole plan: lines for a person, and the same for a program."""
-    plan, base = config.plan, fitting_layouts.planned_base(config)
-    way, machine = fitting_layouts.find(config, sizes), hardware.of(config.plan)
+    plan, base = config.plan, fitting_settings.planned_base(config)
+    way, machine = fitting_settings.find(config, sizes), hardware.of(config.plan)
     gpus = f"{plan.nodes} x {plan.gpus} GPUs of {plan.gpu_memory_gib:g} GiB"
     lines = [
         headline(sizes, base),
@@ -136,7 +136,7 @@ def instead(config: Config, sizes: ModelSizes) -> list[str]:
 
 def changes(config: Config, sizes: ModelSizes) -> list[str]:
     """The flags that make the trainings fit, or other hardware; empty where the configured settings fit."""
-    base, machine = fitting_layouts.planned_base(config), _machine(config)
+    base, machine = fitting_settings.planned_base(config), _machine(config)
     stage_plans = [
         training_plan.choice(
             sizes, machine, stage, training_plan.step(config, stage, base), getattr(config, stage).train.batch_tokens
@@ -145,7 +145,7 @@ def changes(config: Config, sizes: ModelSizes) -> list[str]:
     ]
     if all(plan.verdict == "fits" for plan in stage_plans):
         return []
-    way = fitting_layouts.find(config, sizes)
+    way = fitting_settings.find(config, sizes)
     if way.verdict == "no":
         return [line.strip() for line in instead(config, sizes)[:4]]
     flags = " ".join(_differences(config, way.config))
@@ -287,7 +287,7 @@ def _table(plans: list[StagePlan]) -> list[str]:
 
 
 def _peaks(way: Way) -> str:
-    lows, highs = zip(*(fitting_layouts.gib_of(plan) for plan in (*way.trainings.values(), way.scoring)), strict=True)
+    lows, highs = zip(*(fitting_settings.gib_of(plan) for plan in (*way.trainings.values(), way.scoring)), strict=True)
     return f"{between(f'{max(lows):.1f}', f'{max(highs):.1f}')} GiB"
 
 

@@ -25,7 +25,7 @@ from utils.planning import (
     base_checks,
     estimates,
     expert_imbalance,
-    fitting_layouts,
+    fitting_settings,
     plan_report,
     training_plan,
 )
@@ -174,7 +174,7 @@ def predicted(config: Config, stage: str, base: BaseModel) -> estimates.Training
     there = machine.gpu_bytes or machine.host_bytes
     if memory.total > there:
         local = {"gpus": machine.local, "nodes": 1, "gpu_memory_gib": there / GIB, "headroom_gib": 0}
-        here = fitting_layouts.with_settings(config, {f"plan.{name}": value for name, value in local.items()})
+        here = fitting_settings.with_settings(config, {f"plan.{name}": value for name, value in local.items()})
         warning(
             f"the {stage} adapter's training step is predicted not to fit",
             predicted_gib=memory.total / GIB,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from config import Config
 from utils.models.model_shapes import ModelSizes
-from utils.planning import fitting_layouts
-from utils.planning.fitting_layouts import Way
+from utils.planning import fitting_settings
+from utils.planning.fitting_settings import Way
 from utils.planning.hardware import CARDS
 
 
@@ -23,8 +23,8 @@ def smallest(config: Config, sizes: ModelSizes, count: int = 3) -> list[tuple[st
             continue
         other = {"nodes": nodes, "gpus": gpus, "gpu_memory_gib": card.memory_gib, "gpu_tflops": 0}
         open_ones = {"gpu_bandwidth_gbs": 0, "node_bandwidth_gbs": 0}
-        way = fitting_layouts.find(
-            fitting_layouts.with_settings(config, {f"plan.{k}": v for k, v in (other | open_ones).items()}), sizes
+        way = fitting_settings.find(
+            fitting_settings.with_settings(config, {f"plan.{k}": v for k, v in (other | open_ones).items()}), sizes
         )
         if way.verdict != "no":
             flags = f"--plan.nodes {nodes} --plan.gpus {gpus} --plan.gpu_memory_gib {card.memory_gib:g}"

@@ -10,7 +10,7 @@ from utils.models.model_shapes import Dtype, ModelSizes
 from utils.models.process_layout import ProcessLayout
 from utils.planning import estimates, hardware, pass_times, stage_commands
 from utils.planning.estimates import Fit
-from utils.planning.fitting_layouts import ScoringPlan, Way
+from utils.planning.fitting_settings import ScoringPlan, Way
 from utils.planning.hardware import Hardware
 from utils.planning.pass_times import MEMORY, PassTime
 from utils.planning.planned_data import PlannedData

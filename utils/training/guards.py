@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config import TrainSection
-from utils import disk, flags
+from utils import disk
 from utils.artifacts import files
-from utils.exceptions import NonFiniteError, OutOfMemory, Problem, VerificationError
+from utils.exceptions import NonFiniteError, Problem, VerificationError
 from utils.logger import warning
 from utils.models.parallel import expert_parallel, ranks, sharding
 
@@ -61,25 +60,6 @@ def non_finite(what: str, names: Sequence[str]) -> NonFiniteError:
             f"the {what} is NaN or infinite; the last checkpoint is kept",
             ", ".join(names[:NAMED]),
             "look at these documents or examples, or lower the learning rate",
-        )
-    )
-
-
-def out_of_memory(what: str, step: int, settings: TrainSection, names: Sequence[str]) -> OutOfMemory:
-    """A step that does not fit, with what was in its batches and the setting that makes it smaller."""
-    section, tokens = f"--{what.split()[0]}.train", settings.micro_batch_tokens
-    less = []
-    if tokens > settings.max_sequence_tokens:
-        less.append(f"{section}.micro_batch_tokens {max(settings.max_sequence_tokens, tokens // 2)}")
-    if not settings.gradient_checkpointing:
-        less.append(f"{section}.gradient_checkpointing true")
-    again = "the same launch with" if "LOCAL_RANK" in os.environ else flags.command()
-    fix = "a shorter max_sequence_tokens, a smaller model or --base.quantization is what is left"
-    if less:
-        fix = f"go on with less memory, the result stays the same: {again} {' '.join(less)}"
-    return OutOfMemory(
-        Problem(
-            f"memory ran out in step {step} of the {what}; the last checkpoint is kept", ", ".join(names[:NAMED]), fix
         )
     )
 

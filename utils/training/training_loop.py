@@ -28,7 +28,7 @@ from utils.models.devices import peak_memory_bytes
 from utils.models.losses import NextTokenLoss
 from utils.models.parallel import expert_parallel, launcher, ranks, sharding
 from utils.progress import Progress
-from utils.training import checkpoints, gradients, guards, micro_batches, steps
+from utils.training import checkpoints, gradients, guards, micro_batches, out_of_memory, steps
 from utils.training.keeping import keep_decision
 from utils.training.keeping.keep_decision import DomainLook, KeepDomain
 from utils.training.schedules.learning_rate import learning_rate
@@ -49,7 +49,7 @@ def train(setup: TrainingSetup) -> TrainingOutcome:
         loop.run()
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise guards.out_of_memory(setup.what, loop.state.step + 1, setup.settings, loop.names) from error
+            raise out_of_memory.error_of(setup.what, loop.state.step + 1, setup.settings, loop.names) from error
         raise
     return loop.finish()
 

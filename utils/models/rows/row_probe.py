@@ -29,7 +29,7 @@ from utils.models import chat, devices, float32_model, loading
 from utils.models.base_model import BaseModel
 from utils.models.model_shapes import PLAIN
 from utils.models.parallel import ranks, sharding
-from utils.models.rows import gradient_measures, row_measures, row_support
+from utils.models.rows import gradient_measures, row_differences, row_support
 from utils.models.rows.row_support import ALONE, RowSupport
 from utils.models.structure import layer_kinds, model_class
 from utils.models.weights import layer_sample
@@ -107,9 +107,9 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
         plain = section.model_copy(update={"attention": AUTO}) if is_flash else section
         with float32_model.frugal_loading(), _whole():
             model = loading.load_model(sample, plain, dtype=torch.float32)
-        support = row_measures.measure(float32_model.visiting_every_expert(model), **which)
+        support = row_differences.measure(float32_model.visiting_every_expert(model), **which)
         if not support.why:
-            rows = row_measures.documents(**which)
+            rows = row_differences.documents(**which)
             untrained = gradient_measures.untrained(model, support, rows, _pad_id(base, rows[0][0][0]))
             support = replace(support, untrained=untrained)
         if not is_flash:
@@ -117,7 +117,7 @@ def _measured(base: BaseModel, section: BaseModelSection, scratch: Path | None) 
         del model
         with _whole():
             narrow = loading.load_model(sample, section, dtype=torch.bfloat16)
-        of_flash = row_measures.measure_attention(narrow, **which)
+        of_flash = row_differences.measure_attention(narrow, **which)
         return replace(of_flash, head=support.head, pads_left=support.pads_left, untrained=support.untrained)
     except (ArtefactError, MemoryError, RuntimeError, AssertionError, *MALFORMED) as error:
         reason = "memory ran out" if is_out_of_memory(error) else str(error).strip().splitlines()[0][:200]
@@ -188,7 +188,7 @@ def _named_tokens(settings: dict[str, Any]) -> list[int]:
 
 def _reported(support: RowSupport, of: str) -> RowSupport:
     """Raises ArtefactError for a model that looks ahead; says, once in a process, what is not shared and why."""
-    if not support.measured.get(row_measures.AHEAD, 0.0) <= row_measures.TOLERANCE:
+    if not support.measured.get(row_differences.AHEAD, 0.0) <= row_differences.TOLERANCE:
         fix = "give a causal language model"
         raise ArtefactError(Problem(f"the base model looks ahead: {support.why}", fix=fix))
     if of in _mentioned:
