@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from config import AUTO, BaseModelSection, LoraSection
+from config import AUTO, BaseModelSection, EvaluateSection, LoraSection
 from tests import toy_architectures
 from tests.support import saved_model, temporary_directory
 from utils import cli
 from utils.adapters import peft_model
+from utils.evaluation.documents import document_sets
 from utils.exceptions import ArtefactError
 from utils.models import base_model, chat, directory_checks, float32_model, loading, sources
 from utils.models.base_model import BaseModel
@@ -71,6 +72,14 @@ class Auto(unittest.TestCase):
         self.assertEqual(set(peft_model.lora_layers(adapted, "domain")), set(wanted))
         self.assertEqual(linear_modules.named(adapted, (AUTO,)), wanted)
 
+    def test_a_name_that_a_vision_tower_has_too_adapts_the_language_model_alone(self) -> None:
+        model = toy_architectures.model("gemma3").requires_grad_(False)
+        there = [name for name, _ in model.named_modules() if name.endswith("self_attn.q_proj")]
+        self.assertTrue(any("vision" in name for name in there))
+        adapted = peft_model.attach(model, "domain", LoraSection(rank=2, target_modules=("q_proj", "v_proj")))
+        layers = [f"model.language_model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
+        self.assertEqual(sorted(peft_model.lora_layers(adapted, "domain")), layers)
+
     def test_auto_and_its_names_are_one_run(self) -> None:
         base = saved_model("llama")
         named = training_identity.adapted_modules(base, [*ATTENTION, *MLP], experts=False)
@@ -92,7 +101,7 @@ class Auto(unittest.TestCase):
         self.assertEqual(linear_modules.problems(model_class.outline(base_of("llama").directory), ("q_proj",)), [])
 
     def test_plans_count_what_is_adapted(self) -> None:
-        for name in ("gemma3", "gpt2", "qwen2_moe"):
+        for name in ("gemma3", "gemma4_text", "gpt2", "qwen2_moe"):
             with self.subTest(name):
                 base = base_of(name)
                 sizes = count_parameters.of_settings(json.loads((base.directory / "config.json").read_text()))
@@ -238,6 +247,11 @@ class Refused(unittest.TestCase):
         with self.assertRaisesRegex(ArtefactError, "task.train.max_sequence_tokens(.|\n)*512"):
             base_checks.check(config, base, ("task",))
         self.assertEqual(model_class.longest_row(base.directory, 4096), 512)
+        opt = base_of("opt")  # its table has two rows more
+        self.assertEqual(model_class.longest_row(opt.directory, 4096), 512)
+        tokenizer = chat.load_tokenizer(opt.directory)
+        texts = document_sets.general(EvaluateSection(), opt, tokenizer, 2, temporary_directory())
+        self.assertEqual(max(texts.row_lengths(0)), 512)
         self.assertEqual(model_class.longest_row(base_of("llama").directory, 4096), 4096)
 
     def test_a_model_that_cannot_be_counted_is_said_and_goes_on(self) -> None:
