@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import unittest
 import unittest.mock
 from types import SimpleNamespace
@@ -129,6 +130,10 @@ class Format(unittest.TestCase):
                 f'{{"eos_token_id": {str(named).replace("None", "null")}}}'
             )
             self.assertEqual(turn_format.end_of_turn(chat.load_tokenizer(directory)), expected)
+        (directory / "config.json").write_text(json.dumps({"eos_token_id": [1, user]}))
+        self.assertEqual(turn_format.end_of_turn(chat.load_tokenizer(directory)), [found.eos_token_id])
+        (directory / "generation_config.json").unlink()  # transformers then goes by config.json
+        self.assertEqual(turn_format.end_of_turn(chat.load_tokenizer(directory)), [user])
 
 
 class Scored(unittest.TestCase):

@@ -295,6 +295,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         settings, stopping = (
             files.read_object(directory / name) if (directory / name).is_file() else {} for name in (CONFIG, GENERATION)
         )
+    if not (directory / GENERATION).is_file():  # then transformers stops where config.json says
+        stopping = {**settings, **text_part(settings)}
     ends = stopping.get("eos_token_id")
     ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
     setattr(tokenizer, turn_format.ENDS, tuple(token for token in ends if isinstance(token, int)))
