@@ -26,6 +26,8 @@ from transformers import (
     LlamaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import scripts.compose
@@ -41,7 +43,7 @@ from tests.support import (
 )
 from utils import cli, logger
 from utils.adapters import adapter_files, peft_model
-from utils.adapters.factors import Factors, delta
+from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.artifacts import files
 from utils.composition import composed_adapter, methods
 from utils.exceptions import VerificationError
@@ -235,6 +237,21 @@ class Experts(unittest.TestCase):
         for name, f in found.items():
             expected = 0.6 * delta(parts[0][name]) + 1.3 * delta(parts[1][name])
             self.assertLess(relative(delta(f), expected), 1e-6)
+
+
+    def test_routers_are_composed_like_any_other_module(self) -> None:
+        torch.manual_seed(7)
+        sizes = {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 3}
+        model = MixtralForCausalLM(MixtralConfig(**SHAPE, **sizes, num_experts_per_tok=2))
+        base = saved(model)
+        parts = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            routers = {f"model.layers.{n}.mlp.gate": (torch.randn(2, 32), torch.randn(3, 2)) for n in (0, 1)}
+            routers = {name: ModuleFactors(a_rI, b_Or, 0.5) for name, (a_rI, b_Or) in routers.items()}
+            parts.append({**random_factors(model, ("q_proj",), 3, 6, seed), **routers})
+        found = adapter_files.load(composed(base, parts, "--weights", "0.6,1.3"), base)
+        self.assertEqual(set(found), set(parts[0]))
 
 
 class OneRank(unittest.TestCase):

@@ -275,6 +275,18 @@ class Padding(unittest.TestCase):
         found = chat.load_tokenizer(directory)
         self.assertEqual(chat.pad_id(found), found.eos_token_id)
 
+    def test_a_token_that_every_prompt_needs_and_the_model_has_no_row_for_is_refused_by_name(self) -> None:
+        directory = changed_settings("llama")
+        for role, template in (
+            ("additional_special_tokens", toy_architectures.CHATML.replace("<|im_start|>", "<added>")),
+            ("eos_token", toy_architectures.CHATML),
+        ):
+            tokenizer = toy_architectures.tokenizer(template)
+            tokenizer.add_special_tokens({role: ["<added>"] if role.endswith("s") else "<added>"})
+            tokenizer.save_pretrained(directory)
+            with self.subTest(role), self.assertRaisesRegex(ArtefactError, r"640 rows of embeddings(.|\n)*'<added>'"):
+                chat.load_tokenizer(directory)
+
 
 class Names(unittest.TestCase):
     def test_every_tensor_of_the_files_has_its_place_in_the_model(self) -> None:

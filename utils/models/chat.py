@@ -315,6 +315,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise ArtefactError(problems)
     with readable(directory):
         opens_thinking(tokenizer)  # a template that cannot be rendered is found here and not after hours
+    beyond = sorted(token for token in turn_format.needed_tokens(tokenizer) if isinstance(rows, int) and token >= rows)
+    if beyond:
+        what = f"the model in {directory} has {rows:,} rows of embeddings, and its chat template needs further tokens"
+        fix = "give the tokenizer that the model was published with, or resize the model's embeddings to this one"
+        raise ArtefactError(Problem(what, tokenizer.convert_ids_to_tokens(beyond), fix))
     return tokenizer
 
 
