@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import Gemma3ForConditionalGeneration
 
 from config import AUTO, BaseModelSection, EvaluateSection, LoraSection
 from tests import toy_architectures
@@ -73,7 +74,9 @@ class Auto(unittest.TestCase):
         self.assertEqual(linear_modules.named(adapted, (AUTO,)), wanted)
 
     def test_a_name_that_a_vision_tower_has_too_adapts_the_language_model_alone(self) -> None:
-        model = toy_architectures.model("gemma3").requires_grad_(False)
+        settings = toy_architectures.SPECS["gemma3"][0]()
+        settings.vision_config.hidden_size = settings.text_config.hidden_size  # so its width does not tell it
+        model = Gemma3ForConditionalGeneration(settings).requires_grad_(False)
         there = [name for name, _ in model.named_modules() if name.endswith("self_attn.q_proj")]
         self.assertTrue(any("vision" in name for name in there))
         adapted = peft_model.attach(model, "domain", LoraSection(rank=2, target_modules=("q_proj", "v_proj")))
