@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import MixtralForCausalLM
 
 from config import AUTO, BaseModelSection, LoraSection
 from tests import toy_architectures
@@ -140,6 +141,11 @@ class Ours(unittest.TestCase):
         ):
             self.assertLess(relative(logits(model), expected), ROUNDING)
         self.assertFalse(adapter_files.save_per_expert(temporary_directory() / "x", factors, base_of("gpt_oss")))
+        parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        of_peft = written("gpt_oss", ["q_proj"], target_parameters=parameters)
+        expected = logits(PeftModel.from_pretrained(fresh("gpt_oss"), str(of_peft)))
+        read = by_hand("gpt_oss", adapter_files.load(of_peft, base_of("gpt_oss")))
+        self.assertLess(relative(read, expected), ROUNDING)
 
     def test_a_router_of_another_rank_than_the_rest(self) -> None:
         directory = written(
@@ -150,9 +156,8 @@ class Ours(unittest.TestCase):
         composed = compose([found, other], Recipe(weights=(1.0, 0.5)))
         expected = by_hand("qwen3_moe", composed)
         self.assertLess(relative(logits(peft_model.add(fresh("qwen3_moe"), "c", composed)), expected), ROUNDING)
-        self.assertLess(
-            relative(logits(inference_layers.attach(fresh("qwen3_moe"), {"c": composed})), expected), ROUNDING
-        )
+        for model in (fresh("qwen3_moe"), inference_layers.sharing_weights(fresh("qwen3_moe"))):
+            self.assertLess(relative(logits(inference_layers.attach(model, {"c": composed})), expected), ROUNDING)
 
 
 class Others(unittest.TestCase):
@@ -188,6 +193,16 @@ class Others(unittest.TestCase):
         state |= {key.replace(".weight", ".second.weight"): tensor.clone() for key, tensor in state.items()}
         save_file(state, source / WEIGHTS)
         self.refused(source, "llama", "more than one adapter", "save one adapter alone")
+
+    def test_a_square_matrix_with_its_inputs_first_is_read_so_whatever_the_settings_say_of_it(self) -> None:
+        source = written("gpt2", r".*attn\.c_proj")
+        expected = logits(PeftModel.from_pretrained(fresh("gpt2"), str(source)))
+        settings = json.loads((source / CONFIG).read_text())
+        for said in (False, True):
+            (source / CONFIG).write_text(json.dumps({**settings, "fan_in_fan_out": said}))
+            found = adapter_files.load(source, base_of("gpt2"))
+            self.assertEqual({f.shape for f in found.values()}, {(64, 64)})
+            self.assertLess(relative(by_hand("gpt2", found), expected), ROUNDING)
 
     def test_text_model_adapters_are_read_on_the_whole_checkpoint(self) -> None:
         factors = {n.replace("model.language_model.", "model."): f for n, f in random_factors("gemma3").items()}
@@ -246,6 +261,29 @@ class Others(unittest.TestCase):
         adapter_files.save(again := temporary_directory() / "again", found, base_of("deepseek_v3"))
         stock = logits(PeftModel.from_pretrained(fresh("deepseek_v3"), str(again)))
         self.assertLess(relative(stock, by_hand("deepseek_v3", found)), ROUNDING)
+
+
+    def test_a_router_of_transformers_4_goes_by_its_name_of_today(self) -> None:
+        """The reference adds the updates to the files, which still have those names."""
+        generator, state, own = torch.Generator().manual_seed(2), {}, temporary_directory() / "base"
+        toy_architectures.build("mixtral", own)
+        tensors = load_file(own / "model.safetensors")
+        for name in [n for n in tensors if "block_sparse_moe" in n]:
+            outputs, inputs = tensors[name].shape
+            a = 0.2 * torch.randn(2, inputs, generator=generator)
+            b = 0.2 * torch.randn(outputs, 2, generator=generator)
+            path = name.removesuffix(".weight")
+            state |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
+            tensors[name] += 2 * b @ a
+        save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+        save_file(state, (directory := temporary_directory()) / WEIGHTS)
+        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4}
+        (directory / CONFIG).write_text(json.dumps({**settings, "target_modules": ["gate", "w1", "w2", "w3"]}))
+        found = adapter_files.load(directory, base_of("mixtral"))
+        routers = [name for name in found if name.endswith("gate")]
+        self.assertEqual(routers, [f"model.layers.{n}.mlp.gate" for n in (0, 1)])
+        expected = logits(MixtralForCausalLM.from_pretrained(own, dtype=torch.float32))
+        self.assertLess(relative(by_hand("mixtral", found), expected), ROUNDING)
 
 
 class WholeModules(unittest.TestCase):

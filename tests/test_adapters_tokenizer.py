@@ -15,6 +15,7 @@ from utils.adapters import adapter_files, adapter_tokenizer
 from utils.artifacts.runs import Run
 from utils.composition import chosen_adapters
 from utils.exceptions import ArtefactError
+from utils.export import verification
 from utils.models import chat, loading
 from utils.models.base_model import BaseModel
 
@@ -65,6 +66,14 @@ class Tokenizers(unittest.TestCase):
             self.assertIn(part, said)
         for choice in ("--inputs.tokenizer adapter", "--inputs.tokenizer base"):
             self.assertIn(choice, said)
+
+    def test_verify_notes_what_an_adapter_came_with(self) -> None:
+        for directory, said in ((self.adapter(), []), (self.adapter(template=TEMPLATE), ["another chat template"])):
+            found = verification.verify(directory, ())
+            self.assertTrue(found.trusted)
+            notes = [note for note in found.notes if "a tokenizer of its own" in note]
+            self.assertEqual(len(notes), len(said))
+            self.assertTrue(all(phrase in note for note, phrase in zip(notes, said, strict=True)))
 
     def test_what_is_chosen_renders_prompts_and_goes_into_a_merged_model(self) -> None:
         directory = self.adapter(template=TEMPLATE)

@@ -12,16 +12,22 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import scripts.compose
@@ -29,6 +35,7 @@ from config import BaseModelSection
 from tests import odd_architecture
 from tests.support import (
     PRESET,
+    expert_factors,
     plain_tokenizer,
     random_factors,
     relative,
@@ -36,7 +43,7 @@ from tests.support import (
 )
 from utils import cli, logger
 from utils.adapters import adapter_files, peft_model
-from utils.adapters.factors import Factors, delta
+from utils.adapters.factors import Factors, ModuleFactors, delta
 from utils.artifacts import files
 from utils.composition import composed_adapter, methods
 from utils.exceptions import VerificationError
@@ -62,6 +69,12 @@ def falcon(layers: int = 3) -> FalconForCausalLM:
     return FalconForCausalLM(FalconConfig(**SHAPE, num_hidden_layers=layers))
 
 
+def bloom() -> BloomForCausalLM:
+    """Its config.json counts layers as n_layer."""
+    torch.manual_seed(5)
+    return BloomForCausalLM(BloomConfig(vocab_size=768, hidden_size=32, n_layer=3, n_head=4, eos_token_id=1))
+
+
 def composed(base: BaseModel, parts: list[Factors], *flags: str) -> Path:
     """`scripts/compose.py` on these adapters, as folders of another tool; the adapter that it made."""
     root = temporary_directory()
@@ -75,17 +88,17 @@ def composed(base: BaseModel, parts: list[Factors], *flags: str) -> Path:
 
 class Layers(unittest.TestCase):
     def test_layers_of_a_list_with_another_name_get_the_weights_that_were_asked_for(self) -> None:
-        model = falcon()
-        base = saved(model)
-        parts = [
-            random_factors(model, ("query_key_value", "dense_h_to_4h"), 4, 8, 1),
-            random_factors(model, ("query_key_value",), 4, 4, 2),
-        ]
         weights = {0: (0.2, 1.5), 1: (0.6, 1.0), 2: (1.0, 0.5)}
-        for flags in (
-            ("--compose.method", "depth_gate", "--weights", "0.2,1.0,1.5,0.5"),
-            ("--compose.method", "per_layer", "--weights", "0.2,0.6,1.0,1.5,1.0,0.5"),
+        for model, *flags in (
+            (falcon(), "--compose.method", "depth_gate", "--weights", "0.2,1.0,1.5,0.5"),
+            (falcon(), "--compose.method", "per_layer", "--weights", "0.2,0.6,1.0,1.5,1.0,0.5"),
+            (bloom(), "--compose.method", "depth_gate", "--weights", "0.2,1.0,1.5,0.5"),
         ):
+            base = saved(model)
+            parts = [
+                random_factors(model, ("query_key_value", "dense_h_to_4h"), 4, 8, 1),
+                random_factors(model, ("query_key_value",), 4, 4, 2),
+            ]
             found = adapter_files.load(composed(base, parts, *flags), base)
             for place, layer in enumerate(model.transformer.h):  # by the model's own list
                 for name in (f"transformer.h.{place}.{n}" for n, _ in layer.named_modules()):
@@ -137,6 +150,16 @@ class Layers(unittest.TestCase):
             with self.assertRaisesRegex(VerificationError, "per_layer weighs layers, .*does not hold 4 modules"):
                 composed(base, parts, "--compose.method", "per_layer", "--weights", "1,2,3,4")
 
+    def test_a_model_without_sdpa_composes_with_eager_attention_asked_for_or_not(self) -> None:
+        model = Gemma2ForCausalLM(
+            Gemma2Config(**SHAPE, head_dim=8, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48)
+        )
+        base = saved(model)
+        self.assertFalse(type(model)._supports_sdpa)
+        parts = [random_factors(model, ("q_proj",), 4, 8, seed) for seed in (1, 2)]
+        for flags in ((), ("--base.attention", "eager")):
+            self.assertEqual(len(adapter_files.load(composed(base, parts, *flags), base)), 2)
+
     def test_kinds_of_layers_are_told_by_what_they_do(self) -> None:
         odd_architecture.register()
 
@@ -181,6 +204,54 @@ class Layers(unittest.TestCase):
         model.transformer.h = model.transformer.h[:2]
         with torch.no_grad():
             self.assertLess(relative(sampled(ids).logits, model(ids).logits), 1e-6)
+
+
+class Effects(unittest.TestCase):
+    def test_a_small_effect_is_composed_and_none_is_refused_with_what_it_takes(self) -> None:
+        """In float32 rounding moves a logit by 1e-6 of the largest; a merge refuses below 1e-4, and so does this."""
+        model = falcon(2)
+        base = saved(model)
+
+        def effect(size: float) -> float:
+            parts = [random_factors(model, ("query_key_value",), 2, 4, seed, size) for seed in (1, 2)]
+            return files.read_json(composed(base, parts).parent / "manifest.json")["measured"]["composed_to_base"]
+
+        size = 0.03
+        size *= (4e-4 / effect(size)) ** 0.5  # an update grows with its square
+        self.assertLess(abs(effect(size) - 4e-4), 1e-4)
+        with self.assertRaisesRegex(VerificationError, "does not change the model(.|\n)*it takes 0.0001: train longer"):
+            effect(size / 5)
+
+
+class Experts(unittest.TestCase):
+    def test_experts_that_are_one_tensor_on_disk_are_composed_without_names_of_single_ones(self) -> None:
+        torch.manual_seed(6)
+        sizes = {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 3}
+        base = saved(GraniteMoeForCausalLM(GraniteMoeConfig(**SHAPE, **sizes, num_experts_per_tok=2)))
+        section = BaseModelSection(source=str(base.directory), dtype="float32")
+        parts = [expert_factors(loading.load_model(base, section), 2, 4, seed) for seed in (1, 2)]
+        self.assertEqual(len(parts[0]), 4)
+        directory = composed(base, parts, "--weights", "0.6,1.3")
+        self.assertEqual([path.name for path in directory.parent.glob("adapter*")], ["adapter"])
+        found = adapter_files.load(directory, base)
+        for name, f in found.items():
+            expected = 0.6 * delta(parts[0][name]) + 1.3 * delta(parts[1][name])
+            self.assertLess(relative(delta(f), expected), 1e-6)
+
+
+    def test_routers_are_composed_like_any_other_module(self) -> None:
+        torch.manual_seed(7)
+        sizes = {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 3}
+        model = MixtralForCausalLM(MixtralConfig(**SHAPE, **sizes, num_experts_per_tok=2))
+        base = saved(model)
+        parts = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            routers = {f"model.layers.{n}.mlp.gate": (torch.randn(2, 32), torch.randn(3, 2)) for n in (0, 1)}
+            routers = {name: ModuleFactors(a_rI, b_Or, 0.5) for name, (a_rI, b_Or) in routers.items()}
+            parts.append({**random_factors(model, ("q_proj",), 3, 6, seed), **routers})
+        found = adapter_files.load(composed(base, parts, "--weights", "0.6,1.3"), base)
+        self.assertEqual(set(found), set(parts[0]))
 
 
 class OneRank(unittest.TestCase):

@@ -59,6 +59,14 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
         {**HEADS, "sliding_window": 200, "num_local_experts": 3, "num_experts_per_tok": 2},
         ("layer_masks", "layer_masks", "fused"),
     ),
+    # its decoder is not what transformers calls so
+    "Llama4Text": (
+        {**HEADS, "intermediate_size_mlp": 48, "num_local_experts": 3, "num_experts_per_tok": 1},
+        ("positions", "layer_masks", "fused"),
+    ),
+    # the numbers of its positions are read off a mask
+    "OPT": ({**WIDE, "ffn_dim": 48, "word_embed_proj_dim": 32}, ("none", "none", "fused")),
+    "Mamba": ({**SHAPE, "state_size": 8}, ("none", "none", "fused")),
     "Qwen3_5Text": ({**HEADS, **LINEAR, "num_hidden_layers": 4}, ("none", "none", "fused")),
     "RecurrentGemma": (
         {**SHAPE, "num_hidden_layers": 3, "lru_width": 32, "num_key_value_heads": 1, "attention_window_size": 200}
@@ -223,11 +231,14 @@ class Callers(unittest.TestCase):
             self.assertEqual(row_support.of(model).packing, "none")
         self.assertTrue(all(len(set(batch.names)) == len(batch.names) for batch in probe.document_batches()))
         item = question(30, 3)
-        on = scored_rows.Material([], [item], [], {}, [], False, "", 2)
+        texts = documents(packs=True)
+        on = scored_rows.Material([], [item], [], {"heldout": texts}, [], False, "", 2)
         (found,) = scored_rows.score(config, base, [ModelRow("base", None)], on, temporary_directory()).values()
         alone = [float(own_nll(plain, [*item.prompt, *c])[-len(c) :][1:-1].sum()) for c in item.candidates]
         for nll, expected in zip(found["items"][0]["choice_nlls"], alone, strict=True):
             self.assertAlmostEqual(nll, expected, delta=1e-3)
+        for given, row in zip(found["heldout"], texts.documents.with_format(None), strict=True):
+            self.assertAlmostEqual(given["nll"], float(own_nll(plain, row["input_ids"]).sum()), delta=1e-2)
 
 
 class OddConfig(PreTrainedConfig):

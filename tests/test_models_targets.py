@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import Gemma3ForConditionalGeneration
 
-from config import AUTO, BaseModelSection, LoraSection
+from config import AUTO, BaseModelSection, EvaluateSection, LoraSection
 from tests import toy_architectures
 from tests.support import saved_model, temporary_directory
 from utils import cli
 from utils.adapters import peft_model
+from utils.evaluation.documents import document_sets
 from utils.exceptions import ArtefactError
 from utils.models import base_model, chat, directory_checks, float32_model, loading, sources
 from utils.models.base_model import BaseModel
@@ -72,6 +74,16 @@ class Auto(unittest.TestCase):
         self.assertEqual(set(peft_model.lora_layers(adapted, "domain")), set(wanted))
         self.assertEqual(linear_modules.named(adapted, (AUTO,)), wanted)
 
+    def test_a_name_that_a_vision_tower_has_too_adapts_the_language_model_alone(self) -> None:
+        settings = toy_architectures.SPECS["gemma3"][0]()
+        settings.vision_config.hidden_size = settings.text_config.hidden_size  # so its width does not tell it
+        model = Gemma3ForConditionalGeneration(settings).requires_grad_(False)
+        there = [name for name, _ in model.named_modules() if name.endswith("self_attn.q_proj")]
+        self.assertTrue(any("vision" in name for name in there))
+        adapted = peft_model.attach(model, "domain", LoraSection(rank=2, target_modules=("q_proj", "v_proj")))
+        layers = [f"model.language_model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
+        self.assertEqual(sorted(peft_model.lora_layers(adapted, "domain")), layers)
+
     def test_auto_and_its_names_are_one_run(self) -> None:
         base = saved_model("llama")
         named = training_identity.adapted_modules(base, [*ATTENTION, *MLP], experts=False)
@@ -93,7 +105,7 @@ class Auto(unittest.TestCase):
         self.assertEqual(linear_modules.problems(model_class.outline(base_of("llama").directory), ("q_proj",)), [])
 
     def test_plans_count_what_is_adapted(self) -> None:
-        for name in ("gemma3", "gpt2", "qwen2_moe"):
+        for name in ("gemma3", "gemma4_text", "gpt2", "qwen2_moe"):
             with self.subTest(name):
                 base = base_of(name)
                 sizes = count_parameters.of_settings(json.loads((base.directory / "config.json").read_text()))
@@ -239,6 +251,11 @@ class Refused(unittest.TestCase):
         with self.assertRaisesRegex(ArtefactError, "task.train.max_sequence_tokens(.|\n)*512"):
             base_checks.check(config, base, ("task",))
         self.assertEqual(model_class.longest_row(base.directory, 4096), 512)
+        opt = base_of("opt")  # its table has two rows more
+        self.assertEqual(model_class.longest_row(opt.directory, 4096), 512)
+        tokenizer = chat.load_tokenizer(opt.directory)
+        texts = document_sets.general(EvaluateSection(), opt, tokenizer, 2, temporary_directory())
+        self.assertEqual(max(texts.row_lengths(0)), 512)
         self.assertEqual(model_class.longest_row(base_of("llama").directory, 4096), 4096)
 
     def test_a_model_that_cannot_be_counted_is_said_and_goes_on(self) -> None:
@@ -261,6 +278,18 @@ class Padding(unittest.TestCase):
         self.assertEqual(tokenizer.pad_token_id, toy_architectures.VOCABULARY)
         found = chat.load_tokenizer(directory)
         self.assertEqual(chat.pad_id(found), found.eos_token_id)
+
+    def test_a_token_that_every_prompt_needs_and_the_model_has_no_row_for_is_refused_by_name(self) -> None:
+        directory = changed_settings("llama")
+        for role, template in (
+            ("additional_special_tokens", toy_architectures.CHATML.replace("<|im_start|>", "<added>")),
+            ("eos_token", toy_architectures.CHATML),
+        ):
+            tokenizer = toy_architectures.tokenizer(template)
+            tokenizer.add_special_tokens({role: ["<added>"] if role.endswith("s") else "<added>"})
+            tokenizer.save_pretrained(directory)
+            with self.subTest(role), self.assertRaisesRegex(ArtefactError, r"640 rows of embeddings(.|\n)*'<added>'"):
+                chat.load_tokenizer(directory)
 
 
 class Names(unittest.TestCase):

@@ -101,7 +101,12 @@ class Turns(unittest.TestCase):
         rows = [{**ASKED, "id": "a.jsonl#1"}, {**ASKED, "id": "a.jsonl#2", "history": history}]
         with self.assertRaisesRegex(DataError, r"a\.jsonl#2: (.|\n)*must alternate") as caught:
             labelled_pairs._written(rows, tokenizer, "")
-        self.assertEqual(sum("must alternate" in str(problem) for problem in caught.exception.problems), 1)
+        (problem,) = caught.exception.problems
+        self.assertIn("change the order of its turns", problem.fix)
+        with self.assertRaises(DataError) as caught:
+            labelled_pairs._written([{**rows[1], "id": f"a.jsonl#{line}"} for line in range(23)], tokenizer, "")
+        self.assertEqual([problem.what for problem in caught.exception.problems[20:]], ["and 3 more"])
+        self.assertEqual(caught.exception.problems[20].fix, problem.fix)
 
     def test_parts_are_given_to_a_template_that_reads_nothing_else(self) -> None:
         self.assertIn("user\nWhich valve?<|im_end|>", prompt(PARTS, "Be brief."))

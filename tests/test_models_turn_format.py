@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import unittest
 import unittest.mock
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support import temporary_directory
 from utils import logger
@@ -127,6 +130,10 @@ class Format(unittest.TestCase):
                 f'{{"eos_token_id": {str(named).replace("None", "null")}}}'
             )
             self.assertEqual(turn_format.end_of_turn(chat.load_tokenizer(directory)), expected)
+        (directory / "config.json").write_text(json.dumps({"eos_token_id": [1, user]}))
+        self.assertEqual(turn_format.end_of_turn(chat.load_tokenizer(directory)), [found.eos_token_id])
+        (directory / "generation_config.json").unlink()  # transformers then goes by config.json
+        self.assertEqual(turn_format.end_of_turn(chat.load_tokenizer(directory)), [user])
 
 
 class Scored(unittest.TestCase):
@@ -157,7 +164,47 @@ class Scored(unittest.TestCase):
         self.assertEqual((score.answer_tokens, score.choice_tokens[0]), (said, said))
 
 
+def saying(found: Any, chain: list[int], named: Any) -> Any:
+    """A model in which each token of `chain` is followed by the next one; `named` are the ends that it ships with."""
+    count = len(found)
+    shape = {"hidden_size": count, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=count, num_hidden_layers=1, **shape))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(count))
+        for silent in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj, model.lm_head):
+            silent.weight.zero_()
+        for one, following in itertools.pairwise(chain):
+            model.lm_head.weight[following, one] = 1.0
+    model.generation_config.eos_token_id = named
+    return model.eval().requires_grad_(False)
+
+
 class Stops(unittest.TestCase):
+    def test_a_model_that_learnt_another_end_than_eos_says_its_answer_and_no_more(self) -> None:
+        """By `generate` itself, as inference and evaluate call it."""
+        example = {"id": "q", "document": "d", "question": "Oak?", "answers": ["a tree"]}
+        for template, end, named in (
+            (GEMMA, "<end_of_turn>", [5, 6]),
+            (GEMMA, "<end_of_turn>", None),  # by the template alone
+            (GLM, "<|user|>", "its id"),  # by the model's configuration alone
+            (GLM, "<|user|>", ["its id", 5]),
+        ):
+            found = tokenizer(template)
+            stop = found.convert_tokens_to_ids(end)
+            ids = [stop if one == "its id" else one for one in (named if isinstance(named, list) else [named])]
+            last = chat.prompt_ids(found, example, "")[-1]
+            tree, more = (found(text, add_special_tokens=False)["input_ids"] for text in ("a tree", " zone"))
+            chain = [last, *tree, stop, *more, 7]
+            self.assertEqual(len(set(chain)), len(chain))
+            model = saying(found, chain, ids if isinstance(named, list) else ids[0])
+            with self.subTest(template, named=named), logger.quiet_transformers():
+                with unittest.mock.patch.object(model, "generate", wraps=model.generate) as generate:
+                    (given,) = scoring.answered(model, found, [example], "", 30, what="answers")
+                said = {key: given[key] for key in ("text", "ended", "tokens", "exact_match", "f1")}
+                whole_answer = {"text": "a tree", "ended": True, "exact_match": 1.0, "f1": 1.0}
+                self.assertEqual(said, {**whole_answer, "tokens": len(tree) + 1})
+                self.assertIn(stop, generate.call_args.kwargs["eos_token_id"], "it was cut off, not stopped")
+
     def test_generation_stops_at_the_templates_end_and_at_every_end_of_the_model(self) -> None:
         found = tokenizer(GEMMA)
         end, other = (found.convert_tokens_to_ids(t) for t in ("<end_of_turn>", "<|end|>"))

@@ -8,6 +8,7 @@ import warnings
 
 import torch
 
+from scripts import prepare_data
 from tests import odd_architecture, support_matrix, toy_architectures
 from tests.programs import write_support_matrix
 from tests.support import temporary_directory
@@ -40,6 +41,16 @@ class Rows(unittest.TestCase):
             cells = support_matrix.row(base)
         self.assertEqual(write_support_matrix.bad({"gemma3": cells}), [])
         self.assertEqual({cell.verdict for cell in cells.values()}, {WORKS})
+
+
+    def test_documents_of_a_model_that_mixes_what_shares_a_row_are_trained_one_in_each(self) -> None:
+        base = toy_architectures.build("lfm2", temporary_directory() / "lfm2")
+        place = support_matrix.Place(base, root := temporary_directory(), root / "data")
+        place.run(prepare_data, *support_matrix.sources(place.data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            difference, allowed = support_matrix._Checks(place, ()).of("domain training")
+        self.assertLessEqual(difference, allowed)
 
 
 class Unknown(unittest.TestCase):

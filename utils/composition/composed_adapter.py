@@ -34,8 +34,6 @@ from utils.models.weights.safetensors_io import Checkpoint
 
 # float32 logits of equal models differ by rounding only, relative to the largest logit
 SAME_LOGITS = 1e-4
-# an adapter that moves logits less than this does nothing that could be told from rounding
-AN_EFFECT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -219,10 +217,13 @@ def check_logits(
     if exact and not differences["parts_active_to_composed"] <= SAME_LOGITS:
         what = "all adapters active and the composed one differ"
         problems.append(Problem(what, differences["parts_active_to_composed"]))
-    if not differences["composed_to_base"] > AN_EFFECT:
-        problems.append(Problem("the composed adapter does not change the model", differences["composed_to_base"]))
-    if any(parts[:-1]) and not differences["composed_to_last_part"] > AN_EFFECT:
-        problems.append(Problem("only the last adapter has an effect", differences["composed_to_last_part"]))
+    # what moves logits less than equal models differ could not be told from rounding; a merge asks for as much
+    fix = f"of the largest logit it takes {SAME_LOGITS:g}: train longer, or give larger --weights"
+    if not differences["composed_to_base"] > SAME_LOGITS:
+        what = "the composed adapter does not change the model"
+        problems.append(Problem(what, differences["composed_to_base"], fix))
+    if any(parts[:-1]) and not differences["composed_to_last_part"] > SAME_LOGITS:
+        problems.append(Problem("only the last adapter has an effect", differences["composed_to_last_part"], fix))
     if problems:
         raise VerificationError(problems)
     return differences

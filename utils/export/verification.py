@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.adapters import adapter_config, adapter_files, other_tools, parent_runs
+from utils.adapters import adapter_config, adapter_files, adapter_tokenizer, other_tools, parent_runs
 from utils.artifacts import files, manifests, runs
 from utils.exceptions import ArtefactError, PipelineError, Problem
 from utils.logger import event
@@ -227,8 +227,11 @@ def _external(verdict: Verification, directory: Path) -> str:
     settings = other_tools.read(directory)
     named = settings.get("base_model_name_or_path") or ""
     if parent_runs.is_model(named):
-        adapter_files.load(directory, base_model.identify(Path(named), named, "", None))
+        base = base_model.identify(Path(named), named, "", None)
+        adapter_files.load(directory, base)
         verdict.checked.append(named)
+        if adapter_tokenizer.files_in(directory) and (other := adapter_tokenizer.compare(directory, base)):
+            verdict.notes.append(f"it came with a tokenizer of its own: {'; '.join(other)}; --inputs.tokenizer chooses")
     else:
         adapter_files.load(directory)
         verdict.notes.append(f"its base model ({named or 'not said'}) is not here: whether it fits was not checked")

@@ -300,6 +300,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         settings, stopping = (
             files.read_object(directory / name) if (directory / name).is_file() else {} for name in (CONFIG, GENERATION)
         )
+    if not (directory / GENERATION).is_file():  # then transformers stops where config.json says
+        stopping = {**settings, **text_part(settings)}
     ends = stopping.get("eos_token_id")
     ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
     setattr(tokenizer, turn_format.ENDS, tuple(token for token in ends if isinstance(token, int)))
@@ -318,6 +320,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise ArtefactError(problems)
     with readable(directory):
         opens_thinking(tokenizer)  # a template that cannot be rendered is found here and not after hours
+    beyond = sorted(token for token in turn_format.needed_tokens(tokenizer) if isinstance(rows, int) and token >= rows)
+    if beyond:
+        what = f"the model in {directory} has {rows:,} rows of embeddings, and its chat template needs further tokens"
+        fix = "give the tokenizer that the model was published with, or resize the model's embeddings to this one"
+        raise ArtefactError(Problem(what, tokenizer.convert_ids_to_tokens(beyond), fix))
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,4 +123,10 @@ def route_outside_autocast(model: PreTrainedModel) -> None:
     """Routers compute in the dtype of their weights: autocast would take a float32 router back to bfloat16."""
     for module in model.modules():
         if type(module).__name__.endswith("TopKRouter"):
-            module.forward = torch.autocast(devices.device().type, enabled=False)(module.forward)
+            # bound to the module: a copy of the model gets a method of its own routers
+            module.forward = types.MethodType(_outside_autocast, module)
+
+
+def _outside_autocast(router: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
+    with torch.autocast(devices.device().type, enabled=False):
+        return type(router).forward(router, *arguments, **named)

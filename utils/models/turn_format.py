@@ -111,6 +111,13 @@ def stops(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[in
     return sorted({of(tokenizer).end[-1], int(tokenizer.eos_token_id), *map(int, listed)})
 
 
+def needed_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of eos and of what the template writes around turns."""
+    turns = [_USER, {"role": "assistant", "content": _USER["content"]}]
+    text = _rendered(tokenizer, turns) + _rendered(tokenizer, [_USER], opens=True)
+    return {int(tokenizer.eos_token_id), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]}
+
+
 def _read(tokenizer: PreTrainedTokenizerBase) -> TurnFormat:
     prompt = _rendered(tokenizer, [_USER], opens=True)
     head, tail = _around(_rendered(tokenizer, [_USER, {"role": "assistant", "content": _ANSWER}]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +188,8 @@ def _written(
     if refused:
         fix = "change the order of its turns, or take another base model"
         more = len(refused) - 20
-        raise DataError([*refused[:20], *([Problem(f"and {more:,} more")] if more > 0 else []), Problem(fix)])
+        told = [*refused[:20], *([Problem(f"and {more:,} more")] if more > 0 else [])]
+        raise DataError([*told[:-1], replace(told[-1], fix=fix)])
     for reason, names in reasons.items():
         warning(f"pairs left out, {reason}", number=len(names), rows=", ".join(names[:NAMED_ROWS]))
     return kept, {reason: len(names) for reason, names in reasons.items()}
