@@ -128,13 +128,13 @@ def plan(config: Config) -> list[str]:
     from utils.data import tables
     from utils.planning import dry_run
 
-    tables.refuse_missing(config.data)
     name = config.run.name or run_label(config) + "-<fingerprint>"
     return [
         *dry_run.lines(config, "prepare_data"),
         f"read documents from {', '.join(config.data.corpus)} and labelled pairs from {config.data.task}",
         f"split by document with seed {config.run.seed}, drop duplicates and leaks, tokenise for {config.base.source}",
         f"write {config.run.data_dir / 'prepared' / name}/",
+        *(f"but now it would stop: {problem.what}; {problem.fix}" for problem in tables.missing(config.data)),
     ]
 
 

@@ -172,13 +172,12 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and Path(source).suffix.lower() not in TABLE_SUFFIXES
 
 
-def refuse_missing(data: DataSection) -> None:
-    """Raises DataError that names each source that is no built-in domain, no path and cannot be a hub dataset."""
+def missing(data: DataSection) -> list[Problem]:
+    """Each source that is no built-in domain, no path and cannot be a hub dataset."""
     sources = [*data.corpus, *data.corpus_heldout, data.task, data.task_dev, data.task_test]
     named = [source for source in sources if source and source != "none" and source not in BUILT_IN_TASKS]
-    missing = [s for s in named if not Path(s).expanduser().exists() and not is_hub_id(s.partition(":")[0])]
-    if missing:
-        raise DataError([Problem(f"{source!r} does not exist", fix=path_fix(source)) for source in missing])
+    absent = [s for s in named if not Path(s).expanduser().exists() and not is_hub_id(s.partition(":")[0])]
+    return [Problem(f"{source!r} does not exist", fix=path_fix(source)) for source in absent]
 
 
 def read_text(path: Path, problems: ProblemList) -> str:

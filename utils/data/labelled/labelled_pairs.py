@@ -188,8 +188,8 @@ def _written(
     if refused:
         fix = "change the order of its turns, or take another base model"
         more = len(refused) - 20
-        told = [*refused[:20], *([Problem(f"and {more:,} more")] if more > 0 else [])]
-        raise DataError([*told[:-1], replace(told[-1], fix=fix)])
+        shown = [*refused[:20], *([Problem(f"and {more:,} more")] if more > 0 else [])]
+        raise DataError([*shown[:-1], replace(shown[-1], fix=fix)])
     for reason, names in reasons.items():
         warning(f"pairs left out, {reason}", number=len(names), rows=", ".join(names[:NAMED_ROWS]))
     return kept, {reason: len(names) for reason, names in reasons.items()}
