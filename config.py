@@ -368,7 +368,7 @@ class InferenceSection(Section):
     prompt: str = ""
     """Question to answer; without it, an interactive prompt opens on a terminal."""
     prompts_file: str = ""
-    """Answer each line of a .txt, or row of a table ({"prompt": ...} or {"question": ..., "context": ...})."""
+    """Answer each line of a .txt, or row of a table with a column prompt or question, and context."""
     output_file: str = ""
     """Where the answers to prompts_file go (jsonl); empty prints them."""
     adapters: Literal["none", "domain", "task", "both"] = "both"
