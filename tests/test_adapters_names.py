@@ -262,7 +262,6 @@ class Others(unittest.TestCase):
         stock = logits(PeftModel.from_pretrained(fresh("deepseek_v3"), str(again)))
         self.assertLess(relative(stock, by_hand("deepseek_v3", found)), ROUNDING)
 
-
     def test_a_router_of_transformers_4_goes_by_its_name_of_today(self) -> None:
         """The reference adds the updates to the files, which still have those names."""
         generator, state, own = torch.Generator().manual_seed(2), {}, temporary_directory() / "base"

@@ -238,7 +238,6 @@ class Experts(unittest.TestCase):
             expected = 0.6 * delta(parts[0][name]) + 1.3 * delta(parts[1][name])
             self.assertLess(relative(delta(f), expected), 1e-6)
 
-
     def test_routers_are_composed_like_any_other_module(self) -> None:
         torch.manual_seed(7)
         sizes = {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 3}

@@ -42,7 +42,6 @@ class Rows(unittest.TestCase):
         self.assertEqual(write_support_matrix.bad({"gemma3": cells}), [])
         self.assertEqual({cell.verdict for cell in cells.values()}, {WORKS})
 
-
     def test_documents_of_a_model_that_mixes_what_shares_a_row_are_trained_one_in_each(self) -> None:
         base = toy_architectures.build("lfm2", temporary_directory() / "lfm2")
         place = support_matrix.Place(base, root := temporary_directory(), root / "data")
