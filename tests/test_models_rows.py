@@ -65,7 +65,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
         ("positions", "layer_masks", "fused"),
     ),
     # the numbers of its positions are read off a mask
-    "OPT": ({**WIDE, "ffn_dim": 48, "word_embed_proj_dim": 32}, ("none", "none", "fused")),
+    "OPT": ({**WIDE, "ffn_dim": 48, "word_embed_proj_dim": 32}, ("mask", "mask", "fused")),
     "Mamba": ({**SHAPE, "state_size": 8}, ("none", "none", "fused")),
     "Qwen3_5Text": ({**HEADS, **LINEAR, "num_hidden_layers": 4}, ("none", "none", "fused")),
     "RecurrentGemma": (
