@@ -10,8 +10,8 @@ from typing import Any
 from tests.test_data_examples import TaskTest
 from tests.test_data_extraction import Files, at
 from tests.test_data_labelled import workbook
-from utils.data.extraction.cleaning import decode
 from utils.data.extraction.formats import read_file
+from utils.data.extraction.text_decoding import decode
 from utils.data.splits import leaks
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from tests.support import temporary_directory
 from utils.data.corpus.datatrove_pipeline import FolderReader
 from utils.data.documents import ReadLimits, read_documents
-from utils.data.extraction.cleaning import MARK, cleaned, decode
+from utils.data.extraction.cleaning import cleaned
 from utils.data.extraction.extracted import NoTextError, visible_characters
 from utils.data.extraction.formats import read_file
 from utils.data.extraction.pages.html_text import extract_html
 from utils.data.extraction.pdf.right_to_left import in_reading_order
 from utils.data.extraction.pool import ExtractionPool
+from utils.data.extraction.text_decoding import MARK, decode
 from utils.exceptions import DataError
 
 WORD = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'

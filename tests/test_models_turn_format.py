@@ -16,7 +16,7 @@ from tests.support import temporary_directory
 from utils import logger
 from utils.data.pair_rows import tokenise_pairs
 from utils.exceptions import DataError
-from utils.inference import generation, scoring
+from utils.inference import generation, scoring, stop_tokens
 from utils.models import chat, turn_format
 from utils.models.architectures import toy
 
@@ -222,7 +222,7 @@ class Stops(unittest.TestCase):
                 (given,) = generation.answer(model, found, [[0]], max_new_tokens=9)
             self.assertEqual((given.text, given.ended, given.tokens), ("valve", True, len(word) + 1))
             wanted = {end, found.eos_token_id, *(named if isinstance(named, list) else [named] if named else [])}
-            self.assertEqual(set(turn_format.stops(found, model.generation_config)), wanted)
+            self.assertEqual(set(stop_tokens.of(found, model.generation_config)), wanted)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from unittest import mock
 
 from tests.test_rollout_kills import LEASE_S, POLICY, LoopTest, Silent
 from utils.exceptions import BalancerError
-from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
+from utils.rollout.edge.balancer.haproxy_configuration import LEASE, SHARE
 from utils.rollout.edge.journal import Journal, read
 from utils.rollout.edge.request_log import Collector
 from utils.rollout.edge.rollout_loop import Loop, Timing

@@ -32,9 +32,9 @@ from utils.exceptions import ArtefactError, BalancerError, ConfigError, DataErro
 from utils.rollout import kubernetes
 from utils.rollout.controller import Observation, replay
 from utils.rollout.edge import golden, journal, rollout_report, screen, servers
-from utils.rollout.edge.balancer import haproxy, haproxy_layout
+from utils.rollout.edge.balancer import haproxy, haproxy_configuration
 from utils.rollout.edge.balancer.haproxy import Balancer, find_binary
-from utils.rollout.edge.balancer.haproxy_layout import Layout, Server
+from utils.rollout.edge.balancer.haproxy_configuration import Layout, Server
 from utils.rollout.edge.balancer.old_workers import DrainWatch
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.load import Load
@@ -67,7 +67,7 @@ class Claims(unittest.TestCase):
         for digest in ("${HF_TOKEN}", "%[env(HF_TOKEN)]", "x" * 64):
             layout = Layout(Server("127.0.0.1:1", digest), None, 1)
             with self.assertRaisesRegex(BalancerError, "64 hexadecimal digits"):
-                haproxy_layout.configuration(layout)
+                haproxy_configuration.configuration(layout)
 
     def test_settings_are_held_to_the_same(self) -> None:
         address = "http://127.0.0.1:8000"
@@ -429,7 +429,7 @@ class RealBalancer(RolloutTest):
         status, body = servers.get(f"127.0.0.1:{self.port}", "/v1/models")
         self.assertEqual((status, [entry["id"] for entry in json.loads(body)["data"]]), (200, list(most)))
         with self.assertRaisesRegex(BalancerError, "cannot be told"):
-            haproxy_layout.configuration(dataclasses.replace(self.layout, models=("a' if TRUE",)))
+            haproxy_configuration.configuration(dataclasses.replace(self.layout, models=("a' if TRUE",)))
 
 
 class Answers(unittest.TestCase):

@@ -16,7 +16,7 @@ from config import RolloutSection
 from utils.exceptions import BalancerError
 from utils.rollout.controller import share_of
 from utils.rollout.edge import rollout_loop
-from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
+from utils.rollout.edge.balancer.haproxy_configuration import LEASE, SHARE
 from utils.rollout.edge.journal import Journal, read
 from utils.rollout.edge.rollout_loop import Loop, Timing
 from utils.rollout.edge.service import policy_of

@@ -14,9 +14,10 @@ import torch
 from config import InferenceSection
 from utils.artifacts import files
 from utils.exceptions import DataError, Problem
+from utils.inference import stop_tokens
 from utils.inference.answer_journal import AnswerJournal
 from utils.logger import event, printable
-from utils.models import chat, turn_format
+from utils.models import chat
 from utils.models.losses import autocast
 from utils.models.parallel import ranks, work
 from utils.models.rows import row_support
@@ -95,7 +96,7 @@ def answer(
     from transformers import TextStreamer
 
     device = next(model.parameters()).device
-    ends, pad = turn_format.stops(tokenizer, getattr(model, "generation_config", None)), chat.pad_id(tokenizer)
+    ends, pad = stop_tokens.of(tokenizer, getattr(model, "generation_config", None)), chat.pad_id(tokenizer)
     length = max(len(prompt) for prompt in prompts)
     _refuse_too_long(model, length, max_new_tokens)
     ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)

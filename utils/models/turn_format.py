@@ -104,13 +104,6 @@ def deciding(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"turn": turn} if turn else {}
 
 
-def stops(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """Every token at which generation stops: the end of a turn, eos, and what the model's own configuration names."""
-    named = getattr(generation_config, "eos_token_id", None)
-    listed = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
-    return sorted({of(tokenizer).end[-1], int(tokenizer.eos_token_id), *map(int, listed)})
-
-
 def needed_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of eos and of what the template writes around turns."""
     turns = [_USER, {"role": "assistant", "content": _USER["content"]}]

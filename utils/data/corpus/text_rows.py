@@ -7,8 +7,9 @@ from typing import Any
 
 from utils.data.corpus.first_look import LookAhead
 from utils.data.corpus.read_report import ReadTally
-from utils.data.extraction.cleaning import MARK, cleaned
+from utils.data.extraction.cleaning import cleaned
 from utils.data.extraction.formats import SPLIT
+from utils.data.extraction.text_decoding import MARK
 from utils.data.tables import LONGEST_DOCUMENT, ProblemList, TableRow
 
 TEXT_COLUMNS = ("text", "content", "contents", "body", "document", "article", "passage", "page_content", "markdown")

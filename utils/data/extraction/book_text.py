@@ -11,10 +11,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from utils.data.extraction.archives import open_archive, parse_xml
-from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import Extracted, NoTextError
 from utils.data.extraction.pages.formulas import local_name
 from utils.data.extraction.pages.html_text import extract_html, page_text, parse
+from utils.data.extraction.text_decoding import decode
 
 OUTPUTS = "output of notebooks that is no text"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

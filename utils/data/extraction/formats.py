@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.data.extraction.cleaning import cleaned, decode, refuse_undecoded
+from utils.data.extraction.cleaning import cleaned
 from utils.data.extraction.extracted import Extracted, NoTextError
+from utils.data.extraction.text_decoding import decode, refuse_undecoded
 from utils.data.tables import LONGEST_DOCUMENT
 
 TOO_LONG, SPLIT = "too long", "split it where its parts end, into files or rows of their own"

@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import Extracted, NoTextError, visible_characters
+from utils.data.extraction.text_decoding import decode
 
 TIMES, REPEATED, LOOKS = "times of subtitles", "repeated lines of subtitles", "comments and styles of subtitles"
 _TIMES = re.compile(r"\s*(?:\d+:)?\d+:\d\d[.,]\d+\s*-->")

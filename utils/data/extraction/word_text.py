@@ -16,10 +16,10 @@ from typing import Any
 
 from utils.data.extraction import word_numbering
 from utils.data.extraction.archives import open_archive, parse_xml
-from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import HIDDEN, RUNNING, Extracted, NoTextError, visible_characters
 from utils.data.extraction.pages.formulas import formula_text
 from utils.data.extraction.pages.html_text import extract_html, page_text, parse
+from utils.data.extraction.text_decoding import decode
 
 Element = Any
 

@@ -16,14 +16,14 @@ from utils.adapters import adapter_tokenizer
 from utils.adapters.factors import Factors
 from utils.artifacts import files
 from utils.exceptions import DataError, Problem
-from utils.inference import generation
+from utils.inference import generation, stop_tokens
 from utils.inference.answer_journal import AnswerJournal
 from utils.inference.engines.endpoint import Sampling
 from utils.inference.engines.engine import Engine
 from utils.inference.engines.vllm_command import EngineNeeds
 from utils.inference.generation import GeneratedAnswer
 from utils.logger import event, printable
-from utils.models import chat, turn_format
+from utils.models import chat
 from utils.models.base_model import BaseModel
 from utils.models.structure import model_class
 from utils.progress import Progress
@@ -163,7 +163,7 @@ def _sampling(base: BaseModel, tokenizer: Any, settings: InferenceSection) -> Sa
         }
     return Sampling(
         settings.max_new_tokens,
-        tuple(turn_format.stops(tokenizer, own)),
+        tuple(stop_tokens.of(tokenizer, own)),
         repetition_penalty=own.repetition_penalty or 1.0,
         **sampled,
     )

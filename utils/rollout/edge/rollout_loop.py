@@ -20,7 +20,7 @@ from utils.exceptions import BalancerError
 from utils.logger import event, warning
 from utils.rollout.controller import Decision, Observation, State, advance, share_of
 from utils.rollout.edge.balancer.haproxy import Balancer
-from utils.rollout.edge.balancer.haproxy_layout import LEASE, SHARE
+from utils.rollout.edge.balancer.haproxy_configuration import LEASE, SHARE
 from utils.rollout.edge.balancer.old_workers import DrainWatch
 from utils.rollout.edge.golden import Prober, without_times
 from utils.rollout.edge.journal import Journal

@@ -29,7 +29,7 @@ import psutil
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, Problem
 from utils.inference.engines.server_process import free_port
-from utils.rollout.edge.balancer.haproxy_layout import DIGEST, MODEL_NAME
+from utils.rollout.edge.balancer.haproxy_configuration import DIGEST, MODEL_NAME
 
 MODEL = "model"
 DIGEST_HEADER = "x-model-digest"

@@ -32,7 +32,7 @@ from utils.rollout.controller import State, begin
 from utils.rollout.edge import golden, journal, on_event, rollout_report, servers
 from utils.rollout.edge.abort import tell_person, to_production
 from utils.rollout.edge.balancer.haproxy import Balancer
-from utils.rollout.edge.balancer.haproxy_layout import SHARE
+from utils.rollout.edge.balancer.haproxy_configuration import SHARE
 from utils.rollout.edge.balancer.old_workers import old_workers
 from utils.rollout.edge.journal import Journal
 from utils.rollout.edge.promotion import publish

@@ -14,7 +14,7 @@ from utils.exceptions import MALFORMED, ArtefactError, ConfigError, Problem, Ver
 from utils.logger import warning
 from utils.rollout.edge import journal, servers
 from utils.rollout.edge.balancer.haproxy import Balancer, find_binary
-from utils.rollout.edge.balancer.haproxy_layout import MODEL_NAME, SLOTS, Layout, Server
+from utils.rollout.edge.balancer.haproxy_configuration import MODEL_NAME, SLOTS, Layout, Server
 from utils.rollout.edge.journal import Story
 from utils.rollout.edge.servers import Process
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.data.extraction.cleaning import decode
 from utils.data.extraction.extracted import Extracted
 from utils.data.extraction.markup import tex_macros
 from utils.data.extraction.pages.html_text import page_text, parse
+from utils.data.extraction.text_decoding import decode
 
 # docutils' level of what it could not understand
 NOT_UNDERSTOOD = 3

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.extraction.cleaning import MARK
+from utils.data.extraction.text_decoding import MARK
 
 # in shares of the height of a line: a wider gap ends a piece, a gap is a blank, an overlap of less is another row.
 # Letters of a spaced heading stand far from each other, too, but in one text object; there pdfium knows the blanks

@@ -24,7 +24,7 @@ from typing import Any
 from utils.artifacts import files
 from utils.exceptions import ArtefactError, BalancerError, Problem
 from utils.rollout.edge.balancer import near_sockets
-from utils.rollout.edge.balancer.haproxy_layout import (
+from utils.rollout.edge.balancer.haproxy_configuration import (
     CANDIDATE,
     LEASE,
     PRODUCTION,
