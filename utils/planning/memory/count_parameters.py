@@ -42,8 +42,8 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
             layers[layer] += parameter.numel()
     matrices = _matrices(model)
     heads = int(text.num_attention_heads)
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    head_dim = int(_said(text, "head_dim") or text.hidden_size // heads)
+    key_heads = int(_said(text, "num_key_value_heads") or heads)
     down = [matrix for matrix in matrices if matrix.name == "down_proj"] or _into_hidden(
         matrices, int(text.hidden_size)
     )
@@ -70,6 +70,14 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
         float32_router=bool(registry.of(settings.model_type).float32),
         stored="fp8" if method == "fp8" else "float32" if str(settings.dtype).endswith("float32") else "bfloat16",
     )
+
+
+def _said(text: PretrainedConfig, name: str) -> Any:
+    """A setting; the one of config.json where layers differ in it (Gemma 4), which transformers refuses to say."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:
+        return text.to_dict().get(name)
 
 
 def _into_hidden(matrices: tuple[Matrix, ...], hidden: int) -> list[Matrix]:
