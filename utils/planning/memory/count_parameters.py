@@ -42,8 +42,8 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
             layers[layer] += parameter.numel()
     matrices = _matrices(model)
     heads = int(text.num_attention_heads)
-    head_dim = int(_said(text, "head_dim") or text.hidden_size // heads)
-    key_heads = int(_said(text, "num_key_value_heads") or heads)
+    head_dim = int(_setting(text, "head_dim") or text.hidden_size // heads)
+    key_heads = int(_setting(text, "num_key_value_heads") or heads)
     down = [matrix for matrix in matrices if matrix.name == "down_proj"] or _into_hidden(
         matrices, int(text.hidden_size)
     )
@@ -72,7 +72,7 @@ def of_config(settings: PretrainedConfig) -> ModelSizes:
     )
 
 
-def _said(text: PretrainedConfig, name: str) -> Any:
+def _setting(text: PretrainedConfig, name: str) -> Any:
     """A setting; the one of config.json where layers differ in it (Gemma 4), which transformers refuses to say."""
     try:
         return getattr(text, name, None)
