@@ -110,6 +110,9 @@ def _refuse(config: Config, *, has_questions: bool) -> None:
                 fix='give --prompt "...", --prompts_file FILE, questions on standard input, or --merge_path DIR',
             )
         )
+    if Path(section.output_file).is_file():
+        fix = "choose another file, or remove it first"
+        raise ConfigError(Problem("--output_file exists; nothing is ever overwritten", section.output_file, fix))
     if config.hub.push_to_hub and section.adapters == "none":
         what = "--adapters none with --merge_path copies the base model, which is not ours to publish"
         raise ConfigError(Problem(what, fix="leave out --push_to_hub"))

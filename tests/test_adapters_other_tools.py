@@ -728,6 +728,7 @@ class Scripts(unittest.TestCase):
         (truncated / WEIGHTS).write_bytes((truncated / WEIGHTS).read_bytes()[:-64])
         inside = changed(self.domain)
         elsewhere = written(saved_model("minimax_m2", seed=1), lora())
+        (empty := self.place.root / "empty").mkdir()
         cases: dict[str, tuple[Path, list[str], tuple[str, ...]]] = {
             "the same folder twice": (self.task, [], ("the same adapter is given twice", str(self.task))),
             "the same adapter in a copy": (changed(self.task / "legal"), [], ("the same adapter is given twice",)),
@@ -771,7 +772,8 @@ class Scripts(unittest.TestCase):
             ),
             "extra keys": (changed(self.domain, tensors=with_extra_module), [], ("model.layers.0.self_attn.o_proj",)),
             "another base": (elsewhere, [], (f"{elsewhere} was made for another base model",)),
-            "nothing there": (self.place.root / "nothing", [], ("looked for adapter_config.json",)),
+            "nothing there": (self.place.root / "nothing", [], ("no adapter in PEFT's format", "no such directory")),
+            "an empty folder": (empty, [], ("looked for adapter_config.json",)),
         }
         kept = sorted(p for p in (self.place.models / "composed").rglob("*"))
         running = {

@@ -105,6 +105,29 @@ class InUse(unittest.TestCase):
         self.assertEqual(near.returncode, 2)
         self.assertRegex(near.stderr, f"no such directory .*\n.*did you mean {self.place.models / 'domain'}")
 
+    def test_the_name_of_a_run_where_a_path_is_wanted_is_told_as_its_path(self) -> None:
+        run = next((self.place.models / "domain").glob("*/manifest.json")).parent
+        for name in (run.name, f"domain/{run.name}"):
+            refused = self.place.run("inference", "--prompt", "x", "--domain_adapter", name, "--composed", "nowhere")
+            self.assertEqual(refused.returncode, 2, refused.stderr)
+            self.assertIn(f"did you mean {run}?", refused.stderr)
+            self.assertIn("--composed nowhere: ", refused.stderr, "both at once")
+
+    def test_exchanged_adapters_are_exchanged_back(self) -> None:
+        domain, task = (next((self.place.models / one).glob("*/manifest.json")).parent for one in ("domain", "task"))
+        refused = self.place.run("compose", "--domain_adapter", str(task), "--task_adapter", str(domain))
+        self.assertEqual(refused.returncode, 2, refused.stderr)
+        self.assertIn("give it as --domain_adapter", refused.stderr)
+
+    def test_answers_never_replace_a_file(self) -> None:
+        questions, there = self.place.root / "questions.txt", self.place.root / "answers.jsonl"
+        questions.write_text("What?\n")
+        there.write_text("by hand")
+        refused = self.place.run("inference", "--prompts_file", str(questions), "--output_file", str(there))
+        self.assertEqual(refused.returncode, 2, refused.stderr)
+        self.assertIn("nothing is ever overwritten", refused.stderr)
+        self.assertEqual(there.read_text(), "by hand")
+
     def test_an_adapter_trained_since_is_not_guessed_at(self) -> None:
         later = trained(self.place.models / "task" / "later", "task", self.base, self.factors[4])
         self.addCleanup(shutil.rmtree, later)

@@ -93,6 +93,21 @@ class Files(unittest.TestCase):
         path.write_text("What is a lock?\n\n  Why?  \n", encoding="utf-8-sig")
         self.assertEqual([row["question"] for row in prompts.read(path)], ["What is a lock?", "  Why?  "])
 
+    def test_columns_are_those_that_labelled_pairs_may_have(self) -> None:
+        path = temporary_directory() / "fragen.csv"
+        path.write_text("Frage;Kontext;Quelle\nWann?;Im Mai.;a\nWo?;;b\n", encoding="utf-8")
+        self.assertEqual(
+            [(r["question"], r["context"]) for r in prompts.read(path)], [("Wann?", "Im Mai."), ("Wo?", None)]
+        )
+        path.write_text("Thema;Quelle\n" + "a;b\n" * 9, encoding="utf-8")
+        with self.assertRaises(DataError) as caught:
+            prompts.read(path)
+        self.assertEqual(str(caught.exception).count("no prompt or question among the columns Thema, Quelle"), 1)
+        path.write_text("Frage;Quelle\n;b\n", encoding="utf-8")
+        with self.assertRaises(DataError) as caught:
+            prompts.read(path)
+        self.assertIn("the prompt is empty", str(caught.exception))
+
     def test_what_cannot_be_read_is_refused_with_what_can(self) -> None:
         place = temporary_directory()
         for name, content, expected in (

@@ -41,6 +41,27 @@ class Precedence(unittest.TestCase):
     def test_last_of_two_equal_flags_wins(self) -> None:
         self.assertEqual(resolve("--run.seed", "3", "--run.seed=4").run.seed, 4)
 
+    def test_a_switch_may_stand_before_the_names(self) -> None:
+        last = cli.words_as_flags(["rm", "a", "b", "--yes"], "runs.command", "runs.names")
+        self.assertEqual(cli.words_as_flags(["rm", "--yes", "a", "b"], "runs.command", "runs.names"), last)
+        self.assertEqual(
+            cli.words_as_flags(["prune", "--yes", "true"], "runs.command"), ["--runs.command", "prune", "--yes", "true"]
+        )
+
+    def test_settings_are_given_on_as_they_are_typed(self) -> None:
+        typed = [
+            "--data.corpus",
+            '"a, b.txt",my texts',
+            "--domain.lora.target_modules",
+            "q_proj,v_proj",
+            "--data.task=none",
+        ]
+        config = cli.resolve(typed, {})
+        self.assertEqual(config.data.corpus, ("a, b.txt", "my texts"))
+        words = flags.arguments(config, ("data", "domain"))
+        self.assertIn("--domain.lora.target_modules=q_proj,v_proj", words)
+        self.assertEqual(cli.resolve(words, {}).data.corpus, config.data.corpus)
+
     def test_short_and_long_spelling_are_one_setting(self) -> None:
         for short, long in (("--prompt", "--inference.prompt"), ("--weights", "--compose.weights")):
             value = "1,0.5" if "weights" in short else "Why?"

@@ -61,7 +61,7 @@ def path_fix(path: str | Path) -> str:
     """How a path where nothing is can be corrected: what is spelled alike beside it, else where relative ones start."""
     path, names = Path(path).expanduser(), list[str]()
     with suppress(OSError):
-        names = [one.name for one in itertools.islice(path.parent.iterdir(), 1_000)]
+        names = [one.name for one in itertools.islice(path.parent.iterdir(), 1_000) if not one.name.startswith(".")]
     if close := difflib.get_close_matches(path.name, sorted(names), n=2, cutoff=0.6):
         return "did you mean " + " or ".join(str(path.parent / name) for name in close) + "?"
     if 0 < len(names) <= NAMES_SHOWN:

@@ -130,7 +130,7 @@ def arguments(config: settings.Config, sections: Sequence[str]) -> list[str]:
     for path in fields():
         value, usual = value_of(config, path), value_of(preset, path)
         if path.split(".")[0] in sections and value != usual:
-            words.append(f"--{path}={json.dumps(value) if isinstance(value, tuple) else value}")
+            words.append(f"--{path}={_typed(value)}")
     return words
 
 
@@ -149,10 +149,15 @@ def given(config: settings.Config, *sections: str) -> str:
             continue
         named = path.split(".")[0] in sections or path in ("run.data_dir", "run.models_dir")
         if named and value != value_of(preset, path):
-            items = [str(one) for one in value] if isinstance(value, tuple) else []
-            quoted = [f'"{one}"' if "," in one else one for one in items]
-            words += [f"--{path}", ",".join(quoted) if items else str(value)]
+            words += [f"--{path}", _typed(value)]
     return redact("".join(f" {shlex.quote(word)}" for word in words))
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed behind its flag: a list with commas, an item that has one in quotes."""
+    if not isinstance(value, tuple) or not value:
+        return json.dumps(value) if isinstance(value, tuple) else str(value)
+    return ",".join(f'"{item}"' if "," in str(item) else str(item) for item in value)
 
 
 def to_use(base: Mapping[str, Any], source: str, revision: str = "") -> str:

@@ -53,6 +53,8 @@ def prepared_run(config: Config, base: BaseModel, stage: str = "") -> Run:
         return ""
 
     root, hint = config.run.data_dir, flags.given(config, "base", "data")
+    if not settings and config.base.source != PRESETS[config.preset]().base.source:  # it would be the demo's data
+        hint += " --data.corpus YOUR_DOCUMENTS --data.task YOUR_PAIRS"
     return runs.parent(root, "prepared", config.inputs.prepared, fits, flag="--inputs.prepared", hint=hint)
 
 
@@ -62,7 +64,12 @@ def domain_run(config: Config, base: BaseModel, *, below: bool = False, quiet: b
     `below`: a task adapter is to be trained on it, so that the error of a missing one says how to do without.
     `quiet`: it is only looked up, not used.
     """
-    pinned = config.inputs.domain_adapter
+    pinned, hint = config.inputs.domain_adapter, flags.given(config, "base")
+    if below:
+        prepared = runs.complete_runs(config.run.data_dir, "prepared")
+        has_documents = any("documents" in run.manifest["counts"] for run in prepared)
+        hint += " or train the task adapter without one: --task.on base"
+        hint += "" if has_documents or not prepared else " (there are no prepared documents to train one on)"
     if pinned and not (own := own_run(Path(pinned))):
         return external_run(config, base, "domain", Path(pinned))
     return runs.parent(
@@ -71,7 +78,7 @@ def domain_run(config: Config, base: BaseModel, *, below: bool = False, quiet: b
         str(own) if pinned else "",
         for_base(config, base),
         flag="--domain_adapter",
-        hint=flags.given(config, "base") + (" or train the task adapter without one: --task.on base" if below else ""),
+        hint=hint,
         quiet=quiet,
     )
 
@@ -212,9 +219,8 @@ def adapter_runs(config: Config, base: BaseModel, which: str = "both") -> list[R
         say_alone(config, adapters[0])
     for i, run in enumerate(adapters):
         if any(run.digest == other.digest for other in adapters[:i]):
-            raise ArtefactError(
-                Problem("the same adapter is given twice", str(run.directory), "give it once, with a larger --weights")
-            )
+            fix = "give it once, with a larger --weights"
+            raise ArtefactError(Problem("the same adapter is given twice", str(run.directory), fix))
     return adapters
 
 
@@ -233,12 +239,8 @@ def parent_by_digest(run: Run, kind: str, roots: Sequence[Path]) -> Run:
     parent = next((r for root in roots for r in runs.complete_runs(root, kind) if r.digest == entry["digest"]), None)
     if parent is None:
         where = " or ".join(str(root) for root in roots)
-        raise ArtefactError(
-            Problem(
-                f"{run.directory} was made from the {kind} run {entry['path']}, which is not under {where}",
-                entry["digest"],
-            )
-        )
+        what = f"{run.directory} was made from the {kind} run {entry['path']}, which is not under {where}"
+        raise ArtefactError(Problem(what, entry["digest"]))
     files.verify(parent.directory)
     return parent
 
@@ -271,14 +273,10 @@ def pair(config: Config, base: BaseModel, *, quiet: bool = False) -> tuple[Run |
     if config.inputs.domain_adapter:  # a path that was given and is wrong must not pass for none
         domain = domain_run(config, base, quiet=quiet)
         if stacked_on and domain.digest != stacked_on:
-            raise ArtefactError(
-                Problem(
-                    f"{task.directory} was trained on another domain adapter than the one asked for",
-                    str(domain.directory),
-                    f"leave out --domain_adapter, or train the task adapter on it: {runs.STAGES['task']} "
-                    f"--domain_adapter {shlex.quote(str(domain.directory))}{flags.given(config, 'base')}",
-                )
-            )
+            what = f"{task.directory} was trained on another domain adapter than the one asked for"
+            fix = f"leave out --domain_adapter, or train the task adapter on it: {runs.STAGES['task']} "
+            fix += f"--domain_adapter {shlex.quote(str(domain.directory))}{flags.given(config, 'base')}"
+            raise ArtefactError(Problem(what, str(domain.directory), fix))
         return domain, task
     if stacked_on:
         below = parent_of(task, "domain", config.run.models_dir)

@@ -1,4 +1,4 @@
-"""A base model that nobody named is not built or downloaded for runs that are of another, or that are not there."""
+"""What is refused before a base model is built or downloaded: inputs that are not there, runs of another base."""
 
 from __future__ import annotations
 
@@ -11,11 +11,40 @@ from utils import flags
 from utils.adapters import parent_runs
 from utils.artifacts import files, runs
 from utils.artifacts.runs import Run
-from utils.exceptions import ArtefactError, Problem
+from utils.exceptions import ArtefactError, Problem, path_fix
 from utils.models import sources
 from utils.secrets import redact
 
 PREPARED, ADAPTERS = ("prepared",), ("domain", "task", "composed")
+
+
+def refuse_missing_inputs(config: Config) -> None:
+    """Raises ArtefactError with every run or adapter of the settings that is not there, and the run of that name."""
+    inputs, stages = config.inputs, ("domain", "task")
+    given = {"--inputs.prepared": inputs.prepared, "--composed": inputs.composed}
+    given |= {f"--{stage}_adapter": getattr(inputs, f"{stage}_adapter") for stage in stages}
+    given |= {f"--{stage}.init_from": getattr(config, stage).init_from for stage in stages}
+    given |= {f"--{stage}.continue_from": getattr(config, stage).continue_from for stage in stages}
+    named = [*given.items(), *(("--compose.also", path) for path in config.compose.also)]
+    problems = []
+    for flag, path in named:
+        if path and not Path(path).expanduser().exists():
+            kind = "prepared run" if flag == "--inputs.prepared" else "adapter in PEFT's format"
+            what = f"{flag} {path}: no {kind} and no run of ours is there"
+            problems.append(Problem(what, "no such directory", _run_of_name(config, path, flag) or path_fix(path)))
+    if problems:
+        raise ArtefactError(problems)
+
+
+def _run_of_name(config: Config, name: str, flag: str) -> str:
+    """The run that `runs.py list` shows by this name, as a path, one of the flag's stage first; empty without one."""
+    roots = (config.run.models_dir, config.run.data_dir)
+    matches = [path for root in roots for path in (root / name, *root.glob(f"*/{Path(name).name}")) if path.is_dir()]
+    matches.sort(key=lambda path: path.parent.name not in flag)
+    if not matches:
+        return ""
+    unfinished = "" if (matches[0] / files.MANIFEST).exists() else " (unfinished: repeat its command first)"
+    return f"did you mean {matches[0]}?{unfinished}"
 
 
 def refuse(config: Config, reads: Sequence[str]) -> None:

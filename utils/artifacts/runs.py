@@ -211,9 +211,11 @@ def parent(
         if not (directory / files.MANIFEST).exists():
             raise ArtefactError(Problem(f"{flag}: no complete {stage} run there", pinned, make))
         run = checked(directory, files.verify(directory))
-        reason = f"it is a {run.manifest.get('kind')} run" if run.manifest.get("kind") != stage else fits(run)
+        kind = run.manifest.get("kind")
+        reason = f"it is a {kind} run" if kind != stage else fits(run)
         if reason:
-            raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", pinned, make))
+            fix = f"give it as --{kind}_adapter" if kind != stage and kind in ("domain", "task") else make
+            raise ArtefactError(Problem(f"{flag} cannot be used: {reason}", pinned, fix))
         return run
     looked_at = []
     for run in complete_runs(root, stage):

@@ -65,6 +65,10 @@ def words_as_flags(arguments: Sequence[str], first: str, others: str = "") -> li
 
     The first word is the setting `first`; those that follow are `others`, or belong to the first.
     """
+    # `rm --yes A` means what `rm A --yes` means
+    switches = {f"--{short}" for path, short in flags.SHORTCUTS.items() if flags.is_switch(path)}
+    front = {at for at, word in enumerate(arguments) if word in switches and arguments[at + 1 : at + 2] != ["true"]}
+    arguments = [*(w for at, w in enumerate(arguments) if at not in front), *(arguments[at] for at in sorted(front))]
     count = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     words, rest = list(arguments[:count]), list(arguments[count:])
     if not words:

@@ -76,7 +76,7 @@ def composition(config: Config, base: BaseModel, which: str = "both") -> Composi
     files.verify(run.directory)
     recorded = run.manifest["composition"]
     recipe = Recipe(**{**recorded["recipe"], "weights": tuple(recorded["recipe"]["weights"])})
-    event("as it was composed", method=recipe.method, weights=recipe.weights)
+    event("as it was composed", method=recipe.method, weights=recipe.weights or (1.0,) * len(adapters))
     factors, searched = adapter_files.load(run.adapter, base), recorded["searched"]
     return Composition(factors, parts, adapters, recipe, _checked(factors, parts, recipe), searched, run)
 

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from config import BaseModelSection, InferenceSection
 from utils.adapters import adapter_tokenizer, inference_layers
 from utils.adapters.factors import Factors
 from utils.artifacts import files
+from utils.data.labelled import column_roles
 from utils.data.tables import PAIR_SUFFIXES, ProblemList, iter_rows, table_suffix
 from utils.exceptions import DataError, Problem, path_fix
 from utils.inference import answer_journal, generation
@@ -44,17 +45,30 @@ def read(path: Path) -> list[dict[str, Any]]:
     problems = ProblemList()
     questions = []
     for row in iter_rows(path, problems):
-        question = row.values.get("question") or row.values.get("prompt")
+        question, context = _value(row.values, "question"), _value(row.values, "context") or None
+        if question is None:
+            columns = ", ".join(map(str, row.values))
+            fix = 'call one of them question or prompt; a line of jsonl is {"prompt": "..."}'
+            problems.add(f"{row.place}: no prompt or question among the columns {columns}", fix=fix)
+            break  # as the other rows
         if not isinstance(question, str) or not question.strip():
-            problems.add(f"{row.place}: no prompt or question", list(row.values), 'write {"prompt": "..."}')
+            problems.add(
+                f"{row.place}: the prompt is empty or no text", question, "write a question, or remove the row"
+            )
             continue
-        context = row.values.get("context")
         if context is not None and not isinstance(context, str):
             problems.add(f"{row.place}: the context is no text", context, "write a string, or leave it out")
             continue
         questions.append({"question": question, "context": context, "id": row.values.get("id")})
     problems.raise_if_any()
     return questions or _refuse_empty(path)
+
+
+def _value(row: Mapping[str, Any], role: str) -> Any:
+    """What stands in the row's column of this role, by the names that labelled pairs may have; None without one."""
+    named = {column_roles.column_name(name): value for name, value in row.items()}
+    values = [named[name] for family in column_roles.STRONG[role] for name in family if name in named]
+    return next((value for value in values if value not in (None, "")), "" if values else None)
 
 
 def _refuse_empty(path: Path) -> NoReturn:

@@ -316,6 +316,7 @@ def start(
     if stage and config.preset.startswith("size_"):
         event(f"preset {config.preset}: {reason_of(config.preset)}")
     check(config, loads_model=loads_model, stage=stage)
+    unmeant_base.refuse_missing_inputs(config)
     unmeant_base.refuse(config, unmeant_base.PREPARED if stage else reads)
     base = ranks.everywhere(_ready, config)
     if loads_model if shards is None else shards:

@@ -102,8 +102,11 @@ def _say_other_data(config: Config, stage: str, base: BaseModel, identity: Ident
     """One line where the newest adapter of this stage and base was trained on other prepared data."""
     complete = runs.complete_runs(config.run.models_dir, stage)
     newest = next((run for run in complete if run.manifest["base"].get("digest") == base.digest), None)
-    if newest and newest.manifest["identity"].get("data") != identity.values.get("data"):
+    is_chosen = config.inputs.prepared or getattr(config, stage).continue_from
+    if newest and not is_chosen and newest.manifest["identity"].get("data") != identity.values.get("data"):
         paths = [parent["path"] for parent in newest.manifest["parents"] if parent["kind"] == "prepared"]
+        if not paths:  # an adapter of random weights, or of another tool
+            return
         event = f"other data than the newest {stage} adapter had; --inputs.prepared takes that again"
         logger.event(event, adapter=newest.directory, its_data=", ".join(paths))
 
