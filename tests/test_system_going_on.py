@@ -66,11 +66,11 @@ class StartingFrom(unittest.TestCase):
             "train_domain_adapter", "--domain.init_from", self.first["run"], "--domain.lora.rank", "3"
         )
         self.assertEqual(rank.returncode, 2, rank.stderr)
-        self.assertIn("give the run the same lora.rank", rank.stderr)
+        self.assertIn("give the run the same: --domain.lora.rank ", rank.stderr)
         names = ("--domain.lora.target_modules", "q_proj")
         modules = self.place.run("train_domain_adapter", "--domain.init_from", self.first["run"], *names)
         self.assertEqual(modules.returncode, 2, modules.stderr)
-        self.assertIn("same lora.target_modules", modules.stderr)
+        self.assertIn("--domain.lora.target_modules k_proj,o_proj,q_proj,v_proj", modules.stderr)
         ignored = self.place.run("train_domain_adapter", "--domain_adapter", self.first["run"])
         self.assertEqual(ignored.returncode, 2)
         self.assertIn("--domain.init_from PATH", ignored.stderr)

@@ -102,12 +102,14 @@ def start_from(model: PeftModel, name: str, factors: Factors) -> None:
     problems = []
     if differing := sorted(set(layers) ^ set(factors)):
         what = f"the adapter to start from adapts other modules than this run: {len(differing)} differ"
-        problems.append(Problem(what, differing[:3], "give the run the same lora.target_modules and lora.experts"))
+        leaves = ",".join(sorted({module.rpartition(".")[2] for module in factors}))
+        fix = f"give the run the same modules: --{name}.lora.target_modules {leaves} (and --{name}.lora.experts)"
+        problems.append(Problem(what, differing[:3], fix))
     ranks = {factors[module].rank for module in layers if module in factors}
     own = {int(layer.r[name]) for layer in layers.values()}
     if ranks - own:
         what = f"the adapter to start from has rank {', '.join(map(str, sorted(ranks)))}, this run {own.pop()}"
-        problems.append(Problem(what, fix="give the run the same lora.rank"))
+        problems.append(Problem(what, fix=f"give the run the same: --{name}.lora.rank {max(ranks)}"))
     if problems:
         raise ArtefactError(problems)
     with torch.no_grad():

@@ -40,7 +40,7 @@ class Verification:
     def line(self) -> str:
         """The verdict in one line."""
         if self.problems:
-            return f"NOT to be trusted: {len(self.problems)} problems"
+            return f"NOT to be trusted: {len(self.problems)} problem{'s' * (len(self.problems) != 1)}"
         others = f", with {len(self.checked) - 1} more that it was made from" if len(self.checked) > 1 else ""
         return f"to be trusted: {self.kind} {self.checked[0]}{others}"
 
