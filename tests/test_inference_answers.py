@@ -103,6 +103,12 @@ class Files(unittest.TestCase):
         with self.assertRaises(DataError) as caught:
             prompts.read(path)
         self.assertEqual(str(caught.exception).count("no prompt or question among the columns Thema, Quelle"), 1)
+        path = path.with_name("mixed.jsonl")
+        path.write_text('{"a": 1}\n{"prompt": ""}\n{"b": 1}\n{"a": 2}\n', encoding="utf-8")
+        with self.assertRaises(DataError) as caught:
+            prompts.read(path)
+        self.assertEqual(len(caught.exception.problems), 3, "every kind of fault at once")
+        path = path.with_name("fragen.csv")
         path.write_text("Frage;Quelle\n;b\n", encoding="utf-8")
         with self.assertRaises(DataError) as caught:
             prompts.read(path)

@@ -47,6 +47,10 @@ class Precedence(unittest.TestCase):
         self.assertEqual(
             cli.words_as_flags(["prune", "--yes", "true"], "runs.command"), ["--runs.command", "prune", "--yes", "true"]
         )
+        refused = ["rm", "a", "--yes", "false"]
+        words = cli.words_as_flags(refused, "runs.command", "runs.names")
+        self.assertEqual(words, ["--runs.command", "rm", "--runs.names", "a", "--yes", "false"])
+        self.assertFalse(cli.resolve(words, {}).runs.yes)
 
     def test_settings_are_given_on_as_they_are_typed(self) -> None:
         typed = [

@@ -13,6 +13,7 @@ import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,6 +26,8 @@ from utils.exceptions import ConfigError, Problem, did_you_mean
 from utils.models.architectures import size_class
 
 PRESET = "preset"
+# what pydantic reads as true or false
+BOOLEANS = ("true", "false", "t", "f", "yes", "no", "y", "n", "on", "off", "1", "0")
 HOLDS_SECRET = "holds what looks like a password or an access token, and settings are written into manifests"
 
 
@@ -67,8 +70,12 @@ def words_as_flags(arguments: Sequence[str], first: str, others: str = "") -> li
     """
     # `rm --yes A` means what `rm A --yes` means
     switches = {f"--{short}" for path, short in flags.SHORTCUTS.items() if flags.is_switch(path)}
-    front = {at for at, word in enumerate(arguments) if word in switches and arguments[at + 1 : at + 2] != ["true"]}
-    arguments = [*(w for at, w in enumerate(arguments) if at not in front), *(arguments[at] for at in sorted(front))]
+    front = [
+        at
+        for at, (word, value) in enumerate(zip_longest(arguments, arguments[1:], fillvalue=""))
+        if word in switches and value.lower() not in BOOLEANS  # `--yes false` keeps its value
+    ]
+    arguments = [*(word for at, word in enumerate(arguments) if at not in front), *(arguments[at] for at in front)]
     count = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     words, rest = list(arguments[:count]), list(arguments[count:])
     if not words:

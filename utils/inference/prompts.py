@@ -43,14 +43,16 @@ def read(path: Path) -> list[dict[str, Any]]:
         fix = f"give one of {' '.join(PAIR_SUFFIXES)}, or .txt with a prompt in each line"
         raise DataError(Problem("--prompts_file is of no kind that is read", str(path), fix))
     problems = ProblemList()
-    questions = []
+    questions, without = [], set[str]()
     for row in iter_rows(path, problems):
         question, context = _value(row.values, "question"), _value(row.values, "context") or None
         if question is None:
             columns = ", ".join(map(str, row.values))
             fix = 'call one of them question or prompt; a line of jsonl is {"prompt": "..."}'
-            problems.add(f"{row.place}: no prompt or question among the columns {columns}", fix=fix)
-            break  # as the other rows
+            if columns not in without:  # a table is told once, and not for each row
+                problems.add(f"{row.place}: no prompt or question among the columns {columns}", fix=fix)
+            without.add(columns)
+            continue
         if not isinstance(question, str) or not question.strip():
             problems.add(
                 f"{row.place}: the prompt is empty or no text", question, "write a question, or remove the row"
